@@ -1,0 +1,108 @@
+"""Validators shared by the types: each error names the field, the value and the mend."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+
+#: The longest name of a checkpoint.
+MAX_NAME_LENGTH = 200
+
+Validator = Callable[[Any, Any, Any], None]
+
+
+def is_number(value: object) -> bool:
+    """A finite real number that is not a bool."""
+    numeric = isinstance(value, (int, float, np.integer, np.floating))
+    return numeric and not isinstance(value, bool) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def number(text: str, ok: Callable[[float], bool]) -> Validator:
+    """A validator for finite numbers; *text* completes "must be ..."."""
+
+    def check(instance: object, attribute: Any, value: Any) -> None:
+        if not is_number(value):
+            raise TypeError(f"{attribute.name} must be {text}, got {value!r}.")
+        if not ok(value):
+            raise ValueError(f"{attribute.name} must be {text}, got {value!r}.")
+
+    return check
+
+
+def integer(text: str, ok: Callable[[int], bool], *, optional: bool = False) -> Validator:
+    """A validator for whole numbers (None too if *optional*); *text* completes "must be ..."."""
+
+    def check(instance: object, attribute: Any, value: Any) -> None:
+        if optional and value is None:
+            return
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"{attribute.name} must be {text}, got {value!r}.")
+        if not ok(int(value)):
+            raise ValueError(f"{attribute.name} must be {text}, got {value!r}.")
+
+    return check
+
+
+def boolean(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{attribute.name} must be True or False, got {value!r}.")
+
+
+def text(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{attribute.name} must be a str, got {value!r}.")
+    if not value:
+        raise ValueError(f"{attribute.name} must not be empty.")
+
+
+def optional_text(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None:
+        text(instance, attribute, value)
+
+
+def dict_or_empty(value: dict[str, Any] | None) -> dict[str, Any]:
+    return {} if value is None else dict(value)
+
+
+def bool_or_false(value: Any) -> Any:
+    return False if value is None else value
+
+
+def check_name(name: object) -> str:
+    """The name of a checkpoint: a name, not a path.
+
+    Raises:
+        TypeError, ValueError: With the characters that a name may have.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a checkpoint name must be a str, got {name!r}.")
+    if len(name) > MAX_NAME_LENGTH or not _NAME.match(name):
+        raise ValueError(
+            f"checkpoint name {name[:80]!r} is not usable: give 1 to {MAX_NAME_LENGTH} letters, "
+            "digits, '.', '_' or '-', beginning with a letter, a digit or '_'; a name, not a path."
+        )
+    return name
+
+
+def check_ttl(ttl_seconds: object) -> int | None:
+    """Seconds until a checkpoint expires; None is never.
+
+    Raises:
+        TypeError, ValueError: If it is not a positive whole number.
+    """
+    if ttl_seconds is None:
+        return None
+    if not isinstance(ttl_seconds, (int, np.integer)) or isinstance(ttl_seconds, bool):
+        raise TypeError(f"ttl_seconds must be a positive integer or None, got {ttl_seconds!r}.")
+    if not 0 < ttl_seconds <= 10 * 366 * 86400:
+        raise ValueError(
+            f"ttl_seconds must be a positive integer of at most ten years, got {ttl_seconds!r}; "
+            "None keeps it for ever."
+        )
+    return int(ttl_seconds)

@@ -1,0 +1,404 @@
+"""What a model reads: token sequences and the training data made of them.
+
+Arrays are numpy from here to the wire; a list is taken anywhere an array is. Knows nothing of
+tokenizers (anything with an `encode` will do) nor of what a loss does with its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Union
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+DType = Literal["int64", "float32"]
+ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData
+
+#: Largest token id that travels (tokens are int32 on the wire).
+MAX_TOKEN_ID = 2**31 - 1
+
+#: The loss inputs that may be given as plain lists, with the dtype they travel in.
+INPUT_DTYPES: dict[str, DType] = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "advantages": "float32",
+    "logprobs": "float32",
+    "clip_low_threshold": "float32",
+    "clip_high_threshold": "float32",
+    "sequence_ratio_mask": "float32",
+}
+
+
+def to_array(value: ArrayLike) -> np.ndarray:
+    """*value* as a numpy array, without copying where that can be: lists, arrays, torch tensors."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):  # a torch tensor; torch itself is not imported for it
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            value = value.float()
+        array: np.ndarray = value.numpy()
+        return array
+    try:
+        return np.asarray(value)
+    except ValueError as exc:
+        raise ValueError(f"cannot make one array of {_short(value)}: {exc}") from exc
+
+
+def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
+    """Token ids as a (N,) int32 array.
+
+    Raises:
+        TypeError: If they are not whole numbers.
+        ValueError: If they are not one-dimensional, negative, or beyond int32.
+    """
+    array = to_array(value)
+    if array.ndim != 1:
+        raise ValueError(
+            f"tokens must be one-dimensional, got shape {array.shape}; give one sequence at a time."
+        )
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"tokens must be whole numbers, got {array.dtype} ({_short(value)}); encode text with "
+            "a tokenizer first."
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > MAX_TOKEN_ID:
+        bad = low if low < 0 else high
+        where = int(np.argmax(array == bad))
+        raise ValueError(
+            f"token id {bad} at position {where} is outside 0..{MAX_TOKEN_ID}; "
+            "token ids are the tokenizer's, never negative."
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+@attrs.frozen
+class EncodedTextChunk:
+    """A run of text, as token ids: (N,) int32."""
+
+    tokens: npt.NDArray[np.int32] = attrs.field(
+        converter=as_tokens, eq=attrs.cmp_using(eq=_same), hash=False
+    )
+
+    @property
+    def length(self) -> int:
+        """How many tokens it takes up."""
+        return len(self.tokens)
+
+
+def _check_format(instance: object, attribute: object, value: str) -> None:
+    if value not in ("png", "jpeg"):
+        raise ValueError(f'image format must be "png" or "jpeg", got {value!r}.')
+
+
+def _expected_length(chunk: ImageChunk | ImageAssetPointerChunk, what: str) -> int:
+    if chunk.expected_tokens is None:
+        raise ValueError(f"expected_tokens is required to compute the length of an {what}.")
+    return chunk.expected_tokens
+
+
+@attrs.frozen
+class ImageChunk:
+    """An image in the prompt: the bytes of a PNG or JPEG file."""
+
+    data: bytes = attrs.field(validator=attrs.validators.instance_of(bytes), repr=False)
+    format: str = attrs.field(validator=_check_format)
+    expected_tokens: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens it takes up. ValueError if expected_tokens is not given."""
+        return _expected_length(self, "image")
+
+
+@attrs.frozen
+class ImageAssetPointerChunk:
+    """An image that the server already has."""
+
+    location: str
+    format: str = attrs.field(validator=_check_format)
+    expected_tokens: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens it takes up. ValueError if expected_tokens is not given."""
+        return _expected_length(self, "image asset pointer")
+
+
+Chunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk]
+
+
+def _as_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    chunks = tuple(chunks)
+    for i, chunk in enumerate(chunks):
+        if not isinstance(chunk, (EncodedTextChunk, ImageChunk, ImageAssetPointerChunk)):
+            raise TypeError(
+                f"chunk {i} of the ModelInput is a {type(chunk).__name__}; for token ids use "
+                "ModelInput.from_ints(tokens)."
+            )
+    return chunks
+
+
+@attrs.frozen
+class ModelInput:
+    """What the model reads, in chunks of text (and images, where the server takes them)."""
+
+    chunks: tuple[Chunk, ...] = attrs.field(converter=_as_chunks)
+
+    @classmethod
+    def from_ints(cls, tokens: ArrayLike) -> ModelInput:
+        """One chunk of text: token ids as a list, a numpy array or a torch tensor."""
+        return cls((EncodedTextChunk(tokens),))
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Any) -> ModelInput:
+        """*text* encoded by anything that has `encode(text)`: a tokenizer, or a client."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}.")
+        return cls.from_ints(tokenizer.encode(text))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        """No chunks yet; `append` gives new ones."""
+        return cls(())
+
+    def append(self, chunk: Chunk) -> ModelInput:
+        """This input with *chunk* behind it."""
+        return ModelInput((*self.chunks, chunk))
+
+    def append_int(self, token: int) -> ModelInput:
+        """This input with one more token, in the last chunk if that is text."""
+        if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
+            last = EncodedTextChunk(np.append(self.chunks[-1].tokens, token))
+            return ModelInput((*self.chunks[:-1], last))
+        return self.append(EncodedTextChunk([token]))
+
+    @property
+    def length(self) -> int:
+        """How many tokens it takes up."""
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """All token ids, (N,) int32. ValueError if there is a chunk that is not text."""
+        if len(self.chunks) == 1 and isinstance(self.chunks[0], EncodedTextChunk):
+            return self.chunks[0].tokens
+        parts = []
+        for i, chunk in enumerate(self.chunks):
+            if not isinstance(chunk, EncodedTextChunk):
+                raise ValueError(f"chunk {i} is a {type(chunk).__name__}, which has no token ids.")
+            parts.append(chunk.tokens)
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def to_ints(self) -> list[int]:
+        """All token ids as a list. ValueError if there is a chunk that is not text."""
+        ints: list[int] = self.tokens.tolist()
+        return ints
+
+
+def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
+    """*array* as int64 or float32, whichever *dtype* says or its own kind asks for."""
+    kind = array.dtype.kind
+    if array.size == 0 and kind == "f" and dtype == "int64":  # np.asarray([]) is float64
+        return array.astype(np.int64)
+    if kind not in "iuf":
+        raise TypeError(
+            f"{name} must hold int or float numbers, got {array.dtype}; "
+            "convert it to int64 or float32 first."
+        )
+    if dtype is None:
+        dtype = "float32" if kind == "f" else "int64"
+    if dtype not in ("int64", "float32"):
+        raise ValueError(f'{name}: dtype must be "int64" or "float32", got {dtype!r}.')
+    if dtype == "int64" and kind == "f":
+        raise TypeError(f"{name} must hold whole numbers, got {array.dtype}.")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+class TensorData:
+    """An array that travels: float32 or int64, dense or (two-dimensional) sparse in CSR form.
+
+    Args:
+        data: the values; for a dense tensor in C order, or already in shape.
+        dtype: "int64" or "float32"; None takes it from the values.
+        shape: of the (dense) tensor; None takes the shape of *data*.
+        sparse_crow_indices, sparse_col_indices: CSR indices; *data* then holds the stored values
+            only and *shape* is needed.
+
+    Attributes:
+        data: the stored values, one-dimensional.
+
+    Raises:
+        TypeError, ValueError: If values, dtype, shape and indices do not fit together.
+    """
+
+    __slots__ = ("data", "shape", "sparse_col_indices", "sparse_crow_indices")
+
+    def __init__(
+        self,
+        data: ArrayLike,
+        dtype: str | None = None,
+        shape: Sequence[int] | None = None,
+        sparse_crow_indices: ArrayLike | None = None,
+        sparse_col_indices: ArrayLike | None = None,
+        *,
+        name: str = "tensor",
+    ) -> None:
+        array = _cast(to_array(data), dtype, name)
+        self.data: np.ndarray = array.reshape(-1)
+        self.shape: tuple[int, ...] = array.shape if shape is None else tuple(map(int, shape))
+        self.sparse_crow_indices: np.ndarray | None = None
+        self.sparse_col_indices: np.ndarray | None = None
+        if sparse_crow_indices is not None or sparse_col_indices is not None:
+            self._set_sparse(sparse_crow_indices, sparse_col_indices, shape, name)
+        elif min(self.shape, default=0) < 0 or int(np.prod(self.shape)) != self.data.size:
+            raise ValueError(
+                f"{name}: {self.data.size} values do not fill shape {list(self.shape)}."
+            )
+
+    def _set_sparse(
+        self, crow: ArrayLike, col: ArrayLike, shape: Sequence[int] | None, name: str
+    ) -> None:
+        if crow is None or col is None or shape is None or len(shape) != 2 or min(shape) < 0:
+            raise ValueError(
+                f"{name}: a sparse tensor needs sparse_crow_indices, sparse_col_indices and a "
+                "two-dimensional shape."
+            )
+        crow = _cast(to_array(crow), "int64", f"{name}.sparse_crow_indices")
+        col = _cast(to_array(col), "int64", f"{name}.sparse_col_indices")
+        fits = crow.shape == (self.shape[0] + 1,) and col.shape == self.data.shape
+        if not fits or crow[0] != 0 or crow[-1] != col.size or (np.diff(crow) < 0).any():
+            raise ValueError(
+                f"{name}: {crow.size} row indices and {col.size} column indices do not describe "
+                f"{self.data.size} values of shape {list(self.shape)}."
+            )
+        if col.size and not (0 <= int(col.min()) and int(col.max()) < self.shape[1]):
+            raise ValueError(f"{name}: a column index is outside 0..{self.shape[1] - 1}.")
+        self.sparse_crow_indices, self.sparse_col_indices = crow, col
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> TensorData:
+        """A dense tensor of any float or int array; it keeps its shape."""
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: Any) -> TensorData:
+        """A dense tensor of a torch tensor; it keeps its shape."""
+        return cls(tensor)
+
+    @classmethod
+    def from_dense(cls, array: ArrayLike, pad_value: float = 0) -> TensorData:
+        """A (N, K) array in CSR form where that is smaller, leaving out *pad_value*."""
+        dense = _cast(to_array(array), None, "tensor")
+        if dense.ndim != 2:
+            raise ValueError(f"from_dense takes a (N, K) array, got shape {dense.shape}.")
+        kept = dense != pad_value
+        if pad_value != 0 or dense.shape[0] + 1 + 2 * int(kept.sum()) >= dense.size:
+            return cls(dense)
+        crow = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+        return cls(dense[kept], None, dense.shape, crow, np.nonzero(kept)[1])
+
+    @property
+    def dtype(self) -> DType:
+        """ "int64" or "float32"."""
+        return "float32" if self.data.dtype.kind == "f" else "int64"
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.sparse_crow_indices is not None
+
+    def to_numpy(self) -> np.ndarray:
+        """The array in its shape: a view where dense, a new zero-filled array where sparse."""
+        if self.sparse_crow_indices is None:
+            return self.data.reshape(self.shape)
+        dense = np.zeros(self.shape, self.data.dtype)
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
+        dense[rows, self.sparse_col_indices] = self.data
+        return dense
+
+    def to_torch(self) -> Any:
+        """The array as a torch tensor of its own (torch must be installed)."""
+        import torch  # only here: the SDK works without it
+
+        return torch.from_numpy(self.to_numpy().copy())
+
+    def tolist(self) -> list[Any]:
+        values: list[Any] = self.to_numpy().tolist()
+        return values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices."""
+        indices = (self.sparse_crow_indices, self.sparse_col_indices)
+        return self.data.nbytes + sum(i.nbytes for i in indices if i is not None)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.to_numpy(), dtype=dtype, copy=copy if copy else None)
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorData):
+            return NotImplemented
+        return self.shape == other.shape and _same(self.to_numpy(), other.to_numpy())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sparse = ", sparse" if self.is_sparse else ""
+        return f"TensorData({self.dtype}, shape={list(self.shape)}{sparse})"
+
+
+def as_tensor(name: str, value: ArrayLike) -> TensorData:
+    """A loss input as it travels; *name* says its dtype.
+
+    Raises:
+        ValueError: For a plain list under a name whose dtype nobody knows.
+        TypeError: If the numbers are of the wrong kind.
+    """
+    if isinstance(value, TensorData):
+        return value
+    if name not in INPUT_DTYPES and isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"loss input {name!r} is a plain list, whose dtype is not known; wrap it in "
+            f"TensorData or a numpy array. Plain lists go with {', '.join(sorted(INPUT_DTYPES))}."
+        )
+    return TensorData(value, INPUT_DTYPES.get(name), name=name)
+
+
+def _as_inputs(inputs: Mapping[str, ArrayLike]) -> dict[str, TensorData]:
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"loss_fn_inputs must be a mapping of names to arrays, got {type(inputs).__name__}."
+        )
+    return {str(name): as_tensor(str(name), value) for name, value in inputs.items()}
+
+
+@attrs.frozen
+class Datum:
+    """One training example: what the model reads, and what the loss needs at each position.
+
+    Args:
+        model_input: N tokens.
+        loss_fn_inputs: arrays of length N (or (N, K)) by name, as the loss function asks for them
+            (see `LOSS_FUNCTIONS`). Targets are already shifted: `target_tokens[t]` is the token to
+            predict after `model_input[0..t]`.
+    """
+
+    model_input: ModelInput = attrs.field(validator=attrs.validators.instance_of(ModelInput))
+    loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)

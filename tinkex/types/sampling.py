@@ -1,0 +1,290 @@
+"""Sampling from a model: requests and results. Arrays are numpy; lists are made when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, Union
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from . import checks
+from .data import ModelInput, TensorData, as_tokens, to_array
+
+StopReason = Literal["stop", "length"]
+Stop = Union[str, Sequence[str], Sequence[int], None]
+
+#: Top-k cells that hold nothing carry this log-probability.
+ABSENT_LOGPROB = -99999.0
+
+
+def _as_stop(value: Any) -> Any:
+    """None, a str, or a list of str or of int."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return [int(value)]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    raise TypeError(f"stop must be a str, a list of str or a list of token ids, got {value!r}.")
+
+
+def _check_stop(instance: object, attribute: Any, value: Any) -> None:
+    if value is None:
+        return
+    items = [value] if isinstance(value, str) else value
+    if not all(isinstance(item, str) for item in items) and not all(
+        isinstance(item, int) and not isinstance(item, bool) for item in items
+    ):
+        raise TypeError(f"stop must hold strings only or token ids only, got {value!r}.")
+    if any(item == "" if isinstance(item, str) else item < 0 for item in items):
+        raise ValueError(f"stop holds an empty string or a negative token id: {value!r}.")
+
+
+@attrs.frozen
+class SamplingParams:
+    """How to choose tokens.
+
+    Args:
+        max_tokens: most tokens to generate; None is as many as the model's context takes.
+        seed: same seed and same request, same tokens; None is random.
+        stop: one string, several strings or several token ids that end a sequence. None: the
+            model's end-of-text token does; []: nothing does.
+        temperature: 1 is the model's own distribution, 0 always takes the likeliest token.
+        top_k: sample among the k likeliest only; -1 is all.
+        top_p: sample among the likeliest tokens that together have this probability; 1 is all.
+    """
+
+    max_tokens: int | None = attrs.field(
+        default=None,
+        validator=checks.integer("a positive integer or None", lambda n: n > 0, optional=True),
+    )
+    seed: int | None = attrs.field(
+        default=None,
+        validator=checks.integer(
+            "an integer from 0 to 2**63 - 1, or None", lambda n: 0 <= n < 2**63, optional=True
+        ),
+    )
+    stop: Stop = attrs.field(default=None, converter=_as_stop, validator=_check_stop)
+    temperature: float = attrs.field(
+        default=1.0, validator=checks.number("a number >= 0", lambda x: x >= 0)
+    )
+    top_k: int = attrs.field(
+        default=-1,
+        validator=checks.integer("-1 (all) or a positive integer", lambda n: n == -1 or n > 0),
+    )
+    top_p: float = attrs.field(
+        default=1.0, validator=checks.number("a number in (0, 1]", lambda x: 0 < x <= 1)
+    )
+
+
+@attrs.frozen
+class SampleRequest:
+    """One prompt, sampled `num_samples` times.
+
+    The prompt's own log-probabilities come with it if `prompt_logprobs`; with
+    `topk_prompt_logprobs` / `topk_sample_logprobs` = k the k likeliest tokens at each position too;
+    with `target_prompt_logprobs` (N - 1, K), int64, -1 to skip, those of the tokens it names;
+    `prompt_logprobs_last_n` leaves all but the last n positions NaN.
+    """
+
+    prompt: ModelInput
+    sampling_params: SamplingParams = attrs.field(factory=SamplingParams)
+    num_samples: int = attrs.field(
+        default=1, validator=checks.integer("a positive integer", lambda n: n > 0)
+    )
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    prompt_logprobs: bool = attrs.field(
+        default=False, converter=checks.bool_or_false, validator=checks.boolean
+    )
+    topk_prompt_logprobs: int = attrs.field(
+        default=0, validator=checks.integer("an integer >= 0", lambda n: n >= 0)
+    )
+    topk_sample_logprobs: int = attrs.field(
+        default=0, validator=checks.integer("an integer >= 0", lambda n: n >= 0)
+    )
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int = attrs.field(
+        default=0, validator=checks.integer("an integer >= 0", lambda n: n >= 0)
+    )
+    prompt_logprobs_last_n: int | None = attrs.field(
+        default=None,
+        validator=checks.integer("an integer >= 0 or None", lambda n: n >= 0, optional=True),
+    )
+    record_stability_info: bool = False
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+def _as_floats(value: Any) -> npt.NDArray[np.float32] | None:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        value = [np.nan if x is None else x for x in value]
+    return np.ascontiguousarray(to_array(value), dtype=np.float32)
+
+
+@attrs.frozen(eq=False)
+class TopkLogprobs:
+    """The k likeliest tokens at each of L positions, best first.
+
+    Attributes:
+        token_ids: (L, k) int32.
+        logprobs: (L, k) float32, in nats; a cell that holds nothing is `ABSENT_LOGPROB`.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+
+    def tolist(self) -> list[list[tuple[int, float]] | None]:
+        """For each position its (token id, log-probability) pairs, or None where there are none."""
+        rows: list[list[tuple[int, float]] | None] = []
+        for tokens, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
+            row = [(t, p) for t, p in zip(tokens, logprobs) if p > ABSENT_LOGPROB]
+            rows.append(row or None)
+        return rows
+
+    @classmethod
+    def from_list(cls, rows: Sequence[Sequence[Sequence[float]] | None]) -> TopkLogprobs:
+        """The inverse of `tolist`."""
+        width = max((len(row) for row in rows if row), default=0)
+        token_ids = np.zeros((len(rows), width), np.int32)
+        logprobs = np.full((len(rows), width), ABSENT_LOGPROB, np.float32)
+        for i, row in enumerate(rows):
+            for j, (token, logprob) in enumerate(row or ()):
+                token_ids[i, j], logprobs[i, j] = int(token), logprob
+        return cls(token_ids, logprobs)
+
+
+@attrs.frozen(eq=False)
+class SampledSequence:
+    """One sampled continuation.
+
+    Attributes:
+        tokens_np: (T,) int32; the stop token, if one ended it, is the last.
+        logprobs_np: (T,) float32; log-probability of each token under the model at temperature 1.
+        stop_reason: "stop" (a stop token or string, or end of text) or "length".
+        sequence_id: the server's name for it, or None.
+        topk_logprobs_np: the likeliest tokens at each step, where asked for.
+    """
+
+    tokens_np: npt.NDArray[np.int32] = attrs.field(alias="tokens", converter=as_tokens)
+    logprobs_np: npt.NDArray[np.float32] | None = attrs.field(
+        default=None, alias="logprobs", converter=_as_floats
+    )
+    stop_reason: StopReason = "length"
+    sequence_id: str | None = None
+    topk_logprobs_np: TopkLogprobs | None = attrs.field(default=None, alias="topk_logprobs")
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        tokens: list[int] = self.tokens_np.tolist()
+        return tokens
+
+    @cached_property
+    def logprobs(self) -> list[float] | None:
+        return None if self.logprobs_np is None else self.logprobs_np.tolist()
+
+    @cached_property
+    def topk_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
+        return None if self.topk_logprobs_np is None else self.topk_logprobs_np.tolist()
+
+    def text(self, tokenizer: Any) -> str:
+        """The continuation as text; *tokenizer* is anything with `decode(list of ids)`."""
+        decoded: str = tokenizer.decode(self.tokens)
+        return decoded
+
+    def __len__(self) -> int:
+        return len(self.tokens_np)
+
+
+@attrs.frozen(eq=False)
+class SampleResponse:
+    """What sample resolves to.
+
+    Attributes:
+        sequences: one for each of num_samples.
+        prompt_logprobs_np: (N,) float32, NaN where not computed (the first always), or None.
+        topk_prompt_logprobs_np: (N, k), or None.
+        target_prompt_logprobs: (N - 1, K) float32, or None.
+        prompt_cache_hit_tokens: how much of the prompt the server did not have to compute.
+    """
+
+    sequences: list[SampledSequence]
+    prompt_logprobs_np: npt.NDArray[np.float32] | None = attrs.field(
+        default=None, alias="prompt_logprobs", converter=_as_floats
+    )
+    topk_prompt_logprobs_np: TopkLogprobs | None = attrs.field(
+        default=None, alias="topk_prompt_logprobs"
+    )
+    target_prompt_logprobs: TensorData | None = None
+    prompt_cache_hit_tokens: int = 0
+
+    @cached_property
+    def prompt_logprobs(self) -> list[float | None] | None:
+        if self.prompt_logprobs_np is None:
+            return None
+        return [None if x != x else x for x in self.prompt_logprobs_np.tolist()]
+
+    @cached_property
+    def topk_prompt_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
+        if self.topk_prompt_logprobs_np is None:
+            return None
+        return self.topk_prompt_logprobs_np.tolist()
+
+    def text(self, tokenizer: Any) -> str:
+        """The first sequence as text; *tokenizer* is anything with `decode(list of ids)`."""
+        return self.sequences[0].text(tokenizer)
+
+
+@attrs.frozen
+class SampleStreamChunk:
+    """One token of a streamed sample, or its end.
+
+    Attributes:
+        index: which of the num_samples sequences.
+        token, logprob: the token id and its log-probability; None in a sequence's last chunk.
+        stop_reason: "stop" or "length" in a sequence's last chunk, else None.
+    """
+
+    index: int = 0
+    token: int | None = None
+    logprob: float | None = None
+    stop_reason: StopReason | None = None
+
+
+@attrs.frozen
+class CreateSamplingSessionRequest:
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+@attrs.frozen
+class CreateSamplingSessionResponse:
+    sampling_session_id: str
+
+
+@attrs.frozen
+class JoinSamplingSessionRequest:
+    sampling_session_id: str
+
+
+@attrs.frozen
+class JoinSamplingSessionResponse:
+    client_counter: int
+
+
+@attrs.frozen
+class GetSamplerResponse:
+    """What a sampler samples from."""
+
+    sampler_id: str
+    base_model: str
+    model_path: str | None = None

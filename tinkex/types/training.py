@@ -1,0 +1,262 @@
+"""Creating, training, saving and loading a model: requests and results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from . import checks
+from .data import Datum, TensorData
+from .losses import LossConfigValue
+
+#: Largest LoRA rank that makes sense on any model we know of.
+MAX_RANK = 4096
+
+
+@attrs.frozen
+class LoraConfig:
+    """Which LoRA adapter a model gets.
+
+    Args:
+        rank: of the low-rank matrices, 1 to 4096.
+        seed: of the adapter's initialisation; None lets the server choose.
+        train_mlp, train_attn, train_unembed: which linear layers are adapted; at least one.
+    """
+
+    rank: int = attrs.field(
+        default=32,
+        validator=checks.integer(f"an integer from 1 to {MAX_RANK}", lambda n: 1 <= n <= MAX_RANK),
+    )
+    seed: int | None = attrs.field(
+        default=None,
+        validator=checks.integer(
+            "an integer from 0 to 2**63 - 1, or None", lambda n: 0 <= n < 2**63, optional=True
+        ),
+    )
+    train_unembed: bool = attrs.field(default=True, validator=checks.boolean)
+    train_mlp: bool = attrs.field(default=True, validator=checks.boolean)
+    train_attn: bool = attrs.field(default=True, validator=checks.boolean)
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.train_mlp or self.train_attn or self.train_unembed):
+            raise ValueError(
+                "At least one of train_mlp, train_attn, or train_unembed must be true."
+            )
+
+
+@attrs.frozen
+class AdamParams:
+    """Settings of one AdamW step; they may change from step to step.
+
+    Update: m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
+    w <- w - lr weight_decay w;  w <- w - lr m_hat / (sqrt(v_hat) + eps)
+    (Loshchilov and Hutter 2019, as in torch.optim.AdamW).
+
+    Args:
+        grad_clip_norm: largest global L2 norm of the gradient; 0 is no limit.
+    """
+
+    learning_rate: float = attrs.field(
+        default=1e-4, validator=checks.number("a number >= 0", lambda x: x >= 0)
+    )
+    beta1: float = attrs.field(
+        default=0.9, validator=checks.number("a number in [0, 1)", lambda x: 0 <= x < 1)
+    )
+    beta2: float = attrs.field(
+        default=0.95, validator=checks.number("a number in [0, 1)", lambda x: 0 <= x < 1)
+    )
+    eps: float = attrs.field(
+        default=1e-12, validator=checks.number("a number > 0", lambda x: x > 0)
+    )
+    weight_decay: float = attrs.field(
+        default=0.0, validator=checks.number("a number >= 0", lambda x: x >= 0)
+    )
+    grad_clip_norm: float = attrs.field(
+        default=0.0, validator=checks.number("a number >= 0", lambda x: x >= 0)
+    )
+
+
+@attrs.frozen
+class CreateModelRequest:
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    lora_config: LoraConfig = attrs.field(factory=LoraConfig)
+    user_metadata: dict[str, Any] | None = None
+    #: Only "adamw" is offered by the local server.
+    optimizer_config: dict[str, Any] | None = None
+    #: A PEFT adapter directory on the server's machine to start from (local server only).
+    adapter: str | None = None
+
+
+@attrs.frozen
+class CreateModelResponse:
+    model_id: str
+
+
+@attrs.frozen
+class GetInfoRequest:
+    model_id: str
+
+
+@attrs.frozen
+class ModelData:
+    model_name: str | None = None
+    arch: str | None = None
+    tokenizer_id: str | None = None
+
+
+@attrs.frozen
+class GetInfoResponse:
+    """What a server says of a model."""
+
+    model_id: str
+    model_data: ModelData = attrs.field(factory=ModelData)
+    is_lora: bool | None = None
+    lora_rank: int | None = None
+    model_name: str | None = None
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's name, wherever the server put it."""
+        return self.model_data.model_name or self.model_name
+
+
+@attrs.frozen
+class UnloadModelRequest:
+    model_id: str
+
+
+@attrs.frozen
+class UnloadModelResponse:
+    model_id: str | None = None
+
+
+@attrs.frozen
+class ForwardBackwardRequest:
+    """One batch: compute the loss, and unless *forward_only* add its gradients to the model's."""
+
+    model_id: str
+    seq_id: int
+    data: list[Datum]
+    loss_fn: str
+    loss_fn_config: Mapping[str, LossConfigValue] | None = None
+    forward_only: bool = False
+
+
+@attrs.frozen
+class ForwardBackwardOutput:
+    """What forward and forward_backward resolve to.
+
+    Attributes:
+        loss_fn_outputs: for each datum, arrays by name; "logprobs" is float32 in the shape of the
+            datum's target_tokens, in nats.
+        metrics: numbers by name; "loss:sum" is the loss summed over tokens and datums.
+        loss_fn_output_type: the server's name for the outputs.
+    """
+
+    loss_fn_outputs: list[dict[str, TensorData]] = attrs.field(factory=list)
+    metrics: dict[str, float] = attrs.field(factory=dict)
+    loss_fn_output_type: str = "ArrayRecord"
+
+    @property
+    def loss(self) -> float:
+        """The loss summed over tokens and datums ("loss:sum"); ValueError if there is none."""
+        if "loss:sum" not in self.metrics:
+            raise ValueError(
+                f"the server gave no 'loss:sum'; its metrics are {sorted(self.metrics)}."
+            )
+        return self.metrics["loss:sum"]
+
+
+@attrs.frozen
+class OptimStepRequest:
+    model_id: str
+    seq_id: int
+    adam_params: AdamParams = attrs.field(factory=AdamParams)
+
+
+@attrs.frozen
+class OptimStepResponse:
+    """What optim_step resolves to; metrics are whatever the server measured."""
+
+    metrics: dict[str, float] = attrs.field(factory=dict, converter=checks.dict_or_empty)
+
+
+@attrs.frozen
+class SaveWeightsRequest:
+    model_id: str
+    seq_id: int
+    path: str
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any] | None = None
+
+
+@attrs.frozen
+class SaveWeightsResponse:
+    """path: where the state is kept, `tinker://<model>/weights/<name>`."""
+
+    path: str
+
+
+@attrs.frozen
+class SaveWeightsForSamplerRequest:
+    """Named (`path`), or unnamed for a sampling session at once (`sampling_session_seq_id`)."""
+
+    model_id: str
+    seq_id: int
+    path: str | None = None
+    sampling_session_seq_id: int | None = None
+    kind: str = "snapshot"
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+@attrs.frozen
+class SaveWeightsForSamplerResponse:
+    """path for the named form, sampling_session_id for the unnamed one."""
+
+    path: str | None = None
+    sampling_session_id: str | None = None
+
+
+@attrs.frozen
+class LoadWeightsRequest:
+    """Into an existing model (model_id, seq_id), or as a new one (session_id, model_seq_id)."""
+
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: dict[str, Any] | None = None
+    weights_access_token: str | None = attrs.field(default=None, repr=False)
+
+
+@attrs.frozen
+class LoadWeightsResponse:
+    path: str | None = None
+    model_id: str | None = None
+
+
+@attrs.frozen
+class WeightsInfoRequest:
+    tinker_path: str
+
+
+@attrs.frozen
+class WeightsInfoResponse:
+    """What a checkpoint is of."""
+
+    base_model: str
+    is_lora: bool = True
+    lora_rank: int | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
