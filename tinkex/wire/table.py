@@ -1,0 +1,183 @@
+"""The table of the API: every endpoint, what is sent to it and what comes back.
+
+The client posts to these paths and the local server answers on them. Neither knows the other: this
+table and the types are the whole of what they share.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+from .. import types
+
+T = TypeVar("T")
+
+PREFIX = "/api/v1/"
+
+
+@attrs.frozen
+class Endpoint(Generic[T]):
+    """A place on the server that answers at once.
+
+    Attributes:
+        method, path: of the HTTP request; the path follows `PREFIX` and may hold {parameters}.
+        result: the type of the answer; None where it does not matter.
+        tag: goes into the request's JSON as "type", where the protocol wants one.
+    """
+
+    method: str
+    path: str
+    result: type[T]
+    request: type[Any] | None = None
+    tag: str | None = None
+
+
+@attrs.frozen
+class Operation(Endpoint[T]):
+    """A place that takes long work: it answers with a promise, and the result is polled for.
+
+    Attributes:
+        name: of the operation, as the protocol has it in the X-Tinker-Request-Type header.
+    """
+
+    name: str = attrs.field(kw_only=True)
+
+
+class Nothing:
+    """The result type of an endpoint whose answer does not matter."""
+
+
+CLIENT_CONFIG = Endpoint("POST", "client/config", types.ClientConfig, types.ClientConfigRequest)
+AUTH_TOKEN = Endpoint("POST", "auth/token", types.AuthTokenResponse)
+HEALTHZ = Endpoint("GET", "healthz", types.HealthResponse)
+CAPABILITIES = Endpoint("GET", "get_server_capabilities", types.GetServerCapabilitiesResponse)
+CREATE_SESSION = Endpoint(
+    "POST",
+    "create_session",
+    types.CreateSessionResponse,
+    types.CreateSessionRequest,
+    "create_session",
+)
+SESSION_HEARTBEAT = Endpoint(
+    "POST", "session_heartbeat", Nothing, types.SessionHeartbeatRequest, "session_heartbeat"
+)
+FINISH_SESSION = Endpoint(
+    "POST", "sessions/{session_id}/finish", Nothing, types.FinishSessionRequest
+)
+TELEMETRY = Endpoint("POST", "telemetry", Nothing)
+
+GET_INFO = Endpoint(
+    "POST", "get_info", types.GetInfoResponse, types.GetInfoRequest, "get_info"
+)
+WEIGHTS_INFO = Endpoint(
+    "POST", "weights_info", types.WeightsInfoResponse, types.WeightsInfoRequest
+)
+CREATE_SAMPLING_SESSION = Endpoint(
+    "POST",
+    "create_sampling_session",
+    types.CreateSamplingSessionResponse,
+    types.CreateSamplingSessionRequest,
+    "create_sampling_session",
+)
+JOIN_SAMPLING_SESSION = Endpoint(
+    "POST",
+    "join_sampling_session",
+    types.JoinSamplingSessionResponse,
+    types.JoinSamplingSessionRequest,
+    "join_sampling_session",
+)
+GET_SAMPLER = Endpoint("GET", "samplers/{sampler_id}", types.GetSamplerResponse)
+STREAM_SAMPLE = Endpoint("POST", "stream_sample", Nothing, types.SampleRequest, "sample")
+
+RETRIEVE_FUTURE = Endpoint("POST", "retrieve_future", Nothing, types.RetrieveFutureRequest)
+RETRIEVE_FUTURES = Endpoint(
+    "POST", "retrieve_futures", types.RetrieveFuturesResponse, types.RetrieveFuturesRequest
+)
+CANCEL_FUTURE = Endpoint("POST", "cancel_future", Nothing, types.CancelFutureRequest)
+
+CREATE_MODEL = Operation(
+    "POST",
+    "create_model",
+    types.CreateModelResponse,
+    types.CreateModelRequest,
+    "create_model",
+    name="CreateModel",
+)
+UNLOAD_MODEL = Operation(
+    "POST",
+    "unload_model",
+    types.UnloadModelResponse,
+    types.UnloadModelRequest,
+    "unload_model",
+    name="UnloadModel",
+)
+#: In protobuf both go to forward_backward, which then says forward_only.
+FORWARD = Operation(
+    "POST", "forward", types.ForwardBackwardOutput, types.ForwardBackwardRequest, name="Forward"
+)
+FORWARD_BACKWARD = Operation(
+    "POST",
+    "forward_backward",
+    types.ForwardBackwardOutput,
+    types.ForwardBackwardRequest,
+    name="ForwardBackward",
+)
+OPTIM_STEP = Operation(
+    "POST",
+    "optim_step",
+    types.OptimStepResponse,
+    types.OptimStepRequest,
+    "optim_step",
+    name="OptimStep",
+)
+SAVE_WEIGHTS = Operation(
+    "POST",
+    "save_weights",
+    types.SaveWeightsResponse,
+    types.SaveWeightsRequest,
+    "save_weights",
+    name="SaveWeights",
+)
+SAVE_WEIGHTS_FOR_SAMPLER = Operation(
+    "POST",
+    "save_weights_for_sampler",
+    types.SaveWeightsForSamplerResponse,
+    types.SaveWeightsForSamplerRequest,
+    "save_weights_for_sampler",
+    name="SaveWeightsForSampler",
+)
+LOAD_WEIGHTS = Operation(
+    "POST",
+    "load_weights",
+    types.LoadWeightsResponse,
+    types.LoadWeightsRequest,
+    "load_weights",
+    name="LoadWeights",
+)
+SAMPLE = Operation(
+    "POST", "asample", types.SampleResponse, types.SampleRequest, "sample", name="Sample"
+)
+
+LIST_TRAINING_RUNS = Endpoint("GET", "training_runs", types.TrainingRunsResponse)
+GET_TRAINING_RUN = Endpoint("GET", "training_runs/{run_id}", types.TrainingRun)
+LIST_CHECKPOINTS = Endpoint(
+    "GET", "training_runs/{run_id}/checkpoints", types.CheckpointsListResponse
+)
+LIST_USER_CHECKPOINTS = Endpoint("GET", "checkpoints", types.CheckpointsListResponse)
+_CHECKPOINT = "training_runs/{run_id}/checkpoints/{checkpoint_id}"  # the id holds a slash
+DELETE_CHECKPOINT = Endpoint("DELETE", _CHECKPOINT, Nothing)
+PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
+UNPUBLISH_CHECKPOINT = Endpoint("DELETE", f"{_CHECKPOINT}/publish", Nothing)
+SET_CHECKPOINT_TTL = Endpoint("PUT", f"{_CHECKPOINT}/ttl", Nothing, types.SetTtlRequest)
+CHECKPOINT_ARCHIVE = Endpoint(
+    "GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse
+)
+LIST_SESSIONS = Endpoint("GET", "sessions", types.ListSessionsResponse)
+GET_SESSION = Endpoint("GET", "sessions/{session_id}", types.GetSessionResponse)
+
+#: Every operation by the name it has on the wire.
+OPERATIONS: dict[str, Operation[Any]] = {
+    value.name: value for value in list(globals().values()) if isinstance(value, Operation)
+}
