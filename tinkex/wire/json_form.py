@@ -562,7 +562,8 @@ def _read_topk(value: Any) -> types.TopkLogprobs:
         for row in value:
             rows.append(None if row is None else [_read_pair(cell) for cell in row])
     except (_Wrong, TypeError) as exc:
-XX
+        row = short(value[len(rows)])
+        raise _Wrong(f"is {row}, but must be a row of pairs.", f"[{len(rows)}]") from exc
     return types.TopkLogprobs.from_list(rows)
 
 
