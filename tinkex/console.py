@@ -1,0 +1,122 @@
+"""How a run looks in a terminal, and what Ctrl-C does to it.
+
+Progress goes to stderr; stdout is for results. Knows nothing of what is running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+#: Exit status of a program ended by Ctrl-C.
+INTERRUPTED = 130
+#: Seconds after the first Ctrl-C at which the process is gone in any case.
+LAST_RESORT_SECONDS = 4.7
+#: Seconds between two plain progress lines.
+PLAIN_SECONDS = 5.0
+
+
+class Progress:
+    """Steps of a run: a bar in a terminal, otherwise a line every few seconds. A Report."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._bar: tqdm[Any] | None = None
+        self._first_step = self._total = 0
+        self._begun = self._last_line = clock()
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def begin(self, step: int, total_steps: int) -> None:
+        self._first_step, self._total = step, total_steps
+        self._begun = self._last_line = self._clock()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def row(self, row: dict[str, float]) -> None:
+        if self._bar is None:
+            self._print(row)
+            return
+        words = _words(row)
+        if "eval_loss" in row:
+            self.say(f"step {row['step']}: held-out loss {row['eval_loss']:.4f} per token")
+        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        self._bar.update(int(row["step"]) - self._bar.n)
+
+    def _print(self, row: dict[str, float]) -> None:
+        step, now = int(row["step"]), self._clock()
+        is_worth_a_line = "eval_loss" in row or step == self._total
+        if not is_worth_a_line and now - self._last_line < PLAIN_SECONDS:
+            return
+        self._last_line = now
+        words = [f"step {step}/{self._total}", *_words(row)]
+        if self._first_step < step < self._total:
+            left = (now - self._begun) / (step - self._first_step) * (self._total - step)
+            words.append(f"{tqdm.format_interval(left)} left")
+        print(", ".join(words), file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _words(row: dict[str, float]) -> list[str]:
+    words = []
+    if "train_loss" in row:
+        words.append(f"loss {row['train_loss']:.4f}")
+        words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "eval_loss" in row:
+        words.append(f"held-out loss {row['eval_loss']:.4f}")
+    return words
+
+
+class CtrlC:
+    """What Ctrl-C does while this context is entered.
+
+    Within `deferred` the first one is only noted, elsewhere it raises KeyboardInterrupt. The
+    second one exits at once, and so does the time: `LAST_RESORT_SECONDS` after the first the
+    process is gone, whatever it is waiting for.
+    """
+
+    def __init__(self) -> None:
+        self._is_deferred = self._is_pressed = False
+        self._last_resort: threading.Timer | None = None
+
+    def __enter__(self) -> CtrlC:
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
+    @contextmanager
+    def deferred(self) -> Iterator[Callable[[], bool]]:
+        """Gives what says whether Ctrl-C was pressed."""
+        self._is_deferred = True
+        try:
+            yield lambda: self._is_pressed
+        finally:
+            self._is_deferred = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # Nothing is printed here: the signal may have come in the middle of another print.
+        if self._is_pressed:
+            os._exit(INTERRUPTED)
+        self._is_pressed = True
+        self._last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, (INTERRUPTED,))
+        self._last_resort.daemon = True
+        self._last_resort.start()
+        if not self._is_deferred:
+            raise KeyboardInterrupt
