@@ -6,10 +6,11 @@ protobuf. Knows nothing of HTTP beyond the names of the content types, and does 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
-from .json_form import DecodeError, dumps, from_json, loads, to_json
+from .json_form import dumps, from_json, loads, to_json
+from .problems import DecodeError
 from .table import (
     AUTH_TOKEN,
     CANCEL_FUTURE,
@@ -175,5 +176,5 @@ def decode_result(cls: type[R], body: bytes) -> R:
     """
     from . import proto
 
-    result: Any = proto.decode_result(cls, body)
-    return result  # type: ignore[no-any-return]
+    result: R = proto.decode_result(cls, body)
+    return result

@@ -15,7 +15,7 @@ import json
 import math
 import types as builtin_types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NoReturn, TypeVar, Union
 
@@ -26,6 +26,7 @@ from .. import types
 from ..types.data import MAX_TOKEN_ID, Chunk
 from ..types.losses import LossConfigValue
 from ..types.sampling import Stop
+from .problems import DecodeError, Wrong, make, make_tensor, refuse, short
 
 T = TypeVar("T")
 Reader = Callable[[Any], Any]
@@ -33,38 +34,6 @@ Writer = Callable[[Any], Any]
 
 #: Deepest nesting of data whose inside we do not know (user_metadata and the like).
 MAX_DEPTH = 50
-#: Most cells of a sparse tensor's dense form; a few bytes could otherwise stand for terabytes.
-MAX_DENSE_CELLS = 2**28
-
-
-class DecodeError(ValueError):
-    """What came cannot be read: one sentence with the place, the value and what is wanted."""
-
-
-class _Wrong(Exception):
-    """A value that cannot be read; `place` grows on the way up to the whole path."""
-
-    def __init__(self, sentence: str, place: str = "") -> None:
-        super().__init__(sentence)
-        self.sentence = sentence
-        self.place = place
-
-    def inside(self, place: str) -> None:
-        """Note that the value was found at *place* of something larger."""
-        self.place = place + ("." if self.place[:1] not in ("", "[") else "") + self.place
-
-
-def short(value: object) -> str:
-    """*value* for an error message, of at most 60 characters."""
-    if isinstance(value, (dict, list)) and len(value) > 8:
-        what = "an object" if isinstance(value, dict) else "a list"
-        return f"{what} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _refuse(value: object, wanted: str) -> NoReturn:
-    raise _Wrong(f"is {short(value)}, but must be {wanted}.")
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -175,7 +144,7 @@ def _object_writer(cls: type) -> Writer:
     ]
 
     def write(obj: Any) -> dict[str, Any]:
-        plain = {}
+        plain: dict[str, Any] = {}
         for name, key, left_out, send_null in fields:
             value = getattr(obj, name)
             if value is None and send_null:
@@ -281,11 +250,11 @@ def from_json(cls: type[T], payload: Any) -> T:
     Raises:
         DecodeError: If something is missing, of the wrong type or refused by the type's own checks.
     """
+    hint: Any = cls
     try:
-        obj: T = _reader(cls)(payload)
-    except _Wrong as wrong:
-        place = f"{cls.__name__}.{wrong.place}" if wrong.place else cls.__name__
-        raise DecodeError(f"{place} {wrong.sentence}") from wrong.__cause__
+        obj: T = _reader(hint)(payload)
+    except Wrong as wrong:
+        raise wrong.about(cls.__name__) from wrong.__cause__
     return obj
 
 
@@ -326,28 +295,21 @@ def _object_reader(cls: type) -> Reader:
         if prepare is not None:
             payload = prepare(payload)
         if not isinstance(payload, dict):
-            _refuse(payload, "an object")
+            refuse(payload, "an object")
         values = {}
         for key, alias, reader, required in fields:
             value = payload.get(key)
             if value is not None:
                 try:
                     values[alias] = reader(value)
-                except _Wrong as wrong:
+                except Wrong as wrong:
                     wrong.inside(key)
                     raise
             elif required:
-                raise _Wrong("is missing.", key)
-        return _make(cls, values)
+                raise Wrong("is missing.", key)
+        return make(cls, values)
 
     return read
-
-
-def _make(make: Callable[..., Any], values: dict[str, Any]) -> Any:
-    try:
-        return make(**values)
-    except (ValueError, TypeError) as exc:
-        raise _Wrong(f"is not usable: {exc}") from exc
 
 
 def _optional_reader(arguments: tuple[Any, ...]) -> Reader:
@@ -361,7 +323,7 @@ def _literal_reader(values: tuple[Any, ...]) -> Reader:
 
     def read(value: Any) -> Any:
         if not isinstance(value, str) or value not in values:
-            _refuse(value, wanted)
+            refuse(value, wanted)
         return value
 
     return read
@@ -370,12 +332,12 @@ def _literal_reader(values: tuple[Any, ...]) -> Reader:
 def _list_reader(reader: Reader) -> Reader:
     def read(value: Any) -> list[Any]:
         if not isinstance(value, list):
-            _refuse(value, "a list")
+            refuse(value, "a list")
         items = []
         try:
             for item in value:
                 items.append(reader(item))
-        except _Wrong as wrong:
+        except Wrong as wrong:
             wrong.inside(f"[{len(items)}]")
             raise
         return items
@@ -386,12 +348,12 @@ def _list_reader(reader: Reader) -> Reader:
 def _mapping_reader(reader: Reader) -> Reader:
     def read(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            _refuse(value, "an object")
+            refuse(value, "an object")
         items = {}
         for key, item in value.items():
             try:
                 items[_text(key)] = reader(item)
-            except _Wrong as wrong:
+            except Wrong as wrong:
                 wrong.inside(key)
                 raise
         return items
@@ -401,15 +363,15 @@ def _mapping_reader(reader: Reader) -> Reader:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        _refuse(value, "a string")
+        refuse(value, "a string")
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        _refuse(value, "Unicode text (it holds half of a surrogate pair)")
+        refuse(value, "Unicode text (it holds half of a surrogate pair)")
     return value
 
 
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        _refuse(value, "true or false")
+        refuse(value, "true or false")
     return value
 
 
@@ -418,7 +380,7 @@ def _integer(value: Any) -> int:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    _refuse(value, "a whole number")
+    refuse(value, "a whole number")
 
 
 def _number(value: Any) -> float:
@@ -429,7 +391,7 @@ def _number(value: Any) -> float:
             number = math.inf
         if math.isfinite(number):  # 1e999 is JSON, and infinity
             return number
-    _refuse(value, "a finite number")
+    refuse(value, "a finite number")
 
 
 def _number_or_text(value: Any) -> float | str:
@@ -439,14 +401,14 @@ def _number_or_text(value: Any) -> float | str:
 def _free_form(value: Any) -> dict[str, Any]:
     """An object whose inside is the user's: only what would break later is refused."""
     if not isinstance(value, dict):
-        _refuse(value, "an object")
+        refuse(value, "an object")
     _check_free_form(value, 0)
     return value
 
 
 def _check_free_form(value: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise _Wrong(f"is nested more than {MAX_DEPTH} deep.")
+        raise Wrong(f"is nested more than {MAX_DEPTH} deep.")
     if isinstance(value, float):
         _number(value)
     elif isinstance(value, str):
@@ -464,7 +426,7 @@ def _metrics(value: Any) -> dict[str, float]:
     """Numbers by name; null is NaN. What is no number is left out: the operation has run, and its
     result must not be lost for a metric we cannot show."""
     if not isinstance(value, dict):
-        _refuse(value, "an object")
+        refuse(value, "an object")
     metrics = {}
     for name, number in value.items():
         if number is None:
@@ -478,30 +440,30 @@ def numbers(values: Any, dtype: type[np.generic], what: str) -> np.ndarray:
     """A flat JSON list as an array, without a loop in Python. null is NaN among floats.
 
     Raises:
-        _Wrong: If it holds anything but numbers, or ones that do not fit *dtype*.
+        Wrong: If it holds anything but numbers, or ones that do not fit *dtype*.
     """
     if not isinstance(values, list):
-        _refuse(values, f"a list of {what}")
+        refuse(values, f"a list of {what}")
     floating = issubclass(dtype, np.floating)
     kinds = set(map(type, values))
     if not kinds <= ({int, float, type(None)} if floating else {int, float}):
         bad = next(v for v in values if type(v) not in (int, float))
-        raise _Wrong(f"holds {short(bad)}, but must be a flat list of {what}.")
+        raise Wrong(f"holds {short(bad)}, but must be a flat list of {what}.")
     try:
         with np.errstate(over="raise"):
             array = np.array(values, np.float64 if float in kinds else dtype)
             if not floating and float in kinds and not (array == np.rint(array)).all():
-                raise _Wrong(f"holds numbers with a fraction, but must be {what}.")
+                raise Wrong(f"holds numbers with a fraction, but must be {what}.")
             return array.astype(dtype, copy=False)
     except (OverflowError, FloatingPointError) as exc:
-        raise _Wrong(f"holds a number beyond {np.dtype(dtype)}.") from exc
+        raise Wrong(f"holds a number beyond {np.dtype(dtype)}.") from exc
 
 
 def _tokens(value: Any) -> np.ndarray:
     array = numbers(value, np.int64, "token ids")
     if array.size and not (int(array.min()) >= 0 and int(array.max()) <= MAX_TOKEN_ID):
         bad = int(array.min()) if int(array.min()) < 0 else int(array.max())
-        raise _Wrong(f"holds token id {bad}, which is outside 0..{MAX_TOKEN_ID}.")
+        raise Wrong(f"holds token id {bad}, which is outside 0..{MAX_TOKEN_ID}.")
     return array.astype(np.int32)
 
 
@@ -511,10 +473,10 @@ def _floats(value: Any) -> np.ndarray:
 
 def _read_tensor(value: Any) -> types.TensorData:
     if not isinstance(value, dict):
-        _refuse(value, "an object with data, dtype and shape")
+        refuse(value, "an object with data, dtype and shape")
     dtype = value.get("dtype")
     if dtype not in ("int64", "float32"):
-        raise _Wrong(f'is {short(dtype)}, but must be "int64" or "float32".', "dtype")
+        raise Wrong(f'is {short(dtype)}, but must be "int64" or "float32".', "dtype")
     kind = np.float32 if dtype == "float32" else np.int64
     parts: dict[str, Any] = {}
     for key, read in (
@@ -526,44 +488,25 @@ def _read_tensor(value: Any) -> types.TensorData:
         if value.get(key) is not None:
             try:
                 parts[key] = read(value[key])
-            except _Wrong as wrong:
+            except Wrong as wrong:
                 wrong.inside(key)
                 raise
     if "data" not in parts:
-        raise _Wrong("is missing.", "data")
+        raise Wrong("is missing.", "data")
     return make_tensor(**parts)
-
-
-def make_tensor(
-    data: np.ndarray,
-    shape: Sequence[int] | None = None,
-    sparse_crow_indices: np.ndarray | None = None,
-    sparse_col_indices: np.ndarray | None = None,
-) -> types.TensorData:
-    """A tensor of parts that came from afar; shapes whose product is beyond reason are refused."""
-    if shape is not None and math.prod(shape) > MAX_DENSE_CELLS:
-        raise _Wrong(f"has shape {short(list(shape))}, more than {MAX_DENSE_CELLS} numbers.")
-    values = {
-        "data": data,
-        "shape": shape,
-        "sparse_crow_indices": sparse_crow_indices,
-        "sparse_col_indices": sparse_col_indices,
-    }
-    tensor: types.TensorData = _make(types.TensorData, values)
-    return tensor
 
 
 def _read_topk(value: Any) -> types.TopkLogprobs:
     """Rows of [token, logprob] pairs, or of {"token_id", "logprob"}; null where there are none."""
     if not isinstance(value, list):
-        _refuse(value, "a list of rows")
+        refuse(value, "a list of rows")
     rows: list[list[tuple[int, float]] | None] = []
     try:
         for row in value:
             rows.append(None if row is None else [_read_pair(cell) for cell in row])
-    except (_Wrong, TypeError) as exc:
+    except (Wrong, TypeError) as exc:
         row = short(value[len(rows)])
-        raise _Wrong(f"is {row}, but must be a row of pairs.", f"[{len(rows)}]") from exc
+        raise Wrong(f"is {row}, but must be a row of pairs.", f"[{len(rows)}]") from exc
     return types.TopkLogprobs.from_list(rows)
 
 
@@ -571,10 +514,10 @@ def _read_pair(cell: Any) -> tuple[int, float]:
     if isinstance(cell, dict):
         cell = [cell.get("token_id"), cell.get("logprob")]
     if not isinstance(cell, list) or len(cell) != 2:
-        _refuse(cell, "a pair")
+        refuse(cell, "a pair")
     token = _integer(cell[0])
     if not 0 <= token <= MAX_TOKEN_ID:
-        _refuse(token, "a token id")
+        refuse(token, "a token id")
     return token, _number(cell[1])
 
 
@@ -584,12 +527,12 @@ def _read_text_chunk(value: dict[str, Any]) -> Chunk:
 
 def _read_image(value: dict[str, Any]) -> Chunk:
     data = _at("data", value, _base64)
-    return _make(types.ImageChunk, {"data": data, **_format_and_length(value)})
+    return make(types.ImageChunk, {"data": data, **_format_and_length(value)})
 
 
 def _read_image_asset(value: dict[str, Any]) -> Chunk:
     location = _at("location", value, _text)
-    return _make(types.ImageAssetPointerChunk, {"location": location, **_format_and_length(value)})
+    return make(types.ImageAssetPointerChunk, {"location": location, **_format_and_length(value)})
 
 
 def _format_and_length(value: dict[str, Any]) -> dict[str, Any]:
@@ -602,10 +545,10 @@ def _format_and_length(value: dict[str, Any]) -> dict[str, Any]:
 
 def _at(key: str, value: dict[str, Any], reader: Reader) -> Any:
     if value.get(key) is None:
-        raise _Wrong("is missing.", key)
+        raise Wrong("is missing.", key)
     try:
         return reader(value[key])
-    except _Wrong as wrong:
+    except Wrong as wrong:
         wrong.inside(key)
         raise
 
@@ -614,7 +557,7 @@ def _base64(value: Any) -> bytes:
     try:
         return base64.b64decode(_text(value), validate=True)
     except binascii.Error as exc:
-        raise _Wrong(f"is not base64: {exc}.") from exc
+        raise Wrong(f"is not base64: {exc}.") from exc
 
 
 _CHUNKS: dict[str, Callable[[dict[str, Any]], Chunk]] = {
@@ -626,11 +569,11 @@ _CHUNKS: dict[str, Callable[[dict[str, Any]], Chunk]] = {
 
 def _read_chunk(value: Any) -> Chunk:
     if not isinstance(value, dict):
-        _refuse(value, "an object with a type")
+        refuse(value, "an object with a type")
     kind = value.get("type", "encoded_text")  # SDKs up to 0.15 name no type
     read = _CHUNKS.get(kind) if isinstance(kind, str) else None
     if read is None:
-        raise _Wrong(f"is {short(kind)}, but must be one of {', '.join(_CHUNKS)}.", "type")
+        raise Wrong(f"is {short(kind)}, but must be one of {', '.join(_CHUNKS)}.", "type")
     return read(value)
 
 
@@ -643,7 +586,7 @@ class _Batch:
 
 def _read_training_request(value: Any) -> types.ForwardBackwardRequest:
     if not isinstance(value, dict):
-        _refuse(value, "an object")
+        refuse(value, "an object")
     forward_only = value.get("forward_backward_input") is None and "forward_input" in value
     batch = _at(
         "forward_input" if forward_only else "forward_backward_input", value, _reader(_Batch)
