@@ -1,0 +1,152 @@
+"""
+A ServiceClient that trains for real, in this process: a model of how often each token occurs.
+
+Its logits are one number per token, whatever comes before, and its optimizer is momentum. So the
+loss really falls, order really matters, and a checkpoint without the optimizer's state shows.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+
+from tinkex import types
+
+
+class ByteTokenizer:
+    """One token a byte, 256 begins a text, 257 ends it."""
+
+    bos_token_id, eos_token_id = 256, 257
+    chat_template = None
+
+    def encode(self, text):
+        return [256, *text.encode()]
+
+    def decode(self, tokens):
+        return bytes(t for t in tokens if t < 256).decode(errors="replace")
+
+
+class FakeService:
+    """
+    Args:
+        on_operation: called with the name of each operation as it is asked for.
+    """
+
+    def __init__(self, on_operation=lambda name: None):
+        self.checkpoints = {}
+        self.created = []
+        self.on_operation = on_operation
+
+    def create_lora_training_client(self, base_model, **settings):
+        self.created.append((base_model, settings))
+        return FakeTraining(self, len(self.created), np.zeros(258), np.zeros(258))
+
+    def create_training_client_from_state_with_optimizer(self, path):
+        self.created.append((path, {}))
+        logits, momentum = self.checkpoints[path]
+        return FakeTraining(self, len(self.created), logits.copy(), momentum.copy())
+
+    def create_sampling_client(self, model_path):
+        return FakeSampling(self.checkpoints[model_path][0])
+
+    def create_rest_client(self):
+        return self
+
+    def download_checkpoint(self, path, output_dir, force=False):
+        output_dir.mkdir(exist_ok=force)
+        np.save(output_dir / "adapter_model.npy", self.checkpoints[path][0])
+        return output_dir
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+
+class FakeTraining:
+    def __init__(self, service, number, logits, momentum):
+        self.service, self.number = service, number
+        self.logits, self.momentum, self.gradient = logits, momentum, np.zeros(258)
+        self.is_closed = False
+
+    def get_tokenizer(self):
+        return ByteTokenizer()
+
+    def forward(self, data, loss_fn):
+        return self._answer("forward", lambda: self._output(data))
+
+    def forward_backward(self, data, loss_fn):
+        return self._answer("forward_backward", lambda: self._accumulate(data))
+
+    def optim_step(self, params):
+        return self._answer("optim_step", lambda: self._step(params.learning_rate))
+
+    def save_state(self, name):
+        return self._answer("save_state", lambda: self._save("weights", name))
+
+    def save_weights_for_sampler(self, name):
+        return self._answer("save_weights", lambda: self._save("sampler_weights", name))
+
+    def save_weights_and_get_sampling_client_sync(self):
+        return FakeSampling(self.logits.copy())
+
+    def close(self):
+        self.is_closed = True
+
+    def _answer(self, name, operation):
+        """Run at once, in the order asked: the future is born resolved."""
+        self.service.on_operation(name)
+        future = Future()
+        future.set_result(operation())
+        return future
+
+    def _output(self, data):
+        logprobs = self.logits - np.log(np.exp(self.logits).sum())
+        outputs = [
+            {"logprobs": types.TensorData(logprobs[d.loss_fn_inputs["target_tokens"].to_numpy()])}
+            for d in data
+        ]
+        return types.ForwardBackwardOutput(loss_fn_outputs=outputs, metrics={})
+
+    def _accumulate(self, data):
+        """The gradient of -sum(weights * logprobs): what softmax gives less what was there."""
+        p = np.exp(self.logits) / np.exp(self.logits).sum()
+        for datum in data:
+            weights = datum.loss_fn_inputs["weights"].to_numpy().astype(float)
+            self.gradient += weights.sum() * p
+            np.subtract.at(self.gradient, datum.loss_fn_inputs["target_tokens"].to_numpy(), weights)
+        return self._output(data)
+
+    def _step(self, learning_rate):
+        self.momentum = 0.9 * self.momentum + self.gradient
+        self.logits = self.logits - learning_rate * self.momentum
+        self.gradient = np.zeros(258)
+        return types.OptimStepResponse()
+
+    def _save(self, kind, name):
+        path = f"tinker://run{self.number}/{kind}/{name}"
+        assert path not in self.service.checkpoints, f"{path} is saved twice"
+        self.service.checkpoints[path] = self.logits.copy(), self.momentum.copy()
+        return types.SaveWeightsResponse(path)
+
+
+class FakeSampling:
+    """Says the likeliest token, over and over."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def get_tokenizer(self):
+        return ByteTokenizer()
+
+    def sample(self, prompt, num_samples=1, sampling_params=None):
+        tokens = [int(self.logits.argmax())] * min(sampling_params.max_tokens, 8)
+        sequence = types.SampledSequence(tokens, [-1.0] * len(tokens), "length")
+        future = Future()
+        future.set_result(types.SampleResponse([sequence] * num_samples))
+        return future
