@@ -35,7 +35,7 @@ class FakeService:
 
     def __init__(self, on_operation=lambda name: None):
         self.checkpoints = {}
-        self.created = []
+        self.created, self.prompts = [], []
         self.on_operation = on_operation
 
     def create_lora_training_client(self, base_model, **settings):
@@ -47,8 +47,9 @@ class FakeService:
         logits, momentum = self.checkpoints[path]
         return FakeTraining(self, len(self.created), logits.copy(), momentum.copy())
 
-    def create_sampling_client(self, model_path):
-        return FakeSampling(self.checkpoints[model_path][0])
+    def create_sampling_client(self, model_path=None, base_model=None):
+        logits = np.zeros(258) if model_path is None else self.checkpoints[model_path][0]
+        return FakeSampling(self, logits)
 
     def create_rest_client(self):
         return self
@@ -93,7 +94,7 @@ class FakeTraining:
         return self._answer("save_weights", lambda: self._save("sampler_weights", name))
 
     def save_weights_and_get_sampling_client_sync(self):
-        return FakeSampling(self.logits.copy())
+        return FakeSampling(self.service, self.logits.copy())
 
     def close(self):
         self.is_closed = True
@@ -138,13 +139,14 @@ class FakeTraining:
 class FakeSampling:
     """Says the likeliest token, over and over."""
 
-    def __init__(self, logits):
-        self.logits = logits
+    def __init__(self, service, logits):
+        self.service, self.logits = service, logits
 
     def get_tokenizer(self):
         return ByteTokenizer()
 
     def sample(self, prompt, num_samples=1, sampling_params=None):
+        self.service.prompts.append(ByteTokenizer().decode(prompt.to_ints()))
         tokens = [int(self.logits.argmax())] * min(sampling_params.max_tokens, 8)
         sequence = types.SampledSequence(tokens, [-1.0] * len(tokens), "length")
         future = Future()

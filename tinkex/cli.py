@@ -363,7 +363,7 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("Give --prompt or --prompt-file, not both.")
     if prompt is None:
-        prompt = (prompt_file or click.get_text_stream("stdin", encoding="utf-8")).read()
+        prompt = (prompt_file or sys.stdin).read()
         prompt = prompt.removesuffix("\n")
     if not prompt:
         raise click.UsageError("The prompt is empty; give --prompt 'some text'.")
