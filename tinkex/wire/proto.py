@@ -447,13 +447,12 @@ def _cut(message: Any) -> Iterator[types.TensorData]:
     offsets = _at("offsets", _from_bytes, message.offsets, _INT64)
     if row < 1 or min(trailing, default=1) < 1:
         raise Wrong(f"is {short(trailing)}, but must hold positive sizes.", "trailing_shape")
+    low, high = offsets.min(initial=0), offsets.max(initial=0)
+    if low < 0 or high > len(message.data):
+        there = len(message.data)
+        raise Wrong(f"run from {low} to {high}, but there are {there} bytes.", "offsets")
     if offsets.size == 0 or (np.diff(offsets) < 0).any() or (offsets % (width * row)).any():
         raise Wrong(f"do not cut the data into rows of {width * row} bytes.", "offsets")
-    if offsets[0] < 0 or offsets[-1] > len(message.data):
-        raise Wrong(
-            f"run from {offsets[0]} to {offsets[-1]}, but there are {len(message.data)} bytes.",
-            "offsets",
-        )
     cuts = (offsets // width).tolist()
     return (
         types.TensorData(data[start:end].reshape(-1, *trailing))

@@ -1,0 +1,218 @@
+"""What both dialects promise: the same request, whichever way it travels; the same result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import attrs
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from tinkex import types, wire
+
+TOKENS = arrays.arrays(np.int32, st.integers(0, 20), elements=st.integers(0, 2**31 - 1))
+NAMES = st.sampled_from(["target_tokens", "weights", "advantages", "logprobs", "anything else"])
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+FLOATS = arrays.arrays(np.float32, arrays.array_shapes(max_dims=2, min_side=0), elements=FINITE)
+INTS = arrays.arrays(np.int64, arrays.array_shapes(max_dims=2, min_side=0))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def sparse_tensors(draw):
+    dense = draw(
+        arrays.arrays(np.int64, st.tuples(st.integers(1, 6), st.integers(1, 30)), fill=st.just(0))
+    )
+    return types.TensorData.from_dense(dense)
+
+
+CHUNKS = st.one_of(
+    TOKENS.map(types.EncodedTextChunk),
+    st.builds(
+        types.ImageChunk,
+        st.binary(max_size=20),
+        st.sampled_from(["png", "jpeg"]),
+        st.none() | st.integers(0, 5000),
+    ),
+)
+TENSORS = st.one_of(FLOATS.map(types.TensorData), INTS.map(types.TensorData), sparse_tensors())
+DATUMS = st.builds(
+    types.Datum,
+    st.lists(CHUNKS, max_size=3).map(types.ModelInput),
+    st.dictionaries(NAMES, TENSORS, max_size=3),
+)
+REQUESTS = st.builds(
+    types.ForwardBackwardRequest,
+    model_id=TEXTS,
+    seq_id=st.integers(0, 2**31 - 1),
+    data=st.lists(DATUMS, max_size=3),
+    loss_fn=TEXTS,
+    loss_fn_config=st.none() | st.dictionaries(TEXTS, NUMBERS | TEXTS, min_size=1, max_size=3),
+    forward_only=st.booleans(),
+)
+
+
+@given(REQUESTS, st.booleans())
+def test_a_batch_comes_through_either_dialect_unchanged(request_, protobuf):
+    """The server trains on exactly what the caller gave."""
+    _, content_type, _, body = wire.encode_request(request_, protobuf)
+
+    actual = wire.decode_request(content_type, body)
+
+    assert request_ == actual
+
+
+@given(REQUESTS)
+def test_the_same_batch_has_the_same_bytes(request_):
+    """A resend must carry the same bytes, or the server takes it for another request."""
+    again = attrs.evolve(request_)
+
+    assert wire.encode_request(request_, True) == wire.encode_request(again, True)
+    assert wire.encode_request(request_, False) == wire.encode_request(again, False)
+
+
+@st.composite
+def outputs(draw):
+    names = draw(st.lists(NAMES, unique=True, max_size=2))
+    rows = draw(st.integers(0, 4))
+    return [
+        {name: types.TensorData(draw(FLOATS.filter(lambda a: a.size > 0))) for name in names}
+        for _ in range(rows)
+    ]
+
+
+@given(st.lists(outputs(), max_size=3), st.dictionaries(TEXTS, NUMBERS, max_size=3))
+def test_outputs_of_any_shapes_come_through_protobuf_unchanged(groups, metrics):
+    """Ragged outputs, other fields from datum to datum, (T,) beside (T, K): records are cut anew
+    wherever the kind changes."""
+    result = types.ForwardBackwardOutput([o for group in groups for o in group], metrics, "X")
+
+    actual = wire.decode_result(types.ForwardBackwardOutput, wire.encode_result(result))
+
+    assert result == actual
+
+
+def same_sample(a: types.SampleResponse, b: types.SampleResponse) -> None:
+    assert len(a.sequences) == len(b.sequences)
+    for one, other in zip(a.sequences, b.sequences):
+        assert one.tokens == other.tokens
+        assert one.logprobs == other.logprobs
+        assert one.stop_reason == other.stop_reason
+        assert one.topk_logprobs == other.topk_logprobs
+    assert a.prompt_logprobs == b.prompt_logprobs
+    assert a.topk_prompt_logprobs == b.topk_prompt_logprobs
+    assert a.target_prompt_logprobs == b.target_prompt_logprobs
+    assert a.prompt_cache_hit_tokens == b.prompt_cache_hit_tokens
+
+
+CELLS = st.tuples(st.integers(0, 2**31 - 1), st.floats(-100, 0, width=32))
+TOPK = st.lists(st.none() | st.lists(CELLS, min_size=1, max_size=3), min_size=1, max_size=4).filter(
+    any
+)
+
+
+@st.composite
+def sequences(draw):
+    tokens = draw(TOKENS.filter(len))
+    logprobs = draw(arrays.arrays(np.float32, len(tokens), elements=st.floats(-50, 0, width=32)))
+    return types.SampledSequence(
+        tokens=tokens,
+        logprobs=draw(st.sampled_from([None, logprobs])),
+        stop_reason=draw(st.sampled_from(["stop", "length"])),
+        topk_logprobs=draw(st.none() | TOPK.map(types.TopkLogprobs.from_list)),
+    )
+
+
+SAMPLES = st.builds(
+    types.SampleResponse,
+    sequences=st.lists(sequences(), max_size=3),
+    prompt_logprobs=st.none()
+    | st.lists(st.none() | st.floats(-50, 0, width=32), min_size=1, max_size=5),
+    topk_prompt_logprobs=st.none() | TOPK.map(types.TopkLogprobs.from_list),
+    target_prompt_logprobs=st.none() | FLOATS.map(types.TensorData),
+    prompt_cache_hit_tokens=st.integers(0, 100),
+)
+
+
+@given(SAMPLES)
+def test_a_sample_comes_through_either_dialect_unchanged(sample):
+    """Also what is absent: no log-probabilities are not zero log-probabilities."""
+    through_proto = wire.decode_result(types.SampleResponse, wire.encode_result(sample))
+    through_json = wire.from_json(
+        types.SampleResponse, wire.loads(wire.dumps(wire.to_json(sample, "sample")))
+    )
+
+    same_sample(sample, through_proto)
+    same_sample(sample, through_json)
+
+
+REQUEST = types.ForwardBackwardRequest(
+    "m", 3, [types.Datum(types.ModelInput.from_ints([1, 2]), {"weights": [1.0, 0.0]})], "ppo"
+)
+
+
+@pytest.mark.parametrize(
+    ("protobuf", "forward_only", "path", "content_type"),
+    [
+        (False, False, "forward_backward", "application/json"),
+        (False, True, "forward", "application/json"),
+        (True, False, "forward_backward", "application/x-protobuf"),
+        (True, True, "forward_backward", "application/x-protobuf"),
+    ],
+)
+def test_a_batch_goes_where_its_dialect_has_it(protobuf, forward_only, path, content_type):
+    """`forward` exists in JSON only; a protobuf request says forward_only instead."""
+    request = attrs.evolve(REQUEST, forward_only=forward_only)
+
+    actual_path, actual_type, encoding, body = wire.encode_request(request, protobuf)
+
+    assert (path, content_type, None) == (actual_path, actual_type, encoding)
+    assert forward_only == wire.decode_request(content_type, body).forward_only
+
+
+def test_compression_is_of_the_protobuf_form_only():
+    """Servers announce zstd for protobuf requests; none announces it for JSON."""
+    *_, encoding, body = wire.encode_request(REQUEST, protobuf=True, compress=True)
+    *_, json_encoding, json_body = wire.encode_request(REQUEST, protobuf=False, compress=True)
+
+    assert "zstd" == encoding
+    assert wire.encode_request(REQUEST, True)[3] == zstandard.ZstdDecompressor().decompress(body)
+    assert json_encoding is None
+    assert wire.encode_request(REQUEST, False)[3] == json_body
+
+
+def test_without_zstandard_nothing_is_compressed(monkeypatch):
+    """The package is an extra, and compression a favour: a client without it still trains."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+
+    *_, encoding, body = wire.encode_request(REQUEST, protobuf=True, compress=True)
+
+    assert encoding is None
+    assert REQUEST == wire.decode_request(wire.PROTOBUF, body)
+
+
+def test_the_content_type_decides_how_a_body_is_read():
+    body = wire.encode_request(REQUEST, False)[3]
+
+    assert REQUEST == wire.decode_request("Application/JSON; charset=utf-8", body)
+    with pytest.raises(wire.DecodeError, match=r"'text/plain' cannot be read; send application/js"):
+        wire.decode_request("text/plain", body)
+
+
+def test_json_needs_no_protobuf():
+    """`import tinkex` and JSON-only use must not pay for a library they do not touch."""
+    script = (
+        "import sys; from tinkex import wire, types;"
+        "wire.dumps(wire.to_json(types.OptimStepRequest('m', 1)));"
+        "print([m for m in sys.modules if m.startswith('google')])"
+    )
+
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert "[]" == out.stdout.strip()

@@ -1,0 +1,589 @@
+"""The JSON form: what official clients and servers say, what is forgiven, and what is not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+
+import attrs
+import numpy as np
+import pytest
+
+from tinkex import types, wire
+
+# --- what goes out ------------------------------------------------------------------------------
+
+
+def test_optim_step_is_what_the_official_sdk_sends():
+    """All six numbers go out, defaults too: servers may have other defaults."""
+    request = types.OptimStepRequest("m", 3, types.AdamParams(learning_rate=0.01))
+
+    assert {
+        "model_id": "m",
+        "seq_id": 3,
+        "type": "optim_step",
+        "adam_params": {
+            "learning_rate": 0.01,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-12,
+            "weight_decay": 0.0,
+            "grad_clip_norm": 0.0,
+        },
+    } == wire.to_json(request, "optim_step")
+
+
+def test_create_model_leaves_out_what_older_servers_do_not_know():
+    """Servers that refuse unknown fields must still take it."""
+    request = types.CreateModelRequest("s", 0, "tiny", types.LoraConfig(rank=8, seed=7))
+
+    assert {
+        "session_id": "s",
+        "model_seq_id": 0,
+        "base_model": "tiny",
+        "lora_config": {
+            "rank": 8,
+            "seed": 7,
+            "train_unembed": True,
+            "train_mlp": True,
+            "train_attn": True,
+        },
+    } == wire.to_json(request)
+
+
+def test_a_newer_field_goes_out_once_it_is_used():
+    request = types.SampleRequest(
+        types.ModelInput.from_ints([1]), topk_sample_logprobs=2, record_stability_info=True
+    )
+
+    plain = wire.to_json(request)
+
+    assert 2 == plain["topk_sample_logprobs"]
+    assert True is plain["record_stability_info"]
+
+
+def test_sample_is_what_the_official_sdk_sends_less_its_newer_defaults():
+    request = types.SampleRequest(
+        types.ModelInput.from_ints([19, 261]),
+        types.SamplingParams(max_tokens=8, seed=3, stop=["9"], temperature=0.7, top_k=50),
+        num_samples=3,
+        sampling_session_id="s",
+        seq_id=1,
+    )
+
+    assert {
+        "num_samples": 3,
+        "prompt": {"chunks": [{"tokens": [19, 261], "type": "encoded_text"}]},
+        "sampling_params": {
+            "max_tokens": 8,
+            "seed": 3,
+            "stop": ["9"],
+            "temperature": 0.7,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+        "sampling_session_id": "s",
+        "seq_id": 1,
+        "prompt_logprobs": False,
+        "topk_prompt_logprobs": 0,
+        "type": "sample",
+    } == wire.to_json(request, "sample")
+
+
+def test_stop_none_and_stop_nothing_are_not_the_same():
+    """None lets end-of-text stop, an empty list lets nothing stop: the latter must travel."""
+    nothing = types.SampleRequest(types.ModelInput.empty(), types.SamplingParams(stop=[]))
+    default = types.SampleRequest(types.ModelInput.empty(), types.SamplingParams())
+
+    assert [] == wire.to_json(nothing)["sampling_params"]["stop"]
+    assert "stop" not in wire.to_json(default)["sampling_params"]
+
+
+def test_a_batch_is_what_sdk_0_24_sends():
+    request = types.ForwardBackwardRequest(
+        "m",
+        2,
+        [
+            types.Datum(
+                types.ModelInput.from_ints([19, 261, 273]),
+                {"target_tokens": [261, 273, 2], "weights": [0.0, 1.0, 1.0]},
+            )
+        ],
+        "cross_entropy",
+    )
+    batch = {
+        "data": [
+            {
+                "loss_fn_inputs": {
+                    "target_tokens": {"data": [261, 273, 2], "dtype": "int64", "shape": [3]},
+                    "weights": {"data": [0.0, 1.0, 1.0], "dtype": "float32", "shape": [3]},
+                },
+                "model_input": {"chunks": [{"tokens": [19, 261, 273], "type": "encoded_text"}]},
+            }
+        ],
+        "loss_fn": "cross_entropy",
+    }
+
+    assert {"forward_backward_input": batch, "model_id": "m", "seq_id": 2} == wire.to_json(request)
+    forward = attrs.evolve(request, forward_only=True)
+    assert {"forward_input": batch, "model_id": "m", "seq_id": 2} == wire.to_json(forward)
+
+
+def test_images_travel_as_base64():
+    chunk = types.ImageChunk(b"\x89PNG", "png", expected_tokens=4)
+    pointer = types.ImageAssetPointerChunk("asset://1", "jpeg")
+
+    assert {"chunks": [
+        {"type": "image", "data": "iVBORw==", "format": "png", "expected_tokens": 4},
+        {"type": "image_asset_pointer", "location": "asset://1", "format": "jpeg"},
+    ]} == wire.to_json(types.ModelInput((chunk, pointer)))  # fmt: skip
+
+
+def test_an_image_asset_cannot_go_into_protobuf():
+    """The messages have no room for it; better said than left out."""
+    chunk = types.ImageAssetPointerChunk("asset://1", "jpeg")
+    request = types.ForwardBackwardRequest(
+        "m", 1, [types.Datum(types.ModelInput((chunk,)), {})], "cross_entropy"
+    )
+
+    with pytest.raises(ValueError, match=r"data\[0\] holds an ImageAssetPointerChunk"):
+        wire.encode_request(request, protobuf=True)
+
+
+def test_a_sparse_tensor_travels_in_its_parts():
+    tensor = types.TensorData.from_dense(np.array([[0] * 9 + [5], [0] * 10, [7] + [0] * 9]))
+
+    assert {
+        "data": [5, 7],
+        "dtype": "int64",
+        "shape": [3, 10],
+        "sparse_crow_indices": [0, 1, 1, 2],
+        "sparse_col_indices": [9, 0],
+    } == wire.to_json(tensor)
+
+
+def test_what_is_asked_to_be_null_is_null():
+    """A TTL of null says "never"; left out, it would say nothing."""
+    assert {"ttl_seconds": None} == wire.to_json(types.SetTtlRequest())
+    assert {"ttl_seconds": 3600} == wire.to_json(types.SetTtlRequest(3600))
+
+
+def test_results_that_are_not_finite_become_null():
+    """A diverged loss must reach its reader; JSON has no word for NaN."""
+    output = types.ForwardBackwardOutput(
+        [{"logprobs": types.TensorData(np.array([-1.0, np.nan, -np.inf], np.float32))}],
+        {"loss:sum": math.nan},
+    )
+
+    plain = json.loads(wire.dumps(wire.to_json(output)))
+    back = wire.from_json(types.ForwardBackwardOutput, plain)
+
+    assert [-1.0, None, None] == plain["loss_fn_outputs"][0]["logprobs"]["data"]
+    assert {"loss:sum": None} == plain["metrics"]
+    assert math.isnan(back.loss)
+    np.testing.assert_array_equal(
+        [-1.0, np.nan, np.nan], back.loss_fn_outputs[0]["logprobs"].to_numpy()
+    )
+
+
+def test_numpy_numbers_are_numbers():
+    request = types.OptimStepRequest("m", np.int64(3), types.AdamParams(np.float32(0.5)))
+
+    assert b'"seq_id":3,' in wire.dumps(wire.to_json(request))
+
+
+@pytest.mark.parametrize("payload", [{"a": math.nan}, {"a": math.inf}, {"a": object()}, {"a": {1}}])
+def test_what_is_not_json_is_not_sent(payload):
+    """Python would write NaN, which other readers refuse; the caller is told instead."""
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        wire.dumps(payload)
+
+
+# --- what comes in: everything round-trips ------------------------------------------------------
+
+EXAMPLES = {
+    "session_id": "s",
+    "sampling_session_id": "s",
+    "model_id": "m",
+    "request_id": "r",
+    "base_model": "tiny",
+    "path": "tinker://m/weights/a",
+    "tinker_path": "tinker://m/weights/a",
+    "jwt": "j",
+    "url": "http://x",
+    "sdk_version": "1",
+    "state": "finished",
+    "sampler_id": "s",
+    "training_run_id": "m",
+    "checkpoint_id": "weights/a",
+    "checkpoint_type": "training",
+    "model_seq_id": 4,
+    "sampling_session_seq_id": 5,
+    "client_counter": 2,
+    "seq_id": 6,
+    "target": {"type": "sampling_session"},
+    "prompt": types.ModelInput.from_ints([1, 2]),
+    "model_input": types.ModelInput.from_ints([1, 2]),
+    "loss_fn_inputs": {"weights": [1.0, 2.0]},
+    "data": [types.Datum(types.ModelInput.from_ints([3]), {"weights": [1.0]})],
+    "loss_fn": "ppo",
+    "training_run_ids": ["m"],
+    "chunks": (types.EncodedTextChunk([1]),),
+}
+
+#: Not sent on their own, compared by arrays (test_wire), or never sent at all.
+NOT_ALONE = {
+    types.EncodedTextChunk,
+    types.ImageChunk,
+    types.ImageAssetPointerChunk,
+    types.SampledSequence,
+    types.SampleResponse,
+    types.TopkLogprobs,
+    types.LossFunction,
+    types.ParsedCheckpointTinkerPath,
+}
+
+
+def travelling_types() -> list[type]:
+    return [
+        cls
+        for _, cls in sorted(vars(types).items())
+        if inspect.isclass(cls) and attrs.has(cls) and cls not in NOT_ALONE
+    ]
+
+
+@pytest.mark.parametrize("cls", travelling_types())
+def test_every_type_comes_back_as_it_went(cls):
+    """A type added later is covered by being there."""
+    required = [a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING]
+    expected = cls(**{name: EXAMPLES[name] for name in required})
+
+    actual = wire.from_json(cls, wire.loads(wire.dumps(wire.to_json(expected, "tag"))))
+
+    assert expected == actual
+
+
+@pytest.mark.parametrize(
+    "endpoint", [v for v in vars(wire).values() if isinstance(v, wire.Endpoint)]
+)
+def test_every_type_of_the_table_can_be_read(endpoint):
+    """A type without a JSON form would be found out by a user."""
+    for cls in (endpoint.result, endpoint.request):
+        if cls not in (None, wire.Nothing):
+            with pytest.raises(wire.DecodeError, match=cls.__name__):
+                wire.from_json(cls, "not an object")
+
+
+# --- what comes in: what is forgiven ------------------------------------------------------------
+
+
+def test_unknown_fields_are_ignored():
+    """Servers grow; an old client must not break on it."""
+    promise = wire.from_json(
+        types.Promise, {"request_id": "1", "future_id": "1", "status": "pending"}
+    )
+
+    assert types.Promise("1") == promise
+
+
+def test_null_stands_for_the_default():
+    """Old SDKs send "loss_fn_config": null and prompt_logprobs: null; servers send metrics: null."""
+    assert types.OptimStepResponse({}) == wire.from_json(types.OptimStepResponse, {"metrics": None})
+    assert types.ForwardBackwardOutput() == wire.from_json(types.ForwardBackwardOutput, {})
+    sample = wire.from_json(
+        types.SampleRequest,
+        {"prompt": {"chunks": []}, "prompt_logprobs": None, "sampling_params": None},
+    )
+    assert types.SampleRequest(types.ModelInput.empty()) == sample
+
+
+def test_an_int_is_a_float_and_a_whole_float_an_int():
+    """JSON writers differ in how they write 3.0."""
+    adam = wire.from_json(types.AdamParams, {"learning_rate": 1})
+    request = wire.from_json(types.OptimStepRequest, {"model_id": "m", "seq_id": 3.0})
+
+    assert 1.0 == adam.learning_rate
+    assert 3 == request.seq_id
+    assert isinstance(request.seq_id, int)
+
+
+def test_chunks_of_old_sdks_name_no_type():
+    assert types.ModelInput.from_ints([1, 2]) == wire.from_json(
+        types.ModelInput, {"chunks": [{"tokens": [1, 2]}]}
+    )
+
+
+def test_a_tensor_without_shape_is_flat():
+    """The Elixir SDK leaves the shape out of training requests."""
+    tensor = wire.from_json(types.TensorData, {"data": [1, 2], "dtype": "float32", "shape": None})
+
+    assert types.TensorData([1.0, 2.0]) == tensor
+
+
+def test_models_may_be_bare_names():
+    capabilities = wire.from_json(
+        types.GetServerCapabilitiesResponse,
+        {"supported_models": ["a", {"model_name": "b", "arch": "llama"}, None]},
+    )
+
+    assert ["a", "b"] == capabilities.model_names
+
+
+def test_the_base_model_is_found_wherever_servers_put_it():
+    """SkyRL has base_model beside or instead of model_name."""
+    inside = {"model_id": "m", "model_data": {"base_model": "b", "lora_config": {"rank": 8}}}
+    beside = {"model_id": "m", "base_model": "b", "is_lora": False}
+
+    assert "b" == wire.from_json(types.GetInfoResponse, inside).base_model
+    assert "b" == wire.from_json(types.GetInfoResponse, beside).base_model
+    assert False is wire.from_json(types.GetInfoResponse, beside).is_lora
+
+
+def test_a_training_run_may_call_its_id_id_and_write_booleans_as_text():
+    run = wire.from_json(types.TrainingRun, {"id": "m", "is_lora": "false", "corrupted": "true"})
+
+    assert types.TrainingRun("m", is_lora=False, corrupted=True) == run
+
+
+def test_cursors_may_hold_numbers_as_text():
+    assert types.Cursor(20, 10, 0) == wire.from_json(types.Cursor, {"offset": "20", "limit": 10})
+
+
+def test_top_k_cells_may_be_pairs_or_objects():
+    sample = wire.from_json(
+        types.SampleResponse,
+        {
+            "sequences": [
+                {"tokens": [1], "topk_logprobs": [[{"token_id": 5, "logprob": -1.0}]]},
+            ],
+            "topk_prompt_logprobs": [None, [[5, -1.0], [6, -2.0]], []],
+        },
+    )
+
+    assert [None, [(5, -1.0), (6, -2.0)], None] == sample.topk_prompt_logprobs
+    assert [[(5, -1.0)]] == sample.sequences[0].topk_logprobs
+
+
+def test_metrics_that_are_no_numbers_do_not_cost_the_result():
+    """The batch is in the gradients already; losing its result for a label would be absurd."""
+    output = wire.from_json(
+        types.ForwardBackwardOutput,
+        {"metrics": {"loss:sum": 2, "host": "a", "ok": True, "odd name": 0.5, "diverged": None}},
+    )
+
+    assert {"loss:sum": 2.0, "ok": 1.0, "odd name": 0.5} == {
+        name: value for name, value in output.metrics.items() if not math.isnan(value)
+    }
+    assert math.isnan(output.metrics["diverged"])
+
+
+def test_the_real_answers_of_an_open_server_are_read():
+    """Recorded from SkyRL."""
+    sample = wire.from_json(
+        types.SampleResponse,
+        {
+            "sequences": [{"stop_reason": "length", "tokens": [27, 2], "logprobs": [-5.9, -5.8]}],
+            "prompt_logprobs": None,
+            "topk_prompt_logprobs": None,
+        },
+    )
+    model = wire.from_json(
+        types.CreateModelResponse,
+        {"model_id": "model_d11a67f2", "lora_config": {"rank": 8, "alpha": 32.0, "seed": 7}},
+    )
+    saved = wire.from_json(
+        types.SaveWeightsForSamplerResponse,
+        {"path": None, "type": "save_weights_for_sampler", "sampling_session_id": "sampling_4d"},
+    )
+
+    assert [27, 2] == sample.sequences[0].tokens
+    assert types.CreateModelResponse("model_d11a67f2") == model
+    assert types.SaveWeightsForSamplerResponse(None, "sampling_4d") == saved
+
+
+# --- what comes in: what is not -----------------------------------------------------------------
+
+BATCH = {
+    "model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]},
+    "loss_fn_inputs": {"weights": {"data": [1.0, 2.0], "dtype": "float32", "shape": [2]}},
+}
+
+
+def training_request(**changes):
+    batch = {"data": [{**BATCH, **changes}], "loss_fn": "ppo"}
+    return {"forward_backward_input": batch, "model_id": "m", "seq_id": 1}
+
+
+def weights(**changes):
+    tensor = {"data": [1.0, 2.0], "dtype": "float32", "shape": [2], **changes}
+    return training_request(loss_fn_inputs={"weights": tensor})
+
+
+def tokens(tokens):
+    return training_request(model_input={"chunks": [{"type": "encoded_text", "tokens": tokens}]})
+
+
+IN_WEIGHTS = r"ForwardBackwardRequest.forward_backward_input.data\[0\].loss_fn_inputs.weights"
+IN_CHUNK = r"forward_backward_input.data\[0\].model_input.chunks\[0\]"
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (None, "ForwardBackwardRequest is None, but must be an object"),
+        ({}, "forward_backward_input is missing"),
+        ({"forward_input": 3}, "forward_input is 3, but must be an object"),
+        ({"forward_backward_input": {"loss_fn": "ppo"}}, "forward_backward_input.data is missing"),
+        ({**training_request(), "seq_id": "1"}, "seq_id is '1', but must be a whole number"),
+        ({**training_request(), "seq_id": 1.5}, "seq_id is 1.5, but must be a whole number"),
+        ({**training_request(), "seq_id": True}, "seq_id is True, but must be a whole number"),
+        ({**training_request(), "model_id": 3}, "model_id is 3, but must be a string"),
+        ({**training_request(), "model_id": "\ud800"}, "must be Unicode text"),
+        (training_request(model_input=[1, 2]), r"model_input is \[1, 2\], but must be an object"),
+        (training_request(model_input={}), "model_input.chunks is missing"),
+        (tokens([1, "2"]), rf"{IN_CHUNK}.tokens holds '2', but must be a flat list of token ids"),
+        (tokens([1, True]), "holds True, but must be a flat list of token ids"),
+        (tokens([1, None]), "holds None, but must be a flat list of token ids"),
+        (tokens([[1]]), r"holds \[1\], but must be a flat list of token ids"),
+        (tokens([1, 2.5]), "holds numbers with a fraction, but must be token ids"),
+        (tokens([-1]), r"holds token id -1, which is outside 0\.\.2147483647"),
+        (tokens([2**31]), "holds token id 2147483648"),
+        (tokens([10**30]), "holds a number beyond int64"),
+        (tokens("12"), "is '12', but must be a list of token ids"),
+        (training_request(model_input={"chunks": [{"type": "dmel", "dmel": ""}]}),
+         rf"{IN_CHUNK}.type is 'dmel', but must be one of encoded_text, image, image_asset_poin"),
+        (training_request(model_input={"chunks": [{"type": "image", "data": "%", "format": "png"}]}),
+         rf"{IN_CHUNK}.data is not base64"),
+        (training_request(model_input={"chunks": [{"type": "image", "data": "", "format": "gif"}]}),
+         'is not usable: image format must be "png" or "jpeg"'),
+        (weights(data=None), rf"{IN_WEIGHTS}.data is missing"),
+        (weights(data=[1.0, "2"]), rf"{IN_WEIGHTS}.data holds '2'"),
+        (weights(data=[1.0, 1e39]), rf"{IN_WEIGHTS}.data holds a number beyond float32"),
+        (weights(data=[1.0, 10**400]), "data holds a number beyond float32"),
+        (weights(dtype="float64"), r"dtype is 'float64', but must be \"int64\" or \"float32\""),
+        (weights(dtype=None), "dtype is None"),
+        (weights(shape=[3]), "2 values do not fill shape"),
+        (weights(shape=[-2]), "do not fill shape"),
+        (weights(shape=[2.5]), "shape holds numbers with a fraction"),
+        (weights(shape=[2**40, 2**40]), "more than 268435456 numbers"),
+        (weights(sparse_crow_indices=[0, 2]), "a sparse tensor needs"),
+        (weights(shape=[1, 2**40], sparse_crow_indices=[0, 2], sparse_col_indices=[0, 1]),
+         "more than 268435456 numbers"),
+        (weights(shape=[1, 2], sparse_crow_indices=[0, 2], sparse_col_indices=[0, 2]),
+         r"a column index is outside 0\.\.1"),
+    ],
+)  # fmt: skip
+def test_a_bad_batch_is_refused_with_its_place(payload, message):
+    """The sentence is all that the author of another client gets to see."""
+    with pytest.raises(wire.DecodeError, match=message):
+        wire.from_json(types.ForwardBackwardRequest, payload)
+
+
+@pytest.mark.parametrize(
+    ("cls", "payload", "message"),
+    [
+        (types.OptimStepRequest, {"model_id": "m", "seq_id": 1, "adam_params": {"beta1": "x"}},
+         "OptimStepRequest.adam_params.beta1 is 'x', but must be a finite number"),
+        (types.OptimStepRequest, {"model_id": "m", "seq_id": 1, "adam_params": {"beta1": 2}},
+         r"OptimStepRequest.adam_params is not usable: beta1 must be a number in \[0, 1\)"),
+        (types.AdamParams, {"learning_rate": True}, "learning_rate is True"),
+        (types.AdamParams, {"learning_rate": math.inf}, "learning_rate is inf"),
+        (types.LoraConfig, {"rank": 0}, "rank must be an integer from 1 to 4096, got 0"),
+        (types.LoraConfig, {"train_mlp": 1}, "train_mlp is 1, but must be true or false"),
+        (types.SamplingParams, {"stop": {"a": 1}}, "stop must be a str, a list of str"),
+        (types.SamplingParams, {"stop": ["a", 1]}, "stop must hold strings only or token ids only"),
+        (types.CreateSessionRequest, {"tags": "a"}, "tags is 'a', but must be a list"),
+        (types.CreateSessionRequest, {"tags": ["a", 1]}, r"tags\[1\] is 1, but must be a string"),
+        (types.CreateSessionRequest, {"user_metadata": {"a": math.inf}}, "user_metadata is inf"),
+        (types.CreateSessionResponse, {}, "CreateSessionResponse.session_id is missing"),
+        (types.SampledSequence, {"tokens": [1], "stop_reason": "eos"},
+         "stop_reason is 'eos', but must be 'stop' or 'length'"),
+        (types.SampleResponse, {"sequences": [], "topk_prompt_logprobs": [[["5", -1.0]]]},
+         r"topk_prompt_logprobs\[0\] is \[\['5', -1.0\]\], but must be a row of pairs"),
+        (types.SampleResponse, {"sequences": [], "topk_prompt_logprobs": [3]}, "a row of pairs"),
+        (types.Cursor, {"offset": "x"}, "offset is 'x'"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_its_place(cls, payload, message):
+    with pytest.raises(wire.DecodeError, match=message):
+        wire.from_json(cls, payload)
+
+
+def test_metadata_nested_without_end_is_refused():
+    """It would be read here and break whoever writes it again."""
+    deep = {}
+    for _ in range(60):
+        deep = {"a": deep}
+
+    with pytest.raises(wire.DecodeError, match="user_metadata is nested more than 50 deep"):
+        wire.from_json(types.CreateSessionRequest, {"user_metadata": deep})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b"{'a': 1}",
+        b'{"a": 1} x',
+        '{"a": 1}'.encode("utf-16"),
+        b'\xef\xbb\xbf{"a": 1}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 10_000,
+    ],
+)
+def test_what_is_not_json_is_refused(body):
+    """Of whatever kind, and never with anything but a DecodeError."""
+    with pytest.raises(wire.DecodeError, match="the body is not"):
+        wire.loads(body)
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+
+def best_time(work, times: int) -> float:
+    """Seconds of the fastest of several runs: the machine may be busy with something else."""
+    spans = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        spans.append(time.perf_counter() - start)
+    return min(spans)
+
+
+def test_an_optimizer_step_costs_microseconds():
+    """Measured 12 us; ten times that would be felt in a training loop of small models."""
+    request = types.OptimStepRequest("m", 1)
+
+    def there_and_back():
+        wire.from_json(types.OptimStepRequest, wire.loads(wire.dumps(wire.to_json(request))))
+
+    assert best_time(there_and_back, 50) < 100e-6
+
+
+def test_arrays_are_not_walked_in_python():
+    """A batch of 131,072 tokens: the json module itself takes most of the time."""
+    rng = np.random.default_rng(0)
+    data = [
+        types.Datum(
+            types.ModelInput.from_ints(rng.integers(0, 150_000, 1024)),
+            {"target_tokens": rng.integers(0, 150_000, 1024)},
+        )
+        for _ in range(128)
+    ]
+    request = types.ForwardBackwardRequest("m", 1, data, "cross_entropy")
+    plain = wire.to_json(request)
+    body = wire.dumps(plain)
+
+    ours = best_time(lambda: wire.to_json(request), 5)
+    ours += best_time(lambda: wire.from_json(types.ForwardBackwardRequest, plain), 5)
+    theirs = best_time(lambda: wire.dumps(plain), 5) + best_time(lambda: wire.loads(body), 5)
+
+    assert ours < 1.5 * theirs

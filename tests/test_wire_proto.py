@@ -1,0 +1,397 @@
+"""The protobuf form: golden bytes of the official SDK, and what is done with broken ones."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pool
+
+from tinkex import types, wire
+from tinkex.wire import proto
+
+OUTPUT = bytes.fromhex(
+    "0a1643726f7373456e74726f70794c6f737352657475726e1242123e0a086c6f6770726f627312320a14000080bf"
+    "000000c0000040c0000080c00000a0c0121800000000000000000c00000000000000140000000000000018011802"
+    "1a130a086c6f73733a73756d110000000000002e40"
+)
+SAMPLE = bytes.fromhex(
+    "0a160801120807000000080000001a08000000bf000080be120c0000c07f000080bf000000c01a380a1800000000"
+    "00000000050000000600000005000000000000001218804fc3c7804fc3c7000080bf000000c0000080bf804fc3c7"
+    "18022003"
+)
+
+
+def message(name, **values):
+    return proto.CLASSES[name](**values)
+
+
+def bytes_of(values, dtype):
+    return np.asarray(values, dtype).tobytes()
+
+
+# --- golden vectors -----------------------------------------------------------------------------
+
+
+def test_the_golden_output_is_read_and_written():
+    """Bytes that the official SDK decodes to just this."""
+    expected = types.ForwardBackwardOutput(
+        [
+            {"logprobs": types.TensorData([-1.0, -2.0, -3.0])},
+            {"logprobs": types.TensorData([-4.0, -5.0])},
+        ],
+        {"loss:sum": 15.0},
+        "CrossEntropyLossReturn",
+    )
+
+    assert expected == wire.decode_result(types.ForwardBackwardOutput, OUTPUT)
+    assert OUTPUT == wire.encode_result(expected)
+
+
+def test_the_golden_sample_is_read_and_written():
+    """NaN stands for no log-probability, -99999 for an empty top-k cell."""
+    sample = wire.decode_result(types.SampleResponse, SAMPLE)
+
+    [sequence] = sample.sequences
+    assert ([7, 8], [-0.5, -0.25], "length") == (
+        sequence.tokens,
+        sequence.logprobs,
+        sequence.stop_reason,
+    )
+    assert [None, -1.0, -2.0] == sample.prompt_logprobs
+    assert [None, [(5, -1.0), (6, -2.0)], [(5, -1.0)]] == sample.topk_prompt_logprobs
+    assert SAMPLE == wire.encode_result(sample)
+
+
+def test_the_default_pool_is_left_alone():
+    """The official SDK registers the same file there, in the same process."""
+    with pytest.raises(KeyError):
+        descriptor_pool.Default().FindFileByName("tinker_public.proto")
+
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+def request(**changes) -> types.ForwardBackwardRequest:
+    values = {
+        "model_id": "s:train:0",
+        "seq_id": 4,
+        "data": [
+            types.Datum(
+                types.ModelInput.from_ints([19, 261, 273]),
+                {"target_tokens": [261, 273, 2], "weights": [0.0, 1.0, 0.5]},
+            )
+        ],
+        "loss_fn": "ppo",
+        **changes,
+    }
+    return types.ForwardBackwardRequest(**values)
+
+
+def parsed(a_request):
+    return proto.CLASSES["ForwardBackwardRequest"].FromString(proto.encode_request(a_request))
+
+
+def test_arrays_lie_little_endian_in_the_request():
+    """Tokens int32, targets int64, weights float32, each with its shape."""
+    [datum] = parsed(request()).data
+
+    assert bytes_of([19, 261, 273], "<i4") == datum.model_input[0].encoded_text.tokens
+    targets = datum.loss_fn_inputs["target_tokens"]
+    assert (bytes_of([261, 273, 2], "<i8"), 2, [3]) == (
+        targets.dense,
+        targets.dtype,
+        list(targets.shape),
+    )
+    weights = datum.loss_fn_inputs["weights"]
+    assert (bytes_of([0, 1, 0.5], "<f4"), 1, [3]) == (
+        weights.dense,
+        weights.dtype,
+        list(weights.shape),
+    )
+
+
+def test_settings_go_into_both_maps_texts_into_the_newer_only():
+    """Servers before 0.27 read map 5, which has no room for text."""
+    sent = parsed(request(loss_fn_config={"low": 0.5, "mode": "a"}))
+
+    assert {"low": 0.5} == dict(sent.loss_fn_config)
+    assert 0.5 == sent.loss_fn_config_v2["low"].number
+    assert "a" == sent.loss_fn_config_v2["mode"].text
+
+
+def test_the_newer_map_wins_and_the_older_is_enough():
+    old = message("ForwardBackwardRequest", loss_fn_config={"low": 0.5})
+    new = message("ForwardBackwardRequest", loss_fn_config={"low": 0.5})
+    new.loss_fn_config_v2["low"].number = 0.7
+
+    assert {"low": 0.5} == proto.decode_request(old.SerializeToString()).loss_fn_config
+    assert {"low": 0.7} == proto.decode_request(new.SerializeToString()).loss_fn_config
+    assert proto.decode_request(b"").loss_fn_config is None
+
+
+def test_fields_of_newer_sdks_are_skipped():
+    """Provenance spans (Datum 3 and 4) and whatever comes after them."""
+    datum = proto.CLASSES["Datum"].FromString(parsed(request()).data[0].SerializeToString())
+    datum.MergeFromString(bytes.fromhex("1a060a040a024142") + bytes.fromhex("f2070161"))
+    sent = parsed(request())
+    sent.data[0].CopyFrom(datum)
+
+    assert request() == proto.decode_request(sent.SerializeToString())
+
+
+def test_decoded_arrays_are_views_where_nothing_is_converted():
+    """A batch of megabytes is not copied number by number, nor at all."""
+    decoded = proto.decode_request(proto.encode_request(request()))
+
+    assert not decoded.data[0].loss_fn_inputs["weights"].data.flags.owndata
+
+
+def test_integers_that_do_not_fit_are_refused_when_sending():
+    with pytest.raises(ValueError, match="2147483648"):
+        proto.encode_request(request(seq_id=2**31))
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def batched(data, offsets, dtype=1, trailing=()):
+    return message(
+        "BatchedTensor",
+        data=data,
+        offsets=bytes_of(offsets, "<i8"),
+        dtype=dtype,
+        trailing_shape=trailing,
+    )
+
+
+def output_of(count=0, **fields) -> bytes:
+    record = message("ArrayRecord", num_datums=count)
+    for name, field in fields.items():
+        record.fields[name].CopyFrom(field)
+    return message("ForwardBackwardOutput", loss_fn_outputs=[record]).SerializeToString()
+
+
+def decoded(body):
+    return wire.decode_result(types.ForwardBackwardOutput, body)
+
+
+def test_bfloat16_and_int32_are_widened():
+    """Servers may save bytes; here there are only float32 and int64."""
+    halves = batched(bytes_of([0x3F80, 0xC040], "<u2"), [0, 4], dtype=4)
+    ints = batched(bytes_of([-3, 7], "<i4"), [0, 8], dtype=3)
+
+    [output] = decoded(output_of(1, a=halves, b=ints)).loss_fn_outputs
+
+    assert types.TensorData([1.0, -3.0]) == output["a"]
+    assert types.TensorData([-3, 7]) == output["b"]
+
+
+def test_rows_wider_than_one_number_keep_their_width():
+    field = batched(bytes_of(np.arange(8), "<f4"), [0, 8, 32], trailing=[2])
+
+    outputs = decoded(output_of(2, a=field)).loss_fn_outputs
+
+    assert [[0.0, 1.0]] == outputs[0]["a"].tolist()
+    assert [[2.0, 3.0], [4.0, 5.0], [6.0, 7.0]] == outputs[1]["a"].tolist()
+
+
+def test_the_count_of_datums_may_be_left_to_the_fields():
+    field = batched(bytes_of([1, 2], "<f4"), [0, 4, 8])
+
+    assert [[1.0], [2.0]] == [
+        o["a"].tolist() for o in decoded(output_of(0, a=field)).loss_fn_outputs
+    ]
+
+
+def test_datums_without_outputs_still_count():
+    assert [{}, {}, {}] == decoded(output_of(3)).loss_fn_outputs
+
+
+def test_records_are_joined_in_order_and_need_not_agree():
+    result = types.ForwardBackwardOutput(
+        [
+            {"a": types.TensorData([[1.0, 2.0]])},
+            {"a": types.TensorData([[1.0, 2.0, 3.0]])},
+            {"a": types.TensorData([4])},
+            {"b": types.TensorData([5.0])},
+        ]
+    )
+
+    body = wire.encode_result(result)
+
+    assert 4 == len(proto.CLASSES["ForwardBackwardOutput"].FromString(body).loss_fn_outputs)
+    assert result == decoded(body)
+
+
+def test_the_output_type_is_what_follows_the_last_colon():
+    body = message("ForwardBackwardOutput", loss_fn_output_type="a.b:c:Return").SerializeToString()
+
+    assert "Return" == decoded(body).loss_fn_output_type
+    assert "ArrayRecord" == decoded(b"").loss_fn_output_type
+
+
+def test_results_are_the_readers_to_change():
+    """As those in JSON are; a user's script must not depend on the dialect."""
+    [output, _] = decoded(OUTPUT).loss_fn_outputs
+    sample = wire.decode_result(types.SampleResponse, SAMPLE)
+
+    output["logprobs"].to_numpy()[0] = 5.0
+    sample.prompt_logprobs_np[0] = 0.0
+    sample.sequences[0].logprobs_np[0] = 0.0
+    sample.topk_prompt_logprobs_np.logprobs[0, 0] = 0.0
+
+    assert [5.0, -2.0, -3.0] == output["logprobs"].tolist()
+
+
+def test_an_output_with_rows_of_nothing_cannot_be_sent():
+    """The format counts rows by bytes, and these have none."""
+    result = types.ForwardBackwardOutput([{"a": types.TensorData(np.zeros((5, 0), np.float32))}])
+
+    with pytest.raises(ValueError, match=r"loss output 'a' has shape \[5, 0\]"):
+        wire.encode_result(result)
+
+
+def test_sparse_outputs_are_made_dense():
+    sparse = types.TensorData.from_dense(np.eye(10, dtype=np.float32))
+    assert sparse.is_sparse
+
+    [output] = decoded(wire.encode_result(types.ForwardBackwardOutput([{"a": sparse}])))\
+        .loss_fn_outputs  # fmt: skip
+
+    assert np.eye(10).tolist() == output["a"].tolist()
+
+
+# --- what is broken -----------------------------------------------------------------------------
+
+
+def sequence(**values):
+    return message(
+        "SampleResponse", sequences=[message("SampledSequence", **values)]
+    ).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (output_of(1, a=batched(b"\0\0\0", [0, 3])), "holds 3 bytes, which is no multiple of 4"),
+        (output_of(1, a=batched(b"\0" * 8, [0, 8], dtype=0)), "dtype is DType 0, but must be one"),
+        (output_of(1, a=batched(b"\0" * 8, [0, 8], dtype=9)), "dtype is DType 9, but must be one"),
+        (output_of(1, a=batched(b"\0" * 8, [0, 12])), "offsets run from 0 to 12, but there are 8"),
+        (output_of(1, a=batched(b"\0" * 8, [-4, 8])), "offsets run from -4 to 8"),
+        (output_of(1, a=batched(b"\0" * 8, [2**63 - 4, -(2**63)])), "offsets run from -922337"),
+        (output_of(2, a=batched(b"\0" * 8, [0, 8, 4])), "offsets do not cut the data into rows"),
+        (output_of(1, a=batched(b"\0" * 8, [0, 6])), "offsets do not cut the data into rows of 4"),
+        (output_of(1, a=batched(b"\0" * 8, [0, 4], trailing=[2])), "rows of 8 bytes"),
+        (output_of(1, a=batched(b"\0" * 8, [])), "offsets do not cut"),
+        (output_of(1, a=batched(b"", [0, 0], trailing=[0])), r"trailing_shape is \[0\]"),
+        (output_of(1, a=batched(b"", [0, 0], trailing=[-1, -1])), r"trailing_shape is \[-1, -1\]"),
+        (output_of(3, a=batched(b"\0" * 8, [0, 8])),
+         r"loss_fn_outputs\[0\].fields\['a'\] has 1 datums, but the record has 3"),
+        (output_of(2**60), "has 1152921504606846976 datums, but no fields"),
+        (output_of(-1), "has -1 datums"),
+    ],
+)  # fmt: skip
+def test_an_output_that_does_not_fit_together_is_refused(body, sentence):
+    """With a sentence; never an IndexError, never an array cut at the wrong place."""
+    with pytest.raises(wire.DecodeError, match=sentence):
+        decoded(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (sequence(stop_reason=7), r"sequences\[0\].stop_reason is 7, but must be 0"),
+        (sequence(tokens=b"123"), r"sequences\[0\].tokens holds 3 bytes"),
+        (sequence(tokens=bytes_of([-1], "<i4")), "token id -1"),
+        (sequence(tokens=bytes_of([1], "<i4"), logprobs=bytes_of([1, 2], "<f4")),
+         "logprobs are 2, but there are 1 tokens"),
+        (message("SampleResponse", prompt_logprobs=b"12345").SerializeToString(),
+         "SampleResponse.prompt_logprobs holds 5 bytes"),
+        (message("SampleResponse", topk_prompt_logprobs=message(
+            "TopkLogprobs", k=2, length=3, token_ids=b"1234", logprobs=b"1234"
+        )).SerializeToString(), "holds 1 tokens and 1 log-probabilities, but says it is 3 x 2"),
+        (message("SampleResponse", topk_prompt_logprobs=message(
+            "TopkLogprobs", k=2**32 - 1, length=2**32 - 1
+        )).SerializeToString(), "holds 0 tokens"),
+    ],
+)  # fmt: skip
+def test_a_sample_that_does_not_fit_together_is_refused(body, sentence):
+    with pytest.raises(wire.DecodeError, match=sentence):
+        wire.decode_result(types.SampleResponse, body)
+
+
+def datum(**values) -> bytes:
+    return message("ForwardBackwardRequest", data=[message("Datum", **values)]).SerializeToString()
+
+
+def tensor(**values) -> bytes:
+    return datum(loss_fn_inputs={"w": message("Tensor", **values)})
+
+
+def chunk(**values) -> bytes:
+    return datum(model_input=[message("Chunk", **values)])
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (chunk(), r"data\[0\].model_input\[0\] is a chunk of a kind that is not known here"),
+        (chunk(dmel=message("DmelChunk", dmel=b"1")), "is an audio chunk"),
+        (chunk(encoded_text=message("EncodedTextChunk", tokens=b"12345")), "holds 5 bytes"),
+        (chunk(encoded_text=message("EncodedTextChunk", tokens=b"\xff" * 4)), "token id -1"),
+        (chunk(image=message("ImageChunk", data=b"", format="gif")), "image format must be"),
+        (tensor(dense=b"1234"), r"loss_fn_inputs\['w'\].dtype is DType 0"),
+        (tensor(dense=b"12345", dtype=1), "holds 5 bytes"),
+        (tensor(dense=b"12345678", dtype=1, shape=[3]), "2 values do not fill shape"),
+        (tensor(dense=b"12345678", dtype=1, shape=[-1, -2]), "do not fill shape"),
+        (tensor(dense=b"", dtype=1, shape=[2**62, 2**62]), "more than 268435456 numbers"),
+        (tensor(sparse_csr=message("SparseCsr"), dtype=1), "a sparse tensor needs"),
+        (tensor(sparse_csr=message("SparseCsr", crow_indices=b"123"), dtype=1),
+         r"crow_indices holds 3 bytes, which is no multiple of 8"),
+        (tensor(sparse_csr=message("SparseCsr", crow_indices=bytes_of([0, 1], "<i8")), dtype=1,
+                shape=[1, 4]), "do not describe 0 values"),
+    ],
+)  # fmt: skip
+def test_a_request_that_does_not_fit_together_is_refused(body, sentence):
+    with pytest.raises(wire.DecodeError, match=sentence):
+        proto.decode_request(body)
+
+
+def corpus() -> list[bytes]:
+    whole = [OUTPUT, SAMPLE, proto.encode_request(request())]
+    cut = [body[:n] for body in whole for n in range(0, len(body), 3)]
+    rng = random.Random(0)
+    flipped = []
+    for body in whole:
+        for _ in range(300):
+            broken = bytearray(body)
+            broken[rng.randrange(len(body))] = rng.randrange(256)
+            flipped.append(bytes(broken))
+    noise = [rng.randbytes(n) for n in range(1, 200)]
+    return [*cut, *flipped, *noise, b'{"detail":"Not Found"}', b"<html></html>", b"\x0a" * 10_000]
+
+
+def test_no_bytes_whatever_bring_down_the_reader():
+    """Truncated, altered or random: a result or a DecodeError, nothing else."""
+    refused = 0
+    for body in corpus():
+        for read in (
+            proto.decode_request,
+            lambda b: wire.decode_result(types.ForwardBackwardOutput, b),
+            lambda b: wire.decode_result(types.SampleResponse, b),
+        ):
+            try:
+                read(body)
+            except wire.DecodeError as exc:
+                refused += 1
+                assert str(exc).endswith(".")
+
+    assert refused > 1000
+
+
+def test_what_is_no_message_is_refused_with_its_beginning():
+    """An HTML page of a proxy is recognised by whoever reads the error."""
+    with pytest.raises(wire.DecodeError, match=r"these 13 bytes are no SampleResponse .*3c68746d"):
+        wire.decode_result(types.SampleResponse, b"<html></html>")
