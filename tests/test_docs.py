@@ -1,0 +1,113 @@
+"""
+The documentation is true: its Python runs, its data is good data, its help texts are the program's.
+
+Run as a program with --write, it puts the program's help texts into the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinkex import dataset
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HELP = re.compile(r"^\$ (tinkex .*--help)\n(.*)\Z", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def blocks(page, language):
+    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+
+
+def with_block(language):
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def help_text(command):
+    """What the program prints, in lines of at most 100 characters."""
+    words = [sys.executable, "-m", *command.split()]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.check_output(words, text=True, env=environment, cwd=ROOT)
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One embedded engine for all pages: each would start its own."""
+    import tinkex
+
+    os.environ["TINKEX_HOME"] = str(tmp_path_factory.mktemp("home"))
+    with tinkex.ServiceClient() as service:
+        yield service.base_url
+    del os.environ["TINKEX_HOME"]
+
+
+@pytest.mark.parametrize("page", with_block("python"), ids=name)
+def test_the_python_of_a_page_runs(page, server, monkeypatch, tmp_path):
+    """From the first block to the last, as one program."""
+    monkeypatch.setenv("TINKER_BASE_URL", server)
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks(page, "python"))
+
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_the_first_program_needs_no_server_and_no_key(tmp_path):
+    """Just as it stands in the README, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TINKER_")}
+    environment |= {"TINKEX_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    [code] = blocks(ROOT / "README.md", "python")
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert 0 == done.returncode, done.stderr
+    assert "loss:" in done.stdout
+    assert 20 >= len(code.strip().splitlines())
+
+
+@pytest.mark.parametrize("page", with_block("jsonl"), ids=name)
+def test_the_data_of_a_page_is_good_data(page, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(blocks(page, "jsonl")))
+
+    assert [] == dataset.read(path).bad
+
+
+@pytest.mark.parametrize("page", with_block("text"), ids=name)
+def test_help_texts_are_what_the_program_says(page):
+    """Mend them with: python tests/test_docs.py --write"""
+    for command, text in (m.groups() for m in map(HELP.match, blocks(page, "text")) if m):
+        assert help_text(command) == text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+
+    assert [] == missing
+
+
+def write_help_texts():
+    for page in PAGES:
+        text = page.read_text()
+        for code in blocks(page, "text"):
+            if found := HELP.match(code):
+                text = text.replace(code, f"$ {found[1]}\n{help_text(found[1])}")
+        page.write_text(text)
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    write_help_texts()
