@@ -289,7 +289,7 @@ def test_unknown_fields_are_ignored():
 
 
 def test_null_stands_for_the_default():
-    """Old SDKs send "loss_fn_config": null and prompt_logprobs: null; servers send metrics: null."""
+    """Old SDKs send prompt_logprobs: null, servers metrics: null."""
     assert types.OptimStepResponse({}) == wire.from_json(types.OptimStepResponse, {"metrics": None})
     assert types.ForwardBackwardOutput() == wire.from_json(types.ForwardBackwardOutput, {})
     sample = wire.from_json(
@@ -421,8 +421,12 @@ def weights(**changes):
     return training_request(loss_fn_inputs={"weights": tensor})
 
 
+def chunk(chunk):
+    return training_request(model_input={"chunks": [chunk]})
+
+
 def tokens(tokens):
-    return training_request(model_input={"chunks": [{"type": "encoded_text", "tokens": tokens}]})
+    return chunk({"type": "encoded_text", "tokens": tokens})
 
 
 IN_WEIGHTS = r"ForwardBackwardRequest.forward_backward_input.data\[0\].loss_fn_inputs.weights"
@@ -452,11 +456,11 @@ IN_CHUNK = r"forward_backward_input.data\[0\].model_input.chunks\[0\]"
         (tokens([2**31]), "holds token id 2147483648"),
         (tokens([10**30]), "holds a number beyond int64"),
         (tokens("12"), "is '12', but must be a list of token ids"),
-        (training_request(model_input={"chunks": [{"type": "dmel", "dmel": ""}]}),
+        (chunk({"type": "dmel", "dmel": ""}),
          rf"{IN_CHUNK}.type is 'dmel', but must be one of encoded_text, image, image_asset_poin"),
-        (training_request(model_input={"chunks": [{"type": "image", "data": "%", "format": "png"}]}),
+        (chunk({"type": "image", "data": "%", "format": "png"}),
          rf"{IN_CHUNK}.data is not base64"),
-        (training_request(model_input={"chunks": [{"type": "image", "data": "", "format": "gif"}]}),
+        (chunk({"type": "image", "data": "", "format": "gif"}),
          'is not usable: image format must be "png" or "jpeg"'),
         (weights(data=None), rf"{IN_WEIGHTS}.data is missing"),
         (weights(data=[1.0, "2"]), rf"{IN_WEIGHTS}.data holds '2'"),
