@@ -37,6 +37,7 @@ class FakeService:
         self.checkpoints = {}
         self.created, self.prompts = [], []
         self.on_operation = on_operation
+        self.hangs = False  # no answer comes any more
 
     def create_lora_training_client(self, base_model, **settings):
         self.created.append((base_model, settings))
@@ -103,7 +104,9 @@ class FakeTraining:
         """Run at once, in the order asked: the future is born resolved."""
         self.service.on_operation(name)
         future = Future()
-        future.set_result(operation())
+        result = operation()
+        if not self.service.hangs:
+            future.set_result(result)
         return future
 
     def _output(self, data):

@@ -365,6 +365,8 @@ class _Trainer:
                 self._show_before(is_stopped)
             for job in self._jobs():
                 in_flight.append(job)
+                if is_stopped():
+                    raise _Stopped
                 if len(in_flight) >= IN_FLIGHT:
                     self._settle(in_flight, is_stopped)
             while in_flight:
