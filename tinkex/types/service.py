@@ -59,7 +59,12 @@ class FinishSessionRequest:
     """reason: {"type": "success" | "errored" | "interrupted"}."""
 
     reason: dict[str, Any] = attrs.field(factory=lambda: {"type": "success"})
-    detail: str | None = None
+    detail: str | None = attrs.field(default=None, metadata={"send_null": True})
+
+
+@attrs.frozen
+class AuthTokenRequest:
+    """Empty: the credential travels in the X-API-Key header."""
 
 
 @attrs.frozen

@@ -76,6 +76,7 @@ def loads(body: bytes) -> Any:
 _LATER_FIELDS = frozenset(
     {
         "adapter",
+        "kind",
         "optimizer_config",
         "prompt_alt_tokens_k",
         "prompt_cache_hit_tokens",
