@@ -20,10 +20,10 @@ class ByteTokenizer:
     bos_token_id, eos_token_id = 256, 257
     chat_template = None
 
-    def encode(self, text):
-        return [256, *text.encode()]
+    def encode(self, text, add_special_tokens=True):
+        return [*[256] * add_special_tokens, *text.encode()]
 
-    def decode(self, tokens):
+    def decode(self, tokens, skip_special_tokens=False):
         return bytes(t for t in tokens if t < 256).decode(errors="replace")
 
 

@@ -156,8 +156,8 @@ def test_the_first_token_never_counts():
     class Bare(ByteTokenizer):
         bos_token_id = eos_token_id = None
 
-        def encode(self, text):
-            return list(text.encode())
+        def encode(self, text, add_special_tokens=True):
+            return super().encode(text, add_special_tokens=False)
 
     example = rendered(dataset.Completion("", "ab"), Bare())
 
@@ -185,7 +185,7 @@ def test_a_prompt_has_the_tokens_it_had_in_training():
 
     for tokenizer in (ByteTokenizer(), ChatTokenizer()):
         text = dataset.chat_prompt(chat.messages[:1], tokenizer)
-        tokens = dataset.encode_prompt(text, tokenizer, bool(tokenizer.chat_template))
+        tokens = dataset.encode_prompt(text, tokenizer, tokenizer.chat_template is not None)
 
         assert rendered(chat, tokenizer).prompt.to_ints() == tokens
 

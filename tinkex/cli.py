@@ -342,12 +342,14 @@ def sample(
         tokenizer = sampler.get_tokenizer()
         if chat:
             text = dataset.chat_prompt([{"role": "user", "content": text}], tokenizer)
-        tokens = dataset.encode_prompt(text, tokenizer, is_template=chat)
+        tokens = dataset.encode_prompt(
+            text, tokenizer, chat and tokenizer.chat_template is not None
+        )
         response = sampler.sample(
             types.ModelInput.from_ints(tokens), num_samples=num_samples, sampling_params=params
         ).result()
     for sequence in response.sequences:
-        answer = sequence.text(tokenizer)
+        answer = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         if as_json:
             value = {
                 "text": answer,

@@ -242,8 +242,6 @@ class Rendered:
 
 # A piece of text, and whether it counts.
 _Piece = tuple[str, bool]
-# The special tokens a tokenizer puts before and behind any text, unasked.
-_Automatic = tuple[list[int], list[int]]
 
 
 def render(records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> Rendered:
@@ -255,10 +253,10 @@ def render(records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> 
     """
     examples = []
     truncated = partly_counted = 0
-    automatic = _automatic(tokenizer)
+    opening = _opening(tokenizer)
     for record in records:
         pieces, is_partly_counted = _pieces(record, tokenizer)
-        tokens, counted, prompt_length = _encode(pieces, record, tokenizer, automatic)
+        tokens, counted, prompt_length = _encode(pieces, record, tokenizer, opening)
         truncated += len(tokens) > max_length
         partly_counted += is_partly_counted
         tokens, counted = tokens[:max_length], counted[:max_length]
@@ -278,7 +276,7 @@ def _pieces(record: Record, tokenizer: Tokenizer) -> tuple[list[_Piece], bool]:
         return [(record.text, True)], False
     if isinstance(record, Completion):
         return [(record.prompt, False), (record.completion, True)], False
-    if not getattr(tokenizer, "chat_template", None):
+    if tokenizer.chat_template is None:
         return _plain_chat(record.messages), False
     return _template_chat(record.messages, tokenizer)
 
@@ -294,7 +292,7 @@ def _plain_chat(messages: Sequence[Mapping[str, str]]) -> list[_Piece]:
 
 def chat_prompt(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
     """The text of a conversation up to where the assistant begins to speak."""
-    if getattr(tokenizer, "chat_template", None):
+    if tokenizer.chat_template is not None:
         text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         return text
     return "".join(text for text, _ in _plain_chat(messages)) + "Assistant:"
@@ -302,10 +300,8 @@ def chat_prompt(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, is_template: bool = False) -> list[int]:
     """The tokens of a prompt as training had them; *is_template* if a chat template wrote it."""
-    opening, closing = _automatic(tokenizer)
-    tokens = list(tokenizer.encode(text))
-    start = len(opening) if is_template else 0
-    return tokens[start : len(tokens) - len(closing)]
+    opening = [] if is_template else _opening(tokenizer)
+    return [*opening, *tokenizer.encode(text, add_special_tokens=False)]
 
 
 def _template_chat(
@@ -335,7 +331,7 @@ def _template_chat(
 
 
 def _encode(
-    pieces: Sequence[_Piece], record: Record, tokenizer: Tokenizer, automatic: _Automatic
+    pieces: Sequence[_Piece], record: Record, tokenizer: Tokenizer, opening: Sequence[int]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
     """
     Tokens, what counts, and where the last counted piece begins.
@@ -344,23 +340,20 @@ def _encode(
     is asked. What is not rendered by a chat template begins with the tokenizer's own beginning
     of text (if it adds one) and ends with its end of text, which counts if what it ends does.
     """
-    is_template = isinstance(record, Chat) and bool(getattr(tokenizer, "chat_template", None))
-    opening, closing = automatic
+    is_template = isinstance(record, Chat) and tokenizer.chat_template is not None
     tokens: list[int] = [] if is_template else [*opening]
     counted = [False] * len(tokens)
     prompt_length = 0
     for text, is_counted in pieces:
         if not text:
             continue
-        piece = tokenizer.encode(text)
-        piece = list(piece[len(opening) : len(piece) - len(closing)])
+        piece = tokenizer.encode(text, add_special_tokens=False)
         if is_counted:
             prompt_length = len(tokens)
         tokens += piece
         counted += [is_counted] * len(piece)
-    end = getattr(tokenizer, "eos_token_id", None)
-    if not is_template and end is not None:
-        tokens.append(end)
+    if not is_template and tokenizer.eos_token_id is not None:
+        tokens.append(tokenizer.eos_token_id)
         counted.append(pieces[-1][1])
     if isinstance(record, Text):
         prompt_length = len(opening) + min(len(tokens) // 4, MAX_TEXT_PROMPT)
@@ -369,11 +362,10 @@ def _encode(
     return np.asarray(tokens, np.int64), weights, max(prompt_length, 1)
 
 
-def _automatic(tokenizer: Tokenizer) -> _Automatic:
-    """The special tokens that the tokenizer puts before and behind any text, unasked."""
-    alone = list(tokenizer.encode(""))
-    opening = alone[:1] if alone[:1] == [getattr(tokenizer, "bos_token_id", None)] else []
-    return opening, alone[len(opening) :]
+def _opening(tokenizer: Tokenizer) -> list[int]:
+    """The begin-of-text token, if the tokenizer puts it before any text unasked."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer.encode("")[:1] == [begin] else []
 
 
 # Which example goes where

@@ -507,7 +507,12 @@ class _Trainer:
             sampler.sample(example.prompt, num_samples=1, sampling_params=params)
             for example in self.held_out[:SHOWN_EXAMPLES]
         ]
-        return [_result(future, is_stopped).text(self.tokenizer) for future in futures]
+        responses = [_result(future, is_stopped) for future in futures]
+        return [self._decode(response.sequences[0].tokens) for response in responses]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def finish(self, service: Any) -> Outcome:
         """The adapter in its folder, and what the trained model says."""
@@ -516,7 +521,7 @@ class _Trainer:
         if self.held_out:
             sampler = service.create_sampling_client(model_path=sampler_path)
             after = self._say(sampler, lambda: False)
-            prompts = [self.tokenizer.decode(e.prompt.to_ints()) for e in self.held_out]
+            prompts = [self._decode(e.prompt.to_ints()) for e in self.held_out]
             shown = [Shown(*words) for words in zip(prompts, self.state.before or [], after)]
         adapter = service.create_rest_client().download_checkpoint(
             sampler_path, self.folder / "adapter", force=True
