@@ -1,0 +1,155 @@
+"""Choosing the next token: temperature, top-k, top-p, and noise that depends on the seed alone.
+
+The noise is Gumbel noise (the likeliest token after adding it is a sample), computed from the
+sequence's key, the position and the token by a counter-based generator. So a sequence's tokens do
+not depend on what else is in the batch; and since only a near tie can be turned by the last bits
+of a logit, not on how the batch was multiplied either. Knows nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Keys = npt.NDArray[np.uint64]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+#: How many of the likeliest tokens a top-p choice looks at first; eight times more if too few.
+FIRST_CANDIDATES = 128
+
+
+def mix(x: Keys) -> Keys:
+    """SplitMix64's finaliser (Steele et al. 2014): every bit of x reaches every bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def sequence_keys(seed: int, count: int) -> Keys:
+    """A key for each of *count* samples of a request."""
+    start = mix(np.array([seed & (2**64 - 1)], np.uint64) + _GOLDEN)
+    return mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def gumbel(keys: Keys, positions: Ints, lanes: Ints) -> Floats:
+    """Gumbel noise (n, k) for keys (n,), positions (n,) and lanes (k,) or (n, k)."""
+    at = mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    bits = mix(at[:, None] + (lanes.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    noise: Floats = -np.log(-np.log(uniform))
+    return noise
+
+
+@attrs.frozen(eq=False)
+class Settings:
+    """How each of n rows chooses: arrays of length n.
+
+    Attributes:
+        keys, positions: what the noise depends on.
+        temperature: 0 is the likeliest token.
+        top_k: 0 is all.
+        top_p: 1 is all.
+    """
+
+    keys: Keys
+    positions: Ints
+    temperature: npt.NDArray[np.float32]
+    top_k: Ints
+    top_p: npt.NDArray[np.float32]
+
+    def rows(self, chosen: Ints) -> Settings:
+        fields = (self.keys, self.positions, self.temperature, self.top_k, self.top_p)
+        return Settings(*(field[chosen] for field in fields))
+
+
+def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """A token for each row of float32 logits (n, V), and its log-probability at temperature 1."""
+    tokens = np.empty(len(logits), np.int64)
+    is_greedy = settings.temperature == 0
+    is_filtered = ~is_greedy & ((settings.top_k > 0) | (settings.top_p < 1))
+    for how, mask in (
+        (_greedy, is_greedy),
+        (_filtered, is_filtered),
+        (_free, ~is_greedy & ~is_filtered),
+    ):
+        if mask.all():
+            tokens[:] = how(logits, settings)
+        elif mask.any():
+            rows = np.flatnonzero(mask)
+            some = logits.index_select(0, torch.from_numpy(rows).to(logits.device))
+            tokens[rows] = how(some, settings.rows(rows))
+    wanted = torch.from_numpy(tokens).to(logits.device).unsqueeze(1)
+    logprobs = logits.gather(1, wanted).squeeze(1) - logits.logsumexp(dim=1)
+    return tokens, logprobs.cpu().numpy()
+
+
+def _greedy(logits: Tensor, settings: Settings) -> Ints:
+    return logits.argmax(dim=1).cpu().numpy()
+
+
+def _scaled(logits: Tensor, settings: Settings) -> Tensor:
+    """Logits at each row's temperature; the same tensor where that is 1 everywhere."""
+    if (settings.temperature == 1).all():
+        return logits
+    return logits / torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
+
+
+def _free(logits: Tensor, settings: Settings) -> Ints:
+    """A choice among all tokens: first among blocks of the vocabulary, then within the block.
+
+    Noise is then needed for about 2 sqrt(V) numbers a row, not for V.
+    """
+    probs = torch.softmax(_scaled(logits, settings), dim=1)
+    vocab = probs.shape[1]
+    block = 1 << ((vocab - 1).bit_length() + 1) // 2
+    blocks = -(-vocab // block)
+    if blocks * block != vocab:
+        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
+    probs = probs.view(len(probs), blocks, block)
+    sums = probs.sum(dim=2).cpu().numpy()
+    picked = _loudest(sums, gumbel(settings.keys, settings.positions, np.arange(blocks)))
+    rows = torch.arange(len(probs), device=probs.device)
+    within = probs[rows, torch.from_numpy(picked).to(probs.device)].cpu().numpy()
+    lanes = np.arange(blocks, blocks + block)
+    return picked * block + _loudest(within, gumbel(settings.keys, settings.positions, lanes))
+
+
+def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:
+    with np.errstate(divide="ignore"):
+        chosen: Ints = (np.log(probs) + noise).argmax(axis=1)
+    return chosen
+
+
+def _filtered(logits: Tensor, settings: Settings) -> Ints:
+    """A choice among the top_k likeliest, and of these among the top_p (Holtzman et al. 2020)."""
+    scaled = _scaled(logits, settings)
+    vocab = scaled.shape[1]
+    limit = np.where(settings.top_k > 0, np.minimum(settings.top_k, vocab), vocab)
+    log_total = scaled.logsumexp(dim=1, keepdim=True)
+    look = int(min(vocab, max(FIRST_CANDIDATES, limit[limit < vocab].max(initial=0))))
+    while True:
+        values, ids = scaled.topk(look, dim=1)
+        probs = (values - log_total).exp_().double().cpu().numpy()
+        kept = np.arange(look) < limit[:, None]
+        probs *= kept
+        totals = np.where(limit < vocab, probs.sum(axis=1), 1.0)
+        before = probs.cumsum(axis=1) - probs
+        reaches = (before[:, -1] + probs[:, -1] >= settings.top_p * totals) | (limit <= look)
+        if look == vocab or reaches.all():
+            break
+        look = min(vocab, look * 8)
+    kept &= before < (settings.top_p * totals)[:, None]
+    kept[:, 0] = True
+    lanes = ids.cpu().numpy()
+    noise = gumbel(settings.keys, settings.positions, lanes)
+    picked = _loudest(np.where(kept, probs, 0.0), noise)
+    chosen: Ints = lanes[np.arange(len(lanes)), picked]
+    return chosen

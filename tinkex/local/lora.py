@@ -1,0 +1,347 @@
+"""LoRA: low-rank matrices beside the frozen ones (Hu et al. 2021), y = W x + (alpha / rank) B A x.
+
+An adapter is one flat float32 vector with a view for each matrix, so that the optimizer, clipping
+and snapshots are single operations on it. Knows the base model's matrices by their keys, and
+nothing of layers, losses or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: alpha of every adapter, whatever its rank.
+ALPHA = 32
+
+#: Adapters are folded into copies of the matrices for training only up to this size, in bytes.
+MERGE_LIMIT = 2**30
+
+GROUPS = ("attn", "mlp", "unembed")
+
+
+class FusedPart(Protocol):
+    """Rows start..stop of a fused matrix, which are the module *name*."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+
+class FusedLinear(Protocol):
+    """A frozen matrix (out, in) of one or several modules."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def parts(self) -> Sequence[FusedPart]: ...
+    @property
+    def group(self) -> str: ...
+
+
+@attrs.frozen
+class Shape:
+    """Rank and reach of an adapter; two adapters of one base and one shape are interchangeable."""
+
+    rank: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Factor on B A x."""
+        return ALPHA / self.rank
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        chosen = (self.train_attn, self.train_mlp, self.train_unembed)
+        return tuple(group for group, wanted in zip(GROUPS, chosen) if wanted)
+
+
+@attrs.frozen(eq=False)
+class Pair:
+    """The low-rank matrices of one fused matrix.
+
+    Attributes:
+        a: (parts * rank, in) view; the A of the parts, stacked.
+        b: for each part its (out, rank) view.
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+class Layout:
+    """Where each adapter matrix lies in the flat vector."""
+
+    def __init__(self, linears: Mapping[str, FusedLinear], shape: Shape) -> None:
+        self.shape = shape
+        self.linears = {k: linear for k, linear in linears.items() if linear.group in shape.groups}
+        self.size = sum(
+            shape.rank * (len(linear.parts) * linear.weight.shape[1] + linear.weight.shape[0])
+            for linear in self.linears.values()
+        )
+
+    def pairs(self, flat: Tensor) -> dict[str, Pair]:
+        """Views of *flat* (size,) by key."""
+        rank, offset, pairs = self.shape.rank, 0, {}
+
+        def view(rows: int, columns: int) -> Tensor:
+            nonlocal offset
+            offset += rows * columns
+            return flat[offset - rows * columns : offset].view(rows, columns)
+
+        for key, linear in self.linears.items():
+            a = view(len(linear.parts) * rank, linear.weight.shape[1])
+            pairs[key] = Pair(a, tuple(view(p.stop - p.start, rank) for p in linear.parts))
+        return pairs
+
+    def tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of *flat* by name: "model.layers.0.self_attn.q_proj.lora_A", ..."""
+        rank, named = self.shape.rank, {}
+        for key, pair in self.pairs(flat).items():
+            for i, part in enumerate(self.linears[key].parts):
+                named[f"{part.name}.lora_A"] = pair.a[i * rank : (i + 1) * rank]
+                named[f"{part.name}.lora_B"] = pair.b[i]
+        return named
+
+    def module_names(self) -> list[str]:
+        return [part.name for linear in self.linears.values() for part in linear.parts]
+
+
+def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
+    """A fresh adapter: A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform, a = sqrt(5)), B zero.
+
+    Drawn on the CPU, so that one seed gives one adapter on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(layout.size)
+    for pair in layout.pairs(flat).values():
+        bound = 1 / math.sqrt(pair.a.shape[1])
+        pair.a.uniform_(-bound, bound, generator=generator)
+    return flat.to(device)
+
+
+def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> Tensor:
+    """Write W + scale B A into *out* (out, in)."""
+    for i, part in enumerate(linear.parts):
+        rank = pair.b[i].shape[1]
+        a, rows = pair.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
+        torch.addmm(linear.weight[rows], pair.b[i], a, alpha=scale, out=out[rows])
+    return out
+
+
+class Workspace:
+    """Room for one merged copy of a base model's matrices, lent to one adapter at a time."""
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}
+        self._owner: object = None
+        self._merged: set[str] = set()
+
+    def lend(self, owner: object) -> None:
+        """*owner* names adapter and version; what was merged for another is void."""
+        if owner != self._owner:
+            self._owner = owner
+            self._merged.clear()
+
+    def merged(self, key: str, linear: FusedLinear, pair: Pair, scale: float) -> Tensor:
+        if key not in self._merged:
+            if key not in self._room:
+                self._room[key] = torch.empty_like(linear.weight)
+            merge_into(self._room[key], linear, pair, scale)
+            self._merged.add(key)
+        return self._room[key]
+
+
+def can_merge(linears: Mapping[str, FusedLinear]) -> bool:
+    """Whether folding adapters into copies of the matrices is exact enough and fits in memory."""
+    weights = [linear.weight for linear in linears.values()]
+    size = sum(w.numel() * w.element_size() for w in weights)
+    return size <= MERGE_LIMIT and all(w.dtype == torch.float32 for w in weights)
+
+
+class TrainedLinears:
+    """A base model's matrices with the adapter that is being trained.
+
+    With a workspace, W + scale B A is computed once and used for all rows, which costs less than
+    two thin products per row as soon as there are more rows than columns.
+
+    Args:
+        flat: (size,) the adapter.
+        gradient: (size,) what backward adds to; None for forward only.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, FusedLinear],
+        layout: Layout,
+        flat: Tensor,
+        gradient: Tensor | None,
+        workspace: Workspace | None,
+    ) -> None:
+        self._linears = linears
+        self._scale = layout.shape.scale
+        self._pairs = layout.pairs(flat)
+        self._gradients = None if gradient is None else layout.pairs(gradient)
+        self._workspace = workspace
+
+    def _weight(self, key: str) -> Tensor:
+        """The matrix, merged if there is room to."""
+        if self._workspace is None or key not in self._pairs:
+            return self._linears[key].weight
+        return self._workspace.merged(key, self._linears[key], self._pairs[key], self._scale)
+
+    def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        y = F.linear(x, self._weight(key), linear.bias)
+        if key in self._pairs and self._workspace is None:
+            add_low_rank(y, x, linear, self._pairs[key], self._scale)
+        return y
+
+    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+        dx = dy @ self._weight(key) if wants_dx else None
+        if key not in self._pairs or self._gradients is None:
+            return dx
+        linear, pair, gradient = self._linears[key], self._pairs[key], self._gradients[key]
+        a = pair.a.to(x.dtype)
+        inner = x @ a.T  # (N, parts * rank)
+        dinner = torch.empty_like(inner)
+        for i, part in enumerate(linear.parts):
+            rank = pair.b[i].shape[1]
+            dy_part, columns = dy[:, part.start : part.stop], slice(i * rank, (i + 1) * rank)
+            torch.mm(dy_part, pair.b[i].to(x.dtype), out=dinner[:, columns])
+            _accumulate(gradient.b[i], dy_part.T, inner[:, columns], self._scale)
+        _accumulate(gradient.a, dinner.T, x, self._scale)
+        if dx is not None and self._workspace is None:
+            dx.addmm_(dinner, a, alpha=self._scale)
+        return dx
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale left @ right, in the precision of *total*."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)
+
+
+def add_low_rank(y: Tensor, x: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
+    """y (N, out) += scale B A x (N, in)."""
+    inner = x @ pair.a.to(x.dtype).T
+    for i, part in enumerate(linear.parts):
+        rank = pair.b[i].shape[1]
+        b = pair.b[i].to(x.dtype)
+        y[:, part.start : part.stop].addmm_(inner[:, i * rank : (i + 1) * rank], b.T, alpha=scale)
+
+
+class Finished:
+    """A finished adapter, to sample from: thin matrices ready to multiply with.
+
+    `thin[key]` is A^T (in, R) and scale B^T (R, out), where R = parts * rank and B holds the
+    parts' matrices on its diagonal.
+    """
+
+    def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
+        self.thin: dict[str, tuple[Tensor, Tensor]] = {}
+        for key, pair in layout.pairs(flat).items():
+            linear = layout.linears[key]
+            b = flat.new_zeros(pair.a.shape[0], linear.weight.shape[0])
+            for i, part in enumerate(linear.parts):
+                rank = layout.shape.rank
+                b[i * rank : (i + 1) * rank, part.start : part.stop] = pair.b[i].T
+            scaled = b.mul_(layout.shape.scale).to(dtype)
+            self.thin[key] = pair.a.T.to(dtype).contiguous(), scaled
+
+
+class Stack:
+    """Several finished adapters (None: the bare base model), stacked when first multiplied with."""
+
+    def __init__(self, adapters: Sequence[Finished | None]) -> None:
+        self.adapters = tuple(adapters)
+        self._stacked: dict[str, tuple[Tensor, Tensor] | None] = {}
+
+    def get(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """A^T (adapters, in, R) and scale B^T (adapters, R, out), zero-padded to the largest R."""
+        if key not in self._stacked:
+            self._stacked[key] = self._stack(key)
+        return self._stacked[key]
+
+    def _stack(self, key: str) -> tuple[Tensor, Tensor] | None:
+        thin = [None if a is None else a.thin.get(key) for a in self.adapters]
+        present = [pair for pair in thin if pair is not None]
+        if not present:
+            return None
+        widest = max(a.shape[1] for a, _ in present)
+        a0, b0 = present[0]
+        a = a0.new_zeros(len(thin), a0.shape[0], widest)
+        b = b0.new_zeros(len(thin), widest, b0.shape[1])
+        for i, pair in enumerate(thin):
+            if pair is not None:
+                a[i, :, : pair[0].shape[1]], b[i, : pair[1].shape[0]] = pair
+        return a, b
+
+
+class MixedLinears:
+    """A base model's matrices for rows that belong to different finished adapters.
+
+    Args:
+        rows: (N,) which of the stack's adapters each row belongs to.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, FusedLinear], stack: Stack, rows: npt.NDArray[np.int64]
+    ) -> None:
+        self._linears = linears
+        self._stack = stack
+        self._single = stack.adapters[rows[0]]
+        self._is_mixed = bool((rows != rows[0]).any())
+        if self._is_mixed:
+            self._group(rows, next(iter(linears.values())).weight.device)
+
+    def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
+        """Row numbers by adapter, (adapters, longest), and where each row is found in that."""
+        counts = np.bincount(rows, minlength=len(self._stack.adapters))
+        order = np.argsort(rows, kind="stable")
+        rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.empty(len(rows), np.int64)
+        places[order] = rows[order] * counts.max() + rank
+        members = np.zeros(len(counts) * counts.max(), np.int64)
+        members[places] = np.arange(len(rows))
+        self._members = torch.from_numpy(members).to(device)
+        self._places = torch.from_numpy(places).to(device)
+
+    def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        y = F.linear(x, linear.weight, linear.bias)
+        if self._is_mixed:
+            self._add_mixed(key, x, y)
+        elif self._single is not None and key in self._single.thin:
+            a, b = self._single.thin[key]
+            y.addmm_(x @ a, b)
+        return y
+
+    def _add_mixed(self, key: str, x: Tensor, y: Tensor) -> None:
+        stacked = self._stack.get(key)
+        if stacked is None:
+            return
+        a, b = stacked
+        grouped = x.index_select(0, self._members).view(len(a), -1, x.shape[1])
+        added = torch.bmm(torch.bmm(grouped, a), b).view(-1, y.shape[1])
+        y.add_(added.index_select(0, self._places))
+
+    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+        raise RuntimeError("finished adapters are not trained.")

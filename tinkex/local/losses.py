@@ -1,0 +1,161 @@
+"""What each loss function computes, and its derivative: pure functions of log-probabilities.
+
+All losses are plain sums over tokens and datums. Each function here takes the log-probabilities of
+one packed batch and gives, token by token, the loss and its derivative at the log-probability.
+Knows nothing of models. Which inputs and settings each takes is in `tinkex.types.LOSS_FUNCTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from tinkex import types
+
+#: Losses of the API that this server does not compute, and why.
+NOT_OFFERED = {"stable_reinforce": "its formula is not published"}
+
+#: What the results of each loss are called on the wire.
+OUTPUT_TYPES = {
+    name: "".join(word.capitalize() for word in name.split("_")) + "LossReturn"
+    for name in types.LOSS_FUNCTIONS
+}
+
+
+@attrs.frozen(eq=False)
+class Inputs:
+    """The loss inputs of a packed batch (or of some of its rows).
+
+    Attributes:
+        arrays: by name; each (N, K), float32 (K = 1 but for cross_entropy).
+        config: settings, complete.
+        sequence: (N,) which sequence each row belongs to.
+        sequences: how many there are.
+    """
+
+    arrays: Mapping[str, Tensor]
+    config: Mapping[str, float]
+    sequence: Tensor
+    sequences: int
+
+    def rows(self, rows: slice) -> Inputs:
+        """The same of some rows only."""
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return attrs.evolve(self, arrays=arrays, sequence=self.sequence[rows])
+
+    def clip_range(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the ratio: per token where the datum brings them, else from the settings."""
+        a = self.arrays["advantages"]
+
+        def bound(name: str) -> Tensor:
+            given = self.arrays.get(name)
+            return a.new_full((), self.config[name]) if given is None else given
+
+        return bound("clip_low_threshold"), bound("clip_high_threshold")
+
+
+#: (logprobs (N, K), inputs) -> loss (N, K), dloss/dlogprob (N, K)
+Loss = Callable[[Tensor, Inputs], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-w lp; weights may be negative."""
+    w = inputs.arrays["weights"]
+    return -w * lp, -w
+
+
+def importance_sampling(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-r A with r = exp(lp - q)."""
+    loss = -(lp - inputs.arrays["logprobs"]).exp_() * inputs.arrays["advantages"]
+    return loss, loss  # d exp(lp) = exp(lp)
+
+
+def clipped(log_ratio: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r) A) and its derivative at log r (Schulman et al. 2017)."""
+    a = inputs.arrays["advantages"]
+    low, high = inputs.clip_range()
+    ratio = log_ratio.exp()
+    plain, bounded = ratio * a, ratio.clamp(low, high) * a
+    # At equality (ratio within bounds) the gradient flows; outside, the clipped branch is constant.
+    return -torch.minimum(plain, bounded), torch.where(plain <= bounded, -plain, 0.0)
+
+
+def ppo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r, low, high) A)."""
+    return clipped(lp - inputs.arrays["logprobs"], inputs)
+
+
+def cispo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-sg(clip(r, low, high)) lp A (Chen et al. 2025)."""
+    low, high = inputs.clip_range()
+    ratio = (lp - inputs.arrays["logprobs"]).exp_().clamp_(low, high)
+    slope = -ratio * inputs.arrays["advantages"]
+    return slope * lp, slope
+
+
+def dro(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """-(lp A - beta (lp - q)^2 / 2) (Richemond et al. 2024)."""
+    a, beta = inputs.arrays["advantages"], inputs.config["beta"]
+    gap = lp - inputs.arrays["logprobs"]
+    return -(lp * a - 0.5 * beta * gap**2), beta * gap - a
+
+
+def gspo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """PPO's clip on the sequence's ratio, exp(mean over its mask of (lp - q)) (Zheng et al. 2025).
+
+    The gradient goes through each token's own lp: log rho = sg(mean) + lp - sg(lp). A sequence
+    whose mask is all zero has ratio 1.
+    """
+    mask = inputs.arrays["sequence_ratio_mask"]
+    zeros = lp.new_zeros(inputs.sequences, 1)
+    gaps = zeros.index_add(0, inputs.sequence, (lp - inputs.arrays["logprobs"]) * mask)
+    counts = zeros.index_add(0, inputs.sequence, mask)
+    means = gaps / torch.where(counts == 0, 1.0, counts)
+    return clipped(means[inputs.sequence], inputs)
+
+
+LOSSES: dict[str, Loss] = {
+    loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
+}
+
+#: Losses whose value at a token depends on the other tokens of its sequence.
+WHOLE_SEQUENCE = frozenset({"gspo"})
+
+
+def complete_config(
+    loss_fn: str, config: Mapping[str, types.losses.LossConfigValue] | None
+) -> dict[str, float]:
+    """The settings of a loss with its defaults.
+
+    Raises:
+        ValueError: For a loss that is not offered, or a setting that it does not have.
+    """
+    given = types.check_config(loss_fn, config) or {}
+    if loss_fn in NOT_OFFERED:
+        raise ValueError(
+            f"loss_fn {loss_fn!r} is not offered by this server: {NOT_OFFERED[loss_fn]}; "
+            f"choose one of {', '.join(LOSSES)}."
+        )
+    accepted = types.LOSS_FUNCTIONS[loss_fn].config
+    for key in given:
+        if key not in accepted:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+            raise ValueError(f"{loss_fn} has no setting {key!r}; {takes}.")
+    complete = {key: float(value) for key, value in accepted.items() if value is not None}
+    complete.update({key: float(value) for key, value in given.items()})
+    if complete.get("clip_low_threshold", 0.0) > complete.get("clip_high_threshold", 1e38):
+        raise ValueError(
+            f"clip_low_threshold {complete['clip_low_threshold']} is above clip_high_threshold "
+            f"{complete['clip_high_threshold']}; they bound the ratio itself, such as 0.8 and 1.2."
+        )
+    return complete
+
+
+def wanted_inputs(loss_fn: str, present: Sequence[str]) -> list[str]:
+    """Names of the float inputs that *loss_fn* reads, of those *present*; others are ignored."""
+    known = types.LOSS_FUNCTIONS[loss_fn]
+    names = [name for name in (*known.inputs, *known.optional) if name != "target_tokens"]
+    return [name for name in names if name in present]

@@ -1,0 +1,54 @@
+"""AdamW over one flat vector of parameters (Loshchilov and Hutter 2019), as torch.optim.AdamW.
+
+Every setting comes with the step that it is for; the moments and the count of steps stay here.
+Knows nothing of what the parameters mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tinkex import types
+
+
+class AdamW:
+    """Moments and step count for a flat vector of *size* parameters.
+
+    Attributes:
+        m, v: (size,) float32, running means of the gradient and of its square.
+        steps: how many steps have been taken.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.m = torch.zeros(size, device=device)
+        self.v = torch.zeros(size, device=device)
+        self.steps = 0
+
+    def step(self, weights: Tensor, gradient: Tensor, params: types.AdamParams) -> None:
+        """One update of *weights* in place; *gradient* is left as it is."""
+        self.steps += 1
+        self.m.lerp_(gradient, 1 - params.beta1)
+        self.v.mul_(params.beta2).addcmul_(gradient, gradient, value=1 - params.beta2)
+        weights.mul_(1 - params.learning_rate * params.weight_decay)
+        step_size = params.learning_rate / (1 - params.beta1**self.steps)
+        root = math.sqrt(1 - params.beta2**self.steps)
+        denominator = self.v.sqrt().div_(root).add_(params.eps)
+        weights.addcdiv_(self.m, denominator, value=-step_size)
+
+    def reset(self) -> None:
+        """As before the first step."""
+        self.m.zero_()
+        self.v.zero_()
+        self.steps = 0
+
+
+def clip_(gradient: Tensor, norm: float, largest: float) -> None:
+    """Scale *gradient*, whose L2 norm is *norm*, in place so that its norm is at most *largest*.
+
+    As torch.nn.utils.clip_grad_norm_, whose 1e-6 guards against division by zero.
+    """
+    if norm > largest:
+        gradient.mul_(largest / (norm + 1e-6))

@@ -1,0 +1,627 @@
+"""Sampling with continuous batching: requests join and leave the running batch at every step.
+
+A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
+once), then gives every running sequence one more token. One `Sampler` serves one base model and any
+number of adapters over it. Knows nothing of HTTP, of users, or of where adapters come from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinkex import types
+from tinkex.local import choosing
+from tinkex.local.kvcache import SharedPool, SinglePool
+from tinkex.local.lora import Finished, MixedLinears, Stack
+from tinkex.local.model import (
+    LOGIT_BUDGET,
+    Base,
+    Forward,
+    PackedAttention,
+    Packing,
+    rms_norm,
+    softmax_,
+)
+
+#: Sequences that run at the same time.
+MOST_ROWS = 256
+
+#: Prompt tokens computed in one step (more only for a single longer prompt).
+PREFILL_TOKENS = 2048
+
+#: Samples of one prompt that share its keys and values; more form further groups.
+GROUP_WIDTH = 16
+
+#: Longest prompts of the smallest pool; each further pool takes four times as long ones.
+FIRST_POOL = 128
+
+OnToken = Callable[[int, int, float], None]
+Decode = Callable[[Sequence[int]], str]
+Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
+
+
+@attrs.define(eq=False)
+class Job:
+    """A request, checked, and what it has come to so far.
+
+    Attributes:
+        limit: most tokens of a sequence.
+        stop_tokens: token ids that end a sequence.
+        stop_strings: strings that end a sequence.
+        sequences: finished ones; None where still running.
+    """
+
+    ticket: Hashable
+    request: types.SampleRequest
+    adapter: Finished | None
+    prompt: npt.NDArray[np.int32]
+    limit: int
+    stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    keys: choosing.Keys
+    on_token: OnToken | None
+    sequences: list[types.SampledSequence | None]
+    scores: PromptScores | None = None
+    is_cancelled: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return all(sequence is not None for sequence in self.sequences)
+
+    def response(self) -> types.SampleResponse:
+        scores = self.scores or PromptScores()
+        return types.SampleResponse(
+            sequences=[sequence for sequence in self.sequences if sequence is not None],
+            prompt_logprobs=scores.logprobs,
+            topk_prompt_logprobs=scores.topk,
+            target_prompt_logprobs=scores.targets,
+            prompt_cache_hit_tokens=scores.cached,
+        )
+
+
+@attrs.frozen(eq=False)
+class PromptScores:
+    """What a request wants to know of its prompt."""
+
+    logprobs: npt.NDArray[np.float32] | None = None
+    topk: types.TopkLogprobs | None = None
+    targets: types.TensorData | None = None
+    cached: int = 0
+
+
+@attrs.frozen(eq=False)
+class Unit:
+    """Samples first..first+count of a job, which start together."""
+
+    job: Job
+    first: int
+    count: int
+
+
+def make_job(
+    ticket: Hashable,
+    request: types.SampleRequest,
+    adapter: Finished | None,
+    base: Base,
+    on_token: OnToken | None = None,
+) -> Job:
+    """Check a request against the model.
+
+    Raises:
+        ValueError: If the prompt is empty, too long or not of the model's vocabulary, or something
+            is asked for that this server does not do.
+    """
+    spec, params = base.spec, request.sampling_params
+    if request.prompt_alt_tokens_k or request.record_stability_info:
+        raise ValueError(
+            "prompt_alt_tokens_k and record_stability_info are not offered by this server; "
+            "leave them out."
+        )
+    prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
+    _check_prompt_scores(request, len(prompt), spec.vocab)
+    room = spec.context - len(prompt)
+    stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
+    seed = params.seed
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    return Job(
+        ticket=ticket,
+        request=request,
+        adapter=adapter,
+        prompt=prompt,
+        limit=room if params.max_tokens is None else min(room, params.max_tokens),
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        keys=choosing.sequence_keys(seed, request.num_samples),
+        on_token=on_token,
+        sequences=[None] * request.num_samples,
+    )
+
+
+def _check_prompt(prompt: types.ModelInput, vocab: int, context: int) -> npt.NDArray[np.int32]:
+    tokens = prompt.tokens
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; it needs at least one token.")
+    if int(tokens.max()) >= vocab:
+        raise ValueError(
+            f"the prompt holds token id {int(tokens.max())} at position {int(tokens.argmax())}, "
+            f"but the model's vocabulary has {vocab} tokens; encode it with the model's tokenizer."
+        )
+    if len(tokens) >= context:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens and the model's context {context}, which leaves "
+            "no room to generate; shorten the prompt."
+        )
+    return tokens
+
+
+def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) -> None:
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(request, name) > vocab:
+            raise ValueError(
+                f"{name} = {getattr(request, name)} is more than the vocabulary's {vocab} tokens."
+            )
+    targets = request.target_prompt_logprobs
+    if targets is None:
+        return
+    if len(targets.shape) != 2 or targets.shape[0] != length - 1:
+        raise ValueError(
+            f"target_prompt_logprobs has shape {list(targets.shape)}; for a prompt of {length} "
+            f"tokens it must be [{length - 1}, K]."
+        )
+    values = targets.data
+    if values.dtype.kind == "f" or (values.size and not -1 <= values.min() <= values.max() < vocab):
+        raise ValueError(
+            f"target_prompt_logprobs must hold token ids below {vocab} (int64), or -1 to skip."
+        )
+
+
+def _stops(
+    stop: types.sampling.Stop, eos: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Token ids and strings that end a sequence."""
+    if stop is None:
+        return eos, ()
+    if isinstance(stop, str):
+        return (), (stop,)
+    tokens = tuple(item for item in stop if isinstance(item, int))
+    return tokens, tuple(item for item in stop if isinstance(item, str))
+
+
+class Rows:
+    """The running sequences: one row of numbers each, in arrays."""
+
+    def __init__(self) -> None:
+        self.job: list[Job | None] = [None] * MOST_ROWS
+        self.index = np.zeros(MOST_ROWS, np.int64)
+        self.length = np.zeros(MOST_ROWS, np.int64)
+        self.last = np.zeros(MOST_ROWS, np.int64)
+        self.keys = np.zeros(MOST_ROWS, np.uint64)
+        self.temperature = np.ones(MOST_ROWS, np.float32)
+        self.top_k = np.zeros(MOST_ROWS, np.int64)
+        self.top_p = np.ones(MOST_ROWS, np.float32)
+        self.limit = np.zeros(MOST_ROWS, np.int64)
+        self.prompt_length = np.zeros(MOST_ROWS, np.int64)
+        self.stops = np.full((MOST_ROWS, 1), -1, np.int64)
+        self.tokens = np.zeros((MOST_ROWS, 64), np.int32)
+        self.logprobs = np.zeros((MOST_ROWS, 64), np.float32)
+        self.topk: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]]
+        self.topk = [[] for _ in range(MOST_ROWS)]
+        self.free = list(range(MOST_ROWS - 1, -1, -1))
+
+    def take(self, job: Job, index: int) -> int:
+        """A row for sample *index* of *job*."""
+        row = self.free.pop()
+        params = job.request.sampling_params
+        self.job[row], self.index[row], self.length[row] = job, index, 0
+        self.keys[row] = job.keys[index]
+        self.temperature[row] = params.temperature
+        self.top_k[row], self.top_p[row] = max(params.top_k, 0), params.top_p
+        self.limit[row], self.prompt_length[row] = job.limit, len(job.prompt)
+        if len(job.stop_tokens) > self.stops.shape[1]:
+            missing = len(job.stop_tokens) - self.stops.shape[1]
+            self.stops = np.pad(self.stops, ((0, 0), (0, missing)), constant_values=-1)
+        self.stops[row] = -1
+        self.stops[row, : len(job.stop_tokens)] = job.stop_tokens
+        self.topk[row] = []
+        return row
+
+    def release(self, row: int) -> None:
+        self.job[row] = None
+        self.topk[row] = []
+        self.free.append(row)
+
+    def settings(self, rows: npt.NDArray[np.int64]) -> choosing.Settings:
+        return choosing.Settings(
+            self.keys[rows],
+            self.length[rows],
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+        )
+
+    def append(
+        self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray
+    ) -> npt.NDArray[np.bool_]:
+        """Add a token to each row; give which of them a stop token has ended."""
+        longest = int(self.length[rows].max()) + 1
+        if longest > self.tokens.shape[1]:
+            more = ((0, 0), (0, self.tokens.shape[1]))
+            self.tokens, self.logprobs = np.pad(self.tokens, more), np.pad(self.logprobs, more)
+        at = self.length[rows]
+        self.tokens[rows, at], self.logprobs[rows, at] = tokens, logprobs
+        self.last[rows] = tokens
+        self.length[rows] += 1
+        ended: npt.NDArray[np.bool_] = (self.stops[rows] == tokens[:, None]).any(axis=1)
+        return ended
+
+
+class Sampler:
+    """The running batch of one base model.
+
+    Args:
+        load_decode: gives ids -> text; called when a stop string is first asked for.
+        memory: bytes that keys and values may take; requests beyond that wait.
+    """
+
+    def __init__(self, base: Base, load_decode: Callable[[], Decode], memory: int) -> None:
+        self._base = base
+        self._load_decode = load_decode
+        self._decode: Decode | None = None
+        self._memory = memory
+        self._waiting: deque[Unit] = deque()
+        self._rows = Rows()
+        self._singles: dict[int, SinglePool] = {}
+        self._shared: dict[tuple[int, int], SharedPool] = {}
+        self._home: dict[int, SinglePool | SharedPool] = {}
+        self._reserved: dict[int, int] = {}
+        self._stack = Stack([None])
+        self._finished: list[Outcome] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._home or self._finished)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job made by `make_job`."""
+        if job.stop_strings and self._decode is None:
+            self._decode = self._load_decode()
+        count = len(job.sequences)
+        for first in range(0, count, GROUP_WIDTH):
+            self._waiting.append(Unit(job, first, min(GROUP_WIDTH, count - first)))
+
+    def cancel(self, ticket: Hashable) -> None:
+        """Forget a job; nothing is returned for it."""
+        self._drop(lambda job: job.ticket == ticket)
+
+    def cancel_adapter(self, adapter: Finished) -> list[Hashable]:
+        """Forget all jobs of an adapter; give their tickets."""
+        return self._drop(lambda job: job.adapter is adapter)
+
+    def _drop(self, matches: Callable[[Job], bool]) -> list[Hashable]:
+        dropped = [unit.job for unit in self._waiting if matches(unit.job)]
+        self._waiting = deque(unit for unit in self._waiting if not matches(unit.job))
+        for row in list(self._home):
+            job = self._rows.job[row]
+            if job is not None and matches(job):
+                dropped.append(job)
+                self._release(row)
+        for job in dropped:
+            job.is_cancelled = True
+        return list(dict.fromkeys(job.ticket for job in dropped))
+
+    @torch.no_grad()
+    def step(self) -> list[Outcome]:
+        """Admit, then advance every running sequence by a token; give what is finished.
+
+        A failure in the middle ends every job that was running with that exception.
+        """
+        try:
+            self._admit()
+            if self._home:
+                self._advance()
+        except Exception as exc:  # noqa: BLE001 - handed to whoever waits for each job
+            self._fail_all(exc)
+        done, self._finished = self._finished, []
+        return done
+
+    def _fail_all(self, exc: Exception) -> None:
+        for ticket in self._drop(lambda job: True):
+            self._finished.append((ticket, exc))
+        self._singles.clear()
+        self._shared.clear()
+
+    # -- prompts -----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Start waiting units of one adapter, as many as there is room for."""
+        units = self._choose_units()
+        if not units:
+            return
+        prompts: dict[bytes, list[Unit]] = {}
+        for unit in units:
+            prompts.setdefault(unit.job.prompt.tobytes(), []).append(unit)
+        groups = sorted(prompts.values(), key=lambda group: len(group[0].job.prompt))
+        rows = [[self._start(unit) for unit in group] for group in groups]
+        hidden, packing, linears = self._prefill(groups, rows)
+        for group, start in zip(groups, packing.starts):
+            states = hidden[start : start + len(group[0].job.prompt)]
+            self._score_prompts(group, states, linears)
+        ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
+        logits = linears.forward("head", hidden[ends.to(hidden.device)]).float()
+        counts = [sum(unit.count for unit in group) for group in groups]
+        which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
+        flat = [row for group in rows for unit_rows in group for row in unit_rows]
+        self._take_tokens(np.array(flat), logits[which])
+
+    def _choose_units(self) -> list[Unit]:
+        """The head of the line, and what can go with it: same adapter, within the limits."""
+        chosen: list[Unit] = []
+        tokens, rows = 0, len(self._rows.free)
+        while self._waiting:
+            unit = self._waiting[0]
+            if chosen and unit.job.adapter is not chosen[0].job.adapter:
+                break
+            alone = not chosen and not self._home
+            size = self._bytes(unit)
+            fits = sum(self._reserved.values()) + size <= self._memory
+            tokens += len(unit.job.prompt)
+            if unit.count > rows or not (fits or alone) or (chosen and tokens > PREFILL_TOKENS):
+                break
+            rows -= unit.count
+            chosen.append(self._waiting.popleft())
+        return chosen
+
+    def _bytes(self, unit: Unit) -> int:
+        """What a unit's keys and values may come to."""
+        spec = self._base.spec
+        numbers = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        positions = len(unit.job.prompt) + unit.count * unit.job.limit
+        return positions * numbers * self._base.embedding.element_size()
+
+    def _start(self, unit: Unit) -> list[int]:
+        """Rows for a unit's samples, and a place for them in a pool."""
+        rows = [self._rows.take(unit.job, unit.first + i) for i in range(unit.count)]
+        share = self._bytes(unit) // unit.count
+        for row in rows:
+            self._reserved[row] = share
+            self._home[row] = self._pool(unit)
+        return rows
+
+    def _pool(self, unit: Unit) -> SinglePool | SharedPool:
+        longest = FIRST_POOL
+        while longest < len(unit.job.prompt):
+            longest *= 4
+        spec, device, dtype = self._base.spec, self._base.device, self._base.dtype
+        if unit.count == 1:
+            if longest not in self._singles:
+                self._singles[longest] = SinglePool(spec, device, dtype)
+            return self._singles[longest]
+        width = 1 << (unit.count - 1).bit_length()
+        if (longest, width) not in self._shared:
+            self._shared[longest, width] = SharedPool(spec, width, device, dtype)
+        return self._shared[longest, width]
+
+    def _prefill(
+        self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
+    ) -> tuple[Tensor, Packing, MixedLinears]:
+        """Hidden states (N, d) of the groups' prompts; their keys and values go to the pools."""
+        base = self._base
+        prompts = [group[0].job.prompt for group in groups]
+        packing = Packing([len(prompt) for prompt in prompts], base.device)
+        attention = PackedAttention(packing, base.spec)
+        places = self._places(groups, rows)
+        stack = Stack([groups[0][0].job.adapter])
+        linears = MixedLinears(base.linears, stack, np.zeros(1, np.int64))
+        keys = base.spec.heads * base.spec.head_dim
+        values = keys + base.spec.kv_heads * base.spec.head_dim
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            for i, start in enumerate(packing.starts):
+                own = qkv[start : start + packing.lengths[i]]
+                k = own[:, keys:values].view(len(own), -1, base.spec.head_dim)
+                v = own[:, values:].view(len(own), -1, base.spec.head_dim)
+                for pool, place in places[i]:
+                    pool.fill(layer, place, k, v)
+            return attention.forward(qkv)
+
+        tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
+        x = torch.nn.functional.embedding(tokens, base.embedding)
+        forward = Forward(base, linears, packing.positions, packing.longest, attend)
+        for i in range(base.spec.layers):
+            x, _ = forward.layer(i, x)
+        hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
+        return hidden, packing, linears
+
+    def _places(
+        self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[tuple[SinglePool | SharedPool, int]]]:
+        """Where the keys and values of each group's prompt go. Nowhere, if one token is all."""
+        places = []
+        for group, group_rows in zip(groups, rows):
+            found: list[tuple[SinglePool | SharedPool, int]] = []
+            for unit, unit_rows in zip(group, group_rows):
+                if unit.job.limit == 1:
+                    continue
+                pool, length = self._home[unit_rows[0]], len(unit.job.prompt)
+                if isinstance(pool, SinglePool):
+                    found.append((pool, pool.add(unit_rows[0], length)))
+                else:
+                    found.append((pool, pool.add(unit_rows, length)))
+            places.append(found)
+        return places
+
+    def _score_prompts(
+        self, group: Sequence[Unit], states: Tensor, linears: MixedLinears
+    ) -> None:
+        """Fill in what the jobs of one prompt want to know of it."""
+        for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
+            if job.scores is None:
+                cached = len(job.prompt) if i else 0
+                job.scores = score_prompt(job, states, linears, self._base.spec.vocab, cached)
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """One more token for every running sequence."""
+        pools = [p for p in (*self._singles.values(), *self._shared.values()) if len(p.members)]
+        if not pools:
+            return
+        members = [pool.begin_step() for pool in pools]
+        bounds = np.cumsum([0, *(len(m) for m in members)])
+        rows = np.concatenate([np.array(m, np.int64) for m in members])
+        base, spec, state = self._base, self._base.spec, self._rows
+        positions = state.prompt_length[rows] + state.length[rows] - 1
+        split = [spec.heads, spec.kv_heads, spec.kv_heads]
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            heads = qkv.view(len(qkv), -1, spec.head_dim)
+            outs = []
+            for pool, start, stop in zip(pools, bounds, bounds[1:]):
+                outs.append(pool.attend(layer, *heads[start:stop].split(split, dim=1)))
+            return outs[0] if len(outs) == 1 else torch.cat(outs), None
+
+        linears = self._mixed(rows)
+        at = torch.from_numpy(positions).to(base.device)
+        forward = Forward(base, linears, at, int(positions.max()) + 1, attend)
+        tokens = torch.from_numpy(state.last[rows]).to(base.device)
+        x = torch.nn.functional.embedding(tokens, base.embedding)
+        for i in range(spec.layers):
+            x, _ = forward.layer(i, x)
+        for pool in pools:
+            pool.end_step()
+        hidden, _ = rms_norm(x, base.final_norm, spec.norm_eps)
+        self._take_tokens(rows, linears.forward("head", hidden).float())
+
+    def _mixed(self, rows: npt.NDArray[np.int64]) -> MixedLinears:
+        """The matrices for these rows; the stack of adapters is kept while they are the same."""
+        adapters = [job.adapter for job in (self._rows.job[row] for row in rows) if job is not None]
+        distinct = list(dict.fromkeys(adapters))
+        if set(distinct) != set(self._stack.adapters):
+            self._stack = Stack(distinct)
+        number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
+        which = np.array([number[adapter] for adapter in adapters], np.int64)
+        return MixedLinears(self._base.linears, self._stack, which)
+
+    def _take_tokens(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+        """Choose a token for each row, record it, and end the sequences that it ends."""
+        state = self._rows
+        self._record_topk(rows, logits)
+        tokens, logprobs = choosing.choose(logits, state.settings(rows))
+        stopped = state.append(rows, tokens, logprobs)
+        full = state.length[rows] >= state.limit[rows]
+        for i, row in enumerate(rows.tolist()):
+            job = state.job[row]
+            if job is None:
+                continue
+            if job.on_token is not None:
+                job.on_token(int(state.index[row]), int(tokens[i]), float(logprobs[i]))
+            if stopped[i] or (job.stop_strings and self._completes_stop(row, job)):
+                self._finish(row, job, "stop")
+            elif full[i]:
+                self._finish(row, job, "length")
+
+    def _record_topk(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+        jobs = [self._rows.job[row] for row in rows]
+        wanted = [i for i, job in enumerate(jobs) if job and job.request.topk_sample_logprobs]
+        for i in wanted:
+            job = jobs[i]
+            if job is not None:
+                k = job.request.topk_sample_logprobs
+                ids, logprobs = _topk(logits[i : i + 1], k)
+                self._rows.topk[int(rows[i])].append((ids, logprobs))
+
+    def _completes_stop(self, row: int, job: Job) -> bool:
+        """Whether the last token has completed a stop string."""
+        if self._decode is None:
+            raise RuntimeError("a job with stop strings was queued without a decoder.")
+        longest = max(len(stop.encode()) for stop in job.stop_strings)
+        length = int(self._rows.length[row])
+        recent = self._rows.tokens[row, max(0, length - longest - 8) : length].tolist()
+        text, before = self._decode(recent), self._decode(recent[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in job.stop_strings)
+
+    def _finish(self, row: int, job: Job, reason: types.sampling.StopReason) -> None:
+        length = int(self._rows.length[row])
+        topk = self._rows.topk[row]
+        job.sequences[int(self._rows.index[row])] = types.SampledSequence(
+            tokens=self._rows.tokens[row, :length].copy(),
+            logprobs=self._rows.logprobs[row, :length].copy(),
+            stop_reason=reason,
+            topk_logprobs=types.TopkLogprobs(
+                np.concatenate([ids for ids, _ in topk]), np.concatenate([lp for _, lp in topk])
+            )
+            if topk
+            else None,
+        )
+        self._release(row)
+        if job.is_done:
+            self._finished.append((job.ticket, job.response()))
+
+    def _release(self, row: int) -> None:
+        pool = self._home.pop(row)
+        if row in np.asarray(pool.members):
+            pool.remove(row)
+        del self._reserved[row]
+        self._rows.release(row)
+        if not self._home:  # idle: give the memory back
+            self._singles.clear()
+            self._shared.clear()
+
+
+def _topk(
+    logits: Tensor, k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """The k likeliest tokens of each row of logits (n, V), best first, and their logprobs."""
+    values, ids = logits.topk(k, dim=1)
+    logprobs = values - logits.logsumexp(dim=1, keepdim=True)
+    return ids.int().cpu().numpy(), logprobs.cpu().numpy()
+
+
+def score_prompt(
+    job: Job, states: Tensor, linears: MixedLinears, vocab: int, cached: int
+) -> PromptScores:
+    """What *job* wants to know of its prompt, from the hidden states (N, d) at each position."""
+    request, length = job.request, len(job.prompt)
+    k, targets = request.topk_prompt_logprobs, request.target_prompt_logprobs
+    if not (request.prompt_logprobs or k or targets is not None):
+        return PromptScores(cached=cached)
+    last = request.prompt_logprobs_last_n
+    begin = 1 if last is None else max(1, length - last)
+    wanted = job.prompt[1:, None].astype(np.int64)
+    if targets is not None:
+        wanted = np.concatenate([wanted, np.maximum(targets.to_numpy(), 0)], axis=1)
+    scores = np.full(wanted.shape, np.nan, np.float32)
+    topk = types.TopkLogprobs(
+        np.zeros((length, k), np.int32),
+        np.full((length, k), types.ABSENT_LOGPROB, np.float32),
+    )
+    step = max(16, LOGIT_BUDGET // vocab)
+    for start in range(begin, length, step):
+        stop = min(start + step, length)
+        # The state at position t - 1 predicts token t.
+        logits = linears.forward("head", states[start - 1 : stop - 1]).float()
+        if k:
+            topk.token_ids[start:stop], topk.logprobs[start:stop] = _topk(logits, k)
+        chosen = torch.from_numpy(wanted[start - 1 : stop - 1]).to(logits.device)
+        scores[start - 1 : stop - 1] = softmax_(logits, chosen).cpu().numpy()
+    return PromptScores(
+        logprobs=np.concatenate([[np.nan], scores[:, 0]]) if request.prompt_logprobs else None,
+        topk=topk if k else None,
+        targets=None if targets is None else _target_scores(targets, scores[:, 1:]),
+        cached=cached,
+    )
+
+
+def _target_scores(
+    targets: types.TensorData, scores: npt.NDArray[np.float32]
+) -> types.TensorData:
+    """NaN where a target is -1."""
+    return types.TensorData(np.where(targets.to_numpy() < 0, np.nan, scores).astype(np.float32))
