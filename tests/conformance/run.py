@@ -1,0 +1,95 @@
+"""`make conformance`: every version of the official SDK against our server, and what came out.
+
+Prints a line per feature and version as it goes, writes docs/compatibility.md, and ends with 1 if
+anything fails. With arguments (`0.38.0 forward`) it runs only these versions and features whose
+names hold these words, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import sdk
+
+MARKS = {"works": "yes", "absent": "-", "refused": "refused", "fails": "**fails**"}
+
+HEAD = """\
+# Compatibility with the official SDK
+
+The official Python SDK (`tinker` on PyPI) runs unmodified against the server that `tinkex serve`
+starts. Point it there and give it any key of its own shape:
+
+```bash
+tinkex serve --port 8000
+TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-anything python my_script.py
+```
+
+This page is written by `make conformance`, which runs one scenario (`tests/conformance/scenario.py`)
+with each of these versions: {versions}. Up to 0.24.1 the SDK sends training data as JSON, from
+0.25.0 on as protobuf; the server speaks both. "-" says that this version of the SDK does not have
+the feature.
+"""
+
+REFUSED = """
+## What the server does not offer
+
+Each of these is refused at once, with the sentence on the right; nothing hangs and nothing is
+silently ignored.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    chosen = [a for a in arguments if re.fullmatch(r"\d+\.\d+\.\d+", a)]
+    words = [a for a in arguments if a not in chosen]
+    results: dict[str, dict[str, dict[str, str]]] = {}
+    for version in chosen or sdk.VERSIONS:
+        sdk.python_of(version)
+        with sdk.server() as url:
+            for line in sdk.scenario(version, url, *words):
+                results.setdefault(line["feature"], {})[version] = line
+                print(
+                    f"{version:8} {line['feature']:60} {line['state']:8} "
+                    f"{line['seconds']:6} s  {line['detail']}",
+                    flush=True,
+                )
+    if not arguments:
+        (sdk.ROOT / "docs" / "compatibility.md").write_text(page(results))
+    failed = sum(line["state"] == "fails" for row in results.values() for line in row.values())
+    ran = sum(len(row) for row in results.values())
+    print(f"{ran - failed} of {ran} as they should be" + (f", {failed} FAILED" if failed else ""))
+    return 1 if failed else 0
+
+
+def page(results: dict[str, dict[str, dict[str, str]]]) -> str:
+    """docs/compatibility.md."""
+    offered, refused = [], []
+    for feature, row in results.items():
+        states = {line["state"] for line in row.values()}
+        (refused if "refused" in states or "not refused" in str(row) else offered).append(feature)
+    lines = [HEAD.format(versions=", ".join(sdk.VERSIONS))]
+    lines += [f"| Feature | {' | '.join(sdk.VERSIONS)} |", "|---" * (len(sdk.VERSIONS) + 1) + "|"]
+    for feature in offered:
+        cells = [MARKS[results[feature][version]["state"]] for version in sdk.VERSIONS]
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    lines += [REFUSED, "| Feature | SDK versions that have it | Answer |", "|---|---|---|"]
+    for feature in refused:
+        row = {v: line for v, line in results[feature].items() if line["state"] != "absent"}
+        newest = list(row.values())[-1]
+        lines.append(f"| {feature} | {', '.join(row)} | {sentence(newest['detail'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def sentence(detail: str) -> str:
+    """The server's own sentence in the text of the SDK's exception."""
+    for pattern in (r"Request failed: (.*?)(?: self\.request_id| request_id|$)",
+                    r"""['"](?:detail|error)['"]: (['"])(?P<text>.*?)\1[,}]"""):  # fmt: skip
+        found = re.search(pattern, detail, re.DOTALL)
+        if found:
+            detail = found.groupdict().get("text") or found.group(1)
+            break
+    return detail.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
