@@ -53,7 +53,10 @@ class APIError(TinkexError):
     Attributes:
         method, url: of the request, where there was one; no secrets are in them.
         attempts: how many times it was sent.
+        outcome_unknown: whether the server may have carried it out although no good answer came.
     """
+
+    outcome_unknown: bool = False
 
     def __init__(self, message: str, *, method: str = "", url: str = "", attempts: int = 1) -> None:
         super().__init__(message)

@@ -42,6 +42,7 @@ from .sampling import (
     TopkLogprobs,
 )
 from .service import (
+    AuthTokenRequest,
     AuthTokenResponse,
     CancelFutureRequest,
     ClientConfig,
@@ -86,6 +87,7 @@ from .training import (
 __all__ = [
     "ABSENT_LOGPROB",
     "AdamParams",
+    "AuthTokenRequest",
     "AuthTokenResponse",
     "CancelFutureRequest",
     "Checkpoint",

@@ -1,0 +1,164 @@
+"""One long poll for all of a sampling session's results, where the server offers retrieve_futures.
+
+Waits for completions and hands each finished promise to the poller, which fetches its result. Knows
+nothing of sampling but the session's id.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from . import errors, types, wire
+from .futures import fail
+from .polling import Promise
+from .session import Session
+from .transport import ONCE
+
+logger = logging.getLogger("tinkex")
+
+PAUSE = 0.5  # seconds after a poll that failed
+LINGER = 5.0  # seconds that the thread stays when nothing is waited for
+
+
+class CompletionWatch:
+    """Waits for many promises of one sampling session with one request at a time.
+
+    Its thread lives while something is waited for. After a failure the server is asked from the
+    start (cursor 0), so that nothing it said meanwhile is missed. A server that turns out not to
+    offer the endpoint is polled for each promise instead.
+    """
+
+    def __init__(self, session: Session, sampling_session_id: str, clone: int) -> None:
+        self._session = session
+        self._target = {
+            "type": "sampling_session",
+            "sampling_session_id": sampling_session_id,
+            "cloned_sampler_id": clone,
+        }
+        self._changed = threading.Condition()  # guards all below
+        self._waiting: dict[str, Promise[Any]] = {}
+        self._early: set[str] = set()
+        self._fetched: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._offered = True
+        self._closed = False
+
+    def watch(self, promise: Promise[Any]) -> None:
+        """Resolve the promise's future when the server says that it is done."""
+        promise.wait = self._session.poller.begin_wait(promise)
+        promise.future.add_done_callback(lambda _: self._done(promise))
+        with self._changed:
+            closed = self._closed
+            ready = promise.request_id in self._early or not self._offered
+            self._early.discard(promise.request_id)
+            if not ready and not closed:
+                self._waiting[promise.request_id] = promise
+                self._changed.notify()
+                if self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._run, name="tinkex-completions", daemon=True
+                    )
+                    self._thread.start()
+        if closed:
+            fail(promise.future, errors.ClientClosedError("The sampling client is closed."))
+        elif ready:
+            self._session.poller.watch(promise, ordered=False)
+
+    def close(self) -> None:
+        """Fail what is waited for."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+            self._changed.notify_all()
+        for promise in waiting:
+            fail(promise.future, errors.ClientClosedError("The sampling client was closed."))
+
+    def _done(self, promise: Promise[Any]) -> None:
+        """Its future is resolved: the server may forget it."""
+        if promise.wait is not None:
+            promise.wait.end()
+        with self._changed:
+            self._waiting.pop(promise.request_id, None)
+            self._fetched.append(promise.request_id)
+
+    def _run(self) -> None:
+        """Runs on the watch's thread."""
+        cursor = 0
+        while True:
+            with self._changed:
+                if not self._waiting and not self._closed:
+                    self._changed.wait(LINGER)
+                if not self._waiting or self._session.is_closed:
+                    self._thread = None
+                    left = list(self._waiting.values())
+                    break
+                timeout = self._expire()
+            try:
+                cursor = self._ask(cursor, timeout)
+            except errors.NotFoundError:
+                self._poll_each_instead()
+            except errors.TinkexError as exc:
+                logger.debug("waiting for samples: %s", exc)
+                cursor = 0
+                time.sleep(PAUSE)
+            except BaseException as exc:  # whatever it is, nobody may wait for ever
+                logger.exception("waiting for samples failed")
+                self._fail_all(exc)
+        for promise in left:
+            fail(promise.future, errors.ClientClosedError("The session was closed."))
+
+    def _expire(self) -> float:
+        """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
+        now = time.monotonic()
+        limits = [p.deadline for p in self._waiting.values() if p.deadline is not None]
+        for promise in [p for p in self._waiting.values() if (p.deadline or now) < now]:
+            del self._waiting[promise.request_id]
+            self._session.poller.watch(promise, ordered=False)  # which raises the timeout
+        patience = self._session.config.patience.poll
+        return min([patience, *(max(limit - now, 0.05) for limit in limits)])
+
+    def _ask(self, cursor: int, timeout: float) -> int:
+        with self._changed:
+            fetched, self._fetched = self._fetched, []
+        request = types.RetrieveFuturesRequest(
+            self._target, cursor, retrieved_request_ids=sorted(fetched)
+        )
+        try:
+            answer = self._session.call(wire.RETRIEVE_FUTURES, request, retry=ONCE, timeout=timeout)
+        except BaseException:
+            with self._changed:
+                self._fetched += fetched
+            raise
+        self._take([completion.request_id for completion in answer.completions])
+        return answer.cursor
+
+    def _take(self, request_ids: list[str]) -> None:
+        ready = []
+        with self._changed:
+            for request_id in request_ids:
+                promise = self._waiting.pop(request_id, None)
+                if promise is not None:
+                    ready.append(promise)
+                else:  # it was done before its promise was read, or is a repetition
+                    self._early.add(request_id)
+        for promise in ready:
+            self._session.poller.watch(promise, ordered=False)
+
+    def _poll_each_instead(self) -> None:
+        with self._changed:
+            self._offered = False
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for promise in waiting:
+            self._session.poller.watch(promise, ordered=False)
+
+    def _fail_all(self, exc: BaseException) -> None:
+        with self._changed:
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for promise in waiting:
+            fail(promise.future, exc)

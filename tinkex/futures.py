@@ -1,0 +1,124 @@
+"""What a call hands back: futures, and one future made of many.
+
+Every call returns an `OperationFuture`: a concurrent.futures.Future that can be awaited, too. Knows
+nothing of servers; polling.py and worker.py resolve what is made here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+logger = logging.getLogger("tinkex")
+
+
+class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignore]
+    """The handle of one operation: a concurrent.futures.Future that can be awaited, too.
+
+    `result(timeout)` raises TimeoutError when *timeout* seconds are over; the operation goes on,
+    and `result` may be called again. `cancel()` works until the operation is sent.
+    """
+
+    def __init__(self, what: str = "the operation") -> None:
+        super().__init__()
+        #: What is being done, for messages.
+        self.what = what
+        #: Called when a failure has been handed to the caller.
+        self.on_delivered: Callable[[BaseException], None] | None = None
+
+    def result(self, timeout: float | None = None) -> T:
+        """The result, waiting for it *timeout* seconds at most (None: as long as it takes)."""
+        try:
+            value: T = super().result(timeout)
+            return value
+        except concurrent.futures.CancelledError:
+            raise
+        except concurrent.futures.TimeoutError as exc:
+            if self.done():
+                self._delivered(exc)
+                raise
+            raise TimeoutError(
+                f"{self.what} is not done after {timeout} s. It goes on; ask again, or later."
+            ) from None
+        except BaseException as exc:
+            self._delivered(exc)
+            raise
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What it failed with, or None; waits like `result`."""
+        exc = super().exception(timeout)
+        if exc is not None:
+            self._delivered(exc)
+        return exc
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """The result, for use in a coroutine; a timeout leaves the operation alive."""
+        import asyncio  # only here: the SDK is for plain scripts
+
+        waiter = asyncio.shield(asyncio.wrap_future(self))
+        try:
+            value: T = await asyncio.wait_for(waiter, timeout)
+            return value
+        except BaseException as exc:
+            if self.done():
+                self._delivered(exc)
+            raise
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result_async().__await__()
+
+    def _delivered(self, exc: BaseException) -> None:
+        if self.on_delivered is not None and not self.cancelled():
+            self.on_delivered(exc)
+
+    def __repr__(self) -> str:
+        state = "running" if self.running() else "done" if self.done() else "queued"
+        return f"<OperationFuture of {self.what}: {state}>"
+
+
+def fail(future: Future[Any], exc: BaseException) -> None:
+    """Give *future* an exception unless it is resolved already (a race that must not raise)."""
+    try:
+        future.set_exception(exc)
+    except concurrent.futures.InvalidStateError:
+        logger.debug("a future was resolved before it failed with: %s", exc)
+
+
+def succeed(future: Future[T], value: T) -> None:
+    """Give *future* its result unless it is resolved already."""
+    try:
+        future.set_result(value)
+    except concurrent.futures.InvalidStateError:
+        logger.debug("a future was resolved before its result came")
+
+
+def gather(parts: Sequence[Future[T]], combine: Callable[[list[T]], R], whole: Future[R]) -> None:
+    """Resolve *whole* with combine(results in order) when all *parts* are done, or with the first
+    exception as soon as there is one."""
+    lock = threading.Lock()  # guards left: parts are resolved on several threads
+    left = len(parts)
+
+    def part_is_done(part: Future[T]) -> None:
+        nonlocal left
+        exc = part.exception()
+        if exc is not None:
+            fail(whole, exc)
+            return
+        with lock:
+            left -= 1
+            last = left == 0
+        if last and not whole.done():
+            try:
+                succeed(whole, combine([part.result() for part in parts]))
+            except BaseException as problem:
+                fail(whole, problem)
+
+    for part in parts:
+        part.add_done_callback(part_is_done)

@@ -1,0 +1,573 @@
+"""SamplingClient: text from a model, many prompts at once, in no order.
+
+Knows what a sample is asked with and what comes back; how much goes on at once is pacing.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Union
+
+import attrs
+import numpy as np
+
+from . import batching, config, errors, pacing, tokenizer, types, wire
+from .completions import CompletionWatch
+from .futures import OperationFuture, fail, gather
+from .session import Session, connect, is_missing_route, not_offered
+from .transport import ONCE, Retry
+from .waiting import Wait
+
+logger = logging.getLogger("tinkex")
+
+Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
+
+#: A clone of a client (unpickled) numbers its samples from a block of its own.
+CLONE_BLOCK = 1_000_000_000
+#: How often a sample whose promise the server has lost is made anew, under a new number.
+MAX_LOST = 5
+
+PAUSE_REASONS = {
+    "paused_rate_limit": "concurrent sampler weights limit hit",
+    "paused_capacity": "Tinker backend is running short on capacity, please wait",
+}
+
+
+class SamplingClient:
+    """Samples from one set of weights, which do not change.
+
+    All methods may be called from any thread, thousands of times without waiting. Make one with
+    `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`.
+    It can be pickled: the copy finds its key in the environment, and numbers its samples apart.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampling_session_id: str,
+        *,
+        base_model: str | None = None,
+        model_path: str | None = None,
+        retry_config: Retry | None = None,
+        clone: int = 0,
+        owns_session: bool = False,
+    ) -> None:
+        self.sampling_session_id = sampling_session_id
+        self.model_path = model_path
+        self._session = session
+        self._base_model = base_model
+        self._retry = retry_config
+        self._clone = clone
+        self._owns_session = owns_session
+        self._lock = threading.Lock()  # guards _next, _tokenizer and _pause_logged
+        self._next = clone * CLONE_BLOCK
+        self._tokenizer: Any = None
+        self._pause_logged = -60.0
+        limits = session.config.sampling
+        self._pace = pacing.pace_of(session.config.base_url, session.config.api_key, limits)
+        self._completions: CompletionWatch | None = None
+        if session.features.sample_use_retrieve_futures:
+            self._completions = CompletionWatch(session, sampling_session_id, clone)
+        self._closed = threading.Event()
+
+    @classmethod
+    def create(
+        cls,
+        session: Session,
+        *,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        tokenizer_model: str | None = None,
+        retry_config: Retry | None = None,
+    ) -> SamplingClient:
+        """A client of the weights at *model_path*, or of *base_model* as it is.
+
+        Raises:
+            ValueError: If neither is given, or the path is not one.
+        """
+        if model_path is None and base_model is None:
+            raise ValueError("Either model_path or base_model must be provided")
+        if model_path is not None:
+            types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
+        number = session.sampler_numbers.take()
+        request = types.CreateSamplingSessionRequest(
+            session.session_id, number, base_model, model_path
+        )
+        try:
+            created = session.call(wire.CREATE_SAMPLING_SESSION, request)
+        except errors.TinkexError as exc:
+            if not getattr(exc, "outcome_unknown", False):
+                session.sampler_numbers.give_back(number)
+            raise
+        return cls(
+            session,
+            created.sampling_session_id,
+            base_model=base_model or tokenizer_model,
+            model_path=model_path,
+            retry_config=retry_config,
+        )
+
+    # Sampling.
+
+    def sample(
+        self,
+        prompt: Prompt,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        *,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_logprobs_last_n: int | None = None,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.SampleResponse]:
+        """Sample *num_samples* continuations of *prompt*.
+
+        Args:
+            prompt: a ModelInput, token ids (list or array), or text (encoded by the model's
+                tokenizer).
+            sampling_params: by default temperature 1, to the end of text or the context's end.
+            include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs,
+            target_prompt_logprobs, prompt_logprobs_last_n: see `types.SampleRequest`.
+            poll_timeout: seconds until the future fails with APITimeoutError; None is never.
+
+        Raises:
+            ValueError, TypeError: For what can be seen to be wrong; nothing is sent.
+        """
+        request = types.SampleRequest(
+            prompt=self._as_input(prompt),
+            sampling_params=_as_params(sampling_params),
+            num_samples=num_samples,
+            sampling_session_id=self.sampling_session_id,
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        self._check_open()
+        future: OperationFuture[types.SampleResponse]
+        future = OperationFuture(f"sample from {self.sampling_session_id}")
+        nbytes = batching.size_of_input(request.prompt)
+        sampling = _Sample(self, request, future, nbytes, poll_timeout)
+        self._session.sample_pool.start(sampling.submit)
+        return future
+
+    def compute_logprobs(
+        self, prompt: Prompt, *, prompt_logprobs_last_n: int | None = None
+    ) -> OperationFuture[list[float | None]]:
+        """The log-probability of each token of *prompt* after those before it; None first."""
+        sampled = self.sample(
+            prompt,
+            sampling_params=types.SamplingParams(max_tokens=1),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        future: OperationFuture[list[float | None]]
+        future = OperationFuture(f"compute_logprobs of {self.sampling_session_id}")
+        future.set_running_or_notify_cancel()
+        gather([sampled], lambda r: _prompt_logprobs(r[0]), future)
+        return future
+
+    def sample_many(
+        self,
+        prompts: Iterable[Prompt],
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
+        *,
+        in_flight: int = 2000,
+        progress: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, types.SampleResponse]]:
+        """Sample from every prompt, yielding (index of the prompt, response) as they finish.
+
+        Args:
+            prompts: any number; taken as there is room, so it may be a generator.
+            in_flight: how many are under way at a time.
+            progress: show a progress bar on stderr.
+            options: further arguments of `sample`.
+
+        Raises:
+            What the first failing sample raises; those under way are abandoned.
+        """
+        if not isinstance(in_flight, int) or in_flight < 1:
+            raise ValueError(f"in_flight must be a positive integer, got {in_flight!r}.")
+        return self._sample_many(
+            prompts, num_samples, sampling_params, in_flight, progress, options
+        )
+
+    def _sample_many(
+        self,
+        prompts: Iterable[Prompt],
+        num_samples: int,
+        sampling_params: types.SamplingParams | None,
+        in_flight: int,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Iterator[tuple[int, types.SampleResponse]]:
+        done: queue.SimpleQueue[tuple[int, OperationFuture[types.SampleResponse]]]
+        done = queue.SimpleQueue()
+        waiting = enumerate(prompts)
+        total = len(prompts) if isinstance(prompts, Sequence) else None
+        under_way = 0
+        with _ProgressBar(total, progress) as bar:
+            while True:
+                while under_way < in_flight and (item := next(waiting, None)) is not None:
+                    index, prompt = item
+                    future = self.sample(prompt, num_samples, sampling_params, **options)
+                    future.add_done_callback(lambda f, i=index: done.put((i, f)))  # type: ignore[misc]
+                    under_way += 1
+                if not under_way:
+                    return
+                index, future = done.get()
+                under_way -= 1
+                bar.update()
+                yield index, future.result()
+
+    def sample_stream(
+        self,
+        prompt: Prompt,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
+    ) -> Iterator[types.SampleStreamChunk]:
+        """Sample, yielding each token as the server finds it.
+
+        Raises:
+            NotOfferedError: From a server that does not stream.
+            RequestFailedError: If the server fails on the way.
+        """
+        request = types.SampleRequest(
+            prompt=self._as_input(prompt),
+            sampling_params=_as_params(sampling_params),
+            num_samples=num_samples,
+            sampling_session_id=self.sampling_session_id,
+            seq_id=self._take_number(),
+        )
+        self._check_open()
+        return self._stream(request)
+
+    def _stream(self, request: types.SampleRequest) -> Iterator[types.SampleStreamChunk]:
+        transport = self._session.transport
+        body = wire.dumps(wire.to_json(request, wire.STREAM_SAMPLE.tag))
+        headers = {"Accept": "text/event-stream", "Content-Type": wire.JSON}
+        headers["Accept-Encoding"] = "identity"
+        try:
+            response = transport.open_stream(
+                "POST", transport.url(wire.STREAM_SAMPLE.path), body, headers
+            )
+        except errors.NotFoundError as exc:
+            if is_missing_route(exc):
+                raise not_offered(exc, wire.STREAM_SAMPLE.path) from exc
+            raise
+        with response:
+            yield from _read_events(response)
+
+    # Prompts and text.
+
+    def get_tokenizer(self, *, load_fn: tokenizer.LoadFunction | None = None) -> Any:
+        """The tokenizer of the model: something with encode(text) and decode(ids)."""
+        with self._lock:
+            if self._tokenizer is not None and load_fn is None:
+                return self._tokenizer
+        loaded = tokenizer.load(
+            tokenizer.tokenizer_id(self.get_base_model(), self._told_tokenizer()), load_fn=load_fn
+        )
+        with self._lock:
+            self._tokenizer = loaded
+        return loaded
+
+    def _told_tokenizer(self) -> str | None:
+        """The tokenizer that the server names for a checkpoint's model, or None."""
+        if self.model_path is None:
+            return None
+        run = types.ParsedCheckpointTinkerPath.from_tinker_path(self.model_path).training_run_id
+        try:
+            info = self._session.call(wire.GET_INFO, types.GetInfoRequest(run), retry=ONCE)
+        except errors.TinkexError:
+            return None
+        return info.model_data.tokenizer_id
+
+    def get_base_model(self) -> str:
+        """The name of the model that is sampled, without its adapter."""
+        if self._base_model is None:
+            sampler = self._session.call(wire.GET_SAMPLER, sampler_id=self.sampling_session_id)
+            self._base_model = sampler.base_model
+        return self._base_model
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of *text*, by the model's tokenizer."""
+        ids: list[int] = self.get_tokenizer().encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, by the model's tokenizer."""
+        text: str = self.get_tokenizer().decode(ids)
+        return text
+
+    def _as_input(self, prompt: Prompt) -> types.ModelInput:
+        if isinstance(prompt, str):
+            prompt = self.encode(prompt)
+        if not isinstance(prompt, types.ModelInput):
+            prompt = types.ModelInput.from_ints(prompt)
+        if prompt.length == 0:
+            raise ValueError("the prompt is empty; give at least one token.")
+        return prompt
+
+    # Ending.
+
+    @property
+    def limit(self) -> int:
+        """How many samples are submitted at a time now; falls after a 429, and rises again."""
+        return self._pace.limit
+
+    def close(self) -> None:
+        """Take no more samples and fail those under way. Safe to call twice."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._completions is not None:
+            self._completions.close()
+        if self._owns_session:
+            self._session.close()
+
+    def __enter__(self) -> SamplingClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed.is_set() else f"{self._next % CLONE_BLOCK} sampled"
+        return f"<SamplingClient {self.sampling_session_id} [{state}]>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = self._session.config
+        return _unpickled, (
+            settings.base_url,
+            settings.sampling,
+            self._session.session_id,
+            self.sampling_session_id,
+            self._base_model,
+            self.model_path,
+            self._retry,
+        )
+
+    # The way down.
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
+        self._session.check_usable()
+
+    def _take_number(self) -> int:
+        with self._lock:
+            self._next += 1
+            return self._next - 1
+
+    def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
+        """Warns that sampling is paused, once a minute at most."""
+        if state == "active":
+            return
+        now = self._session.transport.waits.now()
+        with self._lock:
+            if now - self._pause_logged < 60.0:
+                return
+            self._pause_logged = now
+        why = reason or PAUSE_REASONS.get(state, "unknown")
+        logger.warning("Sampling is paused for %s. Reason: %s", self.sampling_session_id, why)
+
+
+class _Sample:
+    """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
+
+    The number is kept over resends, so that the server samples once; only when the server is known
+    to have lost it does the sample get a new one.
+    """
+
+    def __init__(
+        self,
+        client: SamplingClient,
+        request: types.SampleRequest,
+        future: OperationFuture[types.SampleResponse],
+        nbytes: int,
+        poll_timeout: float | None,
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._future = future
+        self._nbytes = nbytes
+        self._poll_timeout = poll_timeout
+        self._lost = 0
+
+    def submit(self) -> None:
+        """Runs on a thread of the client's pool."""
+        if not self._future.running() and not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            self._submit()
+        except BaseException as exc:
+            fail(self._future, exc)
+
+    def _submit(self) -> None:
+        client = self._client
+        if self._request.seq_id is None:
+            self._request = attrs.evolve(self._request, seq_id=client._take_number())
+        inner: OperationFuture[types.SampleResponse] = OperationFuture(self._future.what)
+        inner.add_done_callback(self._finish)
+        with client._session.transport.waits.begin(f"room to send {self._future.what}") as wait:
+            while not self._sent(inner, wait):
+                pass
+
+    def _sent(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> bool:
+        """Submit when there is room; False after a 429."""
+        client = self._client
+        with client._pace.admitted(self._nbytes, client._closed.is_set):
+            client._check_open()
+            try:
+                self._start(inner)
+            except errors.RateLimitError as exc:
+                client._pace.throttled(self._nbytes, exc.retry_after)
+                wait.failed_once(exc)
+                _note_pause(client, exc)
+                return False
+        client._pace.succeeded()
+        return True
+
+    def _start(self, inner: OperationFuture[types.SampleResponse]) -> None:
+        session = self._client._session
+        session.start(
+            wire.SAMPLE,
+            self._post,
+            inner,
+            lane=self._client.sampling_session_id,
+            ordered=False,
+            poll_timeout=self._poll_timeout,
+            on_queue_state=self._client.on_queue_state_change,
+            watcher=watch.watch if (watch := self._client._completions) is not None else None,
+        )
+
+    def _post(self, wait: Wait) -> Any:
+        headers = {"X-Tinker-Sampling-Backpressure": "1"}
+        retry = self._client._retry or Retry(pass_on=frozenset({429}))
+        return self._client._session.post(
+            wire.SAMPLE, self._request, wait, retry=retry, headers=headers
+        )
+
+    def _finish(self, inner: Any) -> None:
+        """The promise is resolved, or lost."""
+        exc = inner.exception()
+        if exc is None:
+            self._future.set_result(inner.result())
+        elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
+            self._lost += 1
+            self._request = attrs.evolve(self._request, seq_id=None)
+            self._client._session.sample_pool.start(self.submit)
+        else:
+            fail(self._future, exc)
+
+
+def _note_pause(client: SamplingClient, exc: errors.RateLimitError) -> None:
+    body = exc.body if isinstance(exc.body, dict) else {}
+    if body.get("queue_state"):
+        client.on_queue_state_change(str(body["queue_state"]), body.get("queue_state_reason"))
+
+
+def _as_params(sampling_params: object) -> types.SamplingParams:
+    if sampling_params is None:
+        return types.SamplingParams()
+    if not isinstance(sampling_params, types.SamplingParams):
+        raise TypeError(
+            "sampling_params must be types.SamplingParams(...), got "
+            f"{type(sampling_params).__name__}."
+        )
+    return sampling_params
+
+
+def _prompt_logprobs(response: types.SampleResponse) -> list[float | None]:
+    logprobs = response.prompt_logprobs
+    if logprobs is None:
+        raise errors.APIResponseValidationError("the server gave no prompt logprobs.")
+    return logprobs
+
+
+def _read_events(response: Any) -> Iterator[types.SampleStreamChunk]:
+    """Server-sent events as chunks, each as soon as it is whole."""
+    data: deque[str] = deque()
+    for line in response.iter_lines(chunk_size=1, decode_unicode=True):
+        if line.startswith("data:"):
+            data.append(line[5:].removeprefix(" "))
+        elif not line and data:
+            text = "\n".join(data)
+            data.clear()
+            if text == "[DONE]":
+                return
+            event = json.loads(text)
+            if event.get("error"):
+                raise errors.RequestFailedError(
+                    f"streaming failed on the server: {event['error']}",
+                    category=event.get("category", "unknown"),
+                )
+            yield wire.from_json(types.SampleStreamChunk, event)
+    raise errors.APIConnectionError("the stream of samples broke off before its end.")
+
+
+class _ProgressBar:
+    """A tqdm bar on stderr, or nothing."""
+
+    def __init__(self, total: int | None, show: bool) -> None:
+        self._bar: Any = None
+        if show:
+            import tqdm
+
+            self._bar = tqdm.tqdm(total=total, unit="sample")
+
+    def update(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _unpickled(
+    base_url: str,
+    limits: config.SamplingLimits,
+    session_id: str,
+    sampling_session_id: str,
+    base_model: str | None,
+    model_path: str | None,
+    retry: Retry | None,
+) -> SamplingClient:
+    """A copy of a client in (perhaps) another process, with numbers of its own."""
+    settings, engine = connect(base_url, config.key_for(base_url), sampling=limits)
+    session = Session(settings, session_id=session_id, engine=engine, heartbeat=False)
+    clone = random.randrange(1, 2**30)
+    if session.features.sample_join_sampling_session:
+        request = types.JoinSamplingSessionRequest(sampling_session_id)
+        clone = session.call(wire.JOIN_SAMPLING_SESSION, request).client_counter
+    return SamplingClient(
+        session,
+        sampling_session_id,
+        base_model=base_model,
+        model_path=model_path,
+        retry_config=retry,
+        clone=clone,
+        owns_session=True,
+    )

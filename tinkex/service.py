@@ -1,0 +1,210 @@
+"""ServiceClient: opens a session on a server, and creates the other clients.
+
+The way in. With neither a URL nor a key it starts the embedded engine. Knows what the other clients
+are made of, not what they do.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from . import config, training, types, wire
+from .futures import OperationFuture
+from .rest import RestClient
+from .sampling import SamplingClient
+from .session import Session, connect
+from .training import TrainingClient
+from .transport import Retry
+
+
+class ServiceClient:
+    """A session on a server.
+
+    Use it as a context manager, or close it: its clients end with it.
+
+    Args:
+        base_url: of the server; by default TINKER_BASE_URL, or the official service if there is a
+            key, or else the embedded engine.
+        api_key: by default TINKER_API_KEY.
+        user_metadata: kept with the session.
+        project_id: by default TINKER_PROJECT_ID.
+        patience: how long to wait for what.
+        sampling: how much sampling goes on at once.
+
+    Raises:
+        ValueError: For a URL or key that cannot be right.
+        TinkexError: If the server cannot be reached or refuses, within seconds.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        user_metadata: dict[str, Any] | None = None,
+        project_id: str | None = None,
+        patience: config.Patience | None = None,
+        sampling: config.SamplingLimits | None = None,
+    ) -> None:
+        settings, engine = connect(
+            base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
+        )
+        self._session = Session(settings, user_metadata=user_metadata, engine=engine)
+
+    @property
+    def session_id(self) -> str:
+        return self._session.session_id
+
+    @property
+    def base_url(self) -> str:
+        return self._session.config.base_url
+
+    # Training.
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, Any] | None = None,
+        *,
+        adapter: str | None = None,
+        queue_state_observer: training.QueueStateObserver | None = None,
+    ) -> TrainingClient:
+        """A new model: *base_model* with a fresh LoRA adapter.
+
+        Args:
+            rank: of the adapter.
+            seed: of its initialisation; None lets the server choose.
+            train_mlp, train_attn, train_unembed: which linear layers are adapted.
+            adapter: a PEFT adapter folder to start from (local server only).
+
+        Raises:
+            ValueError, TypeError: Before anything is sent.
+            RequestFailedError: If the server cannot load the base model; says why.
+        """
+        training.check_base_model(base_model)
+        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        return TrainingClient.create(
+            self._session,
+            base_model,
+            lora,
+            user_metadata=user_metadata,
+            adapter=adapter,
+            queue_state_observer=queue_state_observer,
+        )
+
+    def create_lora_training_client_async(
+        self, base_model: str, *args: Any, **options: Any
+    ) -> OperationFuture[TrainingClient]:
+        """`create_lora_training_client`, as a future."""
+        training.check_base_model(base_model)
+        return self._session.in_background(
+            lambda: self.create_lora_training_client(base_model, *args, **options),
+            f"create_lora_training_client of {base_model}",
+        )
+
+    def create_training_client_from_state(
+        self, path: str, user_metadata: dict[str, Any] | None = None
+    ) -> TrainingClient:
+        """A new model with the weights saved at *path*, its rank and flags; a fresh optimizer."""
+        return training.restore(self._session, path, optimizer=False, user_metadata=user_metadata)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, user_metadata: dict[str, Any] | None = None
+    ) -> TrainingClient:
+        """A new model with the weights and the optimizer saved at *path*."""
+        return training.restore(self._session, path, optimizer=True, user_metadata=user_metadata)
+
+    def create_training_client_from_state_async(
+        self, path: str, user_metadata: dict[str, Any] | None = None
+    ) -> OperationFuture[TrainingClient]:
+        """`create_training_client_from_state`, as a future."""
+        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        return self._session.in_background(
+            lambda: self.create_training_client_from_state(path, user_metadata),
+            f"create_training_client_from_state of {path}",
+        )
+
+    def create_training_client_from_state_with_optimizer_async(
+        self, path: str, user_metadata: dict[str, Any] | None = None
+    ) -> OperationFuture[TrainingClient]:
+        """`create_training_client_from_state_with_optimizer`, as a future."""
+        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        return self._session.in_background(
+            lambda: self.create_training_client_from_state_with_optimizer(path, user_metadata),
+            f"create_training_client_from_state_with_optimizer of {path}",
+        )
+
+    # Sampling.
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Retry | None = None,
+    ) -> SamplingClient:
+        """A sampling client of the weights saved at *model_path*, or of *base_model* as it is."""
+        return SamplingClient.create(
+            self._session, model_path=model_path, base_model=base_model, retry_config=retry_config
+        )
+
+    def create_sampling_client_async(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: Retry | None = None,
+    ) -> OperationFuture[SamplingClient]:
+        """`create_sampling_client`, as a future."""
+        return self._session.in_background(
+            lambda: self.create_sampling_client(model_path, base_model, retry_config),
+            f"create_sampling_client of {model_path or base_model}",
+        )
+
+    # The server.
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """The base models that the server offers."""
+        return self._session.call(wire.CAPABILITIES)
+
+    def health(self) -> types.HealthResponse:
+        """Ask the server whether it is well."""
+        return self._session.call(wire.HEALTHZ)
+
+    def create_rest_client(self) -> RestClient:
+        """A client of what is stored on the server."""
+        return RestClient(connection=self._session)
+
+    def get_telemetry(self) -> Any:
+        """The telemetry reporter, or None where telemetry is off (the default)."""
+        return self._session.telemetry
+
+    def close(self, reason: str = "success", detail: str | None = None) -> None:
+        """End the session, and the embedded engine if this was its last user.
+
+        Args:
+            reason: "success", "errored" or "interrupted"; kept by the server.
+        """
+        self._session.close(reason, detail)
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        reason = "success"
+        if kind is not None:
+            reason = "errored" if issubclass(kind, Exception) else "interrupted"
+        self.close(reason)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._session.is_closed else "open"
+        return f"<ServiceClient of {self.base_url} [session {self.session_id}, {state}]>"

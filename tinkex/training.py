@@ -1,0 +1,817 @@
+"""TrainingClient: one model, trained by operations that run in the order you call them.
+
+Knows the operations of a model and what each call must check; sending in order is worker.py's,
+waiting for results polling.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import attrs
+
+from . import batching, config, custom_loss, errors, tokenizer, types, wire
+from .futures import OperationFuture, fail, gather
+from .sampling import SamplingClient
+from .session import Session, connect, is_missing_route, not_offered
+from .transport import Retry
+from .waiting import Wait
+from .worker import OrderedWorker, Turn
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tinkex")
+
+#: Why training is paused, where the server does not say.
+PAUSE_REASONS = {
+    "paused_rate_limit": "concurrent training clients rate limit hit",
+    "paused_capacity": "Tinker backend is running short on capacity, please wait",
+}
+PAUSE_LOG_INTERVAL = 60.0  # seconds between two warnings of the same model
+
+
+class QueueStateObserver(Protocol):
+    """Is told when the server says why an operation waits."""
+
+    def __call__(self, state: str, reason: str | None) -> None:
+        """state: active, paused_rate_limit, paused_capacity or another; reason: its own words."""
+
+
+@attrs.frozen
+class ClientSpec:
+    """What a supervisor needs to start a training client (again); picklable, without secrets.
+
+    The key is found in the environment where `start` is called.
+
+    Attributes:
+        options: of `TrainingClient.start`.
+        restart: "temporary": a client that ended is not started again by itself, for its model's
+            state is on the server and only its owner knows from where to go on.
+        shutdown: seconds to give `close`.
+    """
+
+    options: Mapping[str, Any]
+    restart: str = "temporary"
+    shutdown: float = 5.0
+
+    def start(self) -> TrainingClient:
+        """A new client of this recipe."""
+        return TrainingClient.start(**self.options)
+
+
+class TrainingClient:
+    """One model on the server, with a LoRA adapter that is trained.
+
+    Operations return a future at once. They run in the order of the calls: from one thread in the
+    order it makes them, from several in the order in which the calls return. When one cannot be
+    submitted, those called after it fail, too (`PriorOperationFailedError`), until you have seen
+    the failure; so an optimizer step never follows gradients that did not arrive.
+
+    Make one with `ServiceClient.create_lora_training_client` or `TrainingClient.start`; close it,
+    or use it as a context manager. Leaving the block by an exception cancels what is not sent.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model_id: str,
+        *,
+        base_model: str | None = None,
+        queue_state_observer: QueueStateObserver | None = None,
+        first_seq_id: int = 1,
+        owns_session: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.model_id = model_id
+        self.name = name
+        self._session = session
+        self._base_model = base_model
+        self._observer = queue_state_observer or self.on_queue_state_change
+        self._owns_session = owns_session
+        self._worker = OrderedWorker(f"tinkex-{name or model_id}", first_seq_id=first_seq_id)
+        self._lock = threading.Lock()  # guards _info, _ended and _pause_logged
+        self._info: types.GetInfoResponse | None = None
+        self._ended = ""
+        self._pause_logged = -PAUSE_LOG_INTERVAL
+
+    # Starting.
+
+    @classmethod
+    def start(
+        cls,
+        base_model: str | None = None,
+        *,
+        model_id: str | None = None,
+        lora_config: types.LoraConfig | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        session_id: str | None = None,
+        model_seq_id: int | None = None,
+        seq_id: int = 0,
+        name: str | None = None,
+        queue_state_observer: QueueStateObserver | None = None,
+        patience: config.Patience | None = None,
+        adapter: str | None = None,
+    ) -> TrainingClient:
+        """Create a model in a session of its own, or attach to one that exists.
+
+        Args:
+            base_model: of the new model; needed without model_id.
+            model_id: attach to this model; nothing is created.
+            lora_config: of the new model's adapter.
+            base_url, api_key: of the server; without both (and TINKER_*) the embedded engine.
+            session_id: use this session of the server instead of a new one.
+            model_seq_id: number of the new model in the session; by default the next one.
+            seq_id: with model_id, the number of the last operation that was sent to it.
+            name: of the client, in thread names and reprs.
+
+        Raises:
+            ValueError, TypeError: For what can be seen to be wrong, before anything is sent.
+            TinkexError: If the server cannot be reached or refuses.
+        """
+        if model_id is None:
+            check_base_model(base_model)
+        settings, engine = connect(base_url, api_key, patience=patience)
+        session = Session(settings, session_id=session_id, engine=engine)
+        options: dict[str, Any] = {
+            "queue_state_observer": queue_state_observer,
+            "owns_session": True,
+            "name": name,
+        }
+        try:
+            if model_id is not None:
+                return cls(session, model_id, first_seq_id=seq_id + 1, **options)
+            return cls.create(
+                session,
+                str(base_model),
+                lora_config or types.LoraConfig(),
+                user_metadata=user_metadata,
+                model_seq_id=model_seq_id,
+                adapter=adapter,
+                **options,
+            )
+        except BaseException:
+            session.close("errored")
+            raise
+
+    @classmethod
+    def spec(cls, base_model: str | None = None, **options: Any) -> ClientSpec:
+        """A recipe for `start` with these arguments, for a supervisor.
+
+        Raises:
+            ValueError: If it would hold a secret (api_key), or nothing to start from.
+        """
+        if "api_key" in options:
+            raise ValueError(
+                "a spec is pickled and logged, so it takes no api_key; set TINKER_API_KEY where "
+                "the client is started."
+            )
+        if options.get("model_id") is None:
+            check_base_model(base_model)
+        return ClientSpec({"base_model": base_model, **options})
+
+    @classmethod
+    def create(
+        cls,
+        session: Session,
+        base_model: str,
+        lora_config: types.LoraConfig,
+        *,
+        user_metadata: dict[str, Any] | None = None,
+        model_seq_id: int | None = None,
+        adapter: str | None = None,
+        **options: Any,
+    ) -> TrainingClient:
+        """Create a model in *session*. A number whose model was refused is used again."""
+        given = model_seq_id is not None
+        number = model_seq_id if model_seq_id is not None else session.model_numbers.take()
+        request = types.CreateModelRequest(
+            session.session_id, number, base_model, lora_config, user_metadata, adapter=adapter
+        )
+        future: OperationFuture[types.CreateModelResponse]
+        future = OperationFuture(f"create_model of {base_model}")
+        try:
+            session.start(
+                wire.CREATE_MODEL,
+                partial(session.post, wire.CREATE_MODEL, request),
+                future,
+                lane=f"create-{session.session_id}-{number}",
+            )
+            created = future.result()
+        except errors.TinkexError as exc:
+            if not given and not getattr(exc, "outcome_unknown", False):
+                session.model_numbers.give_back(number)
+            raise
+        return cls(session, created.model_id, base_model=base_model, **options)
+
+    # Training.
+
+    def forward(
+        self,
+        data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.ForwardBackwardOutput]:
+        """Compute the loss of *data* and its log-probabilities; gradients are left as they are.
+
+        Args:
+            data: any number of datums; sent in several requests if need be.
+            loss_fn: a name of `types.LOSS_FUNCTIONS`.
+            loss_fn_config: its settings.
+            poll_timeout: seconds until the future fails with APITimeoutError; None is never.
+
+        Raises:
+            ValueError, TypeError: Naming the datum, the input and the mend; nothing is sent.
+        """
+        return self._batches(wire.FORWARD, data, loss_fn, loss_fn_config, poll_timeout)
+
+    def forward_backward(
+        self,
+        data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.ForwardBackwardOutput]:
+        """Compute the loss of *data*, and add its gradients to those of the model.
+
+        Arguments and errors as for `forward`.
+        """
+        return self._batches(wire.FORWARD_BACKWARD, data, loss_fn, loss_fn_config, poll_timeout)
+
+    def forward_backward_custom(
+        self,
+        data: Sequence[types.Datum],
+        loss_fn: custom_loss.LossFunction,
+        *,
+        framework: str | None = None,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.ForwardBackwardOutput]:
+        """Train on a loss of your own, computed here from the log-probabilities of the targets.
+
+        Two passes in one place of the line: what is called next is sent after both.
+
+        Args:
+            data: datums with target_tokens (any other inputs are for your function only).
+            loss_fn: called once, on another thread, with (data, logprobs): an array for each
+                datum, in the shape of its target_tokens. Returns (loss, metrics), or (loss,
+                metrics, gradients) with d loss / d logprobs for each datum.
+            framework: "torch", "autograd" or "jax" gives the arrays as its own and differentiates;
+                None takes torch if it is installed, else autograd, else your gradients.
+
+        Raises:
+            ValueError, TypeError, MissingExtraError: Before anything is sent. What loss_fn raises
+                comes out of the future as it is, and no gradient is sent.
+        """
+        data = self._checked(data, "cross_entropy", None)[0]
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function (data, logprobs), got {loss_fn!r}.")
+        chosen = custom_loss.check(data, framework)
+        what = f"forward_backward_custom on {self.model_id}"
+
+        def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:
+            first = self._send_batches(
+                turn, wire.FORWARD, custom_loss.forward_data(data), "cross_entropy", None, what
+            )
+            joined: OperationFuture[types.ForwardBackwardOutput] = OperationFuture(what)
+            gather(first, batching.join, joined)
+            logprobs = custom_loss.logprobs_of(turn.wait_for(joined), data)
+            loss = custom_loss.evaluate(data, logprobs, loss_fn, chosen)
+            second = self._send_batches(
+                turn, wire.FORWARD_BACKWARD, loss.data, "cross_entropy", None, what, poll_timeout
+            )
+            gather(
+                second,
+                lambda outputs: custom_loss.with_metrics(batching.join(outputs), loss),
+                future,
+            )
+
+        return self._worker.put(run, what)
+
+    def optim_step(
+        self, adam_params: types.AdamParams, *, poll_timeout: float | None = None
+    ) -> OperationFuture[types.OptimStepResponse]:
+        """Apply the accumulated gradients by one AdamW step, and clear them."""
+        if not isinstance(adam_params, types.AdamParams):
+            raise TypeError(
+                f"adam_params must be types.AdamParams(...), got {type(adam_params).__name__}."
+            )
+        return self._operation(
+            wire.OPTIM_STEP,
+            lambda seq_id: types.OptimStepRequest(self.model_id, seq_id, adam_params),
+            poll_timeout,
+        )
+
+    # Saving and loading.
+
+    def save_state(
+        self,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, Any] | None = None,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.SaveWeightsResponse]:
+        """Save weights and optimizer under *name*; the result's `path` loads them again.
+
+        Args:
+            ttl_seconds: when the server may delete it; None is never.
+            overwrite: replace a checkpoint of this name.
+        """
+        name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
+        return self._operation(
+            wire.SAVE_WEIGHTS,
+            lambda seq_id: types.SaveWeightsRequest(
+                self.model_id, seq_id, name, ttl_seconds, overwrite, user_metadata
+            ),
+            poll_timeout,
+        )
+
+    def load_state(
+        self, path: str, *, poll_timeout: float | None = None
+    ) -> OperationFuture[types.LoadWeightsResponse]:
+        """Load the weights saved at *path* (tinker://...); the optimizer starts anew."""
+        return self._load(path, optimizer=False, poll_timeout=poll_timeout)
+
+    def load_state_with_optimizer(
+        self, path: str, *, poll_timeout: float | None = None
+    ) -> OperationFuture[types.LoadWeightsResponse]:
+        """Load weights and optimizer saved at *path* (tinker://...)."""
+        return self._load(path, optimizer=True, poll_timeout=poll_timeout)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        *,
+        ttl_seconds: int | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[types.SaveWeightsForSamplerResponse]:
+        """Save the weights, without optimizer, for sampling clients to use."""
+        name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
+        return self._operation(
+            wire.SAVE_WEIGHTS_FOR_SAMPLER,
+            lambda seq_id: types.SaveWeightsForSamplerRequest(
+                self.model_id,
+                seq_id,
+                path=name,
+                ttl_seconds=ttl_seconds,
+                user_metadata=user_metadata,
+            ),
+            poll_timeout,
+        )
+
+    def save_weights_and_get_sampling_client(
+        self,
+        path: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        retry_config: Retry | None = None,
+        poll_timeout: float | None = None,
+    ) -> OperationFuture[SamplingClient]:
+        """A sampling client of the weights as they are now, whatever is trained after.
+
+        Args:
+            path: keep them as a checkpoint of this name; None keeps them for the session only.
+        """
+        if path is not None:
+            types.check_name(path)
+        ttl_seconds = types.check_ttl(ttl_seconds)
+        what = f"save_weights_and_get_sampling_client of {self.model_id}"
+
+        def run(turn: Turn, future: OperationFuture[SamplingClient]) -> None:
+            number = None if path is not None else self._session.sampler_numbers.take()
+            saved: OperationFuture[types.SaveWeightsForSamplerResponse] = OperationFuture(what)
+            turn.send(
+                lambda seq_id: self._start(
+                    wire.SAVE_WEIGHTS_FOR_SAMPLER,
+                    types.SaveWeightsForSamplerRequest(
+                        self.model_id,
+                        seq_id,
+                        path=path,
+                        sampling_session_seq_id=number,
+                        ttl_seconds=ttl_seconds,
+                    ),
+                    saved,
+                    poll_timeout,
+                )
+            )
+            gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
+
+        return self._worker.put(run, what)
+
+    def save_weights_and_get_sampling_client_sync(
+        self, path: str | None = None, **options: Any
+    ) -> SamplingClient:
+        """`save_weights_and_get_sampling_client`, waiting for the client."""
+        return self.save_weights_and_get_sampling_client(path, **options).result()
+
+    def _sampler_of(
+        self, saved: types.SaveWeightsForSamplerResponse, retry_config: Retry | None
+    ) -> SamplingClient:
+        if saved.sampling_session_id is not None:
+            return SamplingClient(
+                self._session,
+                saved.sampling_session_id,
+                base_model=self._base_model,
+                retry_config=retry_config,
+            )
+        if saved.path is None:
+            raise errors.APIResponseValidationError(
+                "save_weights_for_sampler returned neither path nor session"
+            )
+        return self.create_sampling_client(saved.path, retry_config=retry_config)
+
+    def create_sampling_client(
+        self, model_path: str, *, retry_config: Retry | None = None
+    ) -> SamplingClient:
+        """A sampling client of the weights saved at *model_path*."""
+        self._check_open("create_sampling_client")
+        return SamplingClient.create(
+            self._session,
+            model_path=model_path,
+            tokenizer_model=self._base_model,
+            retry_config=retry_config,
+        )
+
+    def create_sampling_client_async(
+        self, model_path: str, *, retry_config: Retry | None = None
+    ) -> OperationFuture[SamplingClient]:
+        """`create_sampling_client`, as a future."""
+        self._check_open("create_sampling_client")
+        types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
+        create = partial(self.create_sampling_client, model_path, retry_config=retry_config)
+        return self._session.in_background(create, f"create_sampling_client of {model_path}")
+
+    # Lookups.
+
+    def get_info(self) -> types.GetInfoResponse:
+        """What the server says of this model; asked once."""
+        self._check_open("get_info")
+        with self._lock:
+            info = self._info
+        if info is None:
+            request = types.GetInfoRequest(self.model_id)
+            info = self._session.call(wire.GET_INFO, request)
+            with self._lock:
+                self._info = info
+        return info
+
+    def get_tokenizer(
+        self,
+        *,
+        load_fn: tokenizer.LoadFunction | None = None,
+        info_fn: Callable[[TrainingClient], types.GetInfoResponse] | None = None,
+    ) -> Any:
+        """The model's tokenizer: something with encode(text) and decode(ids).
+
+        Args:
+            load_fn: loads it from its id, instead of us.
+            info_fn: gives the model's info, instead of the server.
+
+        Raises:
+            TokenizerError: If it cannot be loaded; says what was tried.
+        """
+        info = info_fn(self) if info_fn is not None else self.get_info()
+        name = info.base_model or self._base_model or "unknown"
+        identifier = tokenizer.tokenizer_id(name, info.model_data.tokenizer_id)
+        return tokenizer.load(identifier, load_fn=load_fn)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Token ids of *text*, by the model's tokenizer; options as for `get_tokenizer`."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}.")
+        ids: list[int] = self.get_tokenizer(**options).encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        """Text of token ids, by the model's tokenizer; options as for `get_tokenizer`."""
+        text: str = self.get_tokenizer(**options).decode(ids)
+        return text
+
+    def get_telemetry(self) -> Any:
+        """The telemetry reporter of the session, or None where telemetry is off (the default)."""
+        return self._session.telemetry
+
+    # Ending.
+
+    def unload_model(self) -> OperationFuture[types.UnloadModelResponse]:
+        """End the model on the server, after what was called before. Later calls say so.
+
+        Raises (from the future):
+            NotOfferedError: If the server has no such endpoint; the model then ends with the
+                session.
+        """
+        what = f"unload_model of {self.model_id}"
+
+        def run(turn: Turn, future: OperationFuture[types.UnloadModelResponse]) -> None:
+            request = types.UnloadModelRequest(self.model_id)
+            done: OperationFuture[types.UnloadModelResponse] = OperationFuture(what)
+            try:
+                self._start(wire.UNLOAD_MODEL, request, done, None)
+            except errors.NotFoundError as exc:
+                if is_missing_route(exc):
+                    fail(future, not_offered(exc, wire.UNLOAD_MODEL.path))
+                    return
+                raise
+            gather([done], self._unloaded, future)
+
+        return self._put(run, what)
+
+    def _unloaded(
+        self, responses: Sequence[types.UnloadModelResponse]
+    ) -> types.UnloadModelResponse:
+        with self._lock:
+            self._ended = f"model {self.model_id} was unloaded"
+        return responses[0]
+
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
+        """Send what is queued (or cancel it), and end the client's thread. Safe to call twice.
+
+        Futures of what was sent still resolve, unless the session is the client's own.
+
+        Args:
+            cancel: cancel what is not sent yet.
+            timeout: seconds to wait for it at most; then what is left is failed.
+        """
+        with self._lock:
+            self._ended = self._ended or f"the client of model {self.model_id} is closed"
+        patience = self._session.config.patience.close if timeout is None else timeout
+        started = time.monotonic()
+        self._worker.close(cancel=cancel, timeout=patience)
+        if self._owns_session:
+            if not cancel:
+                left = patience - (time.monotonic() - started)
+                self._session.poller.drain(self.model_id, max(left, 0))
+            self._session.close("interrupted" if cancel else "success")
+
+    def __enter__(self) -> TrainingClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(cancel=kind is not None)
+
+    def __repr__(self) -> str:
+        in_flight = self._session.poller.in_flight(self.model_id)
+        state = self._ended or f"{self._worker.queued} queued, {in_flight} in flight"
+        return f"<TrainingClient {self.name or self.model_id} [{state}]>"
+
+    # Queue state.
+
+    def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
+        """The default observer: warns that training is paused, once a minute at most."""
+        if state == "active":
+            return
+        now = time.monotonic()
+        with self._lock:
+            if now - self._pause_logged < PAUSE_LOG_INTERVAL:
+                return
+            self._pause_logged = now
+        why = reason or PAUSE_REASONS.get(state, "unknown")
+        logger.warning("Training is paused for %s. Reason: %s", self.model_id, why)
+
+    # The way down.
+
+    def _batches(
+        self,
+        operation: wire.Operation[types.ForwardBackwardOutput],
+        data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+        poll_timeout: float | None,
+    ) -> OperationFuture[types.ForwardBackwardOutput]:
+        data, settings = self._checked(data, loss_fn, loss_fn_config)
+        _check_poll_timeout(poll_timeout)
+        what = f"{operation.path} on {self.model_id}"
+
+        def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:
+            parts = self._send_batches(turn, operation, data, loss_fn, settings, what, poll_timeout)
+            gather(parts, batching.join, future)
+
+        return self._put(run, what)
+
+    def _checked(
+        self,
+        data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+    ) -> tuple[list[types.Datum], dict[str, float | str] | None]:
+        """The arguments of a batch, checked; a list of our own, as the caller may change theirs."""
+        settings = types.check_config(loss_fn, loss_fn_config)
+        types.check_data(data, loss_fn)
+        return list(data), settings
+
+    def _send_batches(
+        self,
+        turn: Turn,
+        operation: wire.Operation[types.ForwardBackwardOutput],
+        data: list[types.Datum],
+        loss_fn: str,
+        settings: dict[str, float | str] | None,
+        what: str,
+        poll_timeout: float | None = None,
+    ) -> list[OperationFuture[types.ForwardBackwardOutput]]:
+        """Send *data* in as many requests as need be. Runs on the worker thread."""
+        features = self._session.features
+        batches = batching.split(
+            data, features.fwdbwd_max_chunk_len, features.fwdbwd_max_chunk_bytes_count
+        )
+        parts = []
+        for i, batch in enumerate(batches):
+            part = f", part {i + 1} of {len(batches)}" if len(batches) > 1 else ""
+            future: OperationFuture[types.ForwardBackwardOutput] = OperationFuture(what + part)
+            turn.send(
+                lambda seq_id, batch=batch, future=future: self._start(  # type: ignore[misc]
+                    operation,
+                    types.ForwardBackwardRequest(
+                        self.model_id,
+                        seq_id,
+                        batch,
+                        loss_fn,
+                        settings,
+                        forward_only=operation is wire.FORWARD,
+                    ),
+                    future,
+                    poll_timeout,
+                )
+            )
+            parts.append(future)
+        return parts
+
+    def _operation(
+        self,
+        operation: wire.Operation[T],
+        request: Callable[[int], Any],
+        poll_timeout: float | None,
+    ) -> OperationFuture[T]:
+        """Queue an operation of one request, which is made when its number is known."""
+        _check_poll_timeout(poll_timeout)
+
+        def run(turn: Turn, future: OperationFuture[T]) -> None:
+            turn.send(lambda seq_id: self._start(operation, request(seq_id), future, poll_timeout))
+
+        return self._put(run, f"{operation.path} on {self.model_id}")
+
+    def _load(
+        self, path: str, *, optimizer: bool, poll_timeout: float | None
+    ) -> OperationFuture[types.LoadWeightsResponse]:
+        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        return self._operation(
+            wire.LOAD_WEIGHTS,
+            lambda seq_id: types.LoadWeightsRequest(
+                path, optimizer, model_id=self.model_id, seq_id=seq_id
+            ),
+            poll_timeout,
+        )
+
+    def _start(
+        self,
+        operation: wire.Operation[T],
+        request: Any,
+        future: OperationFuture[T],
+        poll_timeout: float | None,
+    ) -> None:
+        """Send one request, and have *future* resolved. Runs on the worker thread."""
+        is_batch = isinstance(request, types.ForwardBackwardRequest)
+        post: Callable[[Any, Wait], Any] = (
+            self._session.post_batch if is_batch else partial(self._session.post, operation)
+        )
+        self._session.start(
+            operation,
+            partial(post, request),
+            future,
+            lane=self.model_id,
+            poll_timeout=poll_timeout,
+            on_queue_state=self._observer,
+        )
+
+    def _put(
+        self, run: Callable[[Turn, OperationFuture[T]], None], what: str
+    ) -> OperationFuture[T]:
+        self._check_open(what)
+        return self._worker.put(run, what)
+
+    def _check_open(self, what: str) -> None:
+        if self._ended:
+            raise errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
+        self._session.check_usable()
+
+
+def check_base_model(base_model: object) -> None:
+    """ValueError or TypeError unless it is the name of a model."""
+    if base_model is None:
+        raise ValueError("base_model is required to create a model.")
+    if not isinstance(base_model, str):
+        raise TypeError(f"invalid base_model: {base_model!r} (a str is needed).")
+    if not base_model.strip():
+        raise ValueError("base_model must not be empty.")
+
+
+def _check_poll_timeout(poll_timeout: object) -> None:
+    if poll_timeout is None:
+        return
+    if not isinstance(poll_timeout, (int, float)) or isinstance(poll_timeout, bool):
+        raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
+    if not poll_timeout > 0:
+        raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
+
+
+def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> TrainingClient:
+    """A new model of the checkpoint at *path*, with its rank and flags.
+
+    One request where the server takes it so; else the older three: what is it of? make one like it;
+    load. A restore that fails leaves nothing behind, and its number is used again.
+    """
+    types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    if session.restores_at_once is not False:
+        try:
+            return _restore_at_once(session, path, optimizer, **options)
+        except errors.APIStatusError as exc:
+            if session.restores_at_once or not _wants_older_calls(exc):
+                raise
+            session.restores_at_once = False
+    return _restore_by_three_calls(session, path, optimizer, **options)
+
+
+def _restore_at_once(
+    session: Session,
+    path: str,
+    optimizer: bool,
+    *,
+    user_metadata: dict[str, Any] | None = None,
+    **options: Any,
+) -> TrainingClient:
+    number = session.model_numbers.take()
+    request = types.LoadWeightsRequest(
+        path,
+        optimizer,
+        session_id=session.session_id,
+        model_seq_id=number,
+        user_metadata=user_metadata,
+    )
+    future: OperationFuture[types.LoadWeightsResponse]
+    future = OperationFuture(f"create_training_client_from_state of {path}")
+    try:
+        session.start(
+            wire.LOAD_WEIGHTS,
+            partial(session.post, wire.LOAD_WEIGHTS, request),
+            future,
+            lane=f"create-{session.session_id}-{number}",
+        )
+        session.restores_at_once = True
+        model_id = future.result().model_id
+    except errors.TinkexError as exc:
+        if not getattr(exc, "outcome_unknown", False):
+            session.model_numbers.give_back(number)
+        raise
+    return TrainingClient(session, model_id or f"{session.session_id}:train:{number}", **options)
+
+
+def _wants_older_calls(exc: errors.APIStatusError) -> bool:
+    """How servers that know only the older form answer: they miss model_id or seq_id."""
+    return exc.status == 422 or (
+        exc.status in (400, 404) and any(w in exc.detail for w in ("model_id", "seq_id"))
+    )
+
+
+def _restore_by_three_calls(
+    session: Session, path: str, optimizer: bool, **options: Any
+) -> TrainingClient:
+    info = session.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(path))
+    lora = types.LoraConfig(
+        rank=info.lora_rank or types.LoraConfig().rank,
+        train_unembed=info.train_unembed is not False,
+        train_mlp=info.train_mlp is not False,
+        train_attn=info.train_attn is not False,
+    )
+    client = TrainingClient.create(session, info.base_model, lora, **options)
+    try:
+        client._load(path, optimizer=optimizer, poll_timeout=None).result()
+    except BaseException:
+        _abandon(client)
+        raise
+    return client
+
+
+def _abandon(client: TrainingClient) -> None:
+    """End a model that nobody will use; its server may be the reason, so without a word."""
+    try:
+        client.unload_model().result(timeout=10)
+    except Exception as exc:
+        logger.debug("the model of a failed restore was not unloaded: %s", exc)
+    client.close(cancel=True, timeout=5)

@@ -1,0 +1,131 @@
+"""No wait is silent: what is being waited for, and one log line when it takes long.
+
+Knows nothing of HTTP or operations: it is told when a wait begins, what happens in it, and when it
+ends. One daemon thread per log looks at the clock, and only while something waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger("tinkex")
+
+
+class Wait:
+    """One thing that is waited for. Its fields are written by whoever waits, read by the log."""
+
+    __slots__ = ("last_error", "log", "report_at", "retries", "since", "state", "what")
+
+    def __init__(self, log: WaitLog, what: str, since: float) -> None:
+        self.log = log
+        self.what = what
+        self.since = since
+        self.report_at = since + log.report_after
+        self.retries = 0
+        self.last_error = ""
+        self.state = ""
+
+    def failed_once(self, error: object) -> None:
+        """Note a failure that will be tried again."""
+        self.retries += 1
+        self.last_error = str(error)
+
+    def end(self) -> None:
+        """It is over. Safe to call twice."""
+        self.log._end(self)
+
+    def __enter__(self) -> Wait:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.end()
+
+    def __str__(self) -> str:
+        notes = [self.state] if self.state else []
+        if self.retries:
+            notes.append(f"{self.retries} retries, the last after: {self.last_error}")
+        return self.what + (f" ({'; '.join(notes)})" if notes else "")
+
+
+class WaitLog:
+    """Reports waits that last longer than *report_after* seconds, then every *report_every*.
+
+    However many things wait, a report is one line: the one that has waited longest, and how many
+    others there are.
+    """
+
+    def __init__(
+        self,
+        report_after: float = 8.0,
+        report_every: float = 60.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.report_after = report_after
+        self.report_every = report_every
+        #: When the server was last heard of, by this log's clock; None if never.
+        self.last_heard: float | None = None
+        self._clock = clock
+        self._lock = threading.Lock()  # guards _waits and _thread
+        self._waits: dict[int, Wait] = {}
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def begin(self, what: str) -> Wait:
+        """Something is waited for from now on; call `end()` on what this returns."""
+        wait = Wait(self, what, self._clock())
+        with self._lock:
+            self._waits[id(wait)] = wait
+            if self._thread is None and not self._closed.is_set():
+                self._thread = threading.Thread(target=self._watch, name="tinkex-wait", daemon=True)
+                self._thread.start()
+        return wait
+
+    def now(self) -> float:
+        """The time by this log's clock, in seconds."""
+        return self._clock()
+
+    def heard(self) -> None:
+        """The server has just said something."""
+        self.last_heard = self._clock()
+
+    def close(self) -> None:
+        """Report nothing any more."""
+        self._closed.set()
+
+    def report(self) -> str | None:
+        """One line on what has waited too long, if anything has; it is then not due for a while."""
+        now = self._clock()
+        with self._lock:
+            due = [w for w in self._waits.values() if w.report_at <= now]
+            for wait in due:
+                wait.report_at = now + self.report_every
+        if not due:
+            return None
+        longest = min(due, key=lambda w: w.since)
+        others = f", and {len(due) - 1} more" if len(due) > 1 else ""
+        heard = ""
+        if self.last_heard is None:
+            heard = "; the server has not answered yet"
+        elif now - self.last_heard >= 1:
+            heard = f"; the server last answered {now - self.last_heard:.0f} s ago"
+        return f"waiting {now - longest.since:.0f} s for {longest}{others}{heard}"
+
+    def _end(self, wait: Wait) -> None:
+        with self._lock:
+            self._waits.pop(id(wait), None)
+
+    def _watch(self) -> None:
+        """Runs on the log's thread, until nothing has waited for a few seconds."""
+        idle = 0
+        while idle < 10 and not self._closed.wait(min(1.0, self.report_after / 4)):
+            line = self.report()
+            if line:
+                logger.warning(line)
+            with self._lock:
+                idle = 0 if self._waits else idle + 1
+                if idle >= 10:
+                    self._thread = None
