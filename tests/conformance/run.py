@@ -25,10 +25,9 @@ tinkex serve --port 8000
 TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-anything python my_script.py
 ```
 
-This page is written by `make conformance`, which runs one scenario (`tests/conformance/scenario.py`)
-with each of these versions: {versions}. Up to 0.24.1 the SDK sends training data as JSON, from
-0.25.0 on as protobuf; the server speaks both. "-" says that this version of the SDK does not have
-the feature.
+This page is written by `make conformance`, which runs `tests/conformance/scenario.py` with each of
+these versions: {versions}. Up to 0.24.1 the SDK sends training data as JSON, from 0.25.0 on as
+protobuf; the server speaks both. "-" says that this version of the SDK does not have the feature.
 """
 
 REFUSED = """

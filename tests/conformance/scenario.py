@@ -1,13 +1,15 @@
-"""Everything the official SDK can do with our server, once: `PYTHON scenario.py URL TOKENIZER.json`.
+"""Everything the official SDK can do with our server: `PYTHON scenario.py URL TOKENIZER [NAME...]`.
 
-Runs in a virtual environment of its own with one version of `tinker` (and no tinkex), prints one
-JSON line per feature: {"feature", "state", "detail", "seconds"}; state is "works", "absent" (this
-SDK version has no such thing), "refused" (said so in a sentence, which is the detail) or "fails".
-What should come out is computed here with numpy, or is a property: equal, different, larger.
+Runs in a virtual environment of its own with one version of `tinker` (and no tinkex), and prints
+one JSON line per feature: {"feature", "state", "detail", "seconds"}; state is "works" (detail: what
+the feature returned), "absent" (this SDK version has no such thing), "refused" (said so in a
+sentence, which is the detail) or "fails". What should come out is computed here with numpy, or is a
+property: equal, different, larger. With NAMEs, only features whose name holds one of them run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import sys
@@ -111,6 +113,11 @@ def logprobs(output, index=0):
 def score(training, data=None):
     """Log-probabilities of the example under the current weights."""
     return logprobs(done(training.forward([data or example()], "cross_entropy")))
+
+
+def digest(array):
+    """A few letters that are the same for the same numbers, to the bit."""
+    return hashlib.sha256(np.ascontiguousarray(array, "<f4").tobytes()).hexdigest()[:16]
 
 
 def step(training, data=None):
@@ -250,6 +257,7 @@ def chunks(world):
     close(total, output.metrics["loss:sum"], "the loss and its terms", 1e-3)
     close(logprobs(output, 3), logprobs(output, 153), "log-probabilities of equal datums")
     check(abs(logprobs(output, 3) - logprobs(output, 4)).max() > 1e-6, "all datums are alike")
+    return digest(np.concatenate([logprobs(output, i) for i in range(1030)]))
 
 
 def policy_loss(world, name, formula, **config):
@@ -397,6 +405,7 @@ def pipelined(world):
     for data in [example(), other()] * 4:
         step(patient, data)
     check((score(piped) == score(patient)).all(), "the order of operations was lost")
+    return digest(score(piped))
 
 
 @feature("save_state, load_state")
@@ -461,7 +470,7 @@ def sample(world):
 @feature("sample: logprobs are those of training")
 def sampled_logprobs(world):
     """A policy-gradient loss sees a ratio of 1 on what was just sampled."""
-    training, path = world.state
+    training, _ = world.state
     client = done(world.service.create_sampling_client(model_path=world.sampler_path))
     [sequence] = world.sample(client=client, stop=[]).sequences
     tokens = TOKENS + list(sequence.tokens)
@@ -654,7 +663,7 @@ def pickled(world):
 
 @feature("REST: training runs")
 def training_runs(world):
-    training, path = world.state
+    _, path = world.state
     run_id = path.split("/")[2]
     listed = done(world.rest.list_training_runs(limit=100))
     check(run_id in [r.training_run_id for r in listed.training_runs], f"{run_id} is not listed")
@@ -822,7 +831,7 @@ def project(world):
 def run(function, world, is_refusal):
     """(state, detail) of one feature, whatever it does."""
     try:
-        function(world)
+        value = function(world)
     except Absent as exc:
         return "absent", str(exc)
     except Exception as exc:
@@ -831,7 +840,7 @@ def run(function, world, is_refusal):
         place = traceback.extract_tb(exc.__traceback__)[-1]
         where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
         return "fails", f"{type(exc).__name__} at {where}: {exc}"
-    return ("fails", "it was not refused") if is_refusal else ("works", "")
+    return ("fails", "it was not refused") if is_refusal else ("works", value or "")
 
 
 def timed(name, function, world, is_refusal):
