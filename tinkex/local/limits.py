@@ -1,0 +1,56 @@
+"""How much one server takes, keeps and waits for, in one place.
+
+Defaults are for one machine and a handful of users; tests make them small.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+MIB = 1024 * 1024
+
+
+@attrs.frozen
+class Limits:
+    """Bytes are bytes, times are seconds.
+
+    Attributes:
+        body_bytes, decoded_bytes: largest request body as sent, and after decompression.
+        inline_bytes: bodies and results up to this size are (de)coded on the event loop.
+        poll_seconds: how long a poll waits before it answers "not yet"; clients give up at 45.
+        metadata_bytes: results larger than this are announced by size first, where asked for.
+        model_queue, model_queue_bytes: operations of one model that wait, and their bodies.
+        sample_queue: samples of the whole server that wait or run.
+        num_samples, max_tokens: of one sample request.
+        session_seconds: a session that says nothing for so long is closed and its models freed.
+        grace_seconds: a fetched result can be fetched again for so long.
+        fetched_bytes: fetched results kept for their grace at most; beyond, the oldest go.
+        result_seconds: a result that nobody fetches is kept for so long.
+        result_bytes: results kept in all; beyond, the oldest go.
+        snapshot_seconds: computing done on a model that a restart would have to repeat.
+        snapshot_bytes: bodies that the journal keeps for one model.
+        reap_seconds: how often expired things are looked for.
+        connections: open at one time.
+        open_samplers: adapters kept in memory for sampling; beyond, the idle ones are closed.
+    """
+
+    body_bytes: int = 64 * MIB
+    decoded_bytes: int = 256 * MIB
+    inline_bytes: int = 64 * 1024
+    poll_seconds: float = 30.0
+    metadata_bytes: int = 4 * MIB
+    model_queue: int = 10_000
+    model_queue_bytes: int = 1024 * MIB
+    sample_queue: int = 100_000
+    num_samples: int = 1024
+    max_tokens: int = 1_000_000
+    session_seconds: float = 3600.0
+    grace_seconds: float = 600.0
+    fetched_bytes: int = 256 * MIB
+    result_seconds: float = 86_400.0
+    result_bytes: int = 4096 * MIB
+    snapshot_seconds: float = 30.0
+    snapshot_bytes: int = 64 * MIB
+    reap_seconds: float = 5.0
+    connections: int = 10_000
+    open_samplers: int = 32

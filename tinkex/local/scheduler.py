@@ -1,0 +1,344 @@
+"""The compute thread: it alone touches the engine, and it decides whose turn it is.
+
+Each model is a line: its jobs run one at a time in the order of their numbers, without gaps; a job
+that comes early is held until those before it are there. Lines and sampling share the thread
+fairly by time: training and sampling get half each while both have work, and the lines share
+training's half; a job gives way at every `yield`, so a small one is not held up by big ones.
+
+States of a line: open; closing (a last job is waiting for what is ahead of it); gone.
+Knows nothing of HTTP, users, files or what a job computes: it is handed callables.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import attrs
+
+logger = logging.getLogger(__name__)
+
+Steps = Generator[None, None, Any]
+
+
+@attrs.define(eq=False)
+class Job:
+    """One operation.
+
+    Attributes:
+        steps: called with the engine when the job's turn comes; a generator that yields where
+            other work may go first and returns the result.
+        finish: called once, on the compute thread, with the result or the exception.
+        after: called with the engine after `finish`: work that nobody waits for.
+        size: bytes it keeps in memory while it waits.
+    """
+
+    steps: Callable[[Any], Steps]
+    finish: Callable[[Any], None]
+    after: Callable[[Any], None] | None = None
+    size: int = 0
+
+
+@attrs.define(eq=False)
+class SampleJob:
+    """One sample request.
+
+    Attributes:
+        ticket: its name at the engine.
+        submit: called with the engine; hands the request to it under that ticket.
+        finish: called once, on the compute thread, with the response or the exception.
+        after: called with the engine after `finish`, if the request had been submitted.
+    """
+
+    ticket: str
+    submit: Callable[[Any], None]
+    finish: Callable[[Any], None]
+    after: Callable[[Any], None]
+
+
+class Cancelled(Exception):
+    """The job was taken back before it was done."""
+
+
+class LineClosed(ValueError):
+    """The job's model went away before its turn came."""
+
+
+@attrs.define(eq=False)
+class _Line:
+    next_seq: int
+    waiting: dict[int, Job] = attrs.field(factory=dict)
+    running: tuple[Job, Steps] | None = None
+    last: Job | None = None
+    used: float = 0.0  # seconds of computing, for fairness
+
+    @property
+    def ready(self) -> bool:
+        return self.running is not None or self.next_seq in self.waiting or self.last is not None
+
+    def take(self) -> Job | None:
+        """The next job in line; the last one only when nothing is ahead of it."""
+        job = self.waiting.pop(self.next_seq, None)
+        if job is not None:
+            self.next_seq += 1
+        return job or self.last
+
+
+class Scheduler:
+    """Runs jobs on one thread, from `start` to `close`.
+
+    `make_engine` is called on that thread: importing what computes takes seconds, and whoever
+    waits for a job waits for that too. If it raises, `failure` holds the exception, `on_failure`
+    is called there, and every job ends with it.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], Any], on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        self._make_engine = make_engine
+        self._on_failure = on_failure
+        self._engine: Any = None
+        self.ready = threading.Event()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="tinkex-compute", daemon=True)
+        self._changed = threading.Condition()  # guards everything below
+        self._lines: dict[str, _Line] = {}
+        self._active: dict[str, _Line] = {}  # the lines that have something to do
+        self._chores: deque[Callable[[Any], None]] = deque()
+        self._new_samples: dict[str, SampleJob] = {}
+        self._cancelled: list[str] = []
+        self._samples: dict[str, SampleJob] = {}  # at the engine; the compute thread's own
+        self._train_used = self._sample_used = 0.0
+        self._stopping = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Stop after the slice that is running. False if it still runs after *timeout* seconds."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being run, or will be once the engine is there."""
+        return self._thread.is_alive() and self.failure is None
+
+    def open_line(self, line_id: str, next_seq: int = 0) -> None:
+        """A model's jobs will come, the first of them numbered *next_seq*."""
+        with self._changed:
+            self._lines.setdefault(line_id, _Line(next_seq))
+
+    def put(self, line_id: str, seq: int, job: Job) -> None:
+        """Run *job* after the line's jobs with lower numbers. Each number once."""
+        with self._changed:
+            line = self._lines.get(line_id)
+            if line is not None and line.last is None:
+                line.waiting[seq] = job
+                self._wake(line_id, line)
+                return
+        job.finish(LineClosed(f"model {line_id} was unloaded before operation {seq} arrived."))
+
+    def put_last(self, line_id: str, job: Job) -> None:
+        """Run *job* when the line has nothing else to run, and close the line with it."""
+        with self._changed:
+            line = self._lines.get(line_id)
+            if line is not None and line.last is None:
+                line.last = job
+                self._wake(line_id, line)
+                return
+        job.finish(LineClosed(f"model {line_id} is unloaded already."))
+
+    def put_sample(self, job: SampleJob) -> None:
+        with self._changed:
+            self._new_samples[job.ticket] = job
+            self._changed.notify()
+
+    def cancel_sample(self, ticket: str) -> None:
+        """Take a sample back; it ends with `Cancelled` if it has not ended already."""
+        with self._changed:
+            self._cancelled.append(ticket)
+            self._changed.notify()
+
+    def put_chore(self, chore: Callable[[Any], None]) -> None:
+        """Call *chore* with the engine, between two slices and before them."""
+        with self._changed:
+            self._chores.append(chore)
+            self._changed.notify()
+
+    def next_seq(self, line_id: str) -> int | None:
+        """The number that the line waits for or will run next; None if there is no such line."""
+        with self._changed:
+            line = self._lines.get(line_id)
+            return None if line is None else line.next_seq
+
+    def place(self, line_id: str, seq: int) -> tuple[int, str]:
+        """How many jobs are ahead of number *seq*, and what it waits for."""
+        with self._changed:
+            line = self._lines.get(line_id)
+            if not self.ready.is_set():
+                return 0, "the engine is starting"
+            if line is None or seq < line.next_seq:
+                return 0, "running"
+            for missing in range(line.next_seq, seq):
+                if missing not in line.waiting:
+                    return seq - line.next_seq, f"operation {missing} has not arrived yet"
+            ahead = seq - line.next_seq + (line.running is not None)
+            return ahead, f"{ahead} operations of this model are ahead"
+
+    # What follows runs on the compute thread.
+
+    def _wake(self, line_id: str, line: _Line) -> None:
+        """Called with the lock held."""
+        if line.ready and line_id not in self._active:
+            if self._active:
+                line.used = max(line.used, min(other.used for other in self._active.values()))
+            self._active[line_id] = line
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._make_engine()
+        except BaseException as exc:
+            logger.exception("The engine could not start.")
+            self.failure = exc
+            self._on_failure()
+        self.ready.set()
+        while self.failure is None:
+            with self._changed:
+                while not self._stopping and not self._has_work():
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                turn = self._choose()
+            turn()
+        self._fail_everything(self.failure)
+
+    def _fail_everything(self, exc: BaseException) -> None:
+        """No engine: every job that is there or comes ends at once."""
+        while True:
+            with self._changed:
+                jobs = [job for line in self._lines.values() for job in line.waiting.values()]
+                jobs += [line.last for line in self._lines.values() if line.last]
+                for line in self._lines.values():
+                    line.waiting, line.last = {}, None
+                samples, self._new_samples = list(self._new_samples.values()), {}
+                if not jobs and not samples:
+                    if self._stopping:
+                        return
+                    self._changed.wait()
+            for job in [*jobs, *samples]:
+                job.finish(RuntimeError(f"the engine could not start: {exc}"))
+
+    def _has_work(self) -> bool:
+        return bool(self._chores or self._active or self._cancelled or self._has_samples())
+
+    def _has_samples(self) -> bool:
+        return bool(self._new_samples or self._samples)
+
+    def _choose(self) -> Callable[[], None]:
+        """Whose turn it is. Called with the lock held."""
+        if self._chores:
+            chore = self._chores.popleft()
+            return lambda: self._chore_turn(chore)
+        sampling = self._has_samples() or bool(self._cancelled)
+        if not self._active:
+            self._train_used = max(self._train_used, self._sample_used)
+            return self._sample_turn
+        if not sampling:
+            self._sample_used = max(self._train_used, self._sample_used)
+        elif self._sample_used <= self._train_used:
+            return self._sample_turn
+        line_id, line = min(self._active.items(), key=lambda item: item[1].used)
+        return lambda: self._train_turn(line_id, line)
+
+    def _chore_turn(self, chore: Callable[[Any], None]) -> None:
+        self._submit_and_cancel()  # what was asked for before the chore comes before it
+        try:
+            chore(self._engine)
+        except Exception:
+            logger.exception("A chore of the compute thread failed.")
+
+    def _train_turn(self, line_id: str, line: _Line) -> None:
+        start = time.perf_counter()
+        if line.running is None:
+            with self._changed:
+                job = line.take()
+            if job is None:  # cannot be: an active line has something to do
+                raise RuntimeError(f"line {line_id} is active without a job")
+            line.running = (job, job.steps(self._engine))
+        job, steps = line.running
+        try:
+            next(steps)
+        except StopIteration as stop:
+            self._end(line_id, line, job, stop.value)
+        except Exception as exc:
+            self._end(line_id, line, job, exc)
+        spent = time.perf_counter() - start
+        line.used += spent
+        self._train_used += spent
+
+    def _end(self, line_id: str, line: _Line, job: Job, outcome: Any) -> None:
+        job.finish(outcome)
+        if job.after is not None:
+            job.after(self._engine)
+        stranded: Iterable[tuple[int, Job]] = ()
+        with self._changed:
+            line.running = None
+            if job is line.last:
+                del self._lines[line_id]
+                line.last, stranded, line.waiting = None, line.waiting.items(), {}
+            if not line.ready:
+                self._active.pop(line_id, None)
+        for seq, left in stranded:
+            left.finish(LineClosed(f"model {line_id} was unloaded before operation {seq} ran."))
+
+    def _sample_turn(self) -> None:
+        start = time.perf_counter()
+        self._submit_and_cancel()
+        if self._samples:
+            try:
+                finished = self._engine.sample_step()
+            except Exception as exc:
+                logger.exception("A sampling step failed.")
+                finished = [(ticket, exc) for ticket in self._samples]
+                self._forget_at_engine(list(self._samples))
+            for ticket, outcome in finished:
+                self._end_sample(ticket, outcome)
+        self._sample_used += time.perf_counter() - start
+
+    def _submit_and_cancel(self) -> None:
+        with self._changed:
+            new, self._new_samples = self._new_samples, {}
+            cancelled, self._cancelled = self._cancelled, []
+        for ticket, job in new.items():
+            try:
+                job.submit(self._engine)
+                self._samples[ticket] = job
+            except Exception as exc:
+                job.finish(exc)
+        for ticket in cancelled:
+            if ticket in self._samples:
+                self._forget_at_engine([ticket])
+                self._end_sample(ticket, Cancelled("the request was cancelled."))
+
+    def _end_sample(self, ticket: str, outcome: Any) -> None:
+        job = self._samples.pop(ticket, None)
+        if job is not None:
+            job.finish(outcome)
+            job.after(self._engine)
+
+    def _forget_at_engine(self, tickets: list[str]) -> None:
+        for ticket in tickets:
+            try:
+                self._engine.cancel_sample(ticket)
+            except Exception:
+                logger.exception("Could not cancel sample %s.", ticket)
