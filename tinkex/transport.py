@@ -124,7 +124,7 @@ class Transport:
         self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
         self._prefix = config.base_url + wire.PREFIX
         self._adapter = adapter or requests.adapters.HTTPAdapter(
-            pool_connections=4, pool_maxsize=max(64, config.sampling.connections)
+            pool_connections=4, pool_maxsize=2 * config.sampling.connections + 64
         )
         self._sleep = sleep
         self._clock = clock
