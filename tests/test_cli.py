@@ -27,7 +27,7 @@ def service(monkeypatch):
         service.addresses.append((base_url, api_key))
         return service
 
-    monkeypatch.setattr(tinkex, "ServiceClient", client, raising=False)
+    monkeypatch.setattr(tinkex, "ServiceClient", client)
     return service
 
 
