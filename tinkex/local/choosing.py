@@ -27,7 +27,7 @@ FIRST_CANDIDATES = 128
 
 
 def mix(x: Keys) -> Keys:
-    """SplitMix64's finaliser (Steele et al. 2014): every bit of x reaches every bit of the result."""
+    """SplitMix64's finaliser (Steele et al. 2014): every bit of x reaches all of the result."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
@@ -66,8 +66,14 @@ class Settings:
     top_p: npt.NDArray[np.float32]
 
     def rows(self, chosen: Ints) -> Settings:
-        fields = (self.keys, self.positions, self.temperature, self.top_k, self.top_p)
-        return Settings(*(field[chosen] for field in fields))
+        """The settings of some rows."""
+        return Settings(
+            self.keys[chosen],
+            self.positions[chosen],
+            self.temperature[chosen],
+            self.top_k[chosen],
+            self.top_p[chosen],
+        )
 
 
 def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.float32]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.local import checkpoints, losses, lora, optim, tiny
+from tinkex.local import checkpoints, lora, losses, optim, tiny
 from tinkex.local.loading import Loaded, load
 from tinkex.local.model import Base
 from tinkex.local.passes import Pass, prepare
@@ -210,13 +210,14 @@ class Engine:
         _check_tokens(data, model.loaded.base)
         inputs = prepare(data, loss_fn, config)
         loaded = model.loaded
-        workspace = None
-        if sum(map(len, inputs)) >= loaded.base.spec.width // 2 and model.can_merge:
-            workspace = loaded.workspace
-            workspace.lend((model, model.version))
-        gradient = None if forward_only else model.gradient
+        merges = model.can_merge and sum(map(len, inputs)) >= loaded.base.spec.width // 2
         linears = lora.TrainedLinears(
-            loaded.base.linears, model.layout, model.weights, gradient, workspace
+            loaded.base.linears,
+            model.layout,
+            model.weights,
+            None if forward_only else model.gradient,
+            loaded.workspace if merges else None,
+            (model, model.version),
         )
         run = Pass(loaded.base, linears, inputs, loss_fn, config, forward_only=forward_only)
         for batch in run.batches:
@@ -254,7 +255,7 @@ class Engine:
     # -- checkpoints -------------------------------------------------------------------------
 
     def save(self, model_id: str, directory: Path, *, optimizer: bool) -> None:
-        """Write the adapter in PEFT's format (and the optimizer's state) into an empty directory."""
+        """Write adapter (PEFT's format) and, if asked, optimizer into an empty directory."""
         model = self._model(model_id)
         checkpoints.write_adapter(directory, model.info, model.layout, model.weights)
         if optimizer:

@@ -98,8 +98,8 @@ def _check_source(name: str) -> str:
     if not (path / "config.json").is_file():
         missing.append("config.json")
     if not any(path.glob("*.safetensors")):
-        unsafe = any(path.glob("*.bin"))
-        missing.append("weights (*.safetensors" + ("; *.bin files are not read)" if unsafe else ")"))
+        unsafe = "; *.bin files are not read" if any(path.glob("*.bin")) else ""
+        missing.append(f"weights (*.safetensors{unsafe})")
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
@@ -258,4 +258,3 @@ def _decoder(source: Path | str) -> Decode:
 
     slow = transformers.AutoTokenizer.from_pretrained(source)
     return lambda ids: slow.decode(list(ids), skip_special_tokens=False)
-

@@ -145,20 +145,20 @@ def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> Te
 
 
 class Workspace:
-    """Room for one merged copy of a base model's matrices, lent to one adapter at a time."""
+    """Room for one merged copy of a base model's matrices, used by one adapter at a time."""
 
     def __init__(self) -> None:
         self._room: dict[str, Tensor] = {}
         self._owner: object = None
         self._merged: set[str] = set()
 
-    def lend(self, owner: object) -> None:
-        """*owner* names adapter and version; what was merged for another is void."""
+    def merged(
+        self, owner: object, key: str, linear: FusedLinear, pair: Pair, scale: float
+    ) -> Tensor:
+        """W + scale B A; computed only if *owner* (adapter and version) has not just done so."""
         if owner != self._owner:
             self._owner = owner
             self._merged.clear()
-
-    def merged(self, key: str, linear: FusedLinear, pair: Pair, scale: float) -> Tensor:
         if key not in self._merged:
             if key not in self._room:
                 self._room[key] = torch.empty_like(linear.weight)
@@ -183,6 +183,8 @@ class TrainedLinears:
     Args:
         flat: (size,) the adapter.
         gradient: (size,) what backward adds to; None for forward only.
+        workspace: where to merge; None for matrices too large, or rows too few.
+        owner: names the adapter and its version to the workspace.
     """
 
     def __init__(
@@ -191,9 +193,11 @@ class TrainedLinears:
         layout: Layout,
         flat: Tensor,
         gradient: Tensor | None,
-        workspace: Workspace | None,
+        workspace: Workspace | None = None,
+        owner: object = None,
     ) -> None:
         self._linears = linears
+        self._owner = owner
         self._scale = layout.shape.scale
         self._pairs = layout.pairs(flat)
         self._gradients = None if gradient is None else layout.pairs(gradient)
@@ -203,7 +207,8 @@ class TrainedLinears:
         """The matrix, merged if there is room to."""
         if self._workspace is None or key not in self._pairs:
             return self._linears[key].weight
-        return self._workspace.merged(key, self._linears[key], self._pairs[key], self._scale)
+        linear, pair = self._linears[key], self._pairs[key]
+        return self._workspace.merged(self._owner, key, linear, pair, self._scale)
 
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self._linears[key]

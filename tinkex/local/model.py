@@ -24,6 +24,9 @@ from torch import Tensor
 #: Rows of logits held at a time: this many numbers (floats), whatever the vocabulary.
 LOGIT_BUDGET = 8 * 2**20
 
+#: Fewest rows of logits at a time.
+LEAST_ROWS = 16
+
 #: A sequence joins a padded attention batch while it is at least this part of the longest there.
 LEAST_FILL = 0.85
 
@@ -60,7 +63,7 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Linear:
-    """A frozen matrix (out, in), one or several modules stacked; *group* is attn, mlp or unembed."""
+    """A frozen matrix (out, in) of one or several modules; *group* is attn, mlp or unembed."""
 
     weight: Tensor
     bias: Tensor | None
@@ -329,7 +332,7 @@ class Forward:
 
     def layer(self, i: int, x: Tensor, *, save: bool = False) -> tuple[Tensor, Saved | None]:
         """Layer *i* of x (N, d) -> (N, d), and what `Backward` needs if *save*."""
-        base, spec, norms = self._base, self._base.spec, self._base.norms[i]
+        spec, norms = self._base.spec, self._base.norms[i]
         h, rstd = rms_norm(x, norms.attention, spec.norm_eps)
         qkv = self._linears.forward(f"{i}.qkv", h)
         turned = qkv.view(len(x), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
@@ -343,10 +346,7 @@ class Forward:
         out = self._linears.forward(f"{i}.down", act).add_(middle)
         if not save:
             return out, None
-        del base
-        return out, Saved(
-            x, rstd, raw, head_rstd, attended, graph, middle, middle_rstd, gate_up
-        )
+        return out, Saved(x, rstd, raw, head_rstd, attended, graph, middle, middle_rstd, gate_up)
 
     def _head_norms(
         self, norms: Norms, turned: Tensor, save: bool
@@ -479,7 +479,7 @@ def target_logprobs(
     """
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     dhidden = None if coefficients is None else torch.zeros_like(hidden)
-    step = max(16, LOGIT_BUDGET // vocab)
+    step = max(LEAST_ROWS, LOGIT_BUDGET // vocab)
     for start in range(0, len(hidden), step):
         rows = slice(start, min(start + step, len(hidden)))
         h, wanted = hidden[rows], targets[rows]

@@ -76,7 +76,7 @@ def _prepare_one(
             "one target per token. Only cross_entropy takes several."
         )
     rows = (shape[0], shape[1] if len(shape) == 2 else 1)
-    arrays = {}
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
     for name in names:
         if name not in inputs:
             arrays[name] = np.full(rows, defaults[name], np.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from typing import Union
 
 import attrs
 import numpy as np
@@ -21,6 +22,7 @@ from tinkex.local import choosing
 from tinkex.local.kvcache import SharedPool, SinglePool
 from tinkex.local.lora import Finished, MixedLinears, Stack
 from tinkex.local.model import (
+    LEAST_ROWS,
     LOGIT_BUDGET,
     Base,
     Forward,
@@ -44,6 +46,7 @@ FIRST_POOL = 128
 
 OnToken = Callable[[int, int, float], None]
 Decode = Callable[[Sequence[int]], str]
+Pool = Union[SinglePool, SharedPool]
 Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
 
 
@@ -280,7 +283,7 @@ class Sampler:
         self._rows = Rows()
         self._singles: dict[int, SinglePool] = {}
         self._shared: dict[tuple[int, int], SharedPool] = {}
-        self._home: dict[int, SinglePool | SharedPool] = {}
+        self._home: dict[int, Pool] = {}
         self._reserved: dict[int, int] = {}
         self._stack = Stack([None])
         self._finished: list[Outcome] = []
@@ -327,7 +330,7 @@ class Sampler:
             self._admit()
             if self._home:
                 self._advance()
-        except Exception as exc:  # noqa: BLE001 - handed to whoever waits for each job
+        except Exception as exc:  # handed to whoever waits for each job
             self._fail_all(exc)
         done, self._finished = self._finished, []
         return done
@@ -364,14 +367,14 @@ class Sampler:
     def _choose_units(self) -> list[Unit]:
         """The head of the line, and what can go with it: same adapter, within the limits."""
         chosen: list[Unit] = []
-        tokens, rows = 0, len(self._rows.free)
+        tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
         while self._waiting:
             unit = self._waiting[0]
             if chosen and unit.job.adapter is not chosen[0].job.adapter:
                 break
             alone = not chosen and not self._home
-            size = self._bytes(unit)
-            fits = sum(self._reserved.values()) + size <= self._memory
+            reserved += self._bytes(unit)
+            fits = reserved <= self._memory
             tokens += len(unit.job.prompt)
             if unit.count > rows or not (fits or alone) or (chosen and tokens > PREFILL_TOKENS):
                 break
@@ -395,7 +398,7 @@ class Sampler:
             self._home[row] = self._pool(unit)
         return rows
 
-    def _pool(self, unit: Unit) -> SinglePool | SharedPool:
+    def _pool(self, unit: Unit) -> Pool:
         longest = FIRST_POOL
         while longest < len(unit.job.prompt):
             longest *= 4
@@ -442,11 +445,11 @@ class Sampler:
 
     def _places(
         self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[tuple[SinglePool | SharedPool, int]]]:
+    ) -> list[list[tuple[Pool, int]]]:
         """Where the keys and values of each group's prompt go. Nowhere, if one token is all."""
         places = []
         for group, group_rows in zip(groups, rows):
-            found: list[tuple[SinglePool | SharedPool, int]] = []
+            found: list[tuple[Pool, int]] = []
             for unit, unit_rows in zip(group, group_rows):
                 if unit.job.limit == 1:
                     continue
@@ -458,9 +461,7 @@ class Sampler:
             places.append(found)
         return places
 
-    def _score_prompts(
-        self, group: Sequence[Unit], states: Tensor, linears: MixedLinears
-    ) -> None:
+    def _score_prompts(self, group: Sequence[Unit], states: Tensor, linears: MixedLinears) -> None:
         """Fill in what the jobs of one prompt want to know of it."""
         for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
             if job.scores is None:
@@ -471,7 +472,8 @@ class Sampler:
 
     def _advance(self) -> None:
         """One more token for every running sequence."""
-        pools = [p for p in (*self._singles.values(), *self._shared.values()) if len(p.members)]
+        every: list[Pool] = [*self._singles.values(), *self._shared.values()]
+        pools = [pool for pool in every if len(pool.members)]
         if not pools:
             return
         members = [pool.begin_step() for pool in pools]
@@ -576,9 +578,7 @@ class Sampler:
             self._shared.clear()
 
 
-def _topk(
-    logits: Tensor, k: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def _topk(logits: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """The k likeliest tokens of each row of logits (n, V), best first, and their logprobs."""
     values, ids = logits.topk(k, dim=1)
     logprobs = values - logits.logsumexp(dim=1, keepdim=True)
@@ -603,7 +603,7 @@ def score_prompt(
         np.zeros((length, k), np.int32),
         np.full((length, k), types.ABSENT_LOGPROB, np.float32),
     )
-    step = max(16, LOGIT_BUDGET // vocab)
+    step = max(LEAST_ROWS, LOGIT_BUDGET // vocab)
     for start in range(begin, length, step):
         stop = min(start + step, length)
         # The state at position t - 1 predicts token t.
@@ -620,8 +620,6 @@ def score_prompt(
     )
 
 
-def _target_scores(
-    targets: types.TensorData, scores: npt.NDArray[np.float32]
-) -> types.TensorData:
+def _target_scores(targets: types.TensorData, scores: npt.NDArray[np.float32]) -> types.TensorData:
     """NaN where a target is -1."""
     return types.TensorData(np.where(targets.to_numpy() < 0, np.nan, scores).astype(np.float32))
