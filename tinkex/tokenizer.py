@@ -142,6 +142,8 @@ def tokenizer_id(model_name: str, told: str | None = None) -> str:
     """
     if not isinstance(model_name, str) or not model_name:
         raise TypeError(f"model_name must be a non-empty str, got {model_name!r}.")
+    if model_name in BUILT_IN:
+        return model_name  # it is in the package, wherever the server has it
     if told:
         return told if Path(told).is_absolute() else told.split(":", 1)[0]
     if Path(model_name).is_dir():

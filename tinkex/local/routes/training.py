@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ... import types, wire
+from .. import tiny
 from ..exchange import Call, reply
 from ..ledger import Record
 from ..operations import LiveModel
@@ -228,13 +229,18 @@ async def get_info(call: Call) -> Response:
             model_data=types.ModelData(
                 model_name=live.base_model,
                 arch=None if info is None else info.architecture,
-                tokenizer_id=None if info is None else info.tokenizer_id,
+                tokenizer_id=None if info is None else _findable(info.tokenizer_id),
             ),
             is_lora=True,
             lora_rank=live.lora.rank,
             model_name=live.base_model,
         )
     )
+
+
+def _findable(tokenizer_id: str) -> str:
+    """Only tinkex knows the built-in tokenizer by name; others on this machine find its files."""
+    return str(tiny.DIRECTORY) if tokenizer_id == tiny.TOKENIZER_ID else tokenizer_id
 
 
 def promise(record: Record) -> Response:
