@@ -712,6 +712,15 @@ def checkpoint_changes(world):
     check(record() is None, "deleted, but listed")
 
 
+@feature("copy_weights")
+def copy_weights(world):
+    training, path = world.state
+    copy = done(method(world.rest, "copy_weights")(path, destination_project_id="a-project"))
+    check(copy != path and copy.endswith("/weights/state"), f"the copy is {copy}")
+    loaded = done(world.service.create_training_client_from_state(copy))
+    check((score(training) == score(loaded)).all(), "the weights did not come along")
+
+
 @feature("REST: checkpoint archive")
 def archive(world):
     name = "get_checkpoint_archive_url_from_tinker_path"
@@ -730,6 +739,17 @@ def sessions(world):
     check(run_id in session.training_run_ids, f"{session!r}")
     sampler = done(world.rest.get_sampler(session.sampler_ids[0]))
     check(sampler.base_model == BASE, f"{sampler!r}")
+
+
+@feature("REST: search sessions, assign a project")
+def search_sessions(world):
+    session_id = world.state[1].split("/")[2].split(":")[0]
+    done(method(world.rest, "assign_session_project")(session_id, "a-project"))
+    search = method(world.rest, "search_sessions")
+    wanted = {"project_ids": ["a-project"], "user_metadata": {"from": "conformance"}}
+    found = done(search(types.SessionSearchRequest(**wanted))).sessions
+    check([s.session_id for s in found] == [session_id], f"found {found!r}")
+    check(found[0].checkpoints_count >= 1, f"{found[0]!r}")
 
 
 @feature("session heartbeat and finish")
@@ -784,11 +804,6 @@ def external_weights(world):
     return done(save("external", **{k: v for k, v in keys.items() if k in known}))
 
 
-@refused("copy_weights")
-def copy_weights(world):
-    return done(method(world.service, "copy_weights")(world.state[1]))
-
-
 @refused("billing: usage")
 def billing(world):
     import datetime
@@ -808,21 +823,10 @@ def audit(world):
     return done(method(world.rest, "get_audit_log")())
 
 
-@refused("search_sessions")
-def search_sessions(world):
-    return done(method(world.rest, "search_sessions")(types.SessionSearchRequest()))
-
-
 @refused("export_session_trace")
 def trace(world):
     session_id = world.state[1].split("/")[2].split(":")[0]
     return done(method(world.rest, "export_session_trace")(session_id))
-
-
-@refused("assign_session_project")
-def project(world):
-    session_id = world.state[1].split("/")[2].split(":")[0]
-    return done(method(world.rest, "assign_session_project")(session_id, "a-project"))
 
 
 # --- running --------------------------------------------------------------------------------------

@@ -87,16 +87,34 @@ def _run(*command: object) -> None:
         )
 
 
+#: `tinkex serve` with limits of its own, which the command line has no options for.
+_WITH_LIMITS = """
+import json, sys
+from tinkex import cli
+from tinkex.local import limits, server
+main, chosen = server.main, limits.Limits(**json.loads(sys.argv.pop()))
+server.main = lambda **options: main(limits=chosen, **options)
+cli.main()
+"""
+
+
 @contextmanager
-def server(*options: str) -> Iterator[str]:
-    """The address of a `tinkex serve` of its own, with an empty home; *options* are its."""
+def server(*options: str, **limits: float) -> Iterator[str]:
+    """The address of a `tinkex serve` of its own, with an empty home.
+
+    Args:
+        options: of `tinkex serve`; limits: of `tinkex.local.limits.Limits`.
+    """
     with tempfile.TemporaryDirectory(prefix="tinkex-conformance-") as scratch:
         announce, log = Path(scratch) / "announce.json", Path(scratch) / "log"
-        command = [sys.executable, "-m", "tinkex", "serve", "--host", "127.0.0.1", "--port", "0"]
-        command += ["--home", str(Path(scratch) / "home"), "--announce", str(announce)]
+        command = ["serve", "--host", "127.0.0.1", "--port", "0", "--announce", str(announce)]
+        command += ["--home", str(Path(scratch) / "home"), "--parent-pid", str(os.getpid())]
+        program = ["-m", "tinkex", *command, *options]
+        if limits:
+            program = ["-c", _WITH_LIMITS, *command, *options, json.dumps(limits)]
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [*command, "--parent-pid", str(os.getpid()), *options],
+                [sys.executable, *program],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
