@@ -201,13 +201,29 @@ class FakeEngine:
 
 
 def main():
-    """The server on the fake engine: python -m tests.local.fake_engine [PORT [HOME]]."""
+    """The server on the fake engine: python -m tests.local.fake_engine [PORT [HOME [OPTIONS]]].
+
+    OPTIONS: those of `main`, and `limits`, in JSON.
+    """
     import sys
 
     from tinkex.local import server
+    from tinkex.local.limits import Limits
 
-    port, home = [*sys.argv[1:], None, None][:2]
-    sys.exit(server.main(port=int(port or 0), home=Path(home) if home else None, engine=FakeEngine))
+    port, home, text = [*sys.argv[1:], None, None, None][:3]
+    options = json.loads(text or "{}")
+    limits = Limits(**options.pop("limits", {}))
+    for name in {"announce"} & set(options):
+        options[name] = Path(options[name])
+    sys.exit(
+        server.main(
+            port=int(port or 0),
+            home=Path(home) if home else None,
+            engine=FakeEngine,
+            limits=limits,
+            **options,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -48,6 +48,11 @@ class Answer:
     def has_protobuf(self) -> bool:
         return self.form in _PROTOBUF_FORMS
 
+    @property
+    def sentence(self) -> str | None:
+        """Of a failure."""
+        return str(wire.loads(self.body)["error"]) if self.failed else None
+
     def as_json(self) -> bytes:
         """The body in JSON, whatever form it is kept in."""
         if self.form not in _PROTOBUF_FORMS:
@@ -75,13 +80,14 @@ def answer(outcome: Any, what: str) -> Answer:
 
 def failure(exc: Exception, what: str) -> Answer:
     """An exception as one sentence, and whose doing it is."""
-    sentence, category = _explained(exc)
+    sentence, category = explained(exc)
     if category == "server":
         logger.error("%s failed: %s", what, sentence, exc_info=exc)
     return Answer("failure", wire.dumps({"error": f"{what}: {sentence}", "category": category}))
 
 
-def _explained(exc: Exception) -> tuple[str, str]:
+def explained(exc: Exception) -> tuple[str, str]:
+    """An exception as a sentence, and its category: whose doing it is."""
     if isinstance(exc, Refusal):
         return exc.sentence, exc.category
     if isinstance(exc, (ValueError, errors.TinkexError)):

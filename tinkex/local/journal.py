@@ -62,15 +62,15 @@ class OperationRow:
     session_id: str
     target: str
     seq: int
-    in_line: bool
-    changes_model: bool
+    in_line: bool = attrs.field(converter=bool)
+    changes_model: bool = attrs.field(converter=bool)
     content_type: str
     body: bytes | None = attrs.field(repr=False)
     extra: str
     fingerprint: bytes
     ended: str | None = None
     answer: Answer | None = None
-    forgotten: bool = False
+    forgotten: bool = attrs.field(default=False, converter=bool)
 
 
 @attrs.frozen
@@ -103,6 +103,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             # A killed process loses nothing; a power cut may lose the last moments, in order.
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -188,7 +189,8 @@ class Journal:
                     (request_id,),
                 ),
                 (
-                    "UPDATE operations SET forgotten = 1, answer = NULL WHERE request_id = ?",
+                    "UPDATE operations SET forgotten = 1, "
+                    "answer = CASE WHEN form = 'failure' THEN answer END WHERE request_id = ?",
                     (request_id,),
                 ),
             ]
@@ -243,22 +245,11 @@ class Journal:
     def operations(self) -> list[OperationRow]:
         """All that is in the journal, in the order of acceptance."""
         rows = self._db.execute(
-            "SELECT request_id, name, owner, session_id, target, seq, in_line, "
-            "changes_model, content_type, body, extra, fingerprint, form, answer, forgotten "
+            "SELECT request_id, name, owner, session_id, target, seq, in_line, changes_model, "
+            "content_type, body, extra, fingerprint, form AS ended, answer AS kept, forgotten "
             "FROM operations ORDER BY number"
         )
-        return [
-            OperationRow(
-                *row[:6],
-                bool(row[6]),
-                bool(row[7]),
-                *row[8:12],
-                row[12],
-                Answer(row[12], row[13]) if row[13] is not None else None,
-                bool(row[14]),
-            )
-            for row in rows
-        ]
+        return [_operation(row) for row in rows]
 
     def close(self) -> None:
         with self._changed:
@@ -311,3 +302,9 @@ class Journal:
             if again and not self._closing:
                 self._queue[:0] = again
                 self._changed.wait(_RETRY_SECONDS)
+
+
+def _operation(found: sqlite3.Row) -> OperationRow:
+    values = dict(found)
+    form, kept = values["ended"], values.pop("kept")
+    return OperationRow(answer=None if kept is None else Answer(form, kept), **values)

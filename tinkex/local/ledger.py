@@ -383,8 +383,8 @@ class Ledger:
         self._touched[record.target] = time.time()
 
         def ended(outcome: Any) -> None:
-            result = answer(outcome, f"{work.name} (operation {work.seq})")
-            if work.ended is None:
+            result = answer(outcome, work.title)
+            if not work.ended:
                 self._journal_answer(record, result)
             self._from_compute(self._work_ended, place, record, work, result)
 
@@ -401,7 +401,7 @@ class Ledger:
     def _work_ended(self, place: ModelPlace, record: Record, work: Work, result: Answer) -> None:
         place.waiting -= 1
         place.waiting_bytes -= record.size
-        if work.ended is not None:
+        if work.ended:
             return  # it ran again after a restart, to make the model what it was
         if result.failed:
             self._release_sampler(work)
@@ -887,7 +887,16 @@ class Ledger:
         model, sampler = self.models.get(row.target), self.samplers.get(row.target)
         if model is not None and row.in_line and row.seq > snapshots[row.target]:
             model.used.add(row.seq)
-            work = Work(row.name, model.live, row.seq, request, seed, row.ended, record.size)
+            work = Work(
+                row.name,
+                model.live,
+                row.seq,
+                request,
+                seed,
+                ended=row.ended is not None,
+                failure=None if row.answer is None else row.answer.sentence,
+                size=record.size,
+            )
             if isinstance(request, types.SaveWeightsForSamplerRequest) and row.ended is None:
                 self._reclaim_sampler(work)
             self._put_work(model, record, work)

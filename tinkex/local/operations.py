@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from .. import types, wire
+from .answers import explained
 from .home import ServerFolder, move_into_place, sync_tree
 from .journal import Journal
 from .limits import Limits
@@ -98,7 +99,7 @@ class Work:
     Attributes:
         name: as in wire's table; request: decoded; None if only its place must be filled.
         seed: drawn for it at acceptance, where the request names none.
-        ended: how it ended before a restart, if it did.
+        ended: whether it ended before a restart; failure: with what sentence, if it failed.
         size: bytes of its body.
     """
 
@@ -107,11 +108,18 @@ class Work:
     seq: int
     request: Any
     seed: int = 0
-    ended: str | None = None
+    ended: bool = False
+    failure: str | None = None
     size: int = 0
 
     @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return f"{self.name} (operation {self.seq})"
+
+    @property
     def origin(self) -> str:
+        """Its name among everything that is saved."""
         return f"{self.model.model_id}:{self.seq}"
 
 
@@ -153,13 +161,13 @@ class Workshop:
         model = work.model
         started = time.perf_counter()
         try:
-            if work.ended == "failure":
-                self._fail_again(work, engine)
+            if work.failure is not None:
+                self._fail_again(work, work.failure, engine)
                 return None
-            if work.ended is not None and work.name not in CHANGES_MODEL:
+            if work.ended and work.name not in CHANGES_MODEL:
                 return None
             if model.broken is not None:
-                raise ValueError(f"there is no model {model.model_id}: {model.broken}")
+                raise ValueError(f"there is no model {model.model_id} ({model.broken})")
             steps = self._operation(work, engine)
             while True:
                 try:
@@ -187,15 +195,15 @@ class Workshop:
         }
         return operations[work.name](work, engine)
 
-    def _fail_again(self, work: Work, engine: Any) -> None:
+    def _fail_again(self, work: Work, failure: str, engine: Any) -> None:
         """What a failure before the restart did to the model."""
         if work.name == "ForwardBackward":
-            self._spoil(work, engine, "it failed before the server was restarted")
+            self._spoil(work, engine, failure)
         elif work.name == "OptimStep":
             engine.clear_gradients(work.model.model_id)
             work.model.spoilt = None
         elif work.seq == 0:
-            work.model.broken = "its creation failed"
+            work.model.broken = failure
 
     def load_base(self, engine: Any, base_model: str) -> None:
         engine.load_base(base_model)
@@ -213,7 +221,7 @@ class Workshop:
                 model.model_id, model.base_model, model.lora, seed=seed, adapter=adapter
             )
         except Exception as exc:
-            model.broken = f"its creation failed ({exc})"
+            model.broken = f"{work.title}: {explained(exc)[0]}"
             raise
         if adapter is not None:
             model.seconds = math.inf  # the files may be gone when a restart would read them
@@ -257,14 +265,14 @@ class Workshop:
                 work.model.model_id, request.data, request.loss_fn, request.loss_fn_config
             )
         except Exception as exc:
-            self._spoil(work, engine, str(exc))
+            self._spoil(work, engine, f"{work.title}: {explained(exc)[0]}")
             raise
         return result
 
-    def _spoil(self, work: Work, engine: Any, reason: str) -> None:
+    def _spoil(self, work: Work, engine: Any, failure: str) -> None:
         engine.clear_gradients(work.model.model_id)
         if work.model.spoilt is None:
-            work.model.spoilt = f"forward_backward (operation {work.seq}) failed: {reason}"
+            work.model.spoilt = failure
 
     def _optim_step(self, work: Work, engine: Any) -> Steps:
         model = work.model
@@ -273,8 +281,8 @@ class Workshop:
             reason, model.spoilt = model.spoilt, None
             engine.clear_gradients(model.model_id)
             raise ValueError(
-                f"no step was taken, because the gradients are not whole: {reason} The gradients "
-                "are cleared; send the batch again and step again."
+                f"no step was taken, because the gradients are not whole ({reason}) They are "
+                "cleared now; send the batch again and step again."
             )
         try:
             return engine.optim_step(model.model_id, work.request.adam_params)
@@ -391,7 +399,7 @@ class Workshop:
             self._load(work, engine, Path(row.directory))
         except Exception as exc:
             if work.seq == 0:
-                model.broken = f"its creation failed ({exc})"
+                model.broken = f"{work.title}: {explained(exc)[0]}"
             raise
         if work.seq == 0:
             self._enter_run(model)

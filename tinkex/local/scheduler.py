@@ -235,8 +235,8 @@ class Scheduler:
                     if self._stopping:
                         return
                     self._changed.wait()
-            for job in [*jobs, *samples]:
-                job.finish(RuntimeError(f"the engine could not start: {exc}"))
+            for finish in [job.finish for job in jobs] + [sample.finish for sample in samples]:
+                finish(RuntimeError(f"the engine could not start: {exc}"))
 
     def _has_work(self) -> bool:
         return bool(self._chores or self._active or self._cancelled or self._has_samples())

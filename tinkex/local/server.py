@@ -17,11 +17,13 @@ import logging
 import os
 import resource
 import secrets
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,9 +109,7 @@ class LocalServer:
         self.scheduler = Scheduler(engine, on_failure)
         self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)
         for base_model in base_models:
-            self.scheduler.put_chore(
-                lambda engine, name=base_model: self.ledger.workshop.load_base(engine, name)
-            )
+            self.scheduler.put_chore(partial(self._load, base_model))
         site = Site(
             self.ledger,
             self.store,
@@ -131,13 +131,16 @@ class LocalServer:
             timeout_graceful_shutdown=1,
             lifespan="on",
         )
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = _Uvicorn(config, self.ledger.stop)
         self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _load(self, base_model: str, engine: Any) -> None:
+        self.ledger.workshop.load_base(engine, base_model)
 
     def _clean_up(self) -> None:
         """What dead servers left that nobody takes over."""
@@ -200,6 +203,31 @@ class LocalServer:
         self.close()
 
 
+class _Uvicorn(uvicorn.Server):
+    """Lets waiting polls go before it waits for them, and takes SIGTERM for an orderly end."""
+
+    def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_shutdown = before_shutdown
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._before_shutdown()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def make_app(site: Site) -> Starlette:
     """The application; its ledger and scheduler live as long as it does."""
 
@@ -208,7 +236,6 @@ def make_app(site: Site) -> Starlette:
         site.ledger.start()
         site.ledger.scheduler.start()
         yield
-        site.ledger.stop()
 
     app = Starlette(
         routes=routes(),

@@ -261,7 +261,7 @@ class Store:
         )
         if row is None:
             raise not_found("session", session_id)
-        return row  # type: ignore[no-any-return]
+        return row
 
     def sessions(self, owner: str, limit: int, offset: int) -> tuple[list[SessionRow], int]:
         """Newest first, and how many there are in all."""
@@ -341,7 +341,7 @@ class Store:
         row = self._one(RunRow, "SELECT * FROM runs WHERE run_id = ? AND owner = ?", run_id, owner)
         if row is None:
             raise not_found("training run", run_id)
-        return row  # type: ignore[no-any-return]
+        return row
 
     def runs(self, owner: str, limit: int, offset: int) -> tuple[list[RunRow], int]:
         """Last used first, and how many there are in all."""
@@ -455,7 +455,7 @@ class Store:
                 f"there is no checkpoint {shown(path, 300)}: it was never saved, has expired, was "
                 "deleted, or belongs to another key.",
             )
-        return row  # type: ignore[no-any-return]
+        return row
 
     def checkpoint_named(self, path: str) -> CheckpointRow | None:
         """The living checkpoint of that path, whoever owns it."""

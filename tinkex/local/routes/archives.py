@@ -65,7 +65,9 @@ async def download(call: Call) -> Response:
         raise not_found("this download link (it may have expired; ask for a new one), named", "")
     row: CheckpointRow = ticket.row
     archive = await call.site.ledger.in_pool(_open, row)
-    digest = row.sha256 or await call.site.ledger.in_pool(_hash, call, archive, row)
+    digest = row.sha256
+    if digest is None:
+        digest = await call.site.ledger.in_pool(_hash, call, archive, row)
     etag = f'"{digest}"'
     headers = {
         "ETag": etag,
