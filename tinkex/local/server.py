@@ -264,13 +264,17 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise HomeError(
             f"cannot listen on {host}:{port}: {reason}; choose another --port (0 takes a free "
             "one) or --host."
         ) from exc
+    # Inherited by its connections. asyncio does this only where it knows the protocol; without it
+    # an answer, which is written in two pieces, takes 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _allow_many_connections() -> None:
