@@ -78,7 +78,7 @@ def patiently(call, *arguments, seconds=20):
     while True:
         try:
             return call(*arguments)
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)

@@ -117,16 +117,16 @@ def drive(client, steps, disturb=lambda: None):
     return json.loads(json.dumps(results).replace(session, "SESSION"))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments_a_run_ends_the_same(process, seed):
     """Exactly once: nothing lost, nothing twice; the client only sends again and waits."""
     chance = random.Random(seed)
-    undisturbed = drive(process(limits=OFTEN).client, 24)
+    undisturbed = drive(process(limits=OFTEN).client, 40)
     server = process(limits=OFTEN)
     over = threading.Event()
 
     def killer():
-        for _ in range(4):
+        for _ in range(6):
             if not over.wait(chance.uniform(0.02, 0.3)):
                 server.kill()
                 server.start()
@@ -134,7 +134,7 @@ def test_killed_at_random_moments_a_run_ends_the_same(process, seed):
     thread = threading.Thread(target=killer)
     thread.start()
     try:
-        disturbed = drive(server.client, 24)
+        disturbed = drive(server.client, 40)
     finally:
         over.set()
         thread.join()

@@ -335,6 +335,11 @@ class Ledger:
         """Accept a numbered operation of a model. A repeat gets the first one's record."""
         place = self.model(request.model_id, owner)
         live, seq = place.live, request.seq_id
+        if not 1 <= seq < 2**31:
+            raise Refusal(
+                400,
+                f"seq_id must be from 1 (0 is the model's creation) to 2**31 - 1, got {seq}.",
+            )
         record = self._record(name, owner, live.session_id, live.model_id, seq, request, body)
         known = await self._known(record)
         if known is not None or seq in place.used:
@@ -355,12 +360,6 @@ class Ledger:
         return record
 
     def _check_place(self, place: ModelPlace, record: Record) -> None:
-        if not 1 <= record.seq < 2**31:
-            raise Refusal(
-                400,
-                "seq_id must be from 1 (0 is the creation of the model) to 2**31 - 1, got "
-                f"{record.seq}.",
-            )
         if place.closing:
             raise Refusal(
                 404, f"model {record.target} is being unloaded and takes no more operations."
