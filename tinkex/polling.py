@@ -22,7 +22,7 @@ import attrs
 from . import errors, wire
 from .futures import fail, succeed
 from .threads import ByteBudget, DaemonExecutor
-from .transport import ONCE, Answer, Transport, error_detail, one_line
+from .transport import ONCE, Answer, Transport, error_detail
 from .waiting import Wait
 
 T = TypeVar("T")
@@ -253,7 +253,7 @@ class Poller:
         return self._transport.send(
             "POST",
             self._transport.url(wire.RETRIEVE_FUTURE.path),
-            json.dumps(body).encode(),
+            json.dumps(body, separators=(",", ":")).encode(),
             headers=headers,
             timeout=self._poll_timeout(promise),
             retry=ONCE,
@@ -377,7 +377,7 @@ class Poller:
         if promise.failing_since is None:
             promise.failing_since, promise.pauses = now, 0
         if promise.wait is not None:
-            promise.wait.failed_once(one_line(exc))
+            promise.wait.failed_once(exc)
         asked = getattr(exc, "retry_after", None)
         pause = (
             self._backoff(promise, 0.1, 10.0) if asked is None else self._clipped(promise, asked)

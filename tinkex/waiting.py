@@ -17,7 +17,16 @@ logger = logging.getLogger("tinkex")
 class Wait:
     """One thing that is waited for. Its fields are written by whoever waits, read by the log."""
 
-    __slots__ = ("last_error", "log", "report_at", "retries", "since", "state", "what")
+    __slots__ = (
+        "last_error",
+        "log",
+        "on_failure",
+        "report_at",
+        "retries",
+        "since",
+        "state",
+        "what",
+    )
 
     def __init__(self, log: WaitLog, what: str, since: float) -> None:
         self.log = log
@@ -27,11 +36,15 @@ class Wait:
         self.retries = 0
         self.last_error = ""
         self.state = ""
+        #: Is given each failure, for what else there is in it.
+        self.on_failure: Callable[[object], None] | None = None
 
     def failed_once(self, error: object) -> None:
         """Note a failure that will be tried again."""
         self.retries += 1
-        self.last_error = str(error)
+        self.last_error = one_line(error)
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     def end(self) -> None:
         """It is over. Safe to call twice."""
@@ -48,6 +61,12 @@ class Wait:
         if self.retries:
             notes.append(f"{self.retries} retries, the last after: {self.last_error}")
         return self.what + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def one_line(error: object) -> str:
+    """What an error says, in one line of at most 160 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 class WaitLog:
