@@ -49,8 +49,9 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def run(data, tmp_path):
+def run(data, tmp_path, monkeypatch):
     """Run into tmp_path/<name>; going on from its state, if it has one."""
+    monkeypatch.setattr(finetune, "EVALUATED_AT_ONCE", 2)
 
     def run(name="run", service=None, settings=SETTINGS, report=None, **options):
         folder = tmp_path / name
@@ -233,7 +234,7 @@ def stopping_at(count):
     return guard
 
 
-@pytest.mark.parametrize("questions", range(1, 23))
+@pytest.mark.parametrize("questions", range(1, 27))
 def test_a_stopped_run_goes_on_to_the_same_weights(run, undisturbed, tmp_path, questions):
     """Same data order, same optimizer state: as if nothing had been."""
     service = FakeService()
@@ -247,7 +248,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, undisturbed, tmp_path, q
     assert without_speed(rows(undisturbed)) == without_speed(rows(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("operation", range(1, 33, 3))
+@pytest.mark.parametrize("operation", range(1, 39, 3))
 def test_a_killed_run_goes_on_from_the_last_checkpoint(run, undisturbed, tmp_path, operation):
     """Rows beyond the checkpoint are cut off; they come again."""
     service = FakeService(on_operation=killed_after(operation))

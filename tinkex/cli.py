@@ -390,7 +390,8 @@ def sample(
     )
     text = _read_prompt(prompt, prompt_file)
     with ServiceClient(base_url=base_url, api_key=api_key) as service:
-        sampler = service.create_sampling_client(**_what_to_sample(model))
+        base_model, model_path = _what_to_sample(model)
+        sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
         tokenizer = sampler.get_tokenizer()
         if chat:
             text = dataset.chat_prompt([{"role": "user", "content": text}], tokenizer)
@@ -424,22 +425,21 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
     return prompt
 
 
-def _what_to_sample(model: str) -> dict[str, str]:
-    """The arguments of create_sampling_client that *model* stands for."""
+def _what_to_sample(model: str) -> tuple[str | None, str | None]:
+    """The base model, or else the path of saved weights, that *model* stands for."""
     from . import finetune
 
     if model.startswith("tinker://"):
-        return {"model_path": model}
+        return None, model
     state = finetune.load_state(Path(model))
     if state is None:
-        return {"base_model": model}
-    path = state.sampler_path
-    if path is None:
+        return model, None
+    if state.sampler_path is None:
         raise click.UsageError(
             f"The run in {model} is not finished ({_progress_of(state)}); go on with it first: "
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
-    return {"model_path": path}
+    return None, state.sampler_path
 
 
 # version

@@ -27,12 +27,17 @@ from typing import Any, Literal, Protocol, TextIO
 import attrs
 import numpy as np
 
-from . import dataset, types
+from . import dataset, errors, types
+from .sampling import SamplingClient
+from .service import ServiceClient
+from .training import TrainingClient
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 #: Jobs submitted but not yet awaited.
 IN_FLIGHT = 2
+#: Held-out examples that are evaluated in one request.
+EVALUATED_AT_ONCE = 64
 #: Held-out examples whose completions are shown before and after.
 SHOWN_EXAMPLES = 3
 #: Tokens of each shown completion.
@@ -229,7 +234,7 @@ class Metrics:
 
 
 def run(
-    service: Any,
+    service: ServiceClient,
     data: dataset.DataFile,
     settings: Settings,
     folder: Path,
@@ -241,7 +246,6 @@ def run(
     Train, and put the adapter into *folder*.
 
     Args:
-        service: a ServiceClient.
         state: of the run to go on with, from `load_state`; None starts one.
         guard: entered around the training loop, gives what says whether to stop. When it says
             so, a checkpoint is saved within `STOP_SECONDS` and the outcome is not finished.
@@ -283,7 +287,7 @@ def check_same(state: State, settings: Settings, data: dataset.DataFile) -> None
         )
 
 
-def _open(service: Any, state: State) -> Any:
+def _open(service: ServiceClient, state: State) -> TrainingClient:
     """Of a new model, or of one with the checkpoint's weights and optimizer."""
     if state.checkpoint is not None:
         return service.create_training_client_from_state_with_optimizer(state.checkpoint)
@@ -311,7 +315,7 @@ class _Trainer:
 
     def __init__(
         self,
-        training: Any,
+        training: TrainingClient,
         data: dataset.DataFile,
         state: State,
         folder: Path,
@@ -432,7 +436,7 @@ class _Trainer:
     def _evaluate(self) -> Iterator[_Job]:
         """The held-out loss of the weights as they are at this place in the line."""
         counted = float(sum(example.counted.sum() for example in self.held_out))
-        parts = list(dataset.slices(self.held_out, self.settings.batch_size))
+        parts = list(dataset.slices(self.held_out, EVALUATED_AT_ONCE))
 
         for number, part in enumerate(parts):
             future = self.training.forward([e.datum() for e in part], "cross_entropy")
@@ -501,7 +505,7 @@ class _Trainer:
         sampler = self.training.save_weights_and_get_sampling_client_sync()
         self._note(before=self._say(sampler, is_stopped))
 
-    def _say(self, sampler: Any, is_stopped: Callable[[], bool]) -> list[str]:
+    def _say(self, sampler: SamplingClient, is_stopped: Callable[[], bool]) -> list[str]:
         params = types.SamplingParams(max_tokens=SHOWN_TOKENS, temperature=0.0, seed=0)
         futures = [
             sampler.sample(example.prompt, num_samples=1, sampling_params=params)
@@ -514,9 +518,12 @@ class _Trainer:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def finish(self, service: Any) -> Outcome:
+    def finish(self, service: ServiceClient) -> Outcome:
         """The adapter in its folder, and what the trained model says."""
-        sampler_path = self.training.save_weights_for_sampler("final").result().path
+        saved = self.training.save_weights_for_sampler("final").result()
+        if saved.path is None:
+            raise errors.APIResponseValidationError("the server did not say where it saved to.")
+        sampler_path = saved.path
         shown = []
         if self.held_out:
             sampler = service.create_sampling_client(model_path=sampler_path)
