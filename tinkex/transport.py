@@ -8,6 +8,7 @@ exceptions (requests, urllib3) are translated here and nowhere else.
 from __future__ import annotations
 
 import email.utils
+import itertools
 import json
 import platform
 import random
@@ -359,11 +360,16 @@ class Transport:
         self.waits.close()
 
 
+#: Names each request: a random part for the process and a count, which costs less than a uuid each.
+_PROCESS = uuid.uuid4().hex
+_REQUESTS = itertools.count()
+
+
 def _own_headers(method: str, body: bytes, given: Mapping[str, str] | None) -> dict[str, str]:
     """What every request carries beyond the fixed headers; the same over its retries."""
     own = {"Accept": wire.JSON} if not given or "Accept" not in given else {}
     if method != "GET":
-        own["X-Idempotency-Key"] = f"tinkex-{uuid.uuid4().hex}"
+        own["X-Idempotency-Key"] = f"tinkex-{_PROCESS}-{next(_REQUESTS)}"
         own["Content-Length"] = str(len(body))
     if body and (not given or "Content-Type" not in given):
         own["Content-Type"] = wire.JSON
