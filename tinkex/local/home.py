@@ -38,7 +38,6 @@ class Home:
     @classmethod
     def open(cls, path: Path) -> Home:
         """Make or check the folder. Raises HomeError."""
-        os.umask(0o077)  # for the whole server: files 0600, folders 0700
         home = cls(path.expanduser().absolute())
         try:
             home.path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -312,6 +312,7 @@ def main(
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    os.umask(0o077)  # files 0600, folders 0700: training data and weights are nobody else's
     sys.setswitchinterval(0.001)  # the event loop waits this long for a busy compute thread
     made_up = _made_up_key(host, api_keys)
     try:
@@ -346,7 +347,7 @@ def main(
     failure = server.scheduler.failure
     if failure is not None:
         print(f"tinkex serve: the engine could not start: {failure}", file=sys.stderr)
-    return _leave(server, 0 if failure is None else 1)
+    return _leave(server, 0 if failure is None else 1, at_once=parent_pid is not None)
 
 
 def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
@@ -377,10 +378,11 @@ def _end_with(parent_pid: int, server: LocalServer) -> None:
     os._exit(0)
 
 
-def _leave(server: LocalServer, code: int) -> int:
+def _leave(server: LocalServer, code: int, *, at_once: bool) -> int:
     """Return, unless the compute thread is in the middle of something: it cannot be interrupted,
-    and the interpreter would wait for it or crash under it."""
-    if not server.scheduler.close(0):
+    and the interpreter would wait for it or crash under it. *at_once*: in any case do not let
+    torch take its half second for tidying up; the parent waits."""
+    if at_once or not server.scheduler.close(0):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
