@@ -4,7 +4,8 @@ Runs in a virtual environment of its own with one version of `tinker` (and no ti
 one JSON line per feature: {"feature", "state", "detail", "seconds"}; state is "works" (detail: what
 the feature returned), "absent" (this SDK version has no such thing), "refused" (said so in a
 sentence, which is the detail) or "fails". What should come out is computed here with numpy, or is a
-property: equal, different, larger. With NAMEs, only features whose name holds one of them run.
+property: equal, different, larger. With NAMEs, only features whose name holds one of them run;
+features whose name holds what follows a "-" do not.
 """
 
 from __future__ import annotations
@@ -251,13 +252,15 @@ def chunks(world):
         )
         for i in range(1030)
     ]
-    output = done(world.training.forward(data, "cross_entropy"))
+    training = world.create()
+    output = done(training.forward_backward(data, "cross_entropy"))
     check(len(output.loss_fn_outputs) == 1030, f"{len(output.loss_fn_outputs)} outputs")
     total = -sum(float(logprobs(output, i).sum()) for i in range(1030))
     close(total, output.metrics["loss:sum"], "the loss and its terms", 1e-3)
     close(logprobs(output, 3), logprobs(output, 153), "log-probabilities of equal datums")
     check(abs(logprobs(output, 3) - logprobs(output, 4)).max() > 1e-6, "all datums are alike")
-    return digest(np.concatenate([logprobs(output, i) for i in range(1030)]))
+    done(training.optim_step(ADAM))
+    return digest(score(training))
 
 
 def policy_loss(world, name, formula, **config):
@@ -642,7 +645,7 @@ def unnamed_sampler(world):
 @feature("many samples at once")
 def many_samples(world):
     params = types.SamplingParams(max_tokens=4, stop=[], temperature=1.0)
-    futures = [world.sampling.sample(PROMPT, 1, params) for _ in range(200)]
+    futures = [world.sampling.sample(PROMPT, 1, params) for _ in range(100)]
     lengths = {len(done(future).sequences[0].tokens) for future in futures}
     check(lengths == {4}, f"lengths {lengths}")
 
@@ -861,11 +864,17 @@ def timed(name, function, world, is_refusal):
     print(json.dumps(line), flush=True)
 
 
-def main(url, tokenizer_file, *wanted):
+def is_wanted(name, words):
+    unwanted = [word[1:] for word in words if word.startswith("-")]
+    wanted = [word for word in words if not word.startswith("-")] or [""]
+    return any(w in name for w in wanted) and not any(w in name for w in unwanted)
+
+
+def main(url, tokenizer_file, *words):
     world = World(url, tokenizer_file)
     for is_refusal, features in ((False, FEATURES), (True, REFUSED)):
         for name, function in features:
-            if not wanted or any(word in name for word in wanted):
+            if is_wanted(name, words):
                 timed(name, function, world, is_refusal)
     if hasattr(world.service, "close"):
         done(world.service.close("success"))
