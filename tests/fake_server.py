@@ -1,9 +1,9 @@
 """
 A training server that lives inside requests: no sockets, no sleeping.
 
-It keeps the protocol's promises (numbers in order, each once; a resend gets the answer of the first
-send) and fails only where a test tells it to. What it was sent is in `requests`, what it ran, in the
-order in which it ran it, in `executed`.
+It keeps the protocol's promises (numbers in order, each once; a resend gets the answer of the
+first send) and fails only where a test tells it to. What it was sent is in `requests`, what it ran,
+in the order in which it ran it, in `executed`.
 
     server = FakeServer()
     server.script("optim_step", status(503), reset())   # the next two go wrong, then all is well

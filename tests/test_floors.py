@@ -91,8 +91,8 @@ def uses(files, below):
                 yield parts[len(below)]
 
 
-FLAT = [m for m in modules(PACKAGE)]
-LOCAL = [m for m in modules(PACKAGE / "local")]
+FLAT = list(modules(PACKAGE))
+LOCAL = list(modules(PACKAGE / "local"))
 
 
 @pytest.mark.parametrize("name, files", FLAT, ids=[name for name, _ in FLAT])

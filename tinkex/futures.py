@@ -35,25 +35,23 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def result(self, timeout: float | None = None) -> T:
         """The result, waiting for it *timeout* seconds at most (None: as long as it takes)."""
-        try:
-            value: T = super().result(timeout)
-            return value
-        except concurrent.futures.CancelledError:
-            raise
-        except concurrent.futures.TimeoutError as exc:
-            if self.done():
-                self._delivered(exc)
-                raise
-            raise TimeoutError(
-                f"{self.what} is not done after {timeout} s. It goes on; ask again, or later."
-            ) from None
-        except BaseException as exc:
-            self._delivered(exc)
-            raise
+        exc = self.exception(timeout)
+        if exc is not None:
+            try:
+                raise exc
+            finally:
+                del exc, self  # or the traceback, which holds this frame, would hold them for long
+        value: T = super().result()
+        return value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What it failed with, or None; waits like `result`."""
-        exc = super().exception(timeout)
+        try:
+            exc = super().exception(timeout)
+        except concurrent.futures.TimeoutError:
+            if not self.done():
+                raise self._not_done(timeout) from None
+            exc = super().exception()  # it was done just then
         if exc is not None:
             self._delivered(exc)
         return exc
@@ -62,17 +60,34 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         """The result, for use in a coroutine; a timeout leaves the operation alive."""
         import asyncio  # only here: the SDK is for plain scripts
 
-        waiter = asyncio.shield(asyncio.wrap_future(self))
+        loop = asyncio.get_running_loop()
+        finished = loop.create_future()
+
+        def succeed_once() -> None:
+            if not finished.done():
+                finished.set_result(None)
+
+        def wake(_: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(succeed_once)
+            except RuntimeError:
+                logger.debug("%s is done, but the event loop that awaited it is closed", self.what)
+
+        self.add_done_callback(wake)
         try:
-            value: T = await asyncio.wait_for(waiter, timeout)
-            return value
-        except BaseException as exc:
-            if self.done():
-                self._delivered(exc)
-            raise
+            await asyncio.wait_for(finished, timeout)
+        except asyncio.TimeoutError:
+            if not self.done():
+                raise self._not_done(timeout) from None
+        return self.result(0)
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
+
+    def _not_done(self, timeout: float | None) -> TimeoutError:
+        return TimeoutError(
+            f"{self.what} is not done after {timeout} s. It goes on; ask again, or later."
+        )
 
     def _delivered(self, exc: BaseException) -> None:
         if self.on_delivered is not None and not self.cancelled():
@@ -107,7 +122,7 @@ def gather(parts: Sequence[Future[T]], combine: Callable[[list[T]], R], whole: F
 
     def part_is_done(part: Future[T]) -> None:
         nonlocal left
-        exc = part.exception()
+        exc = concurrent.futures.CancelledError() if part.cancelled() else part.exception()
         if exc is not None:
             fail(whole, exc)
             return

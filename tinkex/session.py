@@ -341,7 +341,8 @@ class Session(Connection):
             except BaseException as exc:
                 fail(future, exc)
 
-        self._background.start(run)
+        closed = errors.ClientClosedError(f"{what} was not begun: the session was closed.")
+        self._background.start(run, dropped=lambda: fail(future, closed))
         return future
 
     # Heartbeat.

@@ -16,6 +16,9 @@ from typing import Any
 
 logger = logging.getLogger("tinkex")
 
+#: What to run, with what, what to do if it never runs, and since when it waits.
+_Task = tuple[Callable[..., Any], tuple[Any, ...], Callable[[], object], float]
+
 
 class DaemonExecutor(concurrent.futures.Executor):
     """A thread pool whose threads never hold up the end of the program.
@@ -36,26 +39,30 @@ class DaemonExecutor(concurrent.futures.Executor):
         self._eager = min(eager, max_workers)
         self._name = name
         self._ready = threading.Condition()  # guards all below
-        self._tasks: deque[tuple[Callable[..., Any], tuple[Any, ...], float]] = deque()
+        self._tasks: deque[_Task] = deque()
         self._threads = 0
         self._idle = 0
         self._numbered = 0
         self._growing = False
         self._closed = False
 
-    def start(self, function: Callable[..., Any], *args: Any) -> None:
-        """Run *function* on a thread of the pool. What it raises is logged, not kept."""
+    def start(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        dropped: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Run *function* on a thread of the pool. What it raises is logged, not kept.
+
+        Args:
+            dropped: is called instead, if the pool is shut down before *function* could start.
+        """
         with self._ready:
-            if self._closed:
-                raise RuntimeError(f"{self._name} is closed")
-            self._tasks.append((function, args, time.monotonic()))
-            if self._idle >= len(self._tasks):
-                self._ready.notify()
-            elif self._threads < self._eager:
-                self._add_thread()
-            elif self._threads < self._max_workers and not self._growing:
-                self._growing = True
-                threading.Thread(target=self._grow, name=f"{self._name}-grow", daemon=True).start()
+            closed = self._closed
+            if not closed:
+                self._add_task((function, args, dropped, time.monotonic()))
+        if closed:
+            dropped()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """The Executor way: run *fn* and return the future of its result."""
@@ -69,19 +76,33 @@ class DaemonExecutor(concurrent.futures.Executor):
             except BaseException as exc:
                 future.set_exception(exc)
 
-        self.start(run)
+        self.start(run, dropped=future.cancel)
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:
         """Take nothing more and drop what waits; threads end after what they are doing."""
         with self._ready:
             self._closed = True
+            left = list(self._tasks)
             self._tasks.clear()
             self._ready.notify_all()
+        for _, _, dropped, _ in left:
+            dropped()
 
     @property
     def thread_count(self) -> int:
         return self._threads
+
+    def _add_task(self, task: _Task) -> None:
+        """Call with the lock held."""
+        self._tasks.append(task)
+        if self._idle >= len(self._tasks):
+            self._ready.notify()
+        elif self._threads < self._eager:
+            self._add_thread()
+        elif self._threads < self._max_workers and not self._growing:
+            self._growing = True
+            threading.Thread(target=self._grow, name=f"{self._name}-grow", daemon=True).start()
 
     def _add_thread(self) -> None:
         """Call with the lock held."""
@@ -93,19 +114,25 @@ class DaemonExecutor(concurrent.futures.Executor):
     def _work(self) -> None:
         while True:
             with self._ready:
-                while not self._tasks:
-                    self._idle += 1
-                    notified = self._ready.wait(self.IDLE_SECONDS)
-                    self._idle -= 1
-                    if self._closed or (not notified and not self._tasks):
-                        self._threads -= 1
-                        return
-                function, args, _ = self._tasks.popleft()
+                if not self._tasks_come():
+                    self._threads -= 1
+                    return
+                function, args, dropped, _ = self._tasks.popleft()
             try:
                 function(*args)
             except BaseException:
                 logger.exception("%s: a task raised", self._name)
-            del function, args  # what they hold must not live on while this thread idles
+            del function, args, dropped  # what they hold must not live on while this thread idles
+
+    def _tasks_come(self) -> bool:
+        """Wait for a task; False when none came for long, or none will. Call with the lock held."""
+        while not self._tasks and not self._closed:
+            self._idle += 1
+            notified = self._ready.wait(self.IDLE_SECONDS)
+            self._idle -= 1
+            if not notified:
+                break
+        return bool(self._tasks)
 
     def _grow(self) -> None:
         """Add threads while tasks wait. Runs on a thread of its own, as long as that is so."""
@@ -118,7 +145,7 @@ class DaemonExecutor(concurrent.futures.Executor):
                 if not self._tasks or self._closed or self._threads >= self._max_workers:
                     self._growing = False
                     return
-                overdue = now - self._tasks[0][2] > self.PATIENCE
+                overdue = now - self._tasks[0][3] > self.PATIENCE
                 if busy and not overdue:
                     continue
                 room = self._max_workers - self._threads

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import email.utils
 import itertools
-import json
+import math
 import platform
 import random
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -37,9 +38,26 @@ R = TypeVar("R")
 MAX_RETRY_AFTER = 300.0
 
 
-#: Statuses that are tried again only so often: a proxy's stray answer must not end a run, and a
-#: server that means it should be heard soon.
-FEW_TRIES = {400: 3, 409: 3}
+#: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
+#: that means it should be heard soon. By status; 0 is a success that cannot be read.
+FEW_TRIES = {0: 3, 400: 3, 409: 3}
+
+
+def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is None and attribute.name == "budget":
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"Retry: {attribute.name} must be seconds, got {value!r}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Retry: {attribute.name} must be seconds of at least 0, got {value!r}.")
+
+
+def _statuses(value: object) -> frozenset[int]:
+    if isinstance(value, (set, frozenset, list, tuple, range)) and all(
+        isinstance(status, int) and 400 <= status <= 599 for status in value
+    ):
+        return frozenset(value)
+    raise TypeError(f"Retry: pass_on must be a set of error statuses (400 to 599), got {value!r}.")
 
 
 @attrs.frozen
@@ -54,15 +72,15 @@ class Retry:
             of and the whole exponential step, unless the server names one (Retry-After).
     """
 
-    budget: float | None = None
-    pass_on: frozenset[int] = frozenset()
-    first: float = 0.25
-    longest: float = 10.0
+    budget: float | None = attrs.field(default=None, validator=_seconds)
+    pass_on: frozenset[int] = attrs.field(default=frozenset(), converter=_statuses)
+    first: float = attrs.field(default=0.25, validator=_seconds)
+    longest: float = attrs.field(default=10.0, validator=_seconds)
 
     def pause(self, attempt: int, exc: BaseException | None = None) -> float:
         """Seconds to wait after try number *attempt* (from 1) failed with *exc*."""
         asked = getattr(exc, "retry_after", None)
-        if asked is not None:
+        if asked:  # "at once" is not believed: it would be a hot loop
             return float(asked)
         step = min(self.first * 2 ** min(attempt - 1, 20), self.longest)
         return step * random.uniform(0.5, 1.0)
@@ -81,6 +99,11 @@ class Answer:
     url: str
 
     @property
+    def place(self) -> str:
+        """The URL as it is shown in messages: without its query."""
+        return self.url.split("?")[0]
+
+    @property
     def is_protobuf(self) -> bool:
         return wire.PROTOBUF in self.headers.get("Content-Type", "")
 
@@ -97,8 +120,8 @@ class Answer:
         except ValueError as exc:
             start = self.content[:80].decode("utf-8", "replace")
             raise errors.APIResponseValidationError(
-                f"{self.url} answered with something that is not JSON ({start!r}). Is base_url the "
-                "URL of a training server, without a proxy's login page before it?",
+                f"{self.place} answered with something that is not JSON ({start!r}). Is base_url "
+                "the URL of a training server, without a proxy's login page before it?",
                 url=self.url,
             ) from exc
 
@@ -119,16 +142,18 @@ class Transport:
         *,
         waits: WaitLog | None = None,
         adapter: requests.adapters.BaseAdapter | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self._closed = threading.Event()
         self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
         self._prefix = config.base_url + wire.PREFIX
         self._adapter = adapter or OneWriteAdapter(
             pool_connections=4, pool_maxsize=2 * config.sampling.connections + 64
         )
-        self._sleep = sleep
+        #: Waits for so many seconds, or until this transport is closed.
+        self.sleep = sleep or self._closed.wait
         self._clock = clock
         self._headers = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
@@ -180,7 +205,7 @@ class Transport:
         """The body of *answer* as a *result*."""
         if result is wire.Nothing:
             return result()
-        return self.structure(result, answer.json(), answer.url)
+        return self.structure(result, answer.json(), answer.place)
 
     def structure(self, result: type[T], payload: Any, url: str = "") -> T:
         """Decoded JSON as a *result*. APIResponseValidationError if it does not fit."""
@@ -248,7 +273,7 @@ class Transport:
             retry=tries.may_help,
             stop=tries.are_over,
             wait=tries.pause,
-            sleep=self._sleep,
+            sleep=self.sleep,  # type: ignore[arg-type]
             before_sleep=tries.note,
             reraise=True,
         )
@@ -354,8 +379,13 @@ class Transport:
         ours, other = urlsplit(self.config.base_url), urlsplit(url)
         return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
     def close(self) -> None:
-        """Close the idle connections; those in use are closed as they end."""
+        """Close the idle connections and try nothing again; those in use close as they end."""
+        self._closed.set()
         self._adapter.close()
         self.waits.close()
 
@@ -440,6 +470,11 @@ class _Tries:
         if self.replay is not None:
             failure, self.replay = self.replay, None
             raise failure
+        if self._transport.is_closed:
+            last = self._wait.last_error
+            raise errors.ClientClosedError(
+                f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
+            )
         left = None
         if not self._transport.established:
             left = max(1.0, self._budget() - self._elapsed())
@@ -458,7 +493,8 @@ class _Tries:
         exc = state.outcome.exception() if state.outcome else None
         if not isinstance(exc, errors.APIError):
             return False
-        status = getattr(exc, "status", None)
+        self._pause = self._policy.pause(self._number, exc)
+        status = getattr(exc, "status", 0)
         if status in self._policy.pass_on:
             return False
         if status in FEW_TRIES and _may_be_stray(exc):
@@ -469,8 +505,6 @@ class _Tries:
         return exc.retryable
 
     def are_over(self, state: tenacity.RetryCallState) -> bool:
-        exc = state.outcome.exception() if state.outcome else None
-        self._pause = self._policy.pause(self._number, exc)
         return self._elapsed() + self._pause >= self._budget()
 
     def pause(self, state: tenacity.RetryCallState) -> float:
@@ -491,8 +525,11 @@ class _Tries:
 
 
 def _may_be_stray(exc: errors.APIError) -> bool:
-    """A 409, or a 400 without the server's own sentence: a proxy between may have made it."""
-    if not isinstance(exc, errors.APIStatusError) or exc.should_retry is False:
+    """An unreadable success, a 409, or a 400 without the server's own sentence: a proxy between may
+    have made it."""
+    if not isinstance(exc, errors.APIStatusError):
+        return isinstance(exc, errors.APIResponseValidationError)
+    if exc.should_retry is False:
         return False
     return exc.status == 409 or not (isinstance(exc.body, dict) and exc.detail)
 
@@ -559,16 +596,16 @@ def _innermost(exc: BaseException) -> str:
 def status_error(answer: Answer, method: str) -> errors.APIStatusError:
     """The typed error for an answer with an error status; shows what the server said."""
     try:
-        body = json.loads(answer.content) if answer.content.strip() else None
+        body = wire.loads(answer.content) if answer.content.strip() else None
     except ValueError:
         body = answer.content[:2000].decode("utf-8", "replace")
     detail = error_detail(body)
-    shown = answer.url.split("?")[0]
     location = answer.headers.get("Location")
     if not detail and location and answer.status < 400:
         detail = f"redirected to {location.split('?')[0]}; set base_url to where the server is"
+    said = detail or "nothing more"
     return errors.status_error_class(answer.status)(
-        f"{shown} answered {answer.status}: {detail or 'nothing more'}{_hint(answer.status)}",
+        f"{answer.place} answered {answer.status}: {said}{_hint(answer.status)}",
         status=answer.status,
         detail=detail,
         body=body,
@@ -621,10 +658,15 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         try:
             seconds = float(value) * unit
         except ValueError:
-            moment = email.utils.parsedate_to_datetime(value) if name == "retry-after" else None
-            if moment is None:
-                continue
-            seconds = moment.timestamp() - time.time()
+            seconds = _seconds_until(value)
         if seconds >= 0:
             return min(seconds, MAX_RETRY_AFTER)
     return None
+
+
+def _seconds_until(date: str) -> float:
+    """From now to an HTTP date; NaN where it is none."""
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(date).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return math.nan

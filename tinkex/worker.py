@@ -5,6 +5,7 @@ Knows nothing of HTTP, nor of what a call means: it is handed callables.
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import queue
 import threading
@@ -42,16 +43,12 @@ class Turn:
 
     def wait_for(self, future: OperationFuture[T]) -> T:
         """The result of something sent earlier in this turn. Ends with the worker."""
-        while True:
-            try:
-                return future.result(timeout=0.5)
-            except TimeoutError:
-                if future.done():
-                    raise
-                if self._worker._abandon.is_set():
-                    raise errors.ClientClosedError(
-                        "The client was closed before this call's second pass."
-                    ) from None
+        while not concurrent.futures.wait([future], timeout=0.5).done:
+            if self._worker._abandon.is_set():
+                raise errors.ClientClosedError(
+                    "The client was closed before this call's second pass."
+                )
+        return future.result()
 
 
 class SubmitFailed(Exception):
@@ -97,7 +94,7 @@ class OrderedWorker:
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._seq_id = first_seq_id - 1
         self._name = name
-        self._lock = threading.Lock()  # guards _closed, _delivered and the order of puts
+        self._lock = threading.Lock()  # guards _closed, _delivered, _queued and the order of puts
         self._closed = False
         self._delivered = 0
         self._queued = 0
@@ -161,7 +158,7 @@ class OrderedWorker:
     def _drain(self) -> None:
         """Runs on the worker thread."""
         while (call := self._queue.get()) is not None:
-            self._queued -= 1
+            self._taken()
             if self._abandon.is_set():
                 _drop(call)
             elif call.future.set_running_or_notify_cancel():
@@ -178,7 +175,7 @@ class OrderedWorker:
         except BaseException as exc:
             cause = _cause(exc)
             self._failure, self._failed_at = cause, self._delivered
-            if getattr(cause, "outcome_unknown", False):
+            if isinstance(exc, SubmitFailed) and getattr(cause, "outcome_unknown", False):
                 self._broken = cause
             self._fail(call, cause, cause)
 
@@ -206,9 +203,13 @@ class OrderedWorker:
             except queue.Empty:
                 break
             if call is not None:
-                self._queued -= 1
+                self._taken()
                 _drop(call)
         self._queue.put(None)
+
+    def _taken(self) -> None:
+        with self._lock:
+            self._queued -= 1
 
 
 def _drop(call: _Call) -> None:
@@ -236,7 +237,7 @@ def _cause(exc: BaseException) -> BaseException:
     a send, its cause, which says what had been accepted before it."""
     if not isinstance(exc, SubmitFailed):
         return exc
-    if exc.accepted and isinstance(exc.cause, errors.APIError):
+    if exc.accepted and isinstance(exc.cause, errors.TinkexError):
         numbers = ", ".join(map(str, exc.accepted))
         exc.cause.args = (
             f"{exc.cause} ({len(exc.accepted)} part(s) before it were accepted, as seq_id "
