@@ -45,6 +45,10 @@ class Site:
     #: Download tickets of archives: token -> what it opens (see archives).
     tickets: dict[str, Any] = attrs.field(factory=dict)
 
+    def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        """Run on another thread what would hold up the event loop."""
+        return self.ledger.shared.in_pool(function, *arguments)
+
 
 @attrs.define(eq=False)
 class Call:
@@ -91,9 +95,7 @@ class Call:
             return packed
         if len(packed) <= self.site.limits.inline_bytes // 16:
             return unpack(encoding, packed, self.site.limits.decoded_bytes)
-        return await self.site.ledger.in_pool(
-            unpack, encoding, packed, self.site.limits.decoded_bytes
-        )
+        return await self.site.in_pool(unpack, encoding, packed, self.site.limits.decoded_bytes)
 
     async def _packed_body(self) -> bytes:
         limit = self.site.limits.body_bytes
@@ -125,7 +127,7 @@ class Call:
         """Decode here if the body is small, else where it holds up nobody."""
         if len(body) <= self.site.limits.inline_bytes:
             return decode()
-        return await self.site.ledger.in_pool(decode)
+        return await self.site.in_pool(decode)
 
 
 def unpack(encoding: str, packed: bytes, limit: int) -> bytes:

@@ -321,7 +321,7 @@ class Workshop:
                 model.base_model,
                 None,
                 str(place),
-                work.origin,
+                f"save:{work.origin}",
             )
         )
         self._on_sampler(sampler)

@@ -60,7 +60,7 @@ class SampleJob:
     after: Callable[[Any], None]
 
 
-class Cancelled(Exception):
+class Cancelled(ValueError):
     """The job was taken back before it was done."""
 
 
@@ -179,6 +179,11 @@ class Scheduler:
         with self._changed:
             line = self._lines.get(line_id)
             return None if line is None else line.next_seq
+
+    def is_active(self, line_id: str) -> bool:
+        """Whether the line has something to run."""
+        with self._changed:
+            return line_id in self._active
 
     def place(self, line_id: str, seq: int) -> tuple[int, str]:
         """How many jobs are ahead of number *seq*, and what it waits for."""

@@ -234,7 +234,7 @@ def make_app(site: Site) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         site.ledger.start()
-        site.ledger.scheduler.start()
+        site.ledger.shared.scheduler.start()
         yield
 
     app = Starlette(

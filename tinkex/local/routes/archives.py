@@ -32,9 +32,7 @@ class Ticket:
 
 async def give_ticket(call: Call) -> Response:
     """302 to a URL that needs no key, and the same in JSON."""
-    row = await call.site.ledger.in_pool(
-        call.site.store.checkpoint, checkpoint_path(call), call.owner
-    )
+    row = await call.site.in_pool(call.site.store.checkpoint, checkpoint_path(call), call.owner)
     now = time.time()
     tickets = call.site.tickets
     for token in [token for token, ticket in tickets.items() if ticket.expires_at < now]:
@@ -64,10 +62,10 @@ async def download(call: Call) -> Response:
     if ticket is None or ticket.expires_at < time.time():
         raise not_found("this download link (it may have expired; ask for a new one), named", "")
     row: CheckpointRow = ticket.row
-    archive = await call.site.ledger.in_pool(_open, row)
+    archive = await call.site.in_pool(_open, row)
     digest = row.sha256
     if digest is None:
-        digest = await call.site.ledger.in_pool(_hash, call, archive, row)
+        digest = await call.site.in_pool(_hash, call, archive, row)
     etag = f'"{digest}"'
     headers = {
         "ETag": etag,

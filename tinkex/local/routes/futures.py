@@ -17,16 +17,17 @@ async def retrieve_future(call: Call) -> Response:
     """A long poll: the result, or 408 with what it waits for."""
     request, _ = await call.read(types.RetrieveFutureRequest)
     ledger = call.site.ledger
-    record = ledger.record(request.request_id, call.owner)
-    ledger.heard_of(record.session_id)
-    result = await ledger.wait(record, call.site.limits.poll_seconds)
+    record = ledger.records.of_owner(request.request_id, call.owner)
+    ledger.sessions.heard_of(record.session_id)
+    seconds = 0.0 if ledger.shared.stopping else call.site.limits.poll_seconds
+    result = await ledger.records.wait(record, seconds)
     if result is None:
         return _not_yet(call, record)
     if request.allow_metadata_only and len(result.body) > call.site.limits.metadata_bytes:
         size = len(result.body)
         return reply({"status": "complete_metadata", "response_payload_size": size})
     response = await _result(call, result)
-    ledger.fetched(record)
+    ledger.records.fetched(record)
     return response
 
 
@@ -40,13 +41,13 @@ async def _result(call: Call, result: Answer) -> Response:
 
 def _not_yet(call: Call, record: Record) -> Response:
     ledger = call.site.ledger
-    if ledger.stopping:
+    if ledger.shared.stopping:
         raise Refusal(503, "the server is shutting down.", {"Retry-After": "1"})
     payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
     if record.name == "Sample":
         payload["queue_state_reason"] = "the sample is in the queue or running"
     else:
-        position, reason = ledger.scheduler.place(record.target, record.seq)
+        position, reason = ledger.shared.scheduler.place(record.target, record.seq)
         payload |= {"queue_position": position, "queue_state_reason": reason}
     return reply(payload, 408)
 
@@ -65,11 +66,11 @@ async def retrieve_futures(call: Call) -> Response:
     if not isinstance(clone, int) or isinstance(clone, bool):
         raise Refusal(400, f"cloned_sampler_id must be a whole number, got {shown(clone)}.")
     ledger = call.site.ledger
-    place = ledger.sampler(sampler_id, call.owner)
-    ledger.acknowledge(place, request.retrieved_request_ids)
+    place = ledger.samplers.of_owner(sampler_id, call.owner)
+    ledger.samplers.acknowledge(place, request.retrieved_request_ids)
     longest = call.site.limits.poll_seconds
     seconds = longest if request.timeout is None else min(max(request.timeout, 0.0), longest)
-    found = await ledger.completions(place, clone, request.prev_cursor, seconds)
+    found = await ledger.samplers.completions(place, clone, request.prev_cursor, seconds)
     cursor = found[-1].cursor if found else request.prev_cursor
     return reply(types.RetrieveFuturesResponse([_completion(record) for record in found], cursor))
 

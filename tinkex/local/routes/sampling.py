@@ -30,7 +30,7 @@ async def create_sampling_session(call: Call) -> Response:
         live = await _sampler_of(
             call, sampler_id, request.session_id, request.base_model, request.model_path
         )
-    await call.site.ledger.create_sampler(call.owner, request, live)
+    await call.site.ledger.samplers.create(request, live)
     return reply(types.CreateSamplingSessionResponse(sampler_id))
 
 
@@ -46,27 +46,27 @@ async def _sampler_of(
             )
         check_base_model(call, base_model)
         return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)
-    row = await call.site.ledger.in_pool(call.site.store.checkpoint, model_path, call.owner)
+    row = await call.site.in_pool(call.site.store.checkpoint, model_path, call.owner)
     return LiveSampler(
         sampler_id, session_id, call.owner, row.base_model, model_path, Path(row.directory)
     )
 
 
 async def get_sampler(call: Call) -> Response:
-    live = call.site.ledger.sampler(call.parameter("sampler_id"), call.owner).live
+    live = call.site.ledger.samplers.of_owner(call.parameter("sampler_id"), call.owner).live
     return reply(types.GetSamplerResponse(live.sampler_id, live.base_model, live.model_path))
 
 
 async def join(call: Call) -> Response:
     request, _ = await call.read(types.JoinSamplingSessionRequest)
-    number = await call.site.ledger.join_sampler(call.owner, request.sampling_session_id)
+    number = await call.site.ledger.samplers.join(call.owner, request.sampling_session_id)
     return reply(types.JoinSamplingSessionResponse(number))
 
 
 async def asample(call: Call) -> Response:
     request, body = await call.read(types.SampleRequest)
     place = await _place(call, request)
-    return promise(await call.site.ledger.sample(place, request, body))
+    return promise(await call.site.ledger.samplers.sample(place, request, body))
 
 
 async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
@@ -88,7 +88,7 @@ async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
     if request.record_stability_info:
         raise Refusal(400, "this server does not offer record_stability_info; leave it out.")
     if request.sampling_session_id is not None:
-        return call.site.ledger.sampler(request.sampling_session_id, call.owner)
+        return call.site.ledger.samplers.of_owner(request.sampling_session_id, call.owner)
     once = f"none:sample:{uuid.uuid4()}"
     return SamplerPlace(await _sampler_of(call, once, "", request.base_model, request.model_path))
 
@@ -121,9 +121,9 @@ async def _events(
             events.put_nowait(b"event: error\ndata: " + answer(outcome, "Sample").body + b"\n\n")
         events.put_nowait(None)
 
-    cancel = call.site.ledger.stream(place, request, on_token, on_end)
+    cancel = call.site.ledger.samplers.stream(place, request, on_token, on_end)
     try:
-        while not call.site.ledger.stopping:
+        while not call.site.ledger.shared.stopping:
             # Woken now and then, so that a server that stops does not wait for a stream.
             with contextlib.suppress(asyncio.TimeoutError):
                 event = await asyncio.wait_for(events.get(), 0.5)

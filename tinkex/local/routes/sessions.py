@@ -23,7 +23,7 @@ async def about(call: Call) -> Response:
 
 async def healthz(call: Call) -> Response:
     """200 as long as operations are run, or will be once the engine has started."""
-    scheduler = call.site.ledger.scheduler
+    scheduler = call.site.ledger.shared.scheduler
     engine = "ready" if scheduler.ready.is_set() else "starting"
     headers = {"X-Tinkex-Version": call.site.version, "X-Tinkex-Engine": engine}
     if not scheduler.alive:
@@ -69,12 +69,12 @@ async def auth_token(call: Call) -> Response:
 
 async def create_session(call: Call) -> Response:
     request, _ = await call.read(types.CreateSessionRequest)
-    return reply(await call.site.ledger.create_session(call.owner, request))
+    return reply(await call.site.ledger.sessions.create(call.owner, request))
 
 
 async def heartbeat(call: Call) -> Response:
     request, _ = await call.read(types.SessionHeartbeatRequest)
-    await call.site.ledger.live_session(request.session_id, call.owner)
+    await call.site.ledger.sessions.live(request.session_id, call.owner)
     return reply({})
 
 
@@ -85,7 +85,7 @@ async def finish(call: Call) -> Response:
         raise Refusal(
             400, f"reason.type must be one of {', '.join(_REASONS)}, got {shown(reason)}."
         )
-    session = await call.site.ledger.live_session(call.parameter("session_id"), call.owner)
+    session = await call.site.ledger.sessions.live(call.parameter("session_id"), call.owner)
     await call.site.ledger.end_session(session, f"finished:{reason}", request.detail)
     return reply({})
 
@@ -98,16 +98,14 @@ async def telemetry(call: Call) -> Response:
 
 async def list_sessions(call: Call) -> Response:
     limit, offset = call.number("limit", 20, 1000), call.number("offset", 0, 10**12)
-    rows, total = await call.site.ledger.in_pool(
-        call.site.store.sessions, call.owner, limit, offset
-    )
+    rows, total = await call.site.in_pool(call.site.store.sessions, call.owner, limit, offset)
     ids = [row.session_id for row in rows]
     return reply(types.ListSessionsResponse(ids, types.Cursor(offset, limit, total)))
 
 
 async def get_session(call: Call) -> Response:
     session_id = call.parameter("session_id")
-    pool, store = call.site.ledger.in_pool, call.site.store
+    pool, store = call.site.in_pool, call.site.store
     row = await pool(store.session, session_id, call.owner)
     runs, samplers = await pool(store.session_members, session_id)
     return reply(
@@ -120,7 +118,7 @@ async def set_project(call: Call) -> Response:
     project_id = payload.get("project_id") if isinstance(payload, dict) else None
     if project_id is not None and not isinstance(project_id, str):
         raise Refusal(400, f"project_id must be a string or null, got {shown(project_id)}.")
-    await call.site.ledger.in_pool(
+    await call.site.in_pool(
         call.site.store.set_project, call.parameter("session_id"), call.owner, project_id
     )
     return reply({})
@@ -143,7 +141,7 @@ async def search_sessions(call: Call) -> Response:
     request, _ = await call.read(SearchRequest)
     if not 1 <= request.limit <= 1000:
         raise Refusal(400, f"limit must be from 1 to 1000, got {request.limit}.")
-    summaries, cursor = await call.site.ledger.in_pool(_search, call, request)
+    summaries, cursor = await call.site.in_pool(_search, call, request)
     return reply({"sessions": summaries, "next_cursor": cursor})
 
 

@@ -15,20 +15,20 @@ from .training import check_ttl
 
 async def list_runs(call: Call) -> Response:
     limit, offset = call.number("limit", 20, 1000), call.number("offset", 0, 10**12)
-    pool, store = call.site.ledger.in_pool, call.site.store
+    pool, store = call.site.in_pool, call.site.store
     rows, total = await pool(store.runs, call.owner, limit, offset)
     runs = [await pool(store.training_run, row) for row in rows]
     return reply(types.TrainingRunsResponse(runs, types.Cursor(offset, limit, total)))
 
 
 async def get_run(call: Call) -> Response:
-    pool, store = call.site.ledger.in_pool, call.site.store
+    pool, store = call.site.in_pool, call.site.store
     row = await pool(store.run, call.parameter("run_id"), call.owner)
     return reply(await pool(store.training_run, row))
 
 
 async def run_checkpoints(call: Call) -> Response:
-    rows = await call.site.ledger.in_pool(
+    rows = await call.site.in_pool(
         call.site.store.run_checkpoints, call.parameter("run_id"), call.owner
     )
     return reply(types.CheckpointsListResponse([row.public_form() for row in rows]))
@@ -36,9 +36,7 @@ async def run_checkpoints(call: Call) -> Response:
 
 async def list_checkpoints(call: Call) -> Response:
     limit, offset = call.number("limit", 100, 1000), call.number("offset", 0, 10**12)
-    rows, total = await call.site.ledger.in_pool(
-        call.site.store.checkpoints, call.owner, limit, offset
-    )
+    rows, total = await call.site.in_pool(call.site.store.checkpoints, call.owner, limit, offset)
     listed = [row.public_form() for row in rows]
     return reply(types.CheckpointsListResponse(listed, types.Cursor(offset, limit, total)))
 
@@ -50,28 +48,24 @@ def checkpoint_path(call: Call) -> str:
 
 
 async def delete_checkpoint(call: Call) -> Response:
-    await call.site.ledger.in_pool(
-        call.site.store.delete_checkpoint, checkpoint_path(call), call.owner
-    )
+    await call.site.in_pool(call.site.store.delete_checkpoint, checkpoint_path(call), call.owner)
     return reply({})
 
 
 async def publish(call: Call) -> Response:
-    await call.site.ledger.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, True)
+    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, True)
     return reply({})
 
 
 async def unpublish(call: Call) -> Response:
-    await call.site.ledger.in_pool(
-        call.site.store.publish, checkpoint_path(call), call.owner, False
-    )
+    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, False)
     return reply({})
 
 
 async def set_ttl(call: Call) -> Response:
     request, _ = await call.read(types.SetTtlRequest)
     check_ttl(request.ttl_seconds)
-    await call.site.ledger.in_pool(
+    await call.site.in_pool(
         call.site.store.set_ttl, checkpoint_path(call), call.owner, request.ttl_seconds
     )
     return reply({})
@@ -79,9 +73,7 @@ async def set_ttl(call: Call) -> Response:
 
 async def weights_info(call: Call) -> Response:
     request, _ = await call.read(types.WeightsInfoRequest)
-    row = await call.site.ledger.in_pool(
-        call.site.store.checkpoint, request.tinker_path, call.owner
-    )
+    row = await call.site.in_pool(call.site.store.checkpoint, request.tinker_path, call.owner)
     return reply(
         types.WeightsInfoResponse(
             base_model=row.base_model,
@@ -112,11 +104,11 @@ async def copy_weights(call: Call) -> Response:
     if request.session_id is None or request.model_seq_id is None:
         run_id, session_id = f"copy-{uuid.uuid4()}:train:0", ""
     else:
-        session = await ledger.live_session(request.session_id, call.owner)
+        session = await ledger.sessions.live(request.session_id, call.owner)
         session_id = session.session_id
         run_id = f"{session_id}:train:{request.model_seq_id}"
-        ledger.claim_number(session, request.model_seq_id, f"copy:{request.source_path}")
-    path = await ledger.in_pool(
+        session.claim_model(request.model_seq_id, f"copy:{request.source_path}")
+    path = await call.site.in_pool(
         store.copy_checkpoint,
         request.source_path,
         call.owner,

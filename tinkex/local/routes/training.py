@@ -28,8 +28,8 @@ async def create_model(call: Call) -> Response:
         lora=request.lora_config,
         user_metadata=request.user_metadata,
     )
-    record = await call.site.ledger.create_model(
-        call.owner, "CreateModel", request.model_seq_id, live, request, body
+    record = await call.site.ledger.models.create(
+        "CreateModel", request.model_seq_id, live, request, body
     )
     return promise(record)
 
@@ -102,7 +102,7 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
             400, "the endpoint forward takes a forward_input; send this one to forward_backward."
         )
     name = "Forward" if request.forward_only else "ForwardBackward"
-    return promise(await call.site.ledger.submit(call.owner, name, request, body, content_type))
+    return await _submit(call, name, request, body, content_type)
 
 
 async def optim_step(call: Call) -> Response:
@@ -115,28 +115,29 @@ async def optim_step(call: Call) -> Response:
             400, f"this server does not offer the optimizer {shown(kind)}; send adam_params."
         )
     request = wire.from_json(types.OptimStepRequest, payload)
-    return promise(await call.site.ledger.submit(call.owner, "OptimStep", request, body))
+    return await _submit(call, "OptimStep", request, body)
 
 
 async def save_weights(call: Call) -> Response:
     request, body = await call.read(types.SaveWeightsRequest)
     check_name(request.path)
     check_ttl(request.ttl_seconds)
-    return promise(await call.site.ledger.submit(call.owner, "SaveWeights", request, body))
+    return await _submit(call, "SaveWeights", request, body)
 
 
 async def save_weights_for_sampler(call: Call) -> Response:
     request, body = await call.read(types.SaveWeightsForSamplerRequest)
     if request.path is not None:
         check_name(request.path)
+    elif request.sampling_session_seq_id is None:
+        raise Refusal(400, "give either path (a name) or sampling_session_seq_id.")
     check_ttl(request.ttl_seconds)
     if request.kind != "snapshot":
         raise Refusal(
             400, f"this server does not offer sampler weights of kind {shown(request.kind)}; use "
             "'snapshot'.",
         )  # fmt: skip
-    record = await call.site.ledger.submit(call.owner, "SaveWeightsForSampler", request, body)
-    return promise(record)
+    return await _submit(call, "SaveWeightsForSampler", request, body)
 
 
 def check_name(name: str) -> None:
@@ -163,7 +164,7 @@ async def load_weights(call: Call) -> Response:
     except ValueError as exc:
         raise Refusal(400, str(exc)) from exc
     if request.model_id is not None and request.seq_id is not None:
-        return promise(await call.site.ledger.submit(call.owner, "LoadWeights", request, body))
+        return await _submit(call, "LoadWeights", request, body)
     if request.session_id is None or request.model_seq_id is None:
         raise Refusal(
             400,
@@ -181,7 +182,7 @@ async def _create_from_checkpoint(
     if known is not None and known.live.owner == call.owner:
         live = known.live  # a repeat: the checkpoint may be gone by now
     else:
-        row = await call.site.ledger.in_pool(call.site.store.checkpoint, request.path, call.owner)
+        row = await call.site.in_pool(call.site.store.checkpoint, request.path, call.owner)
         if request.base_model not in (None, row.base_model):
             raise Refusal(
                 400,
@@ -201,25 +202,25 @@ async def _create_from_checkpoint(
             ),
             user_metadata=request.user_metadata,
         )
-    record = await call.site.ledger.create_model(
-        call.owner, "LoadWeights", request.model_seq_id or 0, live, request, body
+    record = await call.site.ledger.models.create(
+        "LoadWeights", request.model_seq_id or 0, live, request, body
     )
     return promise(record)
 
 
 async def unload_model(call: Call) -> Response:
     request, _ = await call.read(types.UnloadModelRequest)
-    return promise(await call.site.ledger.unload_model(call.owner, request.model_id))
+    return promise(call.site.ledger.models.unload(call.owner, request.model_id))
 
 
 async def get_info(call: Call) -> Response:
     """What a model is; waits for its creation."""
     request, _ = await call.read(types.GetInfoRequest)
     ledger = call.site.ledger
-    live = ledger.model(request.model_id, call.owner).live
+    live = ledger.models.of_owner(request.model_id, call.owner).live
     creation = ledger.records.get(f"{live.model_id}:0")
     if creation is not None:
-        await ledger.wait(creation, call.site.limits.poll_seconds)
+        await ledger.records.wait(creation, call.site.limits.poll_seconds)
     if live.broken is not None:
         raise Refusal(404, f"there is no model {live.model_id}: {live.broken}.")
     info = ledger.workshop.bases.get(live.base_model)
@@ -241,6 +242,13 @@ async def get_info(call: Call) -> Response:
 def _findable(tokenizer_id: str) -> str:
     """Only tinkex knows the built-in tokenizer by name; others on this machine find its files."""
     return str(tiny.DIRECTORY) if tokenizer_id == tiny.TOKENIZER_ID else tokenizer_id
+
+
+async def _submit(
+    call: Call, name: str, request: Any, body: bytes, content_type: str = wire.JSON
+) -> Response:
+    record = await call.site.ledger.models.submit(call.owner, name, request, body, content_type)
+    return promise(record)
 
 
 def promise(record: Record) -> Response:
