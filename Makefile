@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c 
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs core clean
+.PHONY: help demo test check lint types docs core conformance clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/local ## fine-tune the built-in model on the docstrings of your Python (offline, no key)
 	$(BIN)/python -m tinkex.demo build/demo
@@ -31,6 +31,9 @@ docs: .venv/test ## run the examples in README.md and docs/, compare help texts 
 
 core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 there is
 	$(BIN)/python tests/check_core_install.py build/core
+
+conformance: .venv/test ## try five versions of the official SDK on our server, write docs/compatibility.md
+	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 clean: ## remove what make made
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

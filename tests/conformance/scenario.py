@@ -843,11 +843,23 @@ def run(function, world, is_refusal):
         return "absent", str(exc)
     except Exception as exc:
         if is_refusal:
-            return "refused", f"{type(exc).__name__}: {exc}"
+            return refusal(exc)
         place = traceback.extract_tb(exc.__traceback__)[-1]
         where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
         return "fails", f"{type(exc).__name__} at {where}: {exc}"
     return ("fails", "it was not refused") if is_refusal else ("works", value or "")
+
+
+def refusal(exc):
+    """The server's own sentence; it must say that it is the caller who can mend it."""
+    body = getattr(exc, "body", None)
+    sentence, category = str(exc), getattr(exc, "category", None)
+    if isinstance(body, dict):
+        sentence, category = body.get("error"), body.get("category")
+    sentence = str(sentence).split(" for self.request_id=")[0].removeprefix("Request failed: ")
+    if "user" not in str(category).lower():
+        return "fails", f"refused with category {category}: {sentence}"
+    return "refused", sentence
 
 
 def timed(name, function, world, is_refusal):

@@ -200,7 +200,10 @@ class ModelInput:
         parts = []
         for i, chunk in enumerate(self.chunks):
             if not isinstance(chunk, EncodedTextChunk):
-                raise ValueError(f"chunk {i} is a {type(chunk).__name__}, which has no token ids.")
+                raise ValueError(
+                    f"chunk {i} is an {type(chunk).__name__}, which has no token ids; only "
+                    "text can be used here, so leave it out."
+                )
             parts.append(chunk.tokens)
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
