@@ -189,14 +189,14 @@ def half_protobuf():
     return fault
 
 
-def blocked(entered, released):
-    """The answer waits until a test releases it (an Event), for as long as a test may take."""
+def blocked(entered, released, then=None):
+    """The answer (*then*, or as usual) waits until a test releases it, by an Event."""
 
     def fault(server, request, timeout, behave):
         entered.set()
         if not released.wait(20):
             raise AssertionError("nobody released this request")
-        return behave()
+        return behave() if then is None else then(server, request, timeout, behave)
 
     return fault
 

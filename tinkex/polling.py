@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: Empty or garbled 400s in a row that are taken for a proxy's.
-MAX_STRAY_400S = 3
+#: Empty 400s and unreadable successes in a row that are taken for a proxy's.
+MAX_STRAYS = 3
 
 #: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
 LONG_POLL = 1.0  # seconds
@@ -67,7 +67,7 @@ class Promise(Generic[T]):
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
-    stray_400s: int = 0
+    strays: int = 0
     pauses: int = 0  # since something last changed
     failing_since: float | None = None
     last_error: BaseException | None = None
@@ -143,6 +143,10 @@ class Poller:
         """Report the wait for *promise* from now on."""
         return self._transport.waits.begin(f"{_what(promise)} {promise.request_id}")
 
+    def now(self) -> float:
+        """The time by the clock of deadlines, in seconds."""
+        return self._clock()
+
     def in_flight(self, lane: str) -> int:
         """How many promises of *lane* are not resolved yet."""
         with self._lock:
@@ -150,9 +154,16 @@ class Poller:
 
     def drain(self, lane: str, timeout: float) -> None:
         """Wait until nothing of *lane* is in flight, *timeout* seconds at most."""
+        concurrent.futures.wait([promise.future for promise in self._of(lane)], timeout)
+
+    def abandon(self, lane: str, exc: BaseException) -> None:
+        """Fail what of *lane* is not resolved, and ask for it no more."""
+        for promise in self._of(lane):
+            self._resolve_error(promise, exc)
+
+    def _of(self, lane: str) -> list[Promise[Any]]:
         with self._lock:
-            futures = [promise.future for promise in self._open if promise.lane == lane]
-        concurrent.futures.wait(futures, timeout)
+            return [promise for promise in self._open if promise.lane == lane]
 
     def close(self) -> None:
         """Fail what is not resolved, and take nothing more."""
@@ -192,7 +203,8 @@ class Poller:
             except NotYet as not_yet:
                 if not_yet.pause:
                     self._sleep(not_yet.pause)
-                if not ordered and queue:
+                # One that holds bytes keeps its thread: the others may all be waiting for them.
+                if not ordered and queue and not promise.reserved_bytes:
                     with self._lock:
                         queue.append(promise)
                     return
@@ -212,11 +224,15 @@ class Poller:
     def _end(self, promise: Promise[Any]) -> None:
         if promise.wait is not None:
             promise.wait.end()
-        if promise.reserved_bytes:
-            self._bytes.release(promise.reserved_bytes)
-            promise.reserved_bytes = 0
+        self._release(promise)
         with self._lock:
             self._open.discard(promise)
+
+    def _release(self, promise: Promise[Any]) -> None:
+        with self._lock:  # closing may end a promise at the same time
+            held, promise.reserved_bytes = promise.reserved_bytes, 0
+        if held:
+            self._bytes.release(held)
 
     # One question and what its answer means.
 
@@ -233,14 +249,24 @@ class Poller:
             answer = self._post(promise)
             promise.iteration += 1
             return self._read(promise, answer, self._clock() - started)
-        except errors.PromiseExpiredError as exc:
-            raise self._lost(promise, exc) from exc
-        except errors.BadRequestError as exc:
-            raise self._bad_request(promise, exc) from exc
         except errors.APIError as exc:
-            if not exc.retryable:
+            meant = self._meaning_of(promise, exc)
+            if meant is exc:
                 raise
-            raise self._failed_once(promise, exc) from exc
+            raise meant from exc
+
+    def _meaning_of(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
+        """What to raise after a question that was answered with an error, or not at all."""
+        if isinstance(exc, errors.PromiseExpiredError):
+            return self._lost(promise, exc)
+        if isinstance(exc, errors.BadRequestError):
+            return self._bad_request(promise, exc)
+        if isinstance(exc, errors.APIResponseValidationError):
+            return self._stray(promise, exc)
+        body = getattr(exc, "body", None)
+        if isinstance(body, dict) and body.get("queue_state"):
+            self._note_queue_state(promise, body)
+        return self._failed_once(promise, exc) if exc.retryable else exc
 
     def _post(self, promise: Promise[Any]) -> Answer:
         binary = promise.operation in _IN_PROTOBUF
@@ -300,26 +326,21 @@ class Poller:
         return _with_sequence_ids(result, promise.sequence_ids)
 
     def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
-        state = str(payload.get("queue_state") or "active").strip().lower()
-        reason = payload.get("queue_state_reason")
-        now = (state, reason if isinstance(reason, str) and reason else None)
+        now = queue_state(payload)
         promise.failing_since = None
         if promise.wait is not None:
-            promise.wait.state = f"queue state {state}" + (f": {now[1]}" if now[1] else "")
+            promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
         if now == promise.queue_state:
             return
-        promise.queue_state, promise.pauses = now, 0
+        promise.queue_state, promise.pauses = now, 0  # something has changed: ask sooner again
         if promise.on_queue_state is not None:
-            try:
-                promise.on_queue_state(*now)
-            except Exception:
-                logger.exception("a queue state observer raised; polling goes on")
+            tell(promise.on_queue_state, *now)
 
     def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
         """Seconds until the next question: none after a long poll, growing after short ones."""
-        promise.failing_since, promise.stray_400s, promise.last_error = None, 0, None
+        promise.failing_since, promise.strays, promise.last_error = None, 0, None
         asked = payload.get("retry_after_ms")
-        if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked >= 0:
+        if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
             return self._clipped(promise, min(asked / 1000, 300.0))
         if took >= LONG_POLL:
             promise.pauses = 0
@@ -379,9 +400,7 @@ class Poller:
         if promise.wait is not None:
             promise.wait.failed_once(exc)
         asked = getattr(exc, "retry_after", None)
-        pause = (
-            self._backoff(promise, 0.1, 10.0) if asked is None else self._clipped(promise, asked)
-        )
+        pause = self._clipped(promise, asked) if asked else self._backoff(promise, 0.1, 10.0)
         if now + pause - promise.failing_since >= self._transport.config.patience.no_answer:
             return exc
         return NotYet(pause)
@@ -396,10 +415,12 @@ class Poller:
                 request_id=promise.request_id,
                 category=category if category in ("user", "server") else "unknown",
             )
-        promise.stray_400s += 1
-        if promise.stray_400s > MAX_STRAY_400S:
-            return exc
-        return self._failed_once(promise, exc)
+        return self._stray(promise, exc)
+
+    def _stray(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
+        """An answer that makes no sense: a proxy's, or a piece of one; but not time after time."""
+        promise.strays += 1
+        return exc if promise.strays > MAX_STRAYS else self._failed_once(promise, exc)
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
         """410: the same request under the same number brings the promise back, or nothing does."""
@@ -414,6 +435,7 @@ class Poller:
                 url=exc.url,
             )
         promise.resubmits += 1
+        self._release(promise)
         promise.request_id = promise.resubmit()
         promise.metadata_only = True
         return NotYet(self._backoff(promise, 0.05, 1.0))
@@ -427,6 +449,21 @@ class Poller:
             f"Timed out while polling future {promise.request_id} of {_what(promise)} (queue state "
             f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."
         )
+
+
+def queue_state(payload: dict[str, Any]) -> tuple[str, str | None]:
+    """What an answer says of the queue: (state, reason in the server's words)."""
+    state = str(payload.get("queue_state") or "active").strip().lower()
+    reason = payload.get("queue_state_reason")
+    return state, reason if isinstance(reason, str) and reason else None
+
+
+def tell(observer: Callable[[str, str | None], None], state: str, reason: str | None) -> None:
+    """Call a queue state observer; whatever it raises is only logged."""
+    try:
+        observer(state, reason)
+    except Exception:
+        logger.exception("a queue state observer raised; waiting goes on")
 
 
 #: Operations whose results may come as protobuf.
@@ -445,9 +482,11 @@ def _as_object(answer: Answer) -> dict[str, Any]:
     try:
         payload = answer.json()
     except errors.APIResponseValidationError:
-        if answer.status == 408:
-            return {}
-        raise
+        if answer.status != 408:
+            raise
+        payload = {}
+    if answer.status == 408 and not isinstance(payload, dict):
+        payload = {}
     if not isinstance(payload, dict):
         raise errors.APIResponseValidationError(
             f"{answer.url} answered with {type(payload).__name__}, not an object.", url=answer.url

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from . import auth, config, embedded, errors, telemetry, types, wire
 from .futures import OperationFuture, fail, succeed
-from .polling import Poller, Promise
+from .polling import Poller, Promise, queue_state, tell
 from .threads import DaemonExecutor
 from .transport import ONCE, Answer, Retry, Transport
 from .waiting import Wait
@@ -230,11 +230,13 @@ class Session(Connection):
         """
         self.check_usable()
         with self.transport.waits.begin(f"the server to accept {future.what}") as wait:
+            if on_queue_state is not None:
+                wait.on_failure = partial(_tell_of_queue, on_queue_state)
             answer = send(wait)
         if not isinstance(answer, types.Promise):
-            future.set_result(answer)
+            succeed(future, answer)
             return
-        deadline = None if poll_timeout is None else time.monotonic() + poll_timeout
+        deadline = None if poll_timeout is None else self.poller.now() + poll_timeout
         promise = Promise(
             answer.request_id,
             operation,
@@ -407,6 +409,13 @@ class Session(Connection):
             )
         except errors.TinkexError as exc:
             logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
+
+
+def _tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:
+    """A refusal (429, 503) may say why the server is paused."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and body.get("queue_state"):
+        tell(observer, *queue_state(body))
 
 
 def is_missing_route(exc: errors.APIStatusError) -> bool:
