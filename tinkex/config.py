@@ -132,7 +132,7 @@ def load(
     url = _check_url(base_url or _env("TINKER_BASE_URL") or OFFICIAL_URL)
     config = Config(
         base_url=url,
-        api_key=_check_key_characters(api_key or _env("TINKER_API_KEY") or ""),
+        api_key=_check_key_characters(api_key or _env("TINKER_API_KEY") or _engine_key(url)),
         credential_cmd=_env("TINKER_CREDENTIAL_CMD"),
         project_id=project_id or _env("TINKER_PROJECT_ID"),
         tags=tuple(t.strip() for t in (_env("TINKER_TAGS") or "").split(",") if t.strip()),
@@ -151,20 +151,11 @@ def home() -> Path:
     return Path(_env("TINKEX_HOME") or "~/.tinkex").expanduser()
 
 
-def key_for(base_url: str) -> str | None:
-    """The key for a server whose client came without one (a pickle holds none).
-
-    An embedded engine's is in a file that only this user can read, for as long as it runs.
-    """
-    path = engine_key_file(base_url)
-    try:
-        return path.read_text() if path.is_file() else _env("TINKER_API_KEY")
-    except OSError:
-        return _env("TINKER_API_KEY")
-
-
 def engine_key_file(base_url: str) -> Path:
-    """Where the key of the embedded engine at *base_url* is kept while it runs."""
+    """Where the key of the embedded engine at *base_url* is kept while it runs.
+
+    Only its user can read it: for pickled clients and the command line in other processes.
+    """
     parts = urlsplit(base_url)
     return home() / "engines" / f"{parts.hostname}-{parts.port}.key"
 
@@ -200,6 +191,14 @@ def run_credential_cmd(command: str) -> str:
 
 def _env(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
+
+
+def _engine_key(base_url: str) -> str:
+    """The key of the embedded engine at *base_url*, if it is one of this user's; else ""."""
+    try:
+        return engine_key_file(base_url).read_text()
+    except OSError:
+        return ""
 
 
 def _cloudflare_headers() -> dict[str, str]:

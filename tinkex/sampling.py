@@ -556,7 +556,7 @@ def _unpickled(
     retry: Retry | None,
 ) -> SamplingClient:
     """A copy of a client in (perhaps) another process, with numbers of its own."""
-    settings, engine = connect(base_url, config.key_for(base_url), sampling=limits)
+    settings, engine = connect(base_url, sampling=limits)
     session = Session(settings, session_id=session_id, engine=engine, heartbeat=False)
     clone = random.randrange(1, 2**30)
     if session.features.sample_join_sampling_session:

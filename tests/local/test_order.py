@@ -229,6 +229,21 @@ def test_a_model_that_could_not_be_created_says_why_each_time(served):
     assert "missing/model" in client.result(step)["error"]
 
 
+def test_a_creation_that_failed_leaves_its_number_to_another(served):
+    """A client that mends its mistake goes on with the same number; a resend gets the failure."""
+    client = served.client
+    session = client.session()
+    wrong = {"session_id": session, "model_seq_id": 0, "base_model": "missing/model"}
+    failed = client.result(client.post("create_model", wrong))
+    resent = client.result(client.post("create_model", wrong))
+    mended = client.result(client.post("create_model", {**wrong, "base_model": "tiny"}))
+    step = client.result(client.optim_step(f"{session}:train:0", 1))
+
+    assert failed == resent
+    assert f"{session}:train:0" == mended["model_id"]
+    assert "metrics" in step
+
+
 def test_unloading_waits_for_what_was_accepted(served):
     """And fails what waits for a gap that can no longer be filled."""
     client = served.client

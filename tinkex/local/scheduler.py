@@ -137,6 +137,11 @@ class Scheduler:
         with self._changed:
             self._lines.setdefault(line_id, _Line(next_seq))
 
+    def drop_line(self, line_id: str) -> None:
+        """Nothing waits in this line, and nothing more will come."""
+        with self._changed:
+            self._lines.pop(line_id, None)
+
     def put(self, line_id: str, seq: int, job: Job) -> None:
         """Run *job* after the line's jobs with lower numbers. Each number once."""
         with self._changed:

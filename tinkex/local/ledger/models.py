@@ -74,6 +74,7 @@ class Models:
         session = await self._sessions.live(live.session_id, live.owner)
         check_number("model_seq_id", model_seq_id)
         record = Record.of(name, live.owner, live.session_id, live.model_id, 0, request, body)
+        self._free_failed_creation(session, model_seq_id, record)
         known = await self._records.known(record)
         if known is not None:
             return known
@@ -94,6 +95,19 @@ class Models:
         if self._sessions.get(live.session_id) is None:  # it ended this very moment
             self.put_unload(place)
         return record
+
+    def _free_failed_creation(self, session: Session, model_seq_id: int, record: Record) -> None:
+        """A creation that failed leaves its number to another one; a resend gets its failure."""
+        known, place = self._records.get(record.request_id), self.get(record.target)
+        if known is None or place is None or known.fingerprint == record.fingerprint:
+            return
+        if known.answer is None or not known.answer.failed or 1 in place.used:
+            return
+        self._records.forget([known])
+        self.remove(place.live)
+        self._shared.scheduler.drop_line(record.target)
+        session.created.discard(model_seq_id)
+        self._records.remove_model(record.target)
 
     def enter(self, live: LiveModel, first: int) -> ModelPlace:
         """A model whose next operation is number *first*."""

@@ -225,6 +225,11 @@ class Records:
         if gone and self._journal is not None:
             self._journal.forget([record.request_id for record in gone])
 
+    def remove_model(self, model_id: str) -> None:
+        """Nothing of this model needs to run again after a restart."""
+        if self._journal is not None:
+            self._journal.remove_model(model_id, None)
+
     def reap(self) -> None:
         """Forget what was fetched long ago, what nobody fetches, and what is too much."""
         self._forget_fetched()
