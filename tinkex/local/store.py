@@ -93,7 +93,8 @@ class RunRow:
 
 @attrs.frozen
 class SamplerRow:
-    """directory: of a snapshot that belongs to the sampler alone; origin: what made it."""
+    """directory: of the checkpoint model_path, or, without one, of a snapshot that belongs to the
+    sampler alone; origin: what made it."""
 
     sampler_id: str
     session_id: str
@@ -397,7 +398,7 @@ class Store:
         rows = self._all(SamplerRow, "SELECT * FROM samplers WHERE session_id = ?", session_id)
         self._change("DELETE FROM samplers WHERE session_id = ?", session_id)
         for row in rows:
-            if row.directory is not None:
+            if row.directory is not None and row.model_path is None:  # else it is the checkpoint's
                 shutil.rmtree(row.directory, ignore_errors=True)
 
     # Checkpoints.
