@@ -30,7 +30,7 @@ FLOORS = [
 
 #: The server's own house. It stands on the two lowest floors of the other.
 LOCAL_FLOORS = [
-    "__init__ refusals home limits archive choosing ranges scheduler lora model losses optim tiny",
+    "__init__ refusals home limits archive choosing scheduler lora model losses optim tiny",
     "answers keys kvcache loading passes checkpoints store",
     "sampler journal",
     "engine operations",
