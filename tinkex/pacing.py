@@ -46,7 +46,7 @@ class Pace:
         with self._changed:
             while not cancelled() and not self._admits(nbytes):
                 pause = self._quiet_until - self._clock()
-                self._changed.wait(pause if pause > 0 else 1.0)
+                self._changed.wait(min(pause, 1.0) if pause > 0 else 1.0)
             self._requests += 1
             self._bytes += nbytes
         try:
@@ -74,6 +74,11 @@ class Pace:
             with self._changed:
                 self._limit += 1
                 self._changed.notify()
+
+    def wake(self) -> None:
+        """Let those that wait look again: somebody among them has given up."""
+        with self._changed:
+            self._changed.notify_all()
 
     @property
     def limit(self) -> int:
