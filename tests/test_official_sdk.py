@@ -67,12 +67,12 @@ def address(version):
 
 
 def outcome(version: str, url: str, *features: str) -> dict[str, str]:
-    """What each feature returned, all of them having worked."""
-    lines = sdk.scenario(version, url, *features)
+    """What each feature returned, all of them having worked; under "said", what the SDK printed."""
+    lines, said = sdk.scenario(version, url, *features)
 
     assert [] == [line for line in lines if line["state"] not in ("works", "absent", "refused")]
     assert {"works"} <= {line["state"] for line in lines}, lines
-    return {line["feature"]: line["detail"] for line in lines}
+    return {line["feature"]: line["detail"] for line in lines} | {"said": said}
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +273,8 @@ def test_chunks_run_in_their_order_not_in_that_of_arrival(recorded, cramped):
 
 
 def test_an_operation_may_take_many_polls(cramped):
-    """Rule 5: "not yet" is 408 with what is waited for; ten minutes are twenty polls of thirty
-    seconds."""
+    """Rule 5: "not yet" is 408 with what is waited for, and the SDK has nothing to say to its user;
+    ten minutes are twenty polls of thirty seconds."""
     polls = cramped.to("retrieve_future")
     waits = [e.answer_json for e in polls if e.status == 408]
     most = Counter(e.json["request_id"] for e in polls).most_common(1)[0][1]
@@ -282,6 +282,7 @@ def test_an_operation_may_take_many_polls(cramped):
     assert most >= 15
     assert {"active"} == {answer["queue_state"] for answer in waits}
     assert any("has not arrived" in answer["queue_state_reason"] for answer in waits)
+    assert "" == cramped.outcome["said"]
 
 
 def test_a_lost_sample_is_sampled_again(version, address):

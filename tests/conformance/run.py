@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     for version in chosen or sdk.VERSIONS:
         sdk.python_of(version)
         with sdk.server() as url:
-            for line in sdk.scenario(version, url, *words):
+            lines, _ = sdk.scenario(version, url, *words)
+            for line in lines:
                 results.setdefault(line["feature"], {})[version] = line
                 print(
                     f"{version:8} {line['feature']:60} {line['state']:8} "

@@ -152,8 +152,11 @@ def environment() -> dict[str, str]:
     return {**kept, "TINKER_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
 
 
-def scenario(version: str, url: str, *features: str, timeout: float = 900) -> list[dict[str, str]]:
-    """What the scenario says of each feature, or of those whose names hold one of *features*."""
+def scenario(
+    version: str, url: str, *features: str, timeout: float = 900
+) -> tuple[list[dict[str, str]], str]:
+    """What the scenario says of each feature (or of those whose names hold one of *features*), and
+    what the SDK printed for its user on stderr."""
     tokenizer = ROOT / "tinkex" / "local" / "tiny" / "tokenizer.json"
     done = subprocess.run(
         [str(python_of(version)), str(HERE / "scenario.py"), url, str(tokenizer), *features],
@@ -164,4 +167,5 @@ def scenario(version: str, url: str, *features: str, timeout: float = 900) -> li
     )
     if done.returncode:
         raise RuntimeError(f"the scenario with tinker {version} broke off:\n{done.stderr[-3000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"feature"')]
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"feature"')]
+    return [json.loads(line) for line in lines], done.stderr
