@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
@@ -22,15 +22,12 @@ import attrs
 from . import errors, wire
 from .futures import fail, succeed
 from .threads import ByteBudget, DaemonExecutor
-from .transport import ONCE, Answer, Transport, error_detail
+from .transport import FEW_TRIES, ONCE, Answer, Transport, error_detail
 from .waiting import Wait
 
 T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
-
-#: Empty 400s and unreadable successes in a row that are taken for a proxy's.
-MAX_STRAYS = 3
 
 #: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
 LONG_POLL = 1.0  # seconds
@@ -67,7 +64,7 @@ class Promise(Generic[T]):
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
-    strays: int = 0
+    strays: Counter[int] = attrs.field(factory=Counter)  # by status, as in FEW_TRIES
     pauses: int = 0  # since something last changed
     failing_since: float | None = None
     last_error: BaseException | None = None
@@ -261,7 +258,7 @@ class Poller:
             return self._lost(promise, exc)
         if isinstance(exc, errors.BadRequestError):
             return self._bad_request(promise, exc)
-        if isinstance(exc, errors.APIResponseValidationError):
+        if isinstance(exc, errors.APIResponseValidationError) or _is_bare_conflict(exc):
             return self._stray(promise, exc)
         body = getattr(exc, "body", None)
         if isinstance(body, dict) and body.get("queue_state"):
@@ -312,7 +309,7 @@ class Poller:
             raise self._failure(promise, payload)
         if status == "completed" and "result" in payload:
             payload = payload["result"]
-        result = self._transport.structure(promise.operation.result, payload, answer.url)
+        result = self._transport.structure_result(promise.operation, payload, answer.url)
         return _with_sequence_ids(result, promise.sequence_ids)
 
     def _decode_protobuf(self, promise: Promise[T], answer: Answer) -> T:
@@ -338,7 +335,8 @@ class Poller:
 
     def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
         """Seconds until the next question: none after a long poll, growing after short ones."""
-        promise.failing_since, promise.strays, promise.last_error = None, 0, None
+        promise.failing_since, promise.last_error = None, None
+        promise.strays.clear()
         asked = payload.get("retry_after_ms")
         if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
             return self._clipped(promise, min(asked / 1000, 300.0))
@@ -419,8 +417,11 @@ class Poller:
 
     def _stray(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
         """An answer that makes no sense: a proxy's, or a piece of one; but not time after time."""
-        promise.strays += 1
-        return exc if promise.strays > MAX_STRAYS else self._failed_once(promise, exc)
+        status = getattr(exc, "status", 0)
+        promise.strays[status] += 1
+        if promise.strays[status] > FEW_TRIES[status]:
+            return exc
+        return self._failed_once(promise, exc)
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
         """410: the same request under the same number brings the promise back, or nothing does."""
@@ -470,6 +471,13 @@ def tell(observer: Callable[[str, str | None], None], state: str, reason: str | 
 _IN_PROTOBUF = (wire.FORWARD, wire.FORWARD_BACKWARD, wire.SAMPLE)
 
 
+def _is_bare_conflict(exc: errors.APIError) -> bool:
+    """A 409 without a sentence, which no server has a reason to answer a question with."""
+    if not isinstance(exc, errors.ConflictError):
+        return False
+    return not (isinstance(exc.body, dict) and exc.detail)
+
+
 def _what(promise: Promise[Any]) -> str:
     return getattr(promise.future, "what", None) or promise.operation.path
 
@@ -487,6 +495,10 @@ def _as_object(answer: Answer) -> dict[str, Any]:
         payload = {}
     if answer.status == 408 and not isinstance(payload, dict):
         payload = {}
+    if answer.status != 408 and not answer.content.strip():
+        raise errors.APIResponseValidationError(
+            f"{answer.url} answered {answer.status} with an empty body.", url=answer.url
+        )
     if not isinstance(payload, dict):
         raise errors.APIResponseValidationError(
             f"{answer.url} answered with {type(payload).__name__}, not an object.", url=answer.url

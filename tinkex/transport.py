@@ -7,7 +7,9 @@ exceptions (requests, urllib3) are translated here and nowhere else.
 
 from __future__ import annotations
 
+import base64
 import email.utils
+import hashlib
 import itertools
 import math
 import platform
@@ -216,6 +218,16 @@ class Transport:
                 f"{url or 'the server'} answered with an unusable {result.__name__}: {exc}", url=url
             ) from exc
 
+    def structure_result(self, operation: wire.Operation[T], payload: Any, url: str) -> T:
+        """Decoded JSON as the result of *operation*. APIResponseValidationError if it is none."""
+        if isinstance(payload, dict) and not wire.resembles(operation.result, payload):
+            raise errors.APIResponseValidationError(
+                f"{url} answered with {one_line(payload)}, in which there is nothing of a "
+                f"{operation.result.__name__}. Is a proxy between?",
+                url=url,
+            )
+        return self.structure(operation.result, payload, url)
+
     def send(
         self,
         method: str,
@@ -300,6 +312,7 @@ class Transport:
             answer = self._exchange(method, url, body, headers, timeout, number)
         self.waits.heard()
         if answer.status < 300 or answer.status in accept:
+            _check_whole(answer)
             parsed = parse(answer)
             self.established = True
             return parsed
@@ -563,6 +576,24 @@ def _may_have_been_seen(exc: errors.APIError) -> bool:
         return exc.status >= 500 or exc.status == 408
     cause = str(exc.__cause__)
     return not any(word in cause for word in ("refused", "NameResolution", "ConnectTimeout"))
+
+
+def _check_whole(answer: Answer) -> None:
+    """Hold a body against its Content-Digest (RFC 9530), where there is one: half a protobuf may
+    read like a whole one.
+
+    Raises:
+        APIResponseValidationError: If it is another body.
+    """
+    algorithm, _, told = answer.headers.get("Content-Digest", "").partition("=")
+    if algorithm != "sha-256" or answer.headers.get("Content-Encoding", "identity") != "identity":
+        return
+    if told.strip(":") != base64.b64encode(hashlib.sha256(answer.content).digest()).decode():
+        raise errors.APIResponseValidationError(
+            f"{answer.url} answered with {len(answer.content)} bytes that are not those it says "
+            "they are (Content-Digest): they were cut or changed on the way.",
+            url=answer.url,
+        )
 
 
 def connection_error(

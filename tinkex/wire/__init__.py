@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ..types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
-from .json_form import dumps, from_json, loads, to_json
+from .json_form import dumps, from_json, loads, resembles, to_json
 from .problems import DecodeError
 from .table import (
     AUTH_TOKEN,
@@ -114,6 +114,7 @@ __all__ = [
     "encode_result",
     "from_json",
     "loads",
+    "resembles",
     "to_json",
 ]
 

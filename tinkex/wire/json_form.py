@@ -259,6 +259,13 @@ def from_json(cls: type[T], payload: Any) -> T:
     return obj
 
 
+def resembles(cls: type, payload: dict[str, Any]) -> bool:
+    """Whether an object has any field of *cls*, or none at all. Where all fields have defaults,
+    `from_json` takes everything, a proxy's {"ok": true} too."""
+    names = {_wire_name(cls, field) for field in attrs.fields(cls)} | {"type"}
+    return not payload or not names.isdisjoint(payload)
+
+
 @cache
 def _reader(hint: Any) -> Reader:
     """What reads a field of this type."""

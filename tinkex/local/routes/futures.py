@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
 from starlette.responses import Response
@@ -35,7 +37,10 @@ async def _result(call: Call, result: Answer) -> Response:
     if not result.has_protobuf:
         return reply(result.body)
     if call.wants_protobuf:
-        return Response(result.body, media_type=wire.PROTOBUF)
+        # Half a protobuf may read like a whole one; by this the client can tell.
+        digest = await call.decoded(lambda: hashlib.sha256(result.body).digest(), result.body)
+        headers = {"Content-Digest": f"sha-256=:{base64.b64encode(digest).decode()}:"}
+        return Response(result.body, headers=headers, media_type=wire.PROTOBUF)
     return reply(await call.decoded(result.as_json, result.body))
 
 
