@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c 
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs core conformance clean
+.PHONY: help demo test check lint types docs core conformance bench clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 th
 conformance: .venv/test ## try five versions of the official SDK on our server, write docs/compatibility.md
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
+bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
 clean: ## remove what make made
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
@@ -52,3 +55,7 @@ clean: ## remove what make made
 .venv/test: .venv/made $(INSTALLED_BY)
 	$(PIP) -e '.[local,test]'
 	@touch .venv/local $@
+
+.venv/bench: .venv/test
+	$(PIP) -e '.[local,test,bench]'
+	@touch .venv/local .venv/test $@

@@ -35,6 +35,7 @@ class State:
         self.ready_at: dict[str, float] = {}
         self.finished: list[str] = []
         self.changed = asyncio.Event()
+        self.tasks: set[asyncio.Future[None]] = set()  # asyncio itself holds them weakly
 
     def promise(self, kind: str) -> str:
         loop = asyncio.get_running_loop()
@@ -87,7 +88,7 @@ class Connection(asyncio.Protocol):
         self.parts, self.have = [buffer], len(buffer)
 
     def _request(self, head: bytes, body: bytes) -> None:
-        method, target, _ = head.split(b"\r\n", 1)[0].split(b" ", 2)
+        _, target, _ = head.split(b"\r\n", 1)[0].split(b" ", 2)
         path = target.split(b"?")[0].decode().removeprefix("/api/v1/")
         state = self.state
         if path == "/null":
@@ -105,7 +106,9 @@ class Connection(asyncio.Protocol):
         elif path == "retrieve_future":
             self._retrieve(json.loads(body)["request_id"])
         elif path == "retrieve_futures":
-            asyncio.ensure_future(self._retrieve_many(json.loads(body)))
+            task = asyncio.ensure_future(self._retrieve_many(json.loads(body)))
+            state.tasks.add(task)
+            task.add_done_callback(state.tasks.discard)
         else:
             self._fixed(path)
 

@@ -1,0 +1,138 @@
+"""`make bench`: every figure side by side in one run, and the page that shows them.
+
+Usage: python -m tests.benchmarks [client] [engine] [profile] [--rounds N]; without names, all. Writes
+docs/benchmarks.md and the pictures beside it; parts that were not run keep what they had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+
+from matplotlib import pyplot  # noqa: E402
+
+from tests.benchmarks import client  # noqa: E402
+from tests.benchmarks.rows import HEAD  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "benchmarks.md"
+
+INTRODUCTION = """# Benchmarks
+
+Ratios of two things that ran one after the other in the same run, medians over rounds. Absolute times are shown to give a
+feeling; they mean nothing on another machine. The command is `make bench`.
+"""
+
+
+def client_part(rounds: int) -> str:
+    """The client against the official SDK, and what an operation costs against how many there are."""
+    rows = client.rows(rounds)
+    with client.null_server() as url:
+        curves = client.growth(url)
+    plot(curves, "number of operations", "client processor time per operation (ms)", "growth.svg")
+    lines = [
+        "## The client, against the official SDK",
+        f"`tinker` {client.OFFICIAL} and tinkex on the same server that computes nothing; floor: bare "
+        "`http.client`. Ratio: tinkex / official.",
+        "",
+        HEAD,
+        *(row.markdown() for row in rows),
+        "",
+        "What an operation costs does not grow with how many are queued or in flight:",
+        "",
+        "| operations | " + " | ".join(f"{n:,}" for n in client.GROWTH) + " |",
+        "|---" * (len(client.GROWTH) + 1) + "|",
+        *(
+            f"| {name} (ms each) | " + " | ".join(f"{ms:.2f}" for _, ms in curve) + " |"
+            for name, curve in curves.items()
+        ),
+        "",
+        "![cost per operation against their number](growth.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def engine_part(rounds: int) -> str:
+    """The engine against transformers and PEFT."""
+    from tests.benchmarks import engine  # torch: only where it is measured
+
+    lines = [
+        "## The engine, against transformers and PEFT",
+        "Padded batches and `generate`, the same numbers on the same data. Ratio: how many times "
+        "better ours is.",
+        "",
+        "| case | model | unit | tinkex | instead | ratio | target |",
+        "|---" * 7 + "|",
+    ]
+    for row in engine.run():
+        cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}"]
+        lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", row.target]) + " |")
+    return "\n".join(lines)
+
+
+def plot(curves: dict[str, list[tuple[int, float]]], x: str, y: str, name: str) -> None:
+    """Curves over a logarithmic axis, as an SVG in docs/."""
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xscale="log", xlabel=x, ylabel=y, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(DOCS / name, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+PARTS: dict[str, Callable[[int], str]] = {"client": client_part, "engine": engine_part}
+
+
+def machine() -> str:
+    """What it ran on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+        model = found[1] if found else model
+    python = platform.python_version()
+    return f"{model}, {os.cpu_count()} cores, Python {python}, {platform.system()}"
+
+
+def write(parts: dict[str, str]) -> None:
+    """Put the parts that were run into the page."""
+    old = PAGE.read_text() if PAGE.exists() else ""
+    sections = [INTRODUCTION]
+    for name in PARTS:
+        marked = f"<!-- {name} -->\n"
+        found = re.search(f"{re.escape(marked)}(.*?)<!-- end -->", old, re.DOTALL)
+        if name in parts:
+            when = time.strftime("%Y-%m-%d")
+            sections.append(f"{marked}{parts[name]}\n\n{when}, {machine()}.\n\n<!-- end -->\n")
+        elif found:
+            sections.append(f"{marked}{found[1]}<!-- end -->\n")
+    PAGE.write_text("\n".join(sections))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("part", nargs="*", choices=list(PARTS), default=[])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    made = {}
+    for name in arguments.part or PARTS:
+        made[name] = PARTS[name](arguments.rounds)
+        print(made[name], flush=True)
+        write(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
