@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import os
 import threading
-import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -20,10 +21,14 @@ from .polling import Poller, Promise, queue_state, tell
 from .threads import DaemonExecutor
 from .transport import ONCE, Answer, Retry, Transport
 from .waiting import Wait
+from .worker import OrderedWorker
 
 T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
+
+#: Seconds that the end of a session takes at most.
+CLOSE_TIMEOUT = 4.0
 
 
 class Numbers:
@@ -65,9 +70,13 @@ class Connection:
         self.transport = transport or Transport(settings)
         self.engine = engine
         self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards the setting of _closed
         self._closed = threading.Event()
-        self._not_offered: set[str] = set()
-        self.features = self._learn_features()
+        try:
+            self.features = self._learn_features()
+        except BaseException:
+            Connection.close(self)
+            raise
         self.protobuf: bool | None = self.features.proto_write_fwdbwd
         auth.install(self.transport, self.features)
 
@@ -122,9 +131,17 @@ class Connection:
 
     def close(self) -> None:
         """Close the connections, and the embedded engine if this was its last user."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        if self._begin_closing():
+            self._let_go()
+
+    def _begin_closing(self) -> bool:
+        """Take nothing more. Whether this is the first to say so."""
+        with self._lock:
+            first = not self._closed.is_set()
+            self._closed.set()
+        return first
+
+    def _let_go(self) -> None:
         self.transport.close()
         if self.engine is not None and os.getpid() == self._pid:
             embedded.release(self.engine)
@@ -143,9 +160,14 @@ def connect(
     if config.wants_embedded(base_url, api_key):
         engine = embedded.acquire()
         base_url, api_key = engine.base_url, engine.api_key
-    settings = config.load(
-        base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
-    )
+    try:
+        settings = config.load(
+            base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
+        )
+    except BaseException:
+        if engine is not None:
+            embedded.release(engine)
+        raise
     return settings, engine
 
 
@@ -180,8 +202,14 @@ class Session(Connection):
         self._background = DaemonExecutor(16, "tinkex-background")
         #: Submits samples.
         self.sample_pool = DaemonExecutor(settings.sampling.connections, "tinkex-sample")
+        #: The workers of training clients: they end with the session.
+        self.workers: weakref.WeakSet[OrderedWorker] = weakref.WeakSet()
         self._owns_session = session_id is None
-        self.session_id = session_id or self._create(user_metadata)
+        try:
+            self.session_id = session_id or self._create(user_metadata)
+        except BaseException:
+            Connection.close(self)
+            raise
         self.telemetry = telemetry.start(self.transport, self.session_id)
         self._heart = threading.Thread(
             target=self._beat, name=f"tinkex-heartbeat-{self.session_id}", daemon=True
@@ -288,7 +316,7 @@ class Session(Connection):
         try:
             answer = self._post_batch(request, wait, protobuf=True)
         except errors.APIStatusError as exc:
-            if self.protobuf or not _may_be_json_only(exc):
+            if self.protobuf or exc.status not in JSON_ONLY:
                 raise
             answer = self._post_batch(request, wait, protobuf=False)
             logger.info("%s takes JSON only; protobuf is not tried again", self.config.base_url)
@@ -306,13 +334,14 @@ class Session(Connection):
         headers = {"Content-Type": content_type}
         if encoding:
             headers["Content-Encoding"] = encoding
+        # Known once: whether it is taken. Until then, such a refusal is what we want to hear of.
         probing = protobuf and self.protobuf is None
         return self.transport.send(
             "POST",
             self.transport.url(path),
             body,
             headers=headers,
-            retry=ONCE if probing else None,
+            retry=Retry(pass_on=JSON_ONLY) if probing else None,
             parse=partial(self._promise_or_result, wire.FORWARD_BACKWARD),
             wait=wait,
         )
@@ -322,13 +351,13 @@ class Session(Connection):
         if isinstance(payload, dict) and isinstance(payload.get("request_id"), (str, int)):
             payload = {**payload, "request_id": str(payload["request_id"])}
             return self.transport.structure(types.Promise, payload, answer.url)
-        if not payload:
+        if not payload and operation is not wire.UNLOAD_MODEL:
             raise errors.APIResponseValidationError(
                 f"Invalid {operation.path} response: {answer.url} gave neither a request_id nor a "
                 "result.",
                 url=answer.url,
             )
-        return self.transport.structure(operation.result, payload, answer.url)
+        return self.transport.structure_result(operation, payload, answer.url)
 
     def in_background(self, function: Callable[[], T], what: str) -> OperationFuture[T]:
         """Run *function*, which waits for the server, on a thread; the future of its result."""
@@ -352,7 +381,7 @@ class Session(Connection):
     def _beat(self) -> None:
         """Tell the server that we live. Runs on the heartbeat's thread."""
         interval = self.config.patience.heartbeat
-        missed, warned, last = 0, 0.0, time.monotonic()
+        missed, warned, last = 0, -math.inf, self.transport.waits.now()
         while not self._closed.wait(interval):
             try:
                 self.transport.call(
@@ -361,7 +390,7 @@ class Session(Connection):
                     retry=ONCE,
                     timeout=10.0,
                 )
-                missed, last = 0, time.monotonic()
+                missed, last = 0, self.transport.waits.now()
             except errors.PromiseExpiredError:
                 if not self._closed.is_set():
                     logger.warning("the server has ended session %s", self.session_id)
@@ -371,9 +400,9 @@ class Session(Connection):
                     logger.debug("the server knows no heartbeats; none are sent")
                     return
                 missed += 1
-            except errors.TinkexError as exc:
+            except Exception as exc:  # whatever it is, the next beat may get through
                 missed += 1
-                now = time.monotonic()
+                now = self.transport.waits.now()
                 if missed >= 2 and now - warned >= 60 and not self._closed.is_set():
                     warned = now
                     logger.warning(
@@ -383,23 +412,38 @@ class Session(Connection):
                         exc,
                     )
 
-    def close(self, reason: str = "success", detail: str | None = None) -> None:
-        """End the session: tell the server (once, briefly), stop the threads. Safe to call twice.
+    def close(
+        self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
+    ) -> None:
+        """End the session: tell the server (once), stop the threads. Safe to call twice.
 
         Args:
             reason: "success", "errored" or "interrupted".
+            timeout: seconds that it takes at most.
         """
-        if self._closed.is_set():
+        if not self._begin_closing():
             return
         if os.getpid() == self._pid:
+            for worker in list(self.workers):
+                worker.end()
             self.poller.close()
             self._background.shutdown()
             self.sample_pool.shutdown()
+            self._say_goodbye(reason, detail, timeout)
+        self._let_go()
+
+    def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
+        """The last telemetry, and that the session is over; on a thread, as a server may hang."""
+
+        def run() -> None:
             if self.telemetry is not None:
                 self.telemetry.close()
             if self._owns_session:
                 self._finish(reason, detail)
-        super().close()
+
+        last = threading.Thread(target=run, name="tinkex-goodbye", daemon=True)
+        last.start()
+        last.join(max(timeout, 0))
 
     def _finish(self, reason: str, detail: str | None) -> None:
         request = types.FinishSessionRequest({"type": reason}, detail)
@@ -437,6 +481,5 @@ def not_offered(exc: errors.NotFoundError, path: str) -> errors.NotOfferedError:
     )
 
 
-def _may_be_json_only(exc: errors.APIStatusError) -> bool:
-    """How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it."""
-    return exc.status in (400, 415, 422, 500)
+#: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.
+JSON_ONLY = frozenset({400, 415, 422, 500})

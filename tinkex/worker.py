@@ -139,14 +139,10 @@ class OrderedWorker:
         Returns whether the thread has ended within *timeout* seconds. When it has not, what still
         waits is failed. Safe to call twice, and from a future's callback.
         """
-        with self._lock:
-            first = not self._closed
-            self._closed = True
-            thread = self._thread
         if cancel:
             self._abandon.set()
-        if first:
-            self._queue.put(None)
+        self.end()
+        thread = self._thread
         if thread is None or thread is threading.current_thread():
             return True
         thread.join(timeout)
@@ -154,6 +150,14 @@ class OrderedWorker:
             self._abandon.set()
             self._fail_waiting()
         return not thread.is_alive()
+
+    def end(self) -> None:
+        """Take no more calls, and end the thread after those that wait; returns at once."""
+        with self._lock:
+            first = not self._closed
+            self._closed = True
+        if first:
+            self._queue.put(None)
 
     def _drain(self) -> None:
         """Runs on the worker thread."""
