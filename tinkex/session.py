@@ -381,36 +381,36 @@ class Session(Connection):
     def _beat(self) -> None:
         """Tell the server that we live. Runs on the heartbeat's thread."""
         interval = self.config.patience.heartbeat
-        missed, warned, last = 0, -math.inf, self.transport.waits.now()
+        now = self.transport.waits.now
+        missed, warned, heard = 0, -math.inf, now()
+        known = False  # a beat has got through: the server has this endpoint
         while not self._closed.wait(interval):
             try:
-                self.transport.call(
-                    wire.SESSION_HEARTBEAT,
-                    types.SessionHeartbeatRequest(self.session_id),
-                    retry=ONCE,
-                    timeout=10.0,
-                )
-                missed, last = 0, self.transport.waits.now()
+                self._beat_once()
+                missed, heard, known = 0, now(), True
+                continue
             except errors.PromiseExpiredError:
                 if not self._closed.is_set():
                     logger.warning("the server has ended session %s", self.session_id)
                 return
-            except errors.NotFoundError as exc:
-                if is_missing_route(exc):
+            except Exception as exc:  # whatever it is, the next beat may get through
+                if not known and isinstance(exc, errors.NotFoundError) and is_missing_route(exc):
                     logger.debug("the server knows no heartbeats; none are sent")
                     return
-                missed += 1
-            except Exception as exc:  # whatever it is, the next beat may get through
-                missed += 1
-                now = self.transport.waits.now()
-                if missed >= 2 and now - warned >= 60 and not self._closed.is_set():
-                    warned = now
-                    logger.warning(
-                        "no heartbeat has reached the server for %.0f s (session %s): %s",
-                        now - last,
-                        self.session_id,
-                        exc,
-                    )
+                problem = exc
+            missed += 1
+            if missed >= 2 and now() - warned >= 60 and not self._closed.is_set():
+                warned = now()
+                logger.warning(
+                    "no heartbeat has reached the server for %.0f s (session %s): %s",
+                    now() - heard,
+                    self.session_id,
+                    problem,
+                )
+
+    def _beat_once(self) -> None:
+        request = types.SessionHeartbeatRequest(self.session_id)
+        self.transport.call(wire.SESSION_HEARTBEAT, request, retry=ONCE, timeout=10.0)
 
     def close(
         self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
