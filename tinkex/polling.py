@@ -293,7 +293,8 @@ class Poller:
 
     def _read(self, promise: Promise[T], answer: Answer, took: float) -> T:
         """The result in *answer*, or NotYet, or the failure it tells."""
-        if answer.is_protobuf and answer.status == 200:
+        binary = promise.operation in _IN_PROTOBUF and answer.is_protobuf
+        if binary and answer.status == 200:
             return self._decode_protobuf(promise, answer)
         payload = _as_object(answer)
         if answer.status == 408 or payload.get("type") == "try_again":

@@ -31,8 +31,8 @@ Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
 
 #: A clone of a client (unpickled) numbers its samples from a block of its own.
 CLONE_BLOCK = 1_000_000_000
-#: How often a sample whose promise the server has lost is made anew, under a new number.
-MAX_LOST = 5
+#: How often a sample whose promise the server has lost is sent again, each second time anew.
+MAX_LOST = 6
 
 PAUSE_REASONS = {
     "paused_rate_limit": "concurrent sampler weights limit hit",
@@ -393,8 +393,9 @@ class SamplingClient:
 class _Sample:
     """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
 
-    The number is kept over resends, so that the server samples once; only when the server is known
-    to have lost it does the sample get a new one.
+    The number is kept over resends, so that the server samples once. A promise that is called lost
+    is asked for again under its number, which brings it back if that was not true; only if it did
+    not does the sample get a new one.
     """
 
     def __init__(
@@ -473,7 +474,8 @@ class _Sample:
             self._future.set_result(inner.result())
         elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
             self._lost += 1
-            self._request = attrs.evolve(self._request, seq_id=None)
+            if self._lost % 2 == 0:  # under its own number, too, the server had it no more
+                self._request = attrs.evolve(self._request, seq_id=None)
             self._client._session.sample_pool.start(self.submit)
         else:
             fail(self._future, exc)
