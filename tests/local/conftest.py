@@ -17,10 +17,12 @@ QUICK = Limits(poll_seconds=0.3, reap_seconds=0.1)
 class Served:
     """A running server, its engine and a client of it."""
 
-    def __init__(self, home, *, engine=None, limits=None, **options):
+    def __init__(self, home, *, engine=None, limits=None, make_engine=None, **options):
         self.engine = engine or FakeEngine()
         self.limits = limits or QUICK
-        self.server = LocalServer(home, engine=lambda: self.engine, limits=self.limits, **options)
+        self.server = LocalServer(
+            home, engine=make_engine or (lambda: self.engine), limits=self.limits, **options
+        )
         self.server.start()
         self.client = WireClient(self.server.url)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sqlite3
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -70,6 +71,31 @@ def test_what_the_journal_cannot_take_is_not_accepted(serve, caplog):
     assert "server" == refused.json()["category"]
     assert "metrics" in other
     assert isinstance(journal._db, sqlite3.Connection)
+
+
+def test_an_engine_that_cannot_start_is_told_to_who_asks(serve, caplog):
+    """At once, with the reason, to those that wait and to those that come."""
+
+    gate = threading.Event()
+
+    def engine():
+        gate.wait(5)
+        raise ImportError("No module named 'torch'")
+
+    served = serve(make_engine=engine, limits={"poll_seconds": 20.0})
+    client = served.client
+    session = client.session()
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny"}
+    waiting = client.post("create_model", body)
+    threading.Timer(0.2, gate.set).start()
+    answers = [
+        client.send("POST", "retrieve_future", waiting),
+        client.send("POST", "create_model", {**body, "model_seq_id": 1}),
+        client.send("GET", "healthz"),
+    ]
+
+    assert [503, 503, 503] == [answer.status_code for answer in answers]
+    assert all("No module named 'torch'" in answer.json()["error"] for answer in answers)
 
 
 def test_a_server_of_json_alone_takes_and_gives_json_alone(serve):

@@ -266,7 +266,7 @@ def test_an_engine_that_cannot_start_ends_the_server_with_the_reason(capfd, tmp_
     code = main(home=tmp_path / "home", engine=broken)
 
     assert 1 == code
-    assert "the engine could not start: No module named 'torch'" in capfd.readouterr().err
+    assert "the engine does not run: No module named 'torch'" in capfd.readouterr().err
 
 
 def test_operations_wait_for_the_engine_to_start(tmp_path):

@@ -233,8 +233,8 @@ def test_chores_come_first_but_after_what_was_asked_before(scheduler, story, eng
     assert ["after s", "chore"] == story.log
 
 
-def test_without_an_engine_every_job_ends_with_the_reason(story):
-    """Those that wait, and those that still come."""
+def test_without_an_engine_nothing_is_run_and_the_reason_is_kept(story):
+    """What waits is not failed: a restart with a better engine can run it."""
     told = []
 
     def broken():
@@ -246,13 +246,28 @@ def test_without_an_engine_every_job_ends_with_the_reason(story):
     scheduler.start()
     scheduler.ready.wait(5)
     scheduler.put("m", 1, story.job("late"))
-    scheduler.put_sample(story.sample("s"))
-    story.wait("early", "late", "s")
-    scheduler.close(5)
 
+    assert scheduler.close(5)
     assert not scheduler.alive
-    assert "no torch" in str(story.outcomes["late"])
     assert "no torch" == str(told[0])
+    assert {} == story.outcomes
+
+
+def test_a_fault_of_its_own_ends_the_thread_rather_than_run_something_twice(story):
+    """A job's end that cannot be told, for one."""
+    failed = threading.Event()
+    scheduler = Scheduler(Engine, failed.set)
+    scheduler.open_line("m")
+
+    def finish(outcome):
+        raise RuntimeError("cannot tell")
+
+    scheduler.put("m", 0, Job(story.job("j").steps, finish))
+    scheduler.start()
+
+    assert failed.wait(5)
+    assert "cannot tell" == str(scheduler.failure)
+    assert ["j"] == story.log
 
 
 def test_closing_does_not_wait_for_what_is_queued(scheduler, story):

@@ -93,7 +93,7 @@ class Scheduler:
 
     `make_engine` is called on that thread: importing what computes takes seconds, and whoever
     waits for a job waits for that too. If it raises, `failure` holds the exception, `on_failure`
-    is called there, and every job ends with it.
+    is called there, and no job is run: after a restart with a better engine they still can be.
     """
 
     def __init__(
@@ -218,9 +218,7 @@ class Scheduler:
         try:
             self._engine = self._make_engine()
         except BaseException as exc:
-            logger.exception("The engine could not start.")
-            self.failure = exc
-            self._on_failure()
+            self._fail(exc)
         self.ready.set()
         while self.failure is None:
             with self._changed:
@@ -229,24 +227,16 @@ class Scheduler:
                 if self._stopping:
                     return
                 turn = self._choose()
-            turn()
-        self._fail_everything(self.failure)
+            try:
+                turn()
+            except BaseException as exc:
+                # Not a job's failure but a fault of ours: going on could run something twice.
+                self._fail(exc)
 
-    def _fail_everything(self, exc: BaseException) -> None:
-        """No engine: every job that is there or comes ends at once."""
-        while True:
-            with self._changed:
-                jobs = [job for line in self._lines.values() for job in line.waiting.values()]
-                jobs += [line.last for line in self._lines.values() if line.last]
-                for line in self._lines.values():
-                    line.waiting, line.last = {}, None
-                samples, self._new_samples = list(self._new_samples.values()), {}
-                if not jobs and not samples:
-                    if self._stopping:
-                        return
-                    self._changed.wait()
-            for finish in [job.finish for job in jobs] + [sample.finish for sample in samples]:
-                finish(RuntimeError(f"the engine could not start: {exc}"))
+    def _fail(self, exc: BaseException) -> None:
+        logger.critical("The compute thread ends: %s", exc, exc_info=exc)
+        self.failure = exc
+        self._on_failure()
 
     def _has_work(self) -> bool:
         return bool(self._chores or self._active or self._cancelled or self._has_samples())

@@ -106,7 +106,8 @@ class LocalServer:
         self._clean_up()
         # Nobody can come back to a port that was free by chance: no need to remember for them.
         self._journal = Journal(self._folder.journal) if self._folder.lasting else None
-        self.scheduler = Scheduler(engine, on_failure)
+        self._on_failure = on_failure
+        self.scheduler = Scheduler(engine, self._engine_failed)
         self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)
         for base_model in base_models:
             self.scheduler.put_chore(partial(self._load, base_model))
@@ -138,6 +139,10 @@ class LocalServer:
     def url(self) -> str:
         host, port = self._socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _engine_failed(self) -> None:
+        self.ledger.shared.on_loop(self.ledger.release)
+        self._on_failure()
 
     def _load(self, base_model: str, engine: Any) -> None:
         self.ledger.workshop.load_base(engine, base_model)
@@ -312,6 +317,7 @@ def main(
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     os.umask(0o077)  # files 0600, folders 0700: training data and weights are nobody else's
     sys.setswitchinterval(0.001)  # the event loop waits this long for a busy compute thread
     made_up = _made_up_key(host, api_keys)
@@ -346,7 +352,7 @@ def main(
     server.serve(ready)
     failure = server.scheduler.failure
     if failure is not None:
-        print(f"tinkex serve: the engine could not start: {failure}", file=sys.stderr)
+        print(f"tinkex serve: the engine does not run: {failure}", file=sys.stderr)
     return _leave(server, 0 if failure is None else 1, at_once=parent_pid is not None)
 
 

@@ -51,7 +51,10 @@ class Ledger:
         )
         self.sessions = Sessions(self.shared)
         self.records = Records(
-            journal, limits, on_forgotten=lambda record: self.samplers.forgotten(record)
+            journal,
+            limits,
+            check_running=self.shared.check_running,
+            on_forgotten=lambda record: self.samplers.forgotten(record),
         )
         parts = (self.shared, self.sessions, self.records, self.workshop)
         self.models = Models(*parts)
@@ -72,6 +75,10 @@ class Ledger:
         self.shared.stop()
         if self._reaper is not None:
             self._reaper.cancel()
+        self.release()
+
+    def release(self) -> None:
+        """Every waiting poll is let go, with what there is."""
         self.records.release()
         self.samplers.release()
 

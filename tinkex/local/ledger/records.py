@@ -81,11 +81,22 @@ class Record:
 
 
 class Records:
-    """All records by request id. `on_forgotten` is called with each that goes."""
+    """All records by request id.
+
+    Args:
+        check_running: raises a Refusal when nothing is run any more.
+        on_forgotten: called with each record that goes.
+    """
 
     def __init__(
-        self, journal: Journal | None, limits: Limits, on_forgotten: Callable[[Record], None]
+        self,
+        journal: Journal | None,
+        limits: Limits,
+        *,
+        check_running: Callable[[], None],
+        on_forgotten: Callable[[Record], None],
     ) -> None:
+        self._check_running = check_running
         self._journal = journal
         self._limits = limits
         self._on_forgotten = on_forgotten
@@ -143,8 +154,9 @@ class Records:
             seed: drawn for the request; in_line, new_model: see `Journal.accept`.
 
         Raises:
-            Refusal: 503 if the journal cannot be written; the record is gone again then.
+            Refusal: 503 if nothing is run any more, or if the journal cannot be written.
         """
+        self._check_running()
         self._by_id[record.request_id] = record
         if self._journal is None:
             return

@@ -56,6 +56,15 @@ class Shared:
         except RuntimeError:  # the loop was closed this very moment: nobody waits any more
             logger.debug("A result came after the end.")
 
+    def check_running(self) -> None:
+        """Raises Refusal: 503 when nothing is run any more."""
+        if self.stopping:
+            raise Refusal(503, "the server is shutting down.", {"Retry-After": "1"})
+        if self.scheduler.failure is not None:
+            raise Refusal(
+                503, f"the engine does not run: {self.scheduler.failure}", {"Retry-After": "5"}
+            )
+
     def stop(self) -> None:
         self.stopping = True
         self._pool.shutdown(wait=False, cancel_futures=True)

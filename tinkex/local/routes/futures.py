@@ -21,8 +21,9 @@ async def retrieve_future(call: Call) -> Response:
     ledger = call.site.ledger
     record = ledger.records.of_owner(request.request_id, call.owner)
     ledger.sessions.heard_of(record.session_id)
-    seconds = 0.0 if ledger.shared.stopping else call.site.limits.poll_seconds
-    result = await ledger.records.wait(record, seconds)
+    if record.answer is None:
+        ledger.shared.check_running()
+    result = await ledger.records.wait(record, call.site.limits.poll_seconds)
     if result is None:
         return _not_yet(call, record)
     if request.allow_metadata_only and len(result.body) > call.site.limits.metadata_bytes:
@@ -46,8 +47,7 @@ async def _result(call: Call, result: Answer) -> Response:
 
 def _not_yet(call: Call, record: Record) -> Response:
     ledger = call.site.ledger
-    if ledger.shared.stopping:
-        raise Refusal(503, "the server is shutting down.", {"Retry-After": "1"})
+    ledger.shared.check_running()
     payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
     if record.name == "Sample":
         payload["queue_state_reason"] = "the sample is in the queue or running"
