@@ -203,7 +203,7 @@ class FakeEngine:
 def main():
     """The server on the fake engine: python -m tests.local.fake_engine [PORT [HOME [OPTIONS]]].
 
-    OPTIONS: those of `main`, and `limits`, in JSON.
+    OPTIONS: those of `main`, `limits`, and `real` for the real engine, in JSON.
     """
     import sys
 
@@ -215,11 +215,12 @@ def main():
     limits = Limits(**options.pop("limits", {}))
     for name in {"announce"} & set(options):
         options[name] = Path(options[name])
+    engine = server.make_engine if options.pop("real", False) else FakeEngine
     sys.exit(
         server.main(
             port=int(port or 0),
             home=Path(home) if home else None,
-            engine=FakeEngine,
+            engine=engine,
             limits=limits,
             **options,
         )

@@ -24,9 +24,11 @@ def free_port():
 
 
 class ServerProcess:
-    """A server on the fake engine, on a port that it keeps over restarts."""
+    """A server on a port that it keeps over restarts; on the fake engine unless *real*."""
 
-    def __init__(self, home, port=None, environment=None, **options):
+    def __init__(self, home, port=None, environment=None, real=False, **options):
+        if real:
+            options["real"] = True
         self.home, self.port, self.options = home, port or free_port(), options
         self.environment = {**os.environ, **(environment or {})}
         self.process = None

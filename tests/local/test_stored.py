@@ -262,6 +262,18 @@ def test_a_checkpoint_can_be_copied(client):
     }
 
 
+def test_a_copy_outside_any_session_is_made_once_for_each_request(client):
+    """Its resends carry the key of the first."""
+    model = saved(client, "a")
+    body = {"source_path": f"tinker://{model}/weights/a", "destination_project_id": "p"}
+    paths = [
+        client.post("copy_weights", body, headers={"X-Idempotency-Key": key})["tinker_path"]
+        for key in ("one", "one", "two")
+    ]
+
+    assert paths[0] == paths[1] != paths[2]
+
+
 def test_the_base_model_rank_and_optimizer_come_with_a_checkpoint(client):
     """Both forms of load_weights, with and without the optimizer's state."""
     model = client.model()

@@ -102,7 +102,10 @@ async def copy_weights(call: Call) -> Response:
     check_ttl(request.ttl_seconds)
     ledger, store = call.site.ledger, call.site.store
     if request.session_id is None or request.model_seq_id is None:
-        run_id, session_id = f"copy-{uuid.uuid4()}:train:0", ""
+        # The client's key stays the same over its resends of this request, and only of this one.
+        key = call.request.headers.get("x-idempotency-key") or str(uuid.uuid4())
+        run = uuid.uuid5(uuid.NAMESPACE_OID, f"{call.owner} {key}")
+        run_id, session_id = f"copy-{run}:train:0", ""
     else:
         session = await ledger.sessions.live(request.session_id, call.owner)
         session_id = session.session_id
