@@ -15,10 +15,13 @@ import attrs
 import numpy as np
 
 from . import errors
-from .types import Datum, ForwardBackwardOutput, TensorData
+from .types import Datum, ForwardBackwardOutput, TensorData, check_data
 
 Framework = Literal["torch", "autograd", "jax"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "autograd", "jax")
+
+#: The loss inputs that go to the server in the forward pass.
+_SENT = ("target_tokens", "weights")
 
 #: (data, log-probabilities of each datum) -> (loss, metrics) or (loss, metrics, gradients)
 LossFunction = Callable[[Sequence[Datum], list[Any]], tuple[Any, ...]]
@@ -47,12 +50,11 @@ def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
         give them itself.
 
     Raises:
-        ValueError: For an unknown framework, or a datum without target_tokens.
+        ValueError, TypeError: For an unknown framework, or data that cross_entropy does not take;
+            other loss inputs than its own are the function's business.
         MissingExtraError: For a framework that is not installed.
     """
-    for i, datum in enumerate(data):
-        if "target_tokens" not in datum.loss_fn_inputs:
-            raise ValueError(f"data[{i}] lacks the loss input 'target_tokens'.")
+    check_data(data, "cross_entropy", only=_SENT)
     if framework is None:
         found = (name for name in ("torch", "autograd") if importlib.util.find_spec(name))
         return next(found, None)  # type: ignore[return-value,arg-type,unused-ignore]
@@ -68,9 +70,9 @@ def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
     """What to send in the forward pass: input and targets, weights where there are some."""
-    kept = ("target_tokens", "weights")
     return [
-        Datum(d.model_input, {k: v for k, v in d.loss_fn_inputs.items() if k in kept}) for d in data
+        Datum(d.model_input, {k: v for k, v in d.loss_fn_inputs.items() if k in _SENT})
+        for d in data
     ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -451,6 +452,16 @@ class Poller:
             f"Timed out while polling future {promise.request_id} of {_what(promise)} (queue state "
             f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."
         )
+
+
+def check_timeout(poll_timeout: object) -> None:
+    """ValueError or TypeError unless it is None or so many seconds."""
+    if poll_timeout is None:
+        return
+    if not isinstance(poll_timeout, (int, float)) or isinstance(poll_timeout, bool):
+        raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
+    if not 0 < poll_timeout < math.inf:
+        raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
 
 
 def queue_state(payload: dict[str, Any]) -> tuple[str, str | None]:

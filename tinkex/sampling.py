@@ -5,24 +5,27 @@ Knows what a sample is asked with and what comes back; how much goes on at once 
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import queue
 import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Union
 
 import attrs
 import numpy as np
+import requests
 
 from . import batching, config, errors, pacing, tokenizer, types, wire
 from .completions import CompletionWatch
-from .futures import OperationFuture, fail, gather
-from .session import Session, connect, is_missing_route, not_offered
-from .transport import ONCE, Retry
+from .futures import OperationFuture, fail, gather, succeed
+from .polling import check_timeout
+from .session import Session, connect, is_missing_route, not_offered, tell_of_queue
+from .transport import ONCE, Retry, check_retry, connection_error, error_detail
 from .waiting import Wait
 
 logger = logging.getLogger("tinkex")
@@ -92,10 +95,7 @@ class SamplingClient:
         Raises:
             ValueError: If neither is given, or the path is not one.
         """
-        if model_path is None and base_model is None:
-            raise ValueError("Either model_path or base_model must be provided")
-        if model_path is not None:
-            types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
+        check_source(model_path, base_model, retry_config)
         number = session.sampler_numbers.take()
         request = types.CreateSamplingSessionRequest(
             session.session_id, number, base_model, model_path
@@ -153,12 +153,12 @@ class SamplingClient:
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
+        check_timeout(poll_timeout)
         self._check_open()
         future: OperationFuture[types.SampleResponse]
         future = OperationFuture(f"sample from {self.sampling_session_id}")
         nbytes = batching.size_of_input(request.prompt)
-        sampling = _Sample(self, request, future, nbytes, poll_timeout)
-        self._session.sample_pool.start(sampling.submit)
+        _Sample(self, request, future, nbytes, poll_timeout).start()
         return future
 
     def compute_logprobs(
@@ -198,6 +198,10 @@ class SamplingClient:
         Raises:
             What the first failing sample raises; those under way are abandoned.
         """
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise TypeError(
+                f"prompts must be a list (or other iterable) of prompts, got {prompts!r}."
+            )
         if not isinstance(in_flight, int) or in_flight < 1:
             raise ValueError(f"in_flight must be a positive integer, got {in_flight!r}.")
         return self._sample_many(
@@ -333,8 +337,11 @@ class SamplingClient:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._pace.wake()  # those of ours that wait for room find that they need none
         if self._completions is not None:
             self._completions.close()
+        closed = errors.ClientClosedError("The sampling client was closed.")
+        self._session.poller.abandon(self.sampling_session_id, closed)
         if self._owns_session:
             self._session.close()
 
@@ -371,6 +378,9 @@ class SamplingClient:
         if self._closed.is_set():
             raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
         self._session.check_usable()
+
+    def _is_closed(self) -> bool:
+        return self._closed.is_set() or self._session.is_closed
 
     def _take_number(self) -> int:
         with self._lock:
@@ -412,9 +422,16 @@ class _Sample:
         self._nbytes = nbytes
         self._poll_timeout = poll_timeout
         self._lost = 0
+        self._give_up_at = math.inf
+
+    def start(self) -> None:
+        """Submit it, on a thread of the session's."""
+        closed = errors.ClientClosedError(f"{self._future.what} was not sent: the session closed.")
+        dropped = partial(fail, self._future, closed)
+        self._client._session.sample_pool.start(self.submit, dropped=dropped)
 
     def submit(self) -> None:
-        """Runs on a thread of the client's pool."""
+        """Runs on a thread of the session's pool."""
         if not self._future.running() and not self._future.set_running_or_notify_cancel():
             return
         try:
@@ -428,6 +445,8 @@ class _Sample:
             self._request = attrs.evolve(self._request, seq_id=client._take_number())
         inner: OperationFuture[types.SampleResponse] = OperationFuture(self._future.what)
         inner.add_done_callback(self._finish)
+        if client._retry is not None and client._retry.budget is not None:
+            self._give_up_at = client._session.transport.waits.now() + client._retry.budget
         with client._session.transport.waits.begin(f"room to send {self._future.what}") as wait:
             while not self._sent(inner, wait):
                 pass
@@ -435,14 +454,16 @@ class _Sample:
     def _sent(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> bool:
         """Submit when there is room; False after a 429."""
         client = self._client
-        with client._pace.admitted(self._nbytes, client._closed.is_set):
+        with client._pace.admitted(self._nbytes, client._is_closed):
             client._check_open()
             try:
                 self._start(inner)
             except errors.RateLimitError as exc:
-                client._pace.throttled(self._nbytes, exc.retry_after)
+                pause = client._pace.throttled(self._nbytes, exc.retry_after)
                 wait.failed_once(exc)
-                _note_pause(client, exc)
+                tell_of_queue(client.on_queue_state_change, exc)
+                if client._session.transport.waits.now() + pause >= self._give_up_at:
+                    raise
                 return False
         client._pace.succeeded()
         return True
@@ -462,7 +483,8 @@ class _Sample:
 
     def _post(self, wait: Wait) -> Any:
         headers = {"X-Tinker-Sampling-Backpressure": "1"}
-        retry = self._client._retry or Retry(pass_on=frozenset({429}))
+        retry = self._client._retry or Retry()
+        retry = attrs.evolve(retry, pass_on=retry.pass_on | {429})  # which all samplers heed
         return self._client._session.post(
             wire.SAMPLE, self._request, wait, retry=retry, headers=headers
         )
@@ -471,20 +493,25 @@ class _Sample:
         """The promise is resolved, or lost."""
         exc = inner.exception()
         if exc is None:
-            self._future.set_result(inner.result())
+            succeed(self._future, inner.result())
         elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
             self._lost += 1
             if self._lost % 2 == 0:  # under its own number, too, the server had it no more
                 self._request = attrs.evolve(self._request, seq_id=None)
-            self._client._session.sample_pool.start(self.submit)
+            self.start()
         else:
             fail(self._future, exc)
 
 
-def _note_pause(client: SamplingClient, exc: errors.RateLimitError) -> None:
-    body = exc.body if isinstance(exc.body, dict) else {}
-    if body.get("queue_state"):
-        client.on_queue_state_change(str(body["queue_state"]), body.get("queue_state_reason"))
+def check_source(model_path: object, base_model: object, retry_config: object = None) -> None:
+    """ValueError or TypeError unless they say what to sample from."""
+    if model_path is None and base_model is None:
+        raise ValueError("Either model_path or base_model must be provided")
+    if model_path is not None:
+        types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)  # type: ignore[arg-type]
+    if base_model is not None and (not isinstance(base_model, str) or not base_model.strip()):
+        raise TypeError(f"base_model must be the name of a model, got {base_model!r}.")
+    check_retry(retry_config)
 
 
 def _as_params(sampling_params: object) -> types.SamplingParams:
@@ -507,23 +534,36 @@ def _prompt_logprobs(response: types.SampleResponse) -> list[float | None]:
 
 def _read_events(response: Any) -> Iterator[types.SampleStreamChunk]:
     """Server-sent events as chunks, each as soon as it is whole."""
-    data: deque[str] = deque()
-    for line in response.iter_lines(chunk_size=1, decode_unicode=True):
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            text = "\n".join(data)
-            data.clear()
-            if text == "[DONE]":
-                return
-            event = json.loads(text)
-            if event.get("error"):
-                raise errors.RequestFailedError(
-                    f"streaming failed on the server: {event['error']}",
-                    category=event.get("category", "unknown"),
-                )
-            yield wire.from_json(types.SampleStreamChunk, event)
+    data: deque[bytes] = deque()
+    try:
+        for line in response.iter_lines(chunk_size=1):
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                event = b"\n".join(data)
+                data.clear()
+                if event == b"[DONE]":
+                    return
+                yield _read_event(event)
+    except requests.RequestException as exc:
+        raise connection_error(exc, "POST", response.url, 0) from exc
     raise errors.APIConnectionError("the stream of samples broke off before its end.")
+
+
+def _read_event(event: bytes) -> types.SampleStreamChunk:
+    try:
+        payload = wire.loads(event)
+        if not isinstance(payload, dict) or not payload.get("error"):
+            return wire.from_json(types.SampleStreamChunk, payload)
+    except ValueError as exc:
+        raise errors.APIResponseValidationError(
+            f"the server sent something unreadable in a stream of samples: {exc}"
+        ) from exc
+    category = payload.get("category")
+    raise errors.RequestFailedError(
+        f"streaming failed on the server: {error_detail(payload)}",
+        category=category if category in ("user", "server") else "unknown",
+    )
 
 
 class _ProgressBar:

@@ -89,6 +89,8 @@ class ServiceClient:
         """
         training.check_base_model(base_model)
         lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
+        user_metadata = types.check_metadata(user_metadata)
+        training.check_observer(queue_state_observer)
         return TrainingClient.create(
             self._session,
             base_model,

@@ -259,7 +259,7 @@ class Session(Connection):
         self.check_usable()
         with self.transport.waits.begin(f"the server to accept {future.what}") as wait:
             if on_queue_state is not None:
-                wait.on_failure = partial(_tell_of_queue, on_queue_state)
+                wait.on_failure = partial(tell_of_queue, on_queue_state)
             answer = send(wait)
         if not isinstance(answer, types.Promise):
             succeed(future, answer)
@@ -455,7 +455,7 @@ class Session(Connection):
             logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
 
 
-def _tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:
+def tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:
     """A refusal (429, 503) may say why the server is paused."""
     body = getattr(error, "body", None)
     if isinstance(body, dict) and body.get("queue_state"):

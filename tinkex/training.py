@@ -6,7 +6,10 @@ waiting for results polling.py's.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +20,11 @@ from typing import Any, Protocol, TypeVar
 import attrs
 
 from . import batching, config, custom_loss, errors, tokenizer, types, wire
-from .futures import OperationFuture, fail, gather
+from .futures import OperationFuture, fail, gather, succeed
+from .polling import check_timeout as _check_poll_timeout
 from .sampling import SamplingClient
 from .session import Session, connect, is_missing_route, not_offered
-from .transport import Retry
+from .transport import Retry, check_retry
 from .waiting import Wait
 from .worker import OrderedWorker, Turn
 
@@ -95,10 +99,12 @@ class TrainingClient:
         self._observer = queue_state_observer or self.on_queue_state_change
         self._owns_session = owns_session
         self._worker = OrderedWorker(f"tinkex-{name or model_id}", first_seq_id=first_seq_id)
-        self._lock = threading.Lock()  # guards _info, _ended and _pause_logged
+        session.workers.add(self._worker)
+        self._lock = threading.Lock()  # guards all below
         self._info: types.GetInfoResponse | None = None
         self._ended = ""
-        self._pause_logged = -PAUSE_LOG_INTERVAL
+        self._unloaded = False
+        self._pause_logged = -math.inf
 
     # Starting.
 
@@ -138,6 +144,9 @@ class TrainingClient:
         """
         if model_id is None:
             check_base_model(base_model)
+        lora_config = _check_start(model_id, seq_id, model_seq_id, lora_config)
+        user_metadata = types.check_metadata(user_metadata)
+        check_observer(queue_state_observer)
         settings, engine = connect(base_url, api_key, patience=patience)
         session = Session(settings, session_id=session_id, engine=engine)
         options: dict[str, Any] = {
@@ -151,7 +160,7 @@ class TrainingClient:
             return cls.create(
                 session,
                 str(base_model),
-                lora_config or types.LoraConfig(),
+                lora_config,
                 user_metadata=user_metadata,
                 model_seq_id=model_seq_id,
                 adapter=adapter,
@@ -175,6 +184,13 @@ class TrainingClient:
             )
         if options.get("model_id") is None:
             check_base_model(base_model)
+        known = inspect.signature(cls.start).parameters
+        for name, value in options.items():
+            if name not in known:
+                raise TypeError(
+                    f"{name} is no option of TrainingClient.start ({', '.join(known)})."
+                )
+            _check_picklable(name, value)
         return ClientSpec({"base_model": base_model, **options})
 
     @classmethod
@@ -190,25 +206,15 @@ class TrainingClient:
         **options: Any,
     ) -> TrainingClient:
         """Create a model in *session*. A number whose model was refused is used again."""
-        given = model_seq_id is not None
         number = model_seq_id if model_seq_id is not None else session.model_numbers.take()
         request = types.CreateModelRequest(
             session.session_id, number, base_model, lora_config, user_metadata, adapter=adapter
         )
         future: OperationFuture[types.CreateModelResponse]
         future = OperationFuture(f"create_model of {base_model}")
-        try:
-            session.start(
-                wire.CREATE_MODEL,
-                partial(session.post, wire.CREATE_MODEL, request),
-                future,
-                lane=f"create-{session.session_id}-{number}",
-            )
-            created = future.result()
-        except errors.TinkexError as exc:
-            if not given and not getattr(exc, "outcome_unknown", False):
-                session.model_numbers.give_back(number)
-            raise
+        created = _made(
+            session, wire.CREATE_MODEL, request, future, number, is_ours=model_seq_id is None
+        )
         return cls(session, created.model_id, base_model=base_model, **options)
 
     # Training.
@@ -272,15 +278,17 @@ class TrainingClient:
             ValueError, TypeError, MissingExtraError: Before anything is sent. What loss_fn raises
                 comes out of the future as it is, and no gradient is sent.
         """
-        data = self._checked(data, "cross_entropy", None)[0]
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (data, logprobs), got {loss_fn!r}.")
         chosen = custom_loss.check(data, framework)
+        _check_poll_timeout(poll_timeout)
+        data = list(data)
+        forward_data = custom_loss.forward_data(data)
         what = f"forward_backward_custom on {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:
             first = self._send_batches(
-                turn, wire.FORWARD, custom_loss.forward_data(data), "cross_entropy", None, what
+                turn, wire.FORWARD, forward_data, "cross_entropy", None, what, poll_timeout
             )
             joined: OperationFuture[types.ForwardBackwardOutput] = OperationFuture(what)
             gather(first, batching.join, joined)
@@ -295,7 +303,7 @@ class TrainingClient:
                 future,
             )
 
-        return self._worker.put(run, what)
+        return self._put(run, what)
 
     def optim_step(
         self, adam_params: types.AdamParams, *, poll_timeout: float | None = None
@@ -329,6 +337,9 @@ class TrainingClient:
             overwrite: replace a checkpoint of this name.
         """
         name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
+        user_metadata = types.check_metadata(user_metadata)
+        if not isinstance(overwrite, bool):
+            raise TypeError(f"overwrite must be True or False, got {overwrite!r}.")
         return self._operation(
             wire.SAVE_WEIGHTS,
             lambda seq_id: types.SaveWeightsRequest(
@@ -359,6 +370,7 @@ class TrainingClient:
     ) -> OperationFuture[types.SaveWeightsForSamplerResponse]:
         """Save the weights, without optimizer, for sampling clients to use."""
         name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
+        user_metadata = types.check_metadata(user_metadata)
         return self._operation(
             wire.SAVE_WEIGHTS_FOR_SAMPLER,
             lambda seq_id: types.SaveWeightsForSamplerRequest(
@@ -387,28 +399,44 @@ class TrainingClient:
         if path is not None:
             types.check_name(path)
         ttl_seconds = types.check_ttl(ttl_seconds)
+        check_retry(retry_config)
+        _check_poll_timeout(poll_timeout)
         what = f"save_weights_and_get_sampling_client of {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[SamplingClient]) -> None:
-            number = None if path is not None else self._session.sampler_numbers.take()
             saved: OperationFuture[types.SaveWeightsForSamplerResponse] = OperationFuture(what)
-            turn.send(
-                lambda seq_id: self._start(
-                    wire.SAVE_WEIGHTS_FOR_SAMPLER,
-                    types.SaveWeightsForSamplerRequest(
-                        self.model_id,
-                        seq_id,
-                        path=path,
-                        sampling_session_seq_id=number,
-                        ttl_seconds=ttl_seconds,
-                    ),
-                    saved,
-                    poll_timeout,
-                )
-            )
+            self._save_for_sampler(turn, saved, path, ttl_seconds, poll_timeout)
             gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
 
-        return self._worker.put(run, what)
+        return self._put(run, what)
+
+    def _save_for_sampler(
+        self,
+        turn: Turn,
+        saved: OperationFuture[types.SaveWeightsForSamplerResponse],
+        path: str | None,
+        ttl_seconds: int | None,
+        poll_timeout: float | None,
+    ) -> None:
+        """Send the save; one without a name takes a number of the session's, if it is accepted."""
+        number = None if path is not None else self._session.sampler_numbers.take()
+
+        def send(seq_id: int) -> None:
+            request = types.SaveWeightsForSamplerRequest(
+                self.model_id,
+                seq_id,
+                path=path,
+                sampling_session_seq_id=number,
+                ttl_seconds=ttl_seconds,
+            )
+            try:
+                self._start(wire.SAVE_WEIGHTS_FOR_SAMPLER, request, saved, poll_timeout)
+            except BaseException as exc:
+                if number is not None and not getattr(exc, "outcome_unknown", False):
+                    self._session.sampler_numbers.give_back(number)
+                raise
+
+        turn.send(send)
 
     def save_weights_and_get_sampling_client_sync(
         self, path: str | None = None, **options: Any
@@ -430,7 +458,13 @@ class TrainingClient:
             raise errors.APIResponseValidationError(
                 "save_weights_for_sampler returned neither path nor session"
             )
-        return self.create_sampling_client(saved.path, retry_config=retry_config)
+        # Not by our own create_sampling_client: this client may have been closed meanwhile.
+        return SamplingClient.create(
+            self._session,
+            model_path=saved.path,
+            tokenizer_model=self._base_model,
+            retry_config=retry_config,
+        )
 
     def create_sampling_client(
         self, model_path: str, *, retry_config: Retry | None = None
@@ -450,6 +484,7 @@ class TrainingClient:
         """`create_sampling_client`, as a future."""
         self._check_open("create_sampling_client")
         types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
+        check_retry(retry_config)
         create = partial(self.create_sampling_client, model_path, retry_config=retry_config)
         return self._session.in_background(create, f"create_sampling_client of {model_path}")
 
@@ -519,21 +554,18 @@ class TrainingClient:
             done: OperationFuture[types.UnloadModelResponse] = OperationFuture(what)
             try:
                 self._start(wire.UNLOAD_MODEL, request, done, None)
+                response = turn.wait_for(done)  # what is called later must know how it went
             except errors.NotFoundError as exc:
-                if is_missing_route(exc):
-                    fail(future, not_offered(exc, wire.UNLOAD_MODEL.path))
-                    return
-                raise
-            gather([done], self._unloaded, future)
+                if not is_missing_route(exc):
+                    raise
+                fail(future, not_offered(exc, wire.UNLOAD_MODEL.path))
+                return
+            with self._lock:
+                self._unloaded = True
+                self._ended = f"model {self.model_id} was unloaded"
+            succeed(future, response)
 
         return self._put(run, what)
-
-    def _unloaded(
-        self, responses: Sequence[types.UnloadModelResponse]
-    ) -> types.UnloadModelResponse:
-        with self._lock:
-            self._ended = f"model {self.model_id} was unloaded"
-        return responses[0]
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Send what is queued (or cancel it), and end the client's thread. Safe to call twice.
@@ -553,7 +585,8 @@ class TrainingClient:
             if not cancel:
                 left = patience - (time.monotonic() - started)
                 self._session.poller.drain(self.model_id, max(left, 0))
-            self._session.close("interrupted" if cancel else "success")
+            left = patience - (time.monotonic() - started)
+            self._session.close("interrupted" if cancel else "success", timeout=left)
 
     def __enter__(self) -> TrainingClient:
         return self
@@ -577,7 +610,7 @@ class TrainingClient:
         """The default observer: warns that training is paused, once a minute at most."""
         if state == "active":
             return
-        now = time.monotonic()
+        now = self._session.transport.waits.now()
         with self._lock:
             if now - self._pause_logged < PAUSE_LOG_INTERVAL:
                 return
@@ -704,12 +737,21 @@ class TrainingClient:
         self, run: Callable[[Turn, OperationFuture[T]], None], what: str
     ) -> OperationFuture[T]:
         self._check_open(what)
-        return self._worker.put(run, what)
+
+        def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
+            if self._unloaded:  # by a call before this one
+                raise self._is_ended(what)
+            run(turn, future)
+
+        return self._worker.put(run_unless_unloaded, what)
 
     def _check_open(self, what: str) -> None:
         if self._ended:
-            raise errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
+            raise self._is_ended(what)
         self._session.check_usable()
+
+    def _is_ended(self, what: str) -> errors.ClientClosedError:
+        return errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
 
 
 def check_base_model(base_model: object) -> None:
@@ -722,13 +764,63 @@ def check_base_model(base_model: object) -> None:
         raise ValueError("base_model must not be empty.")
 
 
-def _check_poll_timeout(poll_timeout: object) -> None:
-    if poll_timeout is None:
-        return
-    if not isinstance(poll_timeout, (int, float)) or isinstance(poll_timeout, bool):
-        raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
-    if not poll_timeout > 0:
-        raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
+def check_observer(observer: object) -> None:
+    """TypeError unless it can be told of queue states."""
+    if observer is not None and not callable(observer):
+        raise TypeError(
+            f"queue_state_observer must be a function (state, reason), got {observer!r}."
+        )
+
+
+def _check_start(
+    model_id: object, seq_id: object, model_seq_id: object, lora_config: object
+) -> types.LoraConfig:
+    """The options of `start` that nobody else checks."""
+    if model_id is not None and (not isinstance(model_id, str) or not model_id):
+        raise TypeError(f"model_id must be the id of a model on the server, got {model_id!r}.")
+    for name, value in (("seq_id", seq_id), ("model_seq_id", model_seq_id)):
+        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not is_number and (name == "seq_id" or value is not None):
+            raise ValueError(f"{name} must be an integer >= 0, got {value!r}.")
+    if lora_config is None:
+        return types.LoraConfig()
+    if not isinstance(lora_config, types.LoraConfig):
+        raise TypeError(f"lora_config must be types.LoraConfig(...), got {lora_config!r}.")
+    return lora_config
+
+
+def _check_picklable(name: str, value: object) -> None:
+    try:
+        pickle.dumps(value)
+    except Exception as exc:  # whatever an object's own pickling raises
+        raise ValueError(
+            f"{name}={value!r} cannot be pickled ({exc}), and a spec must be: give a function of a "
+            "module rather than a lambda, or set it where the client is started."
+        ) from exc
+
+
+def _made(
+    session: Session,
+    operation: wire.Operation[T],
+    request: Any,
+    future: OperationFuture[T],
+    number: int,
+    *,
+    is_ours: bool = True,
+) -> T:
+    """The result of an operation that makes a model under *number*.
+
+    A number whose request was refused is given back. One that the server has accepted is not, even
+    if the operation then fails: sent again it would mean the same, failed, operation.
+    """
+    try:
+        lane = f"create-{session.session_id}-{number}"
+        session.start(operation, partial(session.post, operation, request), future, lane=lane)
+    except errors.TinkexError as exc:
+        if is_ours and not getattr(exc, "outcome_unknown", False):
+            session.model_numbers.give_back(number)
+        raise
+    return future.result()
 
 
 def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> TrainingClient:
@@ -766,19 +858,8 @@ def _restore_at_once(
     )
     future: OperationFuture[types.LoadWeightsResponse]
     future = OperationFuture(f"create_training_client_from_state of {path}")
-    try:
-        session.start(
-            wire.LOAD_WEIGHTS,
-            partial(session.post, wire.LOAD_WEIGHTS, request),
-            future,
-            lane=f"create-{session.session_id}-{number}",
-        )
-        session.restores_at_once = True
-        model_id = future.result().model_id
-    except errors.TinkexError as exc:
-        if not getattr(exc, "outcome_unknown", False):
-            session.model_numbers.give_back(number)
-        raise
+    model_id = _made(session, wire.LOAD_WEIGHTS, request, future, number).model_id
+    session.restores_at_once = True
     return TrainingClient(session, model_id or f"{session.session_id}:train:{number}", **options)
 
 

@@ -91,6 +91,12 @@ class Retry:
 ONCE = Retry(budget=0)
 
 
+def check_retry(retry_config: object) -> None:
+    """TypeError unless it is a Retry or None."""
+    if retry_config is not None and not isinstance(retry_config, Retry):
+        raise TypeError(f"retry_config must be a tinkex.Retry or None, got {retry_config!r}.")
+
+
 @attrs.frozen
 class Answer:
     """What came back: a success, or for `accept` statuses an error status."""

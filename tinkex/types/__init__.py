@@ -4,7 +4,7 @@ Frozen attrs classes over numpy arrays, grouped by subject. They hold data and c
 are made; they never send it. Imports nothing of tinkex.
 """
 
-from .checks import check_name, check_ttl
+from .checks import check_metadata, check_name, check_ttl
 from .data import (
     Chunk,
     Datum,
@@ -86,6 +86,7 @@ from .training import (
 
 __all__ = [
     "ABSENT_LOGPROB",
+    "LOSS_FUNCTIONS",
     "AdamParams",
     "AuthTokenRequest",
     "AuthTokenResponse",
@@ -119,7 +120,6 @@ __all__ = [
     "ImageChunk",
     "JoinSamplingSessionRequest",
     "JoinSamplingSessionResponse",
-    "LOSS_FUNCTIONS",
     "ListSessionsResponse",
     "LoadWeightsRequest",
     "LoadWeightsResponse",
@@ -156,6 +156,7 @@ __all__ = [
     "WeightsInfoResponse",
     "check_config",
     "check_data",
+    "check_metadata",
     "check_name",
     "check_ttl",
 ]

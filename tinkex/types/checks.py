@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -88,6 +89,26 @@ def check_name(name: object) -> str:
             "digits, '.', '_' or '-', beginning with a letter, a digit or '_'; a name, not a path."
         )
     return name
+
+
+def check_metadata(user_metadata: object) -> dict[str, Any] | None:
+    """What a user keeps with a session, a model or a checkpoint: a dict that JSON can say.
+
+    Raises:
+        TypeError, ValueError: If it is not.
+    """
+    if user_metadata is None:
+        return None
+    if not isinstance(user_metadata, dict) or not all(isinstance(k, str) for k in user_metadata):
+        raise TypeError(f"user_metadata must be a dict with str keys, got {user_metadata!r}.")
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(user_metadata, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError(
+            f"user_metadata cannot be sent as JSON ({exc}); keep to text, finite numbers, "
+            "booleans, lists and dicts."
+        ) from exc
+    return copy
 
 
 def check_ttl(ttl_seconds: object) -> int | None:

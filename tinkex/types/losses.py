@@ -79,7 +79,7 @@ def check_config(
     """The settings as they travel: numbers, and numbers written as text, become floats.
 
     Raises:
-        ValueError: For an unknown loss function or setting, or a value that is not a number.
+        ValueError: For an unknown loss function, or a value that is not a number.
         TypeError: If it is not a mapping with text keys.
     """
     if not isinstance(loss_fn, str) or loss_fn not in LOSS_FUNCTIONS:
@@ -114,8 +114,11 @@ def _as_number(key: str, value: object) -> float:
     return number
 
 
-def check_data(data: Sequence[Datum], loss_fn: str) -> None:
+def check_data(data: Sequence[Datum], loss_fn: str, only: Sequence[str] | None = None) -> None:
     """Check that every datum has what *loss_fn* needs, in the right lengths, without NaN.
+
+    Args:
+        only: names of the loss inputs to look at; None is all.
 
     Raises:
         ValueError: Naming the datum, the input, the value and the mend.
@@ -131,11 +134,15 @@ def check_data(data: Sequence[Datum], loss_fn: str) -> None:
     for i, datum in enumerate(data):
         if not isinstance(datum, Datum):
             raise TypeError(f"data[{i}] is a {type(datum).__name__}, not a Datum.")
-        _check_datum(datum, i, needed, loss_fn)
+        _check_datum(datum, i, needed, loss_fn, only)
 
 
-def _check_datum(datum: Datum, i: int, needed: tuple[str, ...], loss_fn: str) -> None:
+def _check_datum(
+    datum: Datum, i: int, needed: tuple[str, ...], loss_fn: str, only: Sequence[str] | None
+) -> None:
     inputs = datum.loss_fn_inputs
+    if only is not None:
+        inputs = {name: tensor for name, tensor in inputs.items() if name in only}
     for name in needed:
         if name not in inputs:
             raise ValueError(
@@ -151,6 +158,11 @@ def _check_datum(datum: Datum, i: int, needed: tuple[str, ...], loss_fn: str) ->
                 f"data[{i}].loss_fn_inputs[{name!r}] has shape {list(shape)}, but the model input "
                 f"has {length} tokens; give one value per input token (the target of position t is "
                 "the token that follows it)."
+            )
+        if len(shape) == 2 and name in needed and loss_fn != "cross_entropy":
+            raise ValueError(
+                f"data[{i}].loss_fn_inputs[{name!r}] has shape {list(shape)}, but {loss_fn} takes "
+                f"one value per token: shape [{length}]."
             )
         values = tensor.data
         # A finite sum proves that all are; only otherwise it pays to look at each.
