@@ -164,6 +164,22 @@ def test_the_last_job_waits_for_what_can_run_and_fails_the_rest(scheduler, story
     assert scheduler.next_seq("m") is None
 
 
+def test_a_line_can_be_opened_anew_while_the_old_ones_job_is_ending(scheduler, story):
+    """Whoever hears of a failed creation may be quicker than the thread that told of it."""
+    scheduler.open_line("m")
+
+    def begin_anew(outcome):
+        scheduler.drop_line("m")
+        scheduler.open_line("m")
+        scheduler.put("m", 0, story.job("second"))
+
+    scheduler.put("m", 0, Job(story.job("first").steps, begin_anew))
+    scheduler.start()
+    story.wait("second")
+
+    assert ["first", "second"] == story.log
+
+
 def test_samples_end_as_they_are_done_and_are_cleaned_up_after(scheduler, story):
     scheduler.start()
     for i in range(3):

@@ -208,7 +208,8 @@ class Scheduler:
 
     def _wake(self, line_id: str, line: _Line) -> None:
         """Called with the lock held."""
-        if line.ready and line_id not in self._active:
+        # The line of that name which is active may be one that was dropped and has not ended yet.
+        if line.ready and self._active.get(line_id) is not line:
             if self._active:
                 line.used = max(line.used, min(other.used for other in self._active.values()))
             self._active[line_id] = line
@@ -294,10 +295,11 @@ class Scheduler:
         with self._changed:
             line.running = None
             if job is line.last:
-                del self._lines[line_id]
+                if self._lines.get(line_id) is line:
+                    del self._lines[line_id]
                 line.last, stranded, line.waiting = None, line.waiting.items(), {}
-            if not line.ready:
-                self._active.pop(line_id, None)
+            if not line.ready and self._active.get(line_id) is line:
+                del self._active[line_id]
         for seq, left in stranded:
             left.finish(LineClosed(f"model {line_id} was unloaded before operation {seq} ran."))
 

@@ -101,7 +101,7 @@ class Models:
         known, place = self._records.get(record.request_id), self.get(record.target)
         if known is None or place is None or known.fingerprint == record.fingerprint:
             return
-        if known.answer is None or not known.answer.failed or 1 in place.used:
+        if known.answer is None or not known.answer.failed or place.waiting or 1 in place.used:
             return
         self._records.forget([known])
         self.remove(place.live)
