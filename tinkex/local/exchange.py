@@ -135,8 +135,11 @@ def unpack(encoding: str, packed: bytes, limit: int) -> bytes:
     try:
         if encoding == "zstd":
             reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(packed)
-            body = b"".join(iter(lambda: reader.read(min(limit + 1, 1 << 20)), b""))
-            too_large = len(body) > limit
+            parts, size = [], 0
+            while size <= limit and (part := reader.read(min(limit + 1, 1 << 20))):
+                parts.append(part)
+                size += len(part)
+            body, too_large = b"".join(parts), size > limit
         elif encoding in ("gzip", "deflate"):
             inflater = zlib.decompressobj(wbits=47 if encoding == "gzip" else 15)
             body = inflater.decompress(packed, limit + 1)
