@@ -35,7 +35,7 @@ TRAIN_OPTIONS = {
     "--learning-rate": "2e-3",
     "--schedule": "linear",
     "--batch-size": "8",
-    "--epochs": "2",
+    "--epochs": "1",
     "--max-length": "256",
     "--eval-fraction": "0.02",
 }
