@@ -5,6 +5,8 @@ from __future__ import annotations
 import email.utils
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -107,6 +109,19 @@ def test_two_requests_have_different_idempotency_keys(established, server):
         established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
 
     assert 2 == len({seen.headers["X-Idempotency-Key"] for seen in server.requests})
+
+
+def test_a_forked_child_s_idempotency_keys_are_not_its_parent_s():
+    """A server would take its first request for a resend of the parent's."""
+    code = (
+        "import os; from tinkex.transport import _own_headers\n"
+        "pid = os.fork()\n"
+        "print(_own_headers('POST', b'', None)['X-Idempotency-Key'], flush=True)\n"
+        "pid and os.waitpid(pid, 0)"
+    )
+    keys = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+
+    assert 2 == len(set(keys))
 
 
 def test_a_get_needs_no_idempotency_key(established, server):

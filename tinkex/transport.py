@@ -12,6 +12,7 @@ import email.utils
 import hashlib
 import itertools
 import math
+import os
 import platform
 import random
 import sys
@@ -412,6 +413,16 @@ class Transport:
 #: Names each request: a random part for the process and a count, which costs less than a uuid each.
 _PROCESS = uuid.uuid4().hex
 _REQUESTS = itertools.count()
+
+
+def _another_process() -> None:
+    """A forked child counts on from the same number: its keys must not be its parent's."""
+    global _PROCESS
+    _PROCESS = uuid.uuid4().hex
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_another_process)
 
 
 def _own_headers(method: str, body: bytes, given: Mapping[str, str] | None) -> dict[str, str]:
