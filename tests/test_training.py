@@ -461,7 +461,7 @@ def test_there_is_no_telemetry_unless_it_was_asked_for(client):
 
 def test_statement_9_a_step_never_overtakes_the_custom_loss_called_before_it():
     """A thousand times, against a server that answers late and in any order."""
-    server = FakeServer(not_yet=2, seed=1)
+    server = FakeServer(not_yet=1, seed=1)
     with training(server) as client:
         futures = []
         for _ in range(1000):
@@ -1388,7 +1388,7 @@ def run(program, *, seconds=15):
 
 
 def test_the_interpreter_exits_within_two_seconds_with_work_in_flight():
-    """A script that closes nothing: neither a long poll of 40 s nor a queue of a hundred holds it."""
+    """A script that closes nothing: no long poll, and no queue of a hundred, holds up its end."""
     done = run(
         """
         import time

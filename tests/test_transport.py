@@ -116,8 +116,8 @@ def test_a_forked_child_s_idempotency_keys_are_not_its_parent_s():
     code = (
         "import os; from tinkex.transport import _own_headers\n"
         "pid = os.fork()\n"
-        "print(_own_headers('POST', b'', None)['X-Idempotency-Key'], flush=True)\n"
-        "pid and os.waitpid(pid, 0)"
+        "pid and os.waitpid(pid, 0)\n"
+        "print(_own_headers('POST', b'', None)['X-Idempotency-Key'], flush=True)"
     )
     keys = subprocess.check_output([sys.executable, "-c", code], text=True).split()
 
