@@ -35,15 +35,15 @@ feeling; they mean nothing on another machine. The command is `make bench`.
 
 
 def client_part(rounds: int) -> str:
-    """The client against the official SDK, and what an operation costs against how many there are."""
+    """The client against the official SDK, and an operation's cost against their number."""
     rows = client.rows(rounds)
     with client.null_server() as url:
         curves = client.growth(url)
     plot(curves, "number of operations", "client processor time per operation (ms)", "growth.svg")
     lines = [
         "## The client, against the official SDK",
-        f"`tinker` {client.OFFICIAL} and tinkex on the same server that computes nothing; floor: bare "
-        "`http.client`. Ratio: tinkex / official.",
+        f"`tinker` {client.OFFICIAL} and tinkex on the same server that computes nothing; floor: "
+        "bare `http.client`. Ratio: tinkex / official.",
         "",
         HEAD,
         *(row.markdown() for row in rows),

@@ -289,7 +289,7 @@ class TensorData:
                 f"{name}: {crow.size} row indices and {col.size} column indices do not describe "
                 f"{self.data.size} values of shape {list(self.shape)}."
             )
-        if col.size and not (0 <= int(col.min()) and int(col.max()) < self.shape[1]):
+        if col.size and (int(col.min()) < 0 or int(col.max()) >= self.shape[1]):
             raise ValueError(f"{name}: a column index is outside 0..{self.shape[1] - 1}.")
         self.sparse_crow_indices, self.sparse_col_indices = crow, col
 
