@@ -57,6 +57,8 @@ class Call:
     site: Site
     request: Request
     owner: str
+    #: The body, as soon as it has been read.
+    unpacked: bytes | None = None
 
     @property
     def content_type(self) -> str:
@@ -89,6 +91,10 @@ class Call:
             Refusal: 413 if it is too large before or after, 415 for an unknown encoding, 400 if
                 it cannot be unpacked.
         """
+        self.unpacked = await self._unpacked_body()
+        return self.unpacked
+
+    async def _unpacked_body(self) -> bytes:
         packed = await self._packed_body()
         encoding = self.request.headers.get("content-encoding", "identity").strip().lower()
         if encoding in ("", "identity"):

@@ -123,6 +123,15 @@ class Work:
         return f"{self.model.model_id}:{self.seq}"
 
 
+@attrs.frozen
+class Refused:
+    """In the place of a request that was refused: it fails in its turn, with the same sentence."""
+
+    model_id: str
+    seq_id: int
+    sentence: str
+
+
 #: Operations that must run again after a restart to make a model what it was.
 CHANGES_MODEL = frozenset({"CreateModel", "ForwardBackward", "OptimStep", "LoadWeights"})
 
@@ -168,6 +177,9 @@ class Workshop:
                 return None
             if model.broken is not None:
                 raise ValueError(f"there is no model {model.model_id} ({model.broken})")
+            if isinstance(work.request, Refused):
+                self._fail_again(work, f"{work.title}: {work.request.sentence}", engine)
+                raise ValueError(work.request.sentence)
             steps = self._operation(work, engine)
             while True:
                 try:

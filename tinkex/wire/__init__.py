@@ -114,6 +114,7 @@ __all__ = [
     "encode_result",
     "from_json",
     "loads",
+    "place_of",
     "resembles",
     "to_json",
 ]
@@ -160,6 +161,27 @@ def decode_request(content_type: str, body: bytes) -> ForwardBackwardRequest:
     raise DecodeError(
         f"a body of content type {content_type!r} cannot be read; send {JSON} or {PROTOBUF}."
     )
+
+
+def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
+    """
+    The model, the number and whether it is a forward pass alone, of a numbered request that may be
+    wrong in all else; None if it does not say so much.
+    """
+    try:
+        if content_type == PROTOBUF:
+            from . import proto
+
+            return proto.place_of(body)
+        payload = loads(body)
+    except DecodeError:
+        return None
+    if not isinstance(payload, dict):
+        return None
+    model_id, seq_id = payload.get("model_id"), payload.get("seq_id")
+    if not isinstance(model_id, str) or not isinstance(seq_id, int) or isinstance(seq_id, bool):
+        return None
+    return model_id, seq_id, "forward_input" in payload
 
 
 def encode_result(result: ForwardBackwardOutput | SampleResponse) -> bytes:

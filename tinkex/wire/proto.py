@@ -311,6 +311,12 @@ def decode_request(body: bytes) -> types.ForwardBackwardRequest:
         raise wrong.about("ForwardBackwardRequest") from wrong.__cause__
 
 
+def place_of(body: bytes) -> tuple[str, int, bool]:
+    """(model_id, seq_id, forward_only) of a request whose data may be wrong. Raises DecodeError."""
+    message = _parse("ForwardBackwardRequest", body)
+    return message.model_id, message.seq_id, message.forward_only
+
+
 def _read_config(message: Any) -> dict[str, float | str] | None:
     newer = {
         name: value.text if value.WhichOneof("value") == "text" else value.number

@@ -11,13 +11,17 @@ import attrs
 
 from ... import types, wire
 from ..answers import Answer, answer
-from ..operations import LiveModel, Work, Workshop
+from ..operations import LiveModel, Refused, Work, Workshop
 from ..refusals import Refusal, shown
 from ..scheduler import Job
 from .ranges import Numbers
 from .records import Record, Records
 from .sessions import Session, Sessions, Shared, check_number
 
+#: The content type, in the journal, of what fills the place of a refused request.
+REFUSED = "application/x-tinkex-refused"
+#: Refused numbers that are remembered for one model.
+MAX_REFUSED = 1000
 #: A refused request may come again after so many seconds.
 RETRY_LATER = {"Retry-After": "1"}
 
@@ -30,6 +34,7 @@ class ModelPlace:
         used: the numbers that were accepted.
         waiting, waiting_bytes: operations that have not ended, and their bodies.
         closing: it is being unloaded and takes nothing more.
+        refused: numbers whose requests were refused, with what they were and why.
     """
 
     live: LiveModel
@@ -37,6 +42,7 @@ class ModelPlace:
     waiting: int = 0
     waiting_bytes: int = 0
     closing: bool = False
+    refused: dict[int, tuple[str, str]] = attrs.field(factory=dict)
 
 
 class Models:
@@ -144,7 +150,36 @@ class Models:
             self._release_sampler(work)
             raise
         self.put(place, record, work)
+        place.refused.pop(seq, None)
+        await self._fail_refused(place)
         return record
+
+    async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
+        """
+        Note that the request with this number was refused. Its client may send a good one under the
+        same number. Or it goes on with the next number, as the official SDK does, which would wait
+        for this one for ever: then this one fails in its place.
+        """
+        place = self._by_id.get(model_id)
+        if place is None or place.live.owner != owner or not 1 <= seq < 2**31:
+            return
+        if seq not in place.used and len(place.refused) < MAX_REFUSED:
+            place.refused[seq] = name, sentence
+            await self._fail_refused(place)
+
+    async def _fail_refused(self, place: ModelPlace) -> None:
+        """Fill the places of refused requests that later ones wait for."""
+        for seq in sorted(place.refused):
+            if seq > place.used.highest:
+                return
+            name, sentence = place.refused.pop(seq)
+            request = Refused(place.live.model_id, seq, sentence)
+            body = wire.dumps(wire.to_json(request))
+            try:
+                await self.submit(place.live.owner, name, request, body, REFUSED)
+            except Refusal:  # no room at the moment: the next operation tries again
+                place.refused[seq] = name, sentence
+                return
 
     def _check_room(self, place: ModelPlace, record: Record) -> None:
         limits = self._shared.limits

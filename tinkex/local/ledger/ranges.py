@@ -29,6 +29,11 @@ class Numbers:
             self._starts.insert(i + 1, number)
             self._ends.insert(i + 1, number)
 
+    @property
+    def highest(self) -> int:
+        """-1 if there is none."""
+        return self._ends[-1] if self._ends else -1
+
     def __contains__(self, number: int) -> bool:
         i = bisect_right(self._starts, number) - 1
         return i >= 0 and number <= self._ends[i]

@@ -11,8 +11,8 @@ from typing import Any
 from ... import types, wire
 from ..answers import answer
 from ..journal import Journal, ModelRow, OperationRow
-from ..operations import LiveModel, LiveSampler, Work, Workshop
-from .models import Models
+from ..operations import LiveModel, LiveSampler, Refused, Work, Workshop
+from .models import REFUSED, Models
 from .records import Record, Records
 from .samplers import Samplers, name_sequences
 from .sessions import Sessions, Shared
@@ -150,6 +150,8 @@ _REQUESTS: dict[str, type[Any]] = {
 
 def decode(name: str, content_type: str, body: bytes) -> Any:
     """The request of an operation. Raises DecodeError."""
+    if content_type == REFUSED:
+        return wire.from_json(Refused, wire.loads(body))
     if name in ("Forward", "ForwardBackward"):
         return wire.decode_request(content_type, body)
     return wire.from_json(_REQUESTS[name], wire.loads(body))

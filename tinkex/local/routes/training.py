@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from ... import types, wire
 from .. import tiny
-from ..exchange import Call, reply
+from ..exchange import Call, Handler, reply
 from ..ledger import Record
 from ..operations import LiveModel
 from ..refusals import Refusal, shown
@@ -255,14 +255,43 @@ def promise(record: Record) -> Response:
     return reply(record.promise)
 
 
+def _numbered(name: str, handler: Handler) -> Handler:
+    """*handler*, whose refusals are noted under the number of what was refused."""
+
+    async def endpoint(call: Call) -> Response:
+        try:
+            return await handler(call)
+        except (Refusal, wire.DecodeError) as exc:
+            if not isinstance(exc, Refusal) or exc.status == 400:
+                await _note_refusal(call, name, str(exc))
+            raise
+
+    return endpoint
+
+
+async def _note_refusal(call: Call, name: str, sentence: str) -> None:
+    body = call.unpacked
+    if body is None:
+        return
+    place = await call.decoded(lambda: wire.place_of(call.content_type, body), body)
+    if place is not None:
+        model_id, seq_id, forward_only = place
+        name = "Forward" if forward_only else name
+        await call.site.ledger.models.refuse(call.owner, name, model_id, seq_id, sentence)
+
+
 ENDPOINTS: list[tuple[str, str, Any]] = [
-    ("POST", "forward_backward", forward_backward),
-    ("POST", "optim_step", optim_step),
-    ("POST", "forward", forward),
+    ("POST", "forward_backward", _numbered("ForwardBackward", forward_backward)),
+    ("POST", "optim_step", _numbered("OptimStep", optim_step)),
+    ("POST", "forward", _numbered("Forward", forward)),
     ("POST", "create_model", create_model),
     ("POST", "get_info", get_info),
-    ("POST", "save_weights", save_weights),
-    ("POST", "save_weights_for_sampler", save_weights_for_sampler),
-    ("POST", "load_weights", load_weights),
+    ("POST", "save_weights", _numbered("SaveWeights", save_weights)),
+    (
+        "POST",
+        "save_weights_for_sampler",
+        _numbered("SaveWeightsForSampler", save_weights_for_sampler),
+    ),
+    ("POST", "load_weights", _numbered("LoadWeights", load_weights)),
     ("POST", "unload_model", unload_model),
 ]
