@@ -20,7 +20,7 @@ FLOORS = [
     "polling auth telemetry embedded worker",
     "session",
     "completions download",
-    "sampling rest",
+    "sampling rest conformance",
     "training",
     "service",
     "__init__ finetune",
