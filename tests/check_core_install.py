@@ -53,6 +53,7 @@ def find_python(version: str) -> str | None:
 def try_install(python: str, venv: Path) -> str | None:
     """None if all went well, or the output of what failed."""
     shutil.rmtree(venv, ignore_errors=True)
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules that are gone by now
     program, inside = str(venv / "bin" / "tinkex"), str(venv / "bin" / "python")
     pip = [inside, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # From the venv's own folder, so that it is the installed package that is imported.

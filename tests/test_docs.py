@@ -100,6 +100,12 @@ def test_links_lead_somewhere(page):
     assert [] == missing
 
 
+def test_the_index_names_every_page():
+    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+
+    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"index.md"} == listed
+
+
 def write_help_texts():
     for page in PAGES:
         text = page.read_text()
