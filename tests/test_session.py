@@ -563,7 +563,7 @@ def test_after_closing_nothing_is_sent(server):
 def test_the_workers_of_its_clients_end_with_it(server):
     with session(server) as s:
         worker = OrderedWorker("tinkex-its-worker")
-        s.workers.add(worker)
+        s.dependents.add(worker)
         worker.put(lambda turn, future: future.set_result(1), "x").result(10)
         thread = next(t for t in threading.enumerate() if t.name == "tinkex-its-worker")
     thread.join(10)

@@ -1365,7 +1365,7 @@ def test_a_client_that_nobody_holds_any_more_is_not_kept_alive_by_the_session(se
         TrainingClient(s, MODEL)
         gc.collect()
 
-        assert 0 == len(s.workers)
+        assert 0 == len(s.dependents)
 
 
 # Processes.

@@ -7,19 +7,20 @@ nothing of sampling but the session's id.
 from __future__ import annotations
 
 import logging
+import random
 import threading
-import time
 from typing import Any
 
 from . import errors, types, wire
 from .futures import fail
-from .polling import Promise
+from .polling import LONG_POLL, Promise
 from .session import Session
 from .transport import ONCE
 
 logger = logging.getLogger("tinkex")
 
 PAUSE = 0.5  # seconds after a poll that failed
+SHORTEST, LONGEST = 0.02, 2.0  # seconds after one that was no long poll, and found nothing
 LINGER = 5.0  # seconds that the thread stays when nothing is waited for
 
 
@@ -40,11 +41,14 @@ class CompletionWatch:
         }
         self._changed = threading.Condition()  # guards all below
         self._waiting: dict[str, Promise[Any]] = {}
+        self._open: set[str] = set()  # not resolved: waited for, or being fetched
         self._early: set[str] = set()
         self._fetched: list[str] = []
         self._thread: threading.Thread | None = None
         self._offered = True
         self._closed = False
+        self._in_vain = 0  # the thread's own
+        session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
         """Resolve the promise's future when the server says that it is done."""
@@ -52,6 +56,7 @@ class CompletionWatch:
         promise.future.add_done_callback(lambda _: self._done(promise))
         with self._changed:
             closed = self._closed
+            self._open.add(promise.request_id)
             ready = promise.request_id in self._early or not self._offered
             self._early.discard(promise.request_id)
             if not ready and not closed:
@@ -67,8 +72,8 @@ class CompletionWatch:
         elif ready:
             self._session.poller.watch(promise, ordered=False)
 
-    def close(self) -> None:
-        """Fail what is waited for."""
+    def end(self) -> None:
+        """Fail what is waited for, and take nothing more. Safe to call twice."""
         with self._changed:
             self._closed = True
             waiting = list(self._waiting.values())
@@ -83,11 +88,13 @@ class CompletionWatch:
             promise.wait.end()
         with self._changed:
             self._waiting.pop(promise.request_id, None)
+            self._open.discard(promise.request_id)
             self._fetched.append(promise.request_id)
 
     def _run(self) -> None:
         """Runs on the watch's thread."""
-        cursor = 0
+        cursor, failing_since = 0, None
+        now, pause = self._session.poller.now, self._session.transport.sleep
         while True:
             with self._changed:
                 if not self._waiting and not self._closed:
@@ -99,12 +106,18 @@ class CompletionWatch:
                 timeout = self._expire()
             try:
                 cursor = self._ask(cursor, timeout)
-            except errors.NotFoundError:
-                self._poll_each_instead()
-            except errors.TinkexError as exc:
-                logger.debug("waiting for samples: %s", exc)
-                cursor = 0
-                time.sleep(PAUSE)
+                failing_since = None
+            except errors.ClientClosedError as exc:
+                self._fail_all(exc)
+            except errors.APIError as exc:
+                cursor, failing_since = 0, now() if failing_since is None else failing_since
+                self._note(exc)
+                if not exc.retryable:
+                    self._poll_each_instead()
+                elif now() - failing_since >= self._session.config.patience.no_answer:
+                    self._fail_all(exc)
+                else:
+                    pause(PAUSE)
             except BaseException as exc:  # whatever it is, nobody may wait for ever
                 logger.exception("waiting for samples failed")
                 self._fail_all(exc)
@@ -113,7 +126,7 @@ class CompletionWatch:
 
     def _expire(self) -> float:
         """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
-        now = time.monotonic()
+        now = self._session.poller.now()
         limits = [p.deadline for p in self._waiting.values() if p.deadline is not None]
         for promise in [p for p in self._waiting.values() if (p.deadline or now) < now]:
             del self._waiting[promise.request_id]
@@ -124,6 +137,7 @@ class CompletionWatch:
     def _ask(self, cursor: int, timeout: float) -> int:
         with self._changed:
             fetched, self._fetched = self._fetched, []
+        began = self._session.poller.now()
         request = types.RetrieveFuturesRequest(
             self._target, cursor, retrieved_request_ids=sorted(fetched)
         )
@@ -133,20 +147,35 @@ class CompletionWatch:
             with self._changed:
                 self._fetched += fetched
             raise
-        self._take([completion.request_id for completion in answer.completions])
+        if self._take([completion.request_id for completion in answer.completions]):
+            self._in_vain = 0
+        elif self._session.poller.now() - began < LONG_POLL:
+            step = min(SHORTEST * 2 ** min(self._in_vain, 20), LONGEST)
+            self._in_vain += 1
+            self._session.transport.sleep(step * random.uniform(0.75, 1.0))
         return answer.cursor
 
-    def _take(self, request_ids: list[str]) -> None:
-        ready = []
+    def _note(self, exc: errors.APIError) -> None:
+        logger.debug("waiting for samples: %s", exc)
+        with self._changed:
+            waiting = list(self._waiting.values())
+        for promise in waiting:
+            if promise.wait is not None:
+                promise.wait.failed_once(exc)
+
+    def _take(self, request_ids: list[str]) -> bool:
+        """Hand what is finished to the poller. Whether there was anything new."""
+        ready, known = [], len(self._early)
         with self._changed:
             for request_id in request_ids:
                 promise = self._waiting.pop(request_id, None)
                 if promise is not None:
                     ready.append(promise)
-                else:  # it was done before its promise was read, or is a repetition
-                    self._early.add(request_id)
+                elif request_id not in self._open and request_id not in self._fetched:
+                    self._early.add(request_id)  # it was done before its promise was read
         for promise in ready:
             self._session.poller.watch(promise, ordered=False)
+        return bool(ready) or len(self._early) > known
 
     def _poll_each_instead(self) -> None:
         with self._changed:

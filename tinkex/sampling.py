@@ -72,7 +72,7 @@ class SamplingClient:
         self._lock = threading.Lock()  # guards _next, _tokenizer and _pause_logged
         self._next = clone * CLONE_BLOCK
         self._tokenizer: Any = None
-        self._pause_logged = -60.0
+        self._pause_logged = -math.inf
         limits = session.config.sampling
         self._pace = pacing.pace_of(session.config.base_url, session.config.api_key, limits)
         self._completions: CompletionWatch | None = None
@@ -253,10 +253,9 @@ class SamplingClient:
             sampling_params=_as_params(sampling_params),
             num_samples=num_samples,
             sampling_session_id=self.sampling_session_id,
-            seq_id=self._take_number(),
         )
         self._check_open()
-        return self._stream(request)
+        return self._stream(attrs.evolve(request, seq_id=self._take_number()))
 
     def _stream(self, request: types.SampleRequest) -> Iterator[types.SampleStreamChunk]:
         transport = self._session.transport
@@ -339,7 +338,7 @@ class SamplingClient:
         self._closed.set()
         self._pace.wake()  # those of ours that wait for room find that they need none
         if self._completions is not None:
-            self._completions.close()
+            self._completions.end()
         closed = errors.ClientClosedError("The sampling client was closed.")
         self._session.poller.abandon(self.sampling_session_id, closed)
         if self._owns_session:

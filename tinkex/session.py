@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from . import auth, config, embedded, errors, telemetry, types, wire
 from .futures import OperationFuture, fail, succeed
@@ -21,7 +21,6 @@ from .polling import Poller, Promise, queue_state, tell
 from .threads import DaemonExecutor
 from .transport import ONCE, Answer, Retry, Transport
 from .waiting import Wait
-from .worker import OrderedWorker
 
 T = TypeVar("T")
 
@@ -29,6 +28,13 @@ logger = logging.getLogger("tinkex")
 
 #: Seconds that the end of a session takes at most.
 CLOSE_TIMEOUT = 4.0
+
+
+class Dependent(Protocol):
+    """Something with threads of its own that are of no use without the session."""
+
+    def end(self) -> None:
+        """Take nothing more and end soon; returns at once."""
 
 
 class Numbers:
@@ -202,8 +208,8 @@ class Session(Connection):
         self._background = DaemonExecutor(16, "tinkex-background")
         #: Submits samples.
         self.sample_pool = DaemonExecutor(settings.sampling.connections, "tinkex-sample")
-        #: The workers of training clients: they end with the session.
-        self.workers: weakref.WeakSet[OrderedWorker] = weakref.WeakSet()
+        #: What the clients of the session have started: it ends with the session.
+        self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
         self._owns_session = session_id is None
         try:
             self.session_id = session_id or self._create(user_metadata)
@@ -424,8 +430,8 @@ class Session(Connection):
         if not self._begin_closing():
             return
         if os.getpid() == self._pid:
-            for worker in list(self.workers):
-                worker.end()
+            for dependent in list(self.dependents):
+                dependent.end()
             self.poller.close()
             self._background.shutdown()
             self.sample_pool.shutdown()

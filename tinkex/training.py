@@ -99,7 +99,7 @@ class TrainingClient:
         self._observer = queue_state_observer or self.on_queue_state_change
         self._owns_session = owns_session
         self._worker = OrderedWorker(f"tinkex-{name or model_id}", first_seq_id=first_seq_id)
-        session.workers.add(self._worker)
+        session.dependents.add(self._worker)
         self._lock = threading.Lock()  # guards all below
         self._info: types.GetInfoResponse | None = None
         self._ended = ""

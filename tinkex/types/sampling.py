@@ -82,6 +82,21 @@ class SamplingParams:
     )
 
 
+def _check_targets(instance: object, attribute: Any, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, TensorData):
+        raise TypeError(
+            f"{attribute.name} must be a TensorData of shape (N - 1, K), got "
+            f"{type(value).__name__}; make one: TensorData(array)."
+        )
+    if value.dtype != "int64" or len(value.shape) != 2:
+        raise ValueError(
+            f"{attribute.name} must hold token ids (int64), -1 to skip, of shape (N - 1, K); got "
+            f"{value.dtype} of shape {list(value.shape)}."
+        )
+
+
 @attrs.frozen
 class SampleRequest:
     """One prompt, sampled `num_samples` times.
@@ -108,7 +123,7 @@ class SampleRequest:
     topk_sample_logprobs: int = attrs.field(
         default=0, validator=checks.integer("an integer >= 0", lambda n: n >= 0)
     )
-    target_prompt_logprobs: TensorData | None = None
+    target_prompt_logprobs: TensorData | None = attrs.field(default=None, validator=_check_targets)
     prompt_alt_tokens_k: int = attrs.field(
         default=0, validator=checks.integer("an integer >= 0", lambda n: n >= 0)
     )
