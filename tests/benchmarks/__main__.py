@@ -1,6 +1,6 @@
 """`make bench`: every figure side by side in one run, and the page that shows them.
 
-Usage: python -m tests.benchmarks [client] [engine] [profile] [--rounds N]; without names, all. Writes
+Usage: python -m tests.benchmarks [client] [engine] [--rounds N]; without names, all. Writes
 docs/benchmarks.md and the pictures beside it; parts that were not run keep what they had.
 """
 
@@ -19,18 +19,18 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-from tests.benchmarks import client  # noqa: E402
-from tests.benchmarks.rows import HEAD  # noqa: E402
+from tests.benchmarks import client
+from tests.benchmarks.rows import HEAD
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Ratios of two things that ran one after the other in the same run, medians over rounds. Absolute times are shown to give a
-feeling; they mean nothing on another machine. The command is `make bench`.
+Ratios of two things that ran one after the other in the same run, medians over rounds. Absolute
+times are shown to give a feeling; they mean nothing on another machine. Command: `make bench`.
 """
 
 
