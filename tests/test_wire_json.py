@@ -10,6 +10,8 @@ import time
 import attrs
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinkex import types, wire
 
@@ -370,7 +372,16 @@ def test_metrics_that_are_no_numbers_do_not_cost_the_result():
     """The batch is in the gradients already; losing its result for a label would be absurd."""
     output = wire.from_json(
         types.ForwardBackwardOutput,
-        {"metrics": {"loss:sum": 2, "host": "a", "ok": True, "odd name": 0.5, "diverged": None}},
+        {
+            "metrics": {
+                "loss:sum": 2,
+                "host": "a",
+                "ok": True,
+                "odd name": 0.5,
+                "diverged": None,
+                "count": 10**400,
+            }
+        },
     )
 
     assert {"loss:sum": 2.0, "ok": 1.0, "odd name": 0.5} == {
@@ -455,6 +466,9 @@ IN_CHUNK = r"forward_backward_input.data\[0\].model_input.chunks\[0\]"
         (tokens([-1]), r"holds token id -1, which is outside 0\.\.2147483647"),
         (tokens([2**31]), "holds token id 2147483648"),
         (tokens([10**30]), "holds a number beyond int64"),
+        (tokens([1e308]), "holds a number beyond int64"),
+        (tokens([math.inf]), "holds a number beyond int64"),
+        (chunk({"type": "image", "data": "\x80", "format": "png"}), "data is not base64"),
         (tokens("12"), "is '12', but must be a list of token ids"),
         (chunk({"type": "dmel", "dmel": ""}),
          rf"{IN_CHUNK}.type is 'dmel', but must be one of encoded_text, image, image_asset_poin"),
@@ -471,10 +485,13 @@ IN_CHUNK = r"forward_backward_input.data\[0\].model_input.chunks\[0\]"
         (weights(shape=[3]), "2 values do not fill shape"),
         (weights(shape=[-2]), "do not fill shape"),
         (weights(shape=[2.5]), "shape holds numbers with a fraction"),
+        (weights(shape=[2] + [1] * 100), "has 101 dimensions, but at most 8"),
         (weights(shape=[2**40, 2**40]), "more than 268435456 numbers"),
         (weights(sparse_crow_indices=[0, 2]), "a sparse tensor needs"),
         (weights(shape=[1, 2**40], sparse_crow_indices=[0, 2], sparse_col_indices=[0, 1]),
          "more than 268435456 numbers"),
+        (weights(shape=[3, 2], sparse_crow_indices=[0, 2**62 + 1, -(2**62), 2],
+                 sparse_col_indices=[0, 1]), "4 row indices and 2 column indices do not describe"),
         (weights(shape=[1, 2], sparse_crow_indices=[0, 2], sparse_col_indices=[0, 2]),
          r"a column index is outside 0\.\.1"),
     ],
@@ -507,6 +524,8 @@ def test_a_bad_batch_is_refused_with_its_place(payload, message):
         (types.SampleResponse, {"sequences": [], "topk_prompt_logprobs": [[["5", -1.0]]]},
          r"topk_prompt_logprobs\[0\] is \[\['5', -1.0\]\], but must be a row of pairs"),
         (types.SampleResponse, {"sequences": [], "topk_prompt_logprobs": [3]}, "a row of pairs"),
+        (types.SampleResponse, {"sequences": [], "topk_prompt_logprobs": [[[5, 3.5e38]]]},
+         "a row of pairs"),
         (types.Cursor, {"offset": "x"}, "offset is 'x'"),
     ],
 )  # fmt: skip
@@ -547,6 +566,83 @@ def test_what_is_not_json_is_refused(body):
     """Of whatever kind, and never with anything but a DecodeError."""
     with pytest.raises(wire.DecodeError, match="the body is not"):
         wire.loads(body)
+
+
+ODDITIES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, 1e-320, "1", "\ud800"])
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+WHOLE = {
+    types.ForwardBackwardRequest: weights(sparse_crow_indices=[0, 2], sparse_col_indices=[0, 1]),
+    types.SampleRequest: {
+        "prompt": {"chunks": [{"tokens": [1, 2]}, {"type": "image", "data": "", "format": "png"}]},
+        "sampling_params": {"stop": ["a"], "max_tokens": 3, "top_k": 5, "temperature": 0.5},
+        "target_prompt_logprobs": {"data": [1, 2], "dtype": "int64", "shape": [1, 2]},
+        "num_samples": 1,
+    },
+    types.SampleResponse: {
+        "sequences": [{"tokens": [1], "logprobs": [-1.0], "stop_reason": "stop"}],
+        "prompt_logprobs": [None, -1.0],
+        "topk_prompt_logprobs": [None, [[5, -1.0], {"token_id": 6, "logprob": -2.0}]],
+    },
+    types.CreateModelRequest: {
+        "session_id": "s",
+        "model_seq_id": 0,
+        "base_model": "tiny",
+        "lora_config": {"rank": 8, "seed": 1, "train_mlp": True},
+        "user_metadata": {"a": [1, {"b": 2.5}]},
+    },
+    types.ForwardBackwardOutput: {
+        "loss_fn_outputs": [{"logprobs": {"data": [-1.0], "dtype": "float32", "shape": [1]}}],
+        "metrics": {"loss:sum": 1.0},
+    },
+    types.TrainingRunsResponse: {
+        "training_runs": [{"id": "m", "is_lora": "true", "last_checkpoint": {"time": "now"}}],
+        "cursor": {"offset": "3", "limit": 10},
+    },
+    types.GetServerCapabilitiesResponse: {"supported_models": ["a", {"model_name": "b"}]},
+}
+
+
+def places(value, path=()):
+    """Every place in a payload, as the keys that lead there."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def replaced(value, path, odd):
+    if not path:
+        return odd
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], odd)
+    return copy
+
+
+@settings(max_examples=500)
+@given(st.data())
+def test_no_payload_whatever_brings_down_the_reader(data):
+    """One odd value anywhere in a good payload: an object or a DecodeError, nothing else; and what
+    was taken can be sent on."""
+    cls = data.draw(st.sampled_from(list(WHOLE)))
+    payload = WHOLE[cls]
+    path = data.draw(st.sampled_from(list(places(payload))))
+
+    try:
+        obj = wire.from_json(cls, replaced(payload, path, data.draw(ODDITIES)))
+    except wire.DecodeError as exc:
+        assert str(exc).startswith(cls.__name__)
+    else:
+        wire.dumps(wire.to_json(obj))
 
 
 # --- speed --------------------------------------------------------------------------------------

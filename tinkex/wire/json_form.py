@@ -10,7 +10,7 @@ from its fields once. Knows nothing of paths, headers or protobuf.
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import json
 import math
 import types as builtin_types
@@ -34,6 +34,7 @@ Writer = Callable[[Any], Any]
 
 #: Deepest nesting of data whose inside we do not know (user_metadata and the like).
 MAX_DEPTH = 50
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -440,7 +441,8 @@ def _metrics(value: Any) -> dict[str, float]:
         if number is None:
             metrics[name] = math.nan
         elif isinstance(number, (int, float)):
-            metrics[name] = float(number)
+            with contextlib.suppress(OverflowError):  # an int of hundreds of digits
+                metrics[name] = float(number)
     return metrics
 
 
@@ -458,10 +460,12 @@ def numbers(values: Any, dtype: type[np.generic], what: str) -> np.ndarray:
         bad = next(v for v in values if type(v) not in (int, float))
         raise Wrong(f"holds {short(bad)}, but must be a flat list of {what}.")
     try:
-        with np.errstate(over="raise"):
+        with np.errstate(over="raise", invalid="raise"):
             array = np.array(values, np.float64 if float in kinds else dtype)
             if not floating and float in kinds and not (array == np.rint(array)).all():
                 raise Wrong(f"holds numbers with a fraction, but must be {what}.")
+            if np.isinf(array).any():  # 1e999 is JSON
+                raise OverflowError
             return array.astype(dtype, copy=False)
     except (OverflowError, FloatingPointError) as exc:
         raise Wrong(f"holds a number beyond {np.dtype(dtype)}.") from exc
@@ -526,7 +530,10 @@ def _read_pair(cell: Any) -> tuple[int, float]:
     token = _integer(cell[0])
     if not 0 <= token <= MAX_TOKEN_ID:
         refuse(token, "a token id")
-    return token, _number(cell[1])
+    logprob = _number(cell[1])
+    if abs(logprob) > _LARGEST_FLOAT32:
+        refuse(logprob, "a float32 number")
+    return token, logprob
 
 
 def _read_text_chunk(value: dict[str, Any]) -> Chunk:
@@ -564,7 +571,7 @@ def _at(key: str, value: dict[str, Any], reader: Reader) -> Any:
 def _base64(value: Any) -> bytes:
     try:
         return base64.b64decode(_text(value), validate=True)
-    except binascii.Error as exc:
+    except ValueError as exc:
         raise Wrong(f"is not base64: {exc}.") from exc
 
 

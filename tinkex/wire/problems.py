@@ -15,6 +15,8 @@ from ..types import TensorData
 
 #: Most cells of a tensor's dense form; a few bytes of a sparse one could stand for terabytes.
 MAX_DENSE_CELLS = 2**28
+#: numpy has room for 64; losses take one or two.
+MAX_DIMENSIONS = 8
 
 
 class DecodeError(ValueError):
@@ -65,6 +67,8 @@ def make_tensor(
     sparse_col_indices: np.ndarray | None = None,
 ) -> TensorData:
     """A tensor of parts that came from afar, of a size within reason."""
+    if shape is not None and len(shape) > MAX_DIMENSIONS:
+        raise Wrong(f"has {len(shape)} dimensions, but at most {MAX_DIMENSIONS} are possible.")
     if shape is not None and math.prod(shape) > MAX_DENSE_CELLS:
         raise Wrong(f"has shape {short(list(shape))}, more than {MAX_DENSE_CELLS} numbers.")
     values = {

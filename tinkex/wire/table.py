@@ -68,12 +68,8 @@ FINISH_SESSION = Endpoint(
 )
 TELEMETRY = Endpoint("POST", "telemetry", Nothing)
 
-GET_INFO = Endpoint(
-    "POST", "get_info", types.GetInfoResponse, types.GetInfoRequest, "get_info"
-)
-WEIGHTS_INFO = Endpoint(
-    "POST", "weights_info", types.WeightsInfoResponse, types.WeightsInfoRequest
-)
+GET_INFO = Endpoint("POST", "get_info", types.GetInfoResponse, types.GetInfoRequest, "get_info")
+WEIGHTS_INFO = Endpoint("POST", "weights_info", types.WeightsInfoResponse, types.WeightsInfoRequest)
 CREATE_SAMPLING_SESSION = Endpoint(
     "POST",
     "create_sampling_session",
@@ -171,9 +167,7 @@ DELETE_CHECKPOINT = Endpoint("DELETE", _CHECKPOINT, Nothing)
 PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
 UNPUBLISH_CHECKPOINT = Endpoint("DELETE", f"{_CHECKPOINT}/publish", Nothing)
 SET_CHECKPOINT_TTL = Endpoint("PUT", f"{_CHECKPOINT}/ttl", Nothing, types.SetTtlRequest)
-CHECKPOINT_ARCHIVE = Endpoint(
-    "GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse
-)
+CHECKPOINT_ARCHIVE = Endpoint("GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse)
 LIST_SESSIONS = Endpoint("GET", "sessions", types.ListSessionsResponse)
 GET_SESSION = Endpoint("GET", "sessions/{session_id}", types.GetSessionResponse)
 
