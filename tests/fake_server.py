@@ -292,6 +292,7 @@ class FakeServer(requests.adapters.BaseAdapter):
             [try_again(), not_yet_408(), pending(), not_yet_408("active"), try_again("active")]
         )
         self._sessions = itertools.count()
+        self._numbers = itertools.count()
         self._next = defaultdict(lambda: 1)
         self._held = defaultdict(dict)
 
@@ -517,7 +518,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         if stored is None:
             result = self.results.get(seen.path, result)
             result = result(seen) if callable(result) and seen.path in self.results else result
-            request_id = f"{seen.path}-{len(self._operations)}"
+            request_id = f"{seen.path}-{next(self._numbers)}"
             stored = _Stored(
                 request_id,
                 seen.path,

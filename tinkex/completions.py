@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from collections import Counter
 from typing import Any
 
 from . import errors, types, wire
 from .futures import fail
 from .polling import LONG_POLL, Promise
 from .session import Session
-from .transport import ONCE
+from .transport import FEW_TRIES, ONCE
 
 logger = logging.getLogger("tinkex")
 
 PAUSE = 0.5  # seconds after a poll that failed
 SHORTEST, LONGEST = 0.02, 2.0  # seconds after one that was no long poll, and found nothing
 LINGER = 5.0  # seconds that the thread stays when nothing is waited for
+DOUBT = 60.0  # seconds without news after which each sample is asked for by itself
 
 
 class CompletionWatch:
@@ -29,7 +31,8 @@ class CompletionWatch:
 
     Its thread lives while something is waited for. After a failure the server is asked from the
     start (cursor 0), so that nothing it said meanwhile is missed. A server that turns out not to
-    offer the endpoint is polled for each promise instead.
+    offer the endpoint is polled for each promise instead; and so is, for what waits then, one that
+    has had no news for long: it may know nothing of these any more, which only a poll brings out.
     """
 
     def __init__(self, session: Session, sampling_session_id: str, clone: int) -> None:
@@ -41,13 +44,15 @@ class CompletionWatch:
         }
         self._changed = threading.Condition()  # guards all below
         self._waiting: dict[str, Promise[Any]] = {}
-        self._open: set[str] = set()  # not resolved: waited for, or being fetched
-        self._early: set[str] = set()
-        self._fetched: list[str] = []
+        self._told: set[str] = set()  # done, says the server, and says it once
+        self._fetched: list[str] = []  # resolved, which it is to be told
         self._thread: threading.Thread | None = None
         self._offered = True
         self._closed = False
-        self._in_vain = 0  # the thread's own
+        # The thread's own:
+        self._in_vain = 0
+        self._news_at = 0.0
+        self._strays: Counter[int] = Counter()
         session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
@@ -56,9 +61,7 @@ class CompletionWatch:
         promise.future.add_done_callback(lambda _: self._done(promise))
         with self._changed:
             closed = self._closed
-            self._open.add(promise.request_id)
-            ready = promise.request_id in self._early or not self._offered
-            self._early.discard(promise.request_id)
+            ready = promise.request_id in self._told or not self._offered
             if not ready and not closed:
                 self._waiting[promise.request_id] = promise
                 self._changed.notify()
@@ -83,18 +86,24 @@ class CompletionWatch:
             fail(promise.future, errors.ClientClosedError("The sampling client was closed."))
 
     def _done(self, promise: Promise[Any]) -> None:
-        """Its future is resolved: the server may forget it."""
+        """Its future is resolved. Unless it is called lost, the server may forget it."""
         if promise.wait is not None:
             promise.wait.end()
+        lost = not promise.future.cancelled() and isinstance(
+            promise.future.exception(), errors.PromiseExpiredError
+        )
         with self._changed:
-            self._waiting.pop(promise.request_id, None)
-            self._open.discard(promise.request_id)
-            self._fetched.append(promise.request_id)
+            # By now a resend may wait under the same id.
+            if self._waiting.get(promise.request_id) is promise:
+                del self._waiting[promise.request_id]
+            if not lost:
+                self._fetched.append(promise.request_id)
 
     def _run(self) -> None:
         """Runs on the watch's thread."""
         cursor, failing_since = 0, None
         now, pause = self._session.poller.now, self._session.transport.sleep
+        self._news_at = now()
         while True:
             with self._changed:
                 if not self._waiting and not self._closed:
@@ -107,13 +116,15 @@ class CompletionWatch:
             try:
                 cursor = self._ask(cursor, timeout)
                 failing_since = None
+                self._strays.clear()
             except errors.ClientClosedError as exc:
                 self._fail_all(exc)
             except errors.APIError as exc:
                 cursor, failing_since = 0, now() if failing_since is None else failing_since
                 self._note(exc)
-                if not exc.retryable:
-                    self._poll_each_instead()
+                if not (exc.retryable or self._may_be_stray(exc)):
+                    self._offered = False
+                    self._poll_each()
                 elif now() - failing_since >= self._session.config.patience.no_answer:
                     self._fail_all(exc)
                 else:
@@ -147,9 +158,13 @@ class CompletionWatch:
             with self._changed:
                 self._fetched += fetched
             raise
-        if self._take([completion.request_id for completion in answer.completions]):
-            self._in_vain = 0
-        elif self._session.poller.now() - began < LONG_POLL:
+        now = self._session.poller.now()
+        if self._take([completion.request_id for completion in answer.completions], fetched):
+            self._in_vain, self._news_at = 0, now
+        elif now - self._news_at > DOUBT:
+            self._news_at = now
+            self._poll_each()
+        elif now - began < LONG_POLL:
             step = min(SHORTEST * 2 ** min(self._in_vain, 20), LONGEST)
             self._in_vain += 1
             self._session.transport.sleep(step * random.uniform(0.75, 1.0))
@@ -163,23 +178,26 @@ class CompletionWatch:
             if promise.wait is not None:
                 promise.wait.failed_once(exc)
 
-    def _take(self, request_ids: list[str]) -> bool:
-        """Hand what is finished to the poller. Whether there was anything new."""
-        ready, known = [], len(self._early)
+    def _may_be_stray(self, exc: errors.APIError) -> bool:
+        status = getattr(exc, "status", 0)
+        self._strays[status] += 1
+        return self._strays[status] <= FEW_TRIES.get(status, 0)
+
+    def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
+        """Hand what is finished to the poller. Whether there was anything new.
+
+        *forgotten*: what the server will tell of no more.
+        """
         with self._changed:
-            for request_id in request_ids:
-                promise = self._waiting.pop(request_id, None)
-                if promise is not None:
-                    ready.append(promise)
-                elif request_id not in self._open and request_id not in self._fetched:
-                    self._early.add(request_id)  # it was done before its promise was read
+            new = set(request_ids) - self._told
+            self._told = (self._told | new) - set(forgotten)
+            ready = [self._waiting.pop(id) for id in request_ids if id in self._waiting]
         for promise in ready:
             self._session.poller.watch(promise, ordered=False)
-        return bool(ready) or len(self._early) > known
+        return bool(new)
 
-    def _poll_each_instead(self) -> None:
+    def _poll_each(self) -> None:
         with self._changed:
-            self._offered = False
             waiting = list(self._waiting.values())
             self._waiting.clear()
         for promise in waiting:

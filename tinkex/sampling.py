@@ -35,7 +35,7 @@ Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
 #: A clone of a client (unpickled) numbers its samples from a block of its own.
 CLONE_BLOCK = 1_000_000_000
 #: How often a sample whose promise the server has lost is sent again, each second time anew.
-MAX_LOST = 6
+MAX_LOST = 5
 
 PAUSE_REASONS = {
     "paused_rate_limit": "concurrent sampler weights limit hit",
