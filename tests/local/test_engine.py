@@ -258,7 +258,7 @@ def test_several_targets_are_for_cross_entropy_only():
     given = {"target_tokens": np.ones((3, 2), np.int64), "logprobs": ones, "advantages": ones}
     data = [types.Datum(types.ModelInput.from_ints([1, 2, 3]), given)]
 
-    with pytest.raises(ValueError, match="ppo takes one target per token"):
+    with pytest.raises(ValueError, match="ppo takes one value per token"):
         hf.drive(_engine("m").forward_backward("m", data, "ppo", None))
 
 

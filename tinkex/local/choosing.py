@@ -79,6 +79,7 @@ class Settings:
 def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.float32]]:
     """A token for each row of float32 logits (n, V), and its log-probability at temperature 1."""
     tokens = np.empty(len(logits), np.int64)
+    log_totals = torch.empty(len(logits), 1, device=logits.device)
     is_greedy = settings.temperature == 0
     is_filtered = ~is_greedy & ((settings.top_k > 0) | (settings.top_p < 1))
     for how, mask in (
@@ -87,18 +88,18 @@ def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.flo
         (_free, ~is_greedy & ~is_filtered),
     ):
         if mask.all():
-            tokens[:] = how(logits, settings)
+            tokens[:], log_totals = how(logits, settings)
         elif mask.any():
             rows = np.flatnonzero(mask)
-            some = logits.index_select(0, torch.from_numpy(rows).to(logits.device))
-            tokens[rows] = how(some, settings.rows(rows))
+            where = torch.from_numpy(rows).to(logits.device)
+            tokens[rows], log_totals[where] = how(logits[where], settings.rows(rows))
     wanted = torch.from_numpy(tokens).to(logits.device).unsqueeze(1)
-    logprobs = logits.gather(1, wanted).squeeze(1) - logits.logsumexp(dim=1)
+    logprobs = logits.gather(1, wanted).sub_(log_totals).squeeze(1)
     return tokens, logprobs.cpu().numpy()
 
 
-def _greedy(logits: Tensor, settings: Settings) -> Ints:
-    return logits.argmax(dim=1).cpu().numpy()
+def _greedy(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
+    return logits.argmax(dim=1).cpu().numpy(), logits.logsumexp(dim=1, keepdim=True)
 
 
 def _scaled(logits: Tensor, settings: Settings) -> Tensor:
@@ -108,12 +109,17 @@ def _scaled(logits: Tensor, settings: Settings) -> Tensor:
     return logits / torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
 
 
-def _free(logits: Tensor, settings: Settings) -> Ints:
+def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     """A choice among all tokens: first among blocks of the vocabulary, then within the block.
 
     Noise is then needed for about 2 sqrt(V) numbers a row, not for V.
     """
-    probs = torch.softmax(_scaled(logits, settings), dim=1)
+    scaled = _scaled(logits, settings)
+    probs = torch.softmax(scaled, dim=1)
+    if scaled is logits:  # log total = largest logit - log of its probability
+        log_totals = logits.amax(dim=1, keepdim=True) - probs.amax(dim=1, keepdim=True).log_()
+    else:
+        log_totals = logits.logsumexp(dim=1, keepdim=True)
     vocab = probs.shape[1]
     block = 1 << ((vocab - 1).bit_length() + 1) // 2
     blocks = -(-vocab // block)
@@ -125,7 +131,8 @@ def _free(logits: Tensor, settings: Settings) -> Ints:
     rows = torch.arange(len(probs), device=probs.device)
     within = probs[rows, torch.from_numpy(picked).to(probs.device)].cpu().numpy()
     lanes = np.arange(blocks, blocks + block)
-    return picked * block + _loudest(within, gumbel(settings.keys, settings.positions, lanes))
+    picked = picked * block + _loudest(within, gumbel(settings.keys, settings.positions, lanes))
+    return picked, log_totals
 
 
 def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:
@@ -134,7 +141,7 @@ def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:
     return chosen
 
 
-def _filtered(logits: Tensor, settings: Settings) -> Ints:
+def _filtered(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     """A choice among the top_k likeliest, and of these among the top_p (Holtzman et al. 2020)."""
     scaled = _scaled(logits, settings)
     vocab = scaled.shape[1]
@@ -158,4 +165,4 @@ def _filtered(logits: Tensor, settings: Settings) -> Ints:
     noise = gumbel(settings.keys, settings.positions, lanes)
     picked = _loudest(np.where(kept, probs, 0.0), noise)
     chosen: Ints = lanes[np.arange(len(lanes)), picked]
-    return chosen
+    return chosen, logits.logsumexp(dim=1, keepdim=True)

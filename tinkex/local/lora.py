@@ -8,15 +8,16 @@ nothing of layers, losses or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tinkex.local import products
 
 #: alpha of every adapter, whatever its rank.
 ALPHA = 32
@@ -135,13 +136,12 @@ def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
     return flat.to(device)
 
 
-def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> Tensor:
+def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
     """Write W + scale B A into *out* (out, in)."""
     for i, part in enumerate(linear.parts):
         rank = pair.b[i].shape[1]
         a, rows = pair.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
         torch.addmm(linear.weight[rows], pair.b[i], a, alpha=scale, out=out[rows])
-    return out
 
 
 class Workspace:
@@ -152,17 +152,26 @@ class Workspace:
         self._owner: object = None
         self._merged: set[str] = set()
 
+    def belongs_to(self, owner: object) -> bool:
+        """Whether what is merged here is *owner*'s."""
+        return bool(owner == self._owner)
+
     def merged(
-        self, owner: object, key: str, linear: FusedLinear, pair: Pair, scale: float
+        self, owner: object, key: str, weight: Tensor, merge_into: Callable[[Tensor], object]
     ) -> Tensor:
-        """W + scale B A; computed only if *owner* (adapter and version) has not just done so."""
+        """*weight* with an adapter folded in.
+
+        Args:
+            owner: names the adapter and its version.
+            merge_into: computes it into a tensor; called only if it was not done just before.
+        """
         if owner != self._owner:
             self._owner = owner
             self._merged.clear()
         if key not in self._merged:
             if key not in self._room:
-                self._room[key] = torch.empty_like(linear.weight)
-            merge_into(self._room[key], linear, pair, scale)
+                self._room[key] = torch.empty_like(weight)
+            merge_into(self._room[key])
             self._merged.add(key)
         return self._room[key]
 
@@ -207,12 +216,14 @@ class TrainedLinears:
         """The matrix, merged if there is room to."""
         if self._workspace is None or key not in self._pairs:
             return self._linears[key].weight
-        linear, pair = self._linears[key], self._pairs[key]
-        return self._workspace.merged(self._owner, key, linear, pair, self._scale)
+        linear, pair, scale = self._linears[key], self._pairs[key], self._scale
+        return self._workspace.merged(
+            self._owner, key, linear.weight, lambda out: merge_into(out, linear, pair, scale)
+        )
 
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self._linears[key]
-        y = F.linear(x, self._weight(key), linear.bias)
+        y = products.linear(x, self._weight(key), linear.bias)
         if key in self._pairs and self._workspace is None:
             add_low_rank(y, x, linear, self._pairs[key], self._scale)
         return y
@@ -305,12 +316,18 @@ class MixedLinears:
 
     Args:
         rows: (N,) which of the stack's adapters each row belongs to.
+        workspace: where to merge an adapter that all rows belong to; None if not to.
     """
 
     def __init__(
-        self, linears: Mapping[str, FusedLinear], stack: Stack, rows: npt.NDArray[np.int64]
+        self,
+        linears: Mapping[str, FusedLinear],
+        stack: Stack,
+        rows: npt.NDArray[np.int64],
+        workspace: Workspace | None = None,
     ) -> None:
         self._linears = linears
+        self._workspace = workspace
         self._stack = stack
         self._single = stack.adapters[rows[0]]
         self._is_mixed = bool((rows != rows[0]).any())
@@ -331,13 +348,23 @@ class MixedLinears:
 
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self._linears[key]
-        y = F.linear(x, linear.weight, linear.bias)
+        thin = None if self._single is None else self._single.thin.get(key)
+        if thin is not None and not self._is_mixed and self._workspace is not None:
+            return products.linear(x, self._merged(key, *thin), linear.bias)
+        y = products.linear(x, linear.weight, linear.bias)
         if self._is_mixed:
             self._add_mixed(key, x, y)
-        elif self._single is not None and key in self._single.thin:
-            a, b = self._single.thin[key]
-            y.addmm_(x @ a, b)
+        elif thin is not None:
+            y.addmm_(x @ thin[0], thin[1])
         return y
+
+    def _merged(self, key: str, a: Tensor, b: Tensor) -> Tensor:
+        weight = self._linears[key].weight
+        if self._workspace is None:
+            raise RuntimeError("there is no room to merge an adapter in.")
+        return self._workspace.merged(
+            self._single, key, weight, lambda out: torch.addmm(weight, b.T, a.T, out=out)
+        )
 
     def _add_mixed(self, key: str, x: Tensor, y: Tensor) -> None:
         stacked = self._stack.get(key)

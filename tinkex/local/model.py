@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkex.local import products
+
 #: Rows of logits held at a time: this many numbers (floats), whatever the vocabulary.
 LOGIT_BUDGET = 8 * 2**20
 
@@ -119,7 +121,7 @@ class FrozenLinears:
 
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self.base.linears[key]
-        return F.linear(x, linear.weight, linear.bias)
+        return products.linear(x, linear.weight, linear.bias)
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         return dy @ self.base.linears[key].weight if wants_dx else None

@@ -51,8 +51,7 @@ def prepare(
     """The inputs that *loss_fn* reads, of data that `types.check_data` has passed.
 
     Raises:
-        ValueError: If an input has another shape than the targets, or several targets per token
-            are given to a loss that takes one.
+        ValueError: If an input has another shape than the targets.
     """
     known = types.LOSS_FUNCTIONS[loss_fn]
     optional = [
@@ -62,19 +61,14 @@ def prepare(
     if loss_fn == "cross_entropy":
         optional = ["weights"]
     names = [name for name in (*known.inputs, *optional) if name != "target_tokens"]
-    return [_prepare_one(datum, i, loss_fn, names, defaults) for i, datum in enumerate(data)]
+    return [_prepare_one(datum, i, names, defaults) for i, datum in enumerate(data)]
 
 
 def _prepare_one(
-    datum: types.Datum, i: int, loss_fn: str, names: Sequence[str], defaults: Mapping[str, float]
+    datum: types.Datum, i: int, names: Sequence[str], defaults: Mapping[str, float]
 ) -> Prepared:
     inputs = datum.loss_fn_inputs
     shape = inputs["target_tokens"].shape
-    if len(shape) == 2 and loss_fn != "cross_entropy":
-        raise ValueError(
-            f"data[{i}].loss_fn_inputs['target_tokens'] has shape {list(shape)}; {loss_fn} takes "
-            "one target per token. Only cross_entropy takes several."
-        )
     rows = (shape[0], shape[1] if len(shape) == 2 else 1)
     arrays: dict[str, npt.NDArray[np.float32]] = {}
     for name in names:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tinkex import types
 from tinkex.local import choosing
 from tinkex.local.kvcache import SharedPool, SinglePool
-from tinkex.local.lora import Finished, MixedLinears, Stack
+from tinkex.local.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.local.model import (
     LEAST_ROWS,
     LOGIT_BUDGET,
@@ -40,6 +40,9 @@ PREFILL_TOKENS = 2048
 
 #: Samples of one prompt that share its keys and values; more form further groups.
 GROUP_WIDTH = 16
+
+#: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
+MERGE_ROWS = 16
 
 #: Longest prompts of the smallest pool; each further pool takes four times as long ones.
 FIRST_POOL = 128
@@ -286,6 +289,7 @@ class Sampler:
         self._home: dict[int, Pool] = {}
         self._reserved: dict[int, int] = {}
         self._stack = Stack([None])
+        self._workspace = Workspace() if can_merge(base.linears) else None
         self._finished: list[Outcome] = []
 
     @property
@@ -421,8 +425,11 @@ class Sampler:
         packing = Packing([len(prompt) for prompt in prompts], base.device)
         attention = PackedAttention(packing, base.spec)
         places = self._places(groups, rows)
-        stack = Stack([groups[0][0].job.adapter])
-        linears = MixedLinears(base.linears, stack, np.zeros(1, np.int64))
+        adapter = groups[0][0].job.adapter
+        worth = packing.rows >= base.spec.width // 2
+        linears = MixedLinears(
+            base.linears, Stack([adapter]), np.zeros(1, np.int64), self._room(adapter, worth)
+        )
         keys = base.spec.heads * base.spec.head_dim
         values = keys + base.spec.kv_heads * base.spec.head_dim
 
@@ -510,7 +517,13 @@ class Sampler:
             self._stack = Stack(distinct)
         number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
         which = np.array([number[adapter] for adapter in adapters], np.int64)
-        return MixedLinears(self._base.linears, self._stack, which)
+        room = self._room(distinct[0], len(rows) >= MERGE_ROWS) if len(distinct) == 1 else None
+        return MixedLinears(self._base.linears, self._stack, which, room)
+
+    def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
+        """Where to merge an adapter, if that is worth it or has been done already."""
+        room = self._workspace
+        return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
 
     def _take_tokens(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
         """Choose a token for each row, record it, and end the sequences that it ends."""

@@ -1,0 +1,506 @@
+"""The engine against what a user would write with transformers and PEFT: speed and memory, as ratios.
+
+Both sides compute the same numbers on the same data in one run, in turns; a figure is the median of
+its rounds. Run `python -m tests.benchmarks.engine [case ...]`; each case is a function here that
+returns rows. Absolute times mean nothing outside the run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+
+from tinkex.local.engine import Engine  # first: it sets how torch's threads wait
+from tinkex import types
+from tinkex.local import tiny
+
+import torch
+import transformers
+
+ROUNDS = 5
+RANK = 32
+FLAGS = {"train_unembed": False}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "num_hidden_layers": 4,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+    },
+    "small": {
+        "num_hidden_layers": 6,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+    },
+}
+
+
+@attrs.frozen
+class Row:
+    """One line of the table: *ratio* is how much better ours is, whichever way better is."""
+
+    case: str
+    model: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    target: str
+
+
+class Bench:
+    """A model of one size, in the engine and in transformers + PEFT, with the same weights."""
+
+    def __init__(self, name: str, folder: Path, *, threads: int | None = None) -> None:
+        self.name = name
+        self.base = folder / name
+        self.vocab = SIZES[name]["vocab_size"]
+        self.engine = Engine(device="cpu", threads=threads)
+        if not self.base.exists():
+            _make_model(name, self.base)
+        self.engine.load_base(str(self.base))
+        self.adapter = folder / f"{name}-adapter"
+        if not self.adapter.exists():
+            self._make_adapter()
+        self.engine.create_model("m", str(self.base), self.lora, seed=0, adapter=self.adapter)
+        self.engine.open_sampler("s", str(self.base), directory=self.adapter)
+
+    @property
+    def lora(self) -> types.LoraConfig:
+        return types.LoraConfig(rank=RANK, **FLAGS)
+
+    def _make_adapter(self, name: str = "first", seed: int = 1) -> None:
+        """B is random too, so that the adapter matters."""
+        self.engine.create_model(name, str(self.base), self.lora, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.engine._models[name].weights.normal_(0, 0.02, generator=generator)
+        self.adapter.mkdir(exist_ok=True)
+        self.engine.save(name, self.adapter, optimizer=False)
+        self.engine.unload(name)
+
+    def peft(self) -> Any:
+        import peft
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_pretrained(self.base)
+            return peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+
+
+def _make_model(name: str, directory: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SIZES[name], max_position_embeddings=4096, bos_token_id=256, eos_token_id=257
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+
+
+def chats(count: int, vocab: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Token ids in lengths like chats': log-normal, median 90, 16 to 512."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.normal(np.log(90), 0.8, count)), 16, 512).astype(int)
+    return [rng.integers(0, vocab, length + 1) for length in lengths]
+
+
+def data_of(texts: Sequence[np.ndarray]) -> list[types.Datum]:
+    return [
+        types.Datum(types.ModelInput.from_ints(text[:-1]), {"target_tokens": text[1:]})
+        for text in texts
+    ]
+
+
+def drive(pass_: Any) -> Any:
+    while True:
+        try:
+            next(pass_)
+        except StopIteration as stop:
+            return stop.value
+
+
+def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int = ROUNDS) -> Any:
+    """Median seconds of both, each run once to warm up, then in turns."""
+    first(), second()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for spent, call in zip(times, (first, second)):
+            start = time.perf_counter()
+            call()
+            spent.append(time.perf_counter() - start)
+    return tuple(float(np.median(spent)) for spent in times)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def padded_step(model: Any, optimizer: Any, texts: Sequence[np.ndarray], size: int) -> float:
+    """A training step as one writes it: padded batches, cross_entropy on all logits, AdamW."""
+    total = 0.0
+    for start in range(0, len(texts), size):
+        batch = texts[start : start + size]
+        longest = max(len(text) for text in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        for i, text in enumerate(batch):
+            ids[i, : len(text)] = torch.from_numpy(text)
+            mask[i, : len(text)] = 1
+        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits
+        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def training(bench: Bench, *, count: int = 64, size: int = 16, rounds: int = ROUNDS) -> list[Row]:
+    """Real tokens a second of a step over chats, and the share of the matmul peak."""
+    texts = chats(count, bench.vocab)
+    tokens = sum(len(text) - 1 for text in texts)
+    data = data_of(texts)
+    model = bench.peft()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        output = drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
+        found.setdefault("ours", output.loss)
+        bench.engine.optim_step("m", types.AdamParams())
+
+    def theirs() -> None:
+        found.setdefault("theirs", padded_step(model, optimizer, texts, size))
+
+    a, b = in_turns(ours, theirs, rounds)
+    if abs(found["ours"] / found["theirs"] - 1) > 1e-4:
+        raise RuntimeError(f"the losses differ: {found}")
+    peak = matmul_peak()
+    used = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if "lora" in n or n.endswith("proj.base_layer.weight")
+    )
+    used += bench.vocab * SIZES[bench.name]["hidden_size"]
+    share = [4 * used * tokens / seconds / peak for seconds in (a, b)]
+    return [
+        Row("training, real tokens/s", bench.name, tokens / a, tokens / b, "tok/s", b / a, ">= 3"),
+        Row("share of matmul peak", bench.name, share[0], share[1], "of peak", share[0] / share[1],
+            ">= 0.4 (small)"),
+    ]  # fmt: skip
+
+
+def matmul_peak() -> float:
+    """Floating-point operations a second of a 1024^3 product."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 1024**3 / float(np.median(times))
+
+
+def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = ROUNDS) -> list[Row]:
+    """Several adapters trained one after the other, against one doing the same work."""
+    for i in range(adapters):
+        if f"t{i}" not in bench.engine._models:
+            bench.engine.create_model(f"t{i}", str(bench.base), bench.lora, seed=i)
+    data = data_of(chats(16, bench.vocab))
+    tokens = adapters * sum(datum.model_input.length for datum in data)
+
+    def train(names: Sequence[str]) -> None:
+        for name in names:
+            drive(bench.engine.forward_backward(name, data, "cross_entropy", None))
+            bench.engine.optim_step(name, types.AdamParams())
+
+    a, b = in_turns(
+        lambda: train([f"t{i}" for i in range(adapters)]),
+        lambda: train(["t0"] * adapters),
+        rounds,
+    )
+    return [
+        Row(f"{adapters} adapters trained in turn, against one", bench.name, tokens / a,
+            tokens / b, "tok/s", b / a, ">= 0.83"),
+    ]  # fmt: skip
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def prompts_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, length) for length in lengths]
+
+
+def ask(
+    bench: Bench,
+    prompts: Sequence[np.ndarray],
+    samples: int,
+    length: int,
+    samplers: Sequence[str] = ("s",),
+    **more: Any,
+) -> int:
+    """All at once; how many tokens came."""
+    params = types.SamplingParams(max_tokens=length, seed=1, stop=[])
+    for i, prompt in enumerate(prompts):
+        request = types.SampleRequest(
+            types.ModelInput.from_ints(prompt), params, num_samples=samples, **more
+        )
+        bench.engine.submit_sample(i, samplers[i % len(samplers)], request)
+    tokens = 0
+    while bench.engine.has_samples:
+        for _, response in bench.engine.sample_step():
+            if isinstance(response, Exception):
+                raise response
+            tokens += sum(len(sequence) for sequence in response.sequences)
+    return tokens
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Sequence[np.ndarray], samples: int, length: int) -> None:
+    """transformers' generate on a left-padded batch."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.from_numpy(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=samples,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+
+
+def sampling(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
+    """8 prompts x 8 samples x 64 tokens, against generate on the batch."""
+    model = bench.peft().eval()
+    prompts = prompts_of([32, 64, 40, 90, 128, 70, 50, 100], bench.vocab)
+    a, b = in_turns(
+        lambda: ask(bench, prompts, 8, 64), lambda: generate(model, prompts, 8, 64), rounds
+    )
+    total = 8 * 8 * 64
+    target = ">= 3" if bench.name == "small" else ">= 2"
+    return [Row("sampling 8 x 8 x 64", bench.name, total / a, total / b, "tok/s", b / a, target)]
+
+
+def shared_prompt(bench: Bench, *, rounds: int = 3) -> list[Row]:
+    """16 samples of one 512-token prompt, against generate prompt by prompt."""
+    model = bench.peft().eval()
+    prompts = prompts_of([512], bench.vocab)
+
+    def one_by_one() -> None:
+        for _ in range(16):
+            generate(model, prompts, 1, 64)
+
+    a, b = in_turns(lambda: ask(bench, prompts, 16, 64), one_by_one, rounds)
+    return [
+        Row("16 samples of a 512-token prompt", bench.name, 1024 / a, 1024 / b, "tok/s", b / a,
+            ">= 4"),
+    ]  # fmt: skip
+
+
+def prompt_logprobs(bench: Bench, *, rounds: int = 3, count: int = 256) -> list[Row]:
+    """Log-probabilities of 256 prompts of 256 tokens, against transformers one by one."""
+    model = bench.peft().eval()
+    prompts = prompts_of([256] * count, bench.vocab)
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for prompt in prompts:
+            ids = torch.from_numpy(prompt)[None]
+            logits = model(input_ids=ids).logits[:, :-1]
+            logits.log_softmax(-1).gather(2, ids[:, 1:, None])
+
+    a, b = in_turns(lambda: ask(bench, prompts, 1, 1, prompt_logprobs=True), one_by_one, rounds)
+    total = 256 * count
+    return [
+        Row(f"prompt logprobs of {count} x 256", bench.name, total / a, total / b, "tok/s", b / a,
+            ">= 3"),
+    ]  # fmt: skip
+
+
+def mixed_adapters(bench: Bench, *, adapters: int = 8, rounds: int = ROUNDS) -> list[Row]:
+    """8 adapters sampled together, against one doing the same work."""
+    folder = Path(tempfile.mkdtemp())
+    names = []
+    for i in range(adapters):
+        directory = folder / str(i)
+        directory.mkdir()
+        bench.engine.create_model("temporary", str(bench.base), bench.lora, seed=i)
+        bench.engine._models["temporary"].weights.normal_(0, 0.02)
+        bench.engine.save("temporary", directory, optimizer=False)
+        bench.engine.unload("temporary")
+        names.append(f"mixed{i}")
+        bench.engine.open_sampler(names[-1], str(bench.base), directory=directory)
+    prompts = prompts_of([64] * 64, bench.vocab)
+    a, b = in_turns(
+        lambda: ask(bench, prompts, 1, 64, names), lambda: ask(bench, prompts, 1, 64), rounds
+    )
+    for name in names:
+        bench.engine.close_sampler(name)
+    shutil.rmtree(folder)
+    total = 64 * 64
+    return [
+        Row(f"{adapters} adapters sampled together, against one", bench.name, total / a,
+            total / b, "tok/s", b / a, ">= 0.83"),
+    ]  # fmt: skip
+
+
+def continuous(bench: Bench, *, count: int = 200, rounds: int = 1) -> list[Row]:
+    """Requests of different lengths, all there at once, against one after another."""
+    rng = np.random.default_rng(0)
+    prompts = prompts_of(rng.integers(8, 200, count).tolist(), bench.vocab)
+    lengths = rng.integers(8, 64, count).tolist()
+
+    def request(i: int) -> types.SampleRequest:
+        params = types.SamplingParams(max_tokens=lengths[i], seed=1, stop=[])
+        return types.SampleRequest(types.ModelInput.from_ints(prompts[i]), params)
+
+    def together() -> None:
+        for i in range(count):
+            bench.engine.submit_sample(i, "s", request(i))
+        while bench.engine.has_samples:
+            bench.engine.sample_step()
+
+    def one_by_one() -> None:
+        for i in range(count):
+            bench.engine.submit_sample(i, "s", request(i))
+            while bench.engine.has_samples:
+                bench.engine.sample_step()
+
+    a, b = in_turns(together, one_by_one, rounds)
+    total = sum(lengths)
+    return [
+        Row(f"{count} requests, against one after another", bench.name, total / a, total / b,
+            "tok/s", b / a, ">= 2"),
+    ]  # fmt: skip
+
+
+def latency(bench: Bench, *, rounds: int = 20) -> list[Row]:
+    """One 8-token sample alone; creating a model."""
+    prompts = prompts_of([32], bench.vocab)
+    names = iter(range(10**6))
+
+    def create() -> None:
+        name = f"l{next(names)}"
+        bench.engine.create_model(name, str(bench.base), bench.lora, seed=0)
+        bench.engine.unload(name)
+
+    a, b = in_turns(lambda: ask(bench, prompts, 1, 8), create, rounds)
+    return [
+        Row("one 8-token sample alone", bench.name, 1e3 * a, 40.0, "ms", 40 / (1e3 * a),
+            "<= 40 ms (tiny)"),
+        Row("create a LoRA model", bench.name, 1e3 * b, 300.0, "ms", 300 / (1e3 * b), "<= 300 ms"),
+    ]  # fmt: skip
+
+
+# -- memory: each side in a process of its own ---------------------------------------------------
+
+
+def peak_memory(bench: Bench) -> list[Row]:
+    """Peak resident memory of one step over 16k tokens, above what the loaded model takes."""
+    sides = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-m", "tests.benchmarks.engine", "--memory", side, bench.name,
+                 str(bench.base.parent)],
+                check=True, capture_output=True, text=True,
+            ).stdout.splitlines()[-1]
+        )
+        for side in ("ours", "theirs")
+    ]  # fmt: skip
+    ours, theirs = (side["peak"] / 2**20 for side in sides)
+    return [
+        Row("peak memory, 16k tokens in a request", bench.name, ours, theirs, "MiB",
+            theirs / ours, ">= 2"),
+    ]  # fmt: skip
+
+
+def _measure_memory(side: str, name: str, folder: Path) -> None:
+    import resource
+
+    bench = Bench(name, folder)
+    texts = chats(133, bench.vocab)
+    if side == "ours":
+        drive(bench.engine.forward_backward("m", data_of(texts), "cross_entropy", None))
+        bench.engine.optim_step("m", types.AdamParams())
+    else:
+        model = bench.peft()
+        bench.engine = None  # type: ignore[assignment]
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        padded_step(model, optimizer, texts, 16)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "tokens": sum(len(t) - 1 for t in texts)}))
+
+
+CASES: dict[str, Callable[[Bench], list[Row]]] = {
+    case.__name__: case
+    for case in (
+        training,
+        in_turn,
+        sampling,
+        shared_prompt,
+        prompt_logprobs,
+        mixed_adapters,
+        continuous,
+        latency,
+        peak_memory,
+    )
+}
+
+
+def run(cases: Sequence[str] = (), models: Sequence[str] = ("tiny", "small")) -> list[Row]:
+    """All rows (of the named cases); printed as they come."""
+    folder = Path(tempfile.mkdtemp(prefix="tinkex-bench-"))
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    try:
+        for name in models:
+            bench = Bench(name, folder)
+            for case in cases or CASES:
+                for row in CASES[case](bench):
+                    rows.append(row)
+                    print(
+                        f"{row.model:6} {row.case:48} {row.ours:12,.4g} {row.theirs:12,.4g} "
+                        f"{row.unit:8} {row.ratio:6.2f}  target {row.target}",
+                        flush=True,
+                    )
+    finally:
+        shutil.rmtree(folder)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        _measure_memory(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    else:
+        named = [word for word in sys.argv[1:] if word in CASES]
+        run(named, [word for word in sys.argv[1:] if word in SIZES] or ("tiny", "small"))
