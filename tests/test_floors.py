@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "tinkex"
 FLOORS = [
     "_version types errors",
     "wire config batching custom_loss tokenizer waiting threads futures dataset console",
-    "pacing transport",
+    "pacing answers retry",
+    "transport",
     "polling auth telemetry embedded worker",
     "session",
     "completions download",

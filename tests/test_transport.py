@@ -31,7 +31,9 @@ from fake_server import (
     unknown_host,
 )
 from tinkex import config, errors, types, wire
-from tinkex.transport import MAX_RETRY_AFTER, ONCE, Answer, Retry, Transport, error_detail
+from tinkex.answers import MAX_RETRY_AFTER, Answer, error_detail
+from tinkex.retry import ONCE, Retry
+from tinkex.transport import Transport
 
 HEALTHZ = f"{URL}/api/v1/healthz"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .sampling import SamplingClient
     from .service import ServiceClient
     from .training import ClientSpec, TrainingClient
-    from .transport import Retry
+    from .retry import Retry
 
 __all__ = [
     "ClientSpec",
@@ -45,7 +45,7 @@ _HOMES = {
     "OperationFuture": "futures",
     "Patience": "config",
     "RestClient": "rest",
-    "Retry": "transport",
+    "Retry": "retry",
     "SamplingClient": "sampling",
     "SamplingLimits": "config",
     "ServiceClient": "service",

@@ -15,8 +15,8 @@ from typing import Any
 from . import errors, types, wire
 from .futures import fail
 from .polling import LONG_POLL, Promise
+from .retry import FEW_TRIES, ONCE
 from .session import Session
-from .transport import FEW_TRIES, ONCE
 
 logger = logging.getLogger("tinkex")
 

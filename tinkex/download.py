@@ -12,15 +12,17 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from . import errors, types, wire
+from .answers import Answer, connection_error
+from .retry import ONCE
 from .session import Connection
-from .transport import ONCE, Answer, connection_error
 
 logger = logging.getLogger("tinkex")
 
@@ -88,21 +90,47 @@ def download(
     progress: Progress | None = None,
 ) -> Path:
     """See `RestClient.download_checkpoint`."""
+    with new_folder(output_dir, force) as scratch:
+        fetch_folder(connection, path, scratch / RESULT, progress)
+    return output_dir
+
+
+#: What becomes the new folder, in the scratch folder of `new_folder`.
+RESULT = "result"
+
+
+@contextmanager
+def new_folder(output_dir: Path, force: bool) -> Iterator[Path]:
+    """Gives a scratch folder. What is its `RESULT` in the end takes the place of *output_dir*.
+
+    Raises:
+        FileExistsError: If *output_dir* is there and not empty, without *force*.
+    """
+    output_dir = output_dir.absolute()  # "." has neither a name nor a place beside it
     if output_dir.exists() and not force and (output_dir.is_file() or any(output_dir.iterdir())):
         raise FileExistsError(
-            f"{output_dir} is there already; give another folder, or force=True to replace it."
+            f"{output_dir} is there already; give another folder, or force (--force) to replace it."
         )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename on one file system.
     with tempfile.TemporaryDirectory(
         prefix=f".{output_dir.name}-", dir=output_dir.parent, ignore_cleanup_errors=True
     ) as scratch:
-        archive = Path(scratch) / "archive.tar"
-        fetch(connection, path, archive, progress)
-        unpacked = Path(scratch) / "unpacked"
-        unpack(archive, unpacked)
-        _move_into_place(unpacked, output_dir, Path(scratch))
-    return output_dir
+        yield Path(scratch)
+        _move_into_place(Path(scratch) / RESULT, output_dir, Path(scratch))
+
+
+def fetch_folder(
+    connection: Connection,
+    path: types.ParsedCheckpointTinkerPath,
+    target: Path,
+    progress: Progress | None,
+) -> None:
+    """Fetch the archive, and unpack it into the new folder *target*."""
+    archive = target.with_name("archive.tar")
+    fetch(connection, path, archive, progress)
+    unpack(archive, target)
+    archive.unlink()
 
 
 def fetch(

@@ -21,9 +21,11 @@ from typing import Any, Generic, TypeVar
 import attrs
 
 from . import errors, wire
+from .answers import Answer, error_detail
 from .futures import fail, succeed
+from .retry import FEW_TRIES, ONCE
 from .threads import ByteBudget, DaemonExecutor
-from .transport import FEW_TRIES, ONCE, Answer, Transport, error_detail
+from .transport import Transport
 from .waiting import Wait
 
 T = TypeVar("T")

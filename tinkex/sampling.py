@@ -21,11 +21,12 @@ import numpy as np
 import requests
 
 from . import batching, config, errors, pacing, tokenizer, types, wire
+from .answers import connection_error, error_detail
 from .completions import CompletionWatch
 from .futures import OperationFuture, fail, gather, succeed
 from .polling import check_timeout
+from .retry import ONCE, Retry, check_retry
 from .session import Session, connect, is_missing_route, not_offered, tell_of_queue
-from .transport import ONCE, Retry, check_retry, connection_error, error_detail
 from .waiting import Wait
 
 logger = logging.getLogger("tinkex")

@@ -12,10 +12,10 @@ from typing import Any
 from . import config, training, types, wire
 from .futures import OperationFuture
 from .rest import RestClient
+from .retry import Retry
 from .sampling import SamplingClient
 from .session import Session, connect
 from .training import TrainingClient
-from .transport import Retry
 
 
 class ServiceClient:

@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from . import auth, config, embedded, errors, telemetry, types, wire
+from .answers import Answer
 from .futures import OperationFuture, fail, succeed
 from .polling import Poller, Promise, queue_state, tell
+from .retry import ONCE, Retry
 from .threads import DaemonExecutor
-from .transport import ONCE, Answer, Retry, Transport
+from .transport import Transport
 from .waiting import Wait
 
 T = TypeVar("T")

@@ -19,7 +19,8 @@ from typing import Any
 
 from . import errors, wire
 from .config import PROTOCOL_VERSION
-from .transport import ONCE, Transport
+from .retry import ONCE
+from .transport import Transport
 
 logger = logging.getLogger("tinkex")
 

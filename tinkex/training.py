@@ -22,9 +22,9 @@ import attrs
 from . import batching, config, custom_loss, errors, tokenizer, types, wire
 from .futures import OperationFuture, fail, gather, succeed
 from .polling import check_timeout as _check_poll_timeout
+from .retry import Retry, check_retry
 from .sampling import SamplingClient
 from .session import Session, connect, is_missing_route, not_offered
-from .transport import Retry, check_retry
 from .waiting import Wait
 from .worker import OrderedWorker, Turn
 

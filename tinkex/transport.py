@@ -1,20 +1,14 @@
-"""One HTTP exchange: authentication, timeout, retry, and errors in our own words.
+"""One HTTP exchange: authentication, connections, time limits.
 
-Retry means: the same request again, because it failed. Asking again because the answer was "not
-yet" is polling, and lives in futures.py. Knows nothing of operations or their order; foreign
-exceptions (requests, urllib3) are translated here and nowhere else.
+When to send again is retry.py's, what an answer means answers.py's. Knows nothing of operations or
+their order.
 """
 
 from __future__ import annotations
 
-import base64
-import email.utils
-import hashlib
 import itertools
-import math
 import os
 import platform
-import random
 import sys
 import threading
 import time
@@ -24,115 +18,19 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
-import attrs
 import requests
 import tenacity
 import urllib3
 
 from . import errors, wire
 from ._version import __version__
+from .answers import Answer, check_whole, connection_error, status_error
 from .config import PROTOCOL_VERSION, Config
+from .retry import Retry, Tries
 from .waiting import Wait, WaitLog, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-#: Longest Retry-After that is believed, in seconds.
-MAX_RETRY_AFTER = 300.0
-
-
-#: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
-#: that means it should be heard soon. By status; 0 is a success that cannot be read.
-FEW_TRIES = {0: 3, 400: 3, 409: 3}
-
-
-def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None and attribute.name == "budget":
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"Retry: {attribute.name} must be seconds, got {value!r}.")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"Retry: {attribute.name} must be seconds of at least 0, got {value!r}.")
-
-
-def _statuses(value: object) -> frozenset[int]:
-    if isinstance(value, (set, frozenset, list, tuple, range)) and all(
-        isinstance(status, int) and 400 <= status <= 599 for status in value
-    ):
-        return frozenset(value)
-    raise TypeError(f"Retry: pass_on must be a set of error statuses (400 to 599), got {value!r}.")
-
-
-@attrs.frozen
-class Retry:
-    """When a failed request is sent again.
-
-    Args:
-        budget: seconds after which no new try begins; 0 is a single try; None is patient with a
-            server that was heard of before, and brief with one that never was.
-        pass_on: error statuses that are raised at once, for the caller to deal with.
-        first, longest: seconds of the first and of the longest pause. A pause is drawn between half
-            of and the whole exponential step, unless the server names one (Retry-After).
-    """
-
-    budget: float | None = attrs.field(default=None, validator=_seconds)
-    pass_on: frozenset[int] = attrs.field(default=frozenset(), converter=_statuses)
-    first: float = attrs.field(default=0.25, validator=_seconds)
-    longest: float = attrs.field(default=10.0, validator=_seconds)
-
-    def pause(self, attempt: int, exc: BaseException | None = None) -> float:
-        """Seconds to wait after try number *attempt* (from 1) failed with *exc*."""
-        asked = getattr(exc, "retry_after", None)
-        if asked:  # "at once" is not believed: it would be a hot loop
-            return float(asked)
-        step = min(self.first * 2 ** min(attempt - 1, 20), self.longest)
-        return step * random.uniform(0.5, 1.0)
-
-
-ONCE = Retry(budget=0)
-
-
-def check_retry(retry_config: object) -> None:
-    """TypeError unless it is a Retry or None."""
-    if retry_config is not None and not isinstance(retry_config, Retry):
-        raise TypeError(f"retry_config must be a tinkex.Retry or None, got {retry_config!r}.")
-
-
-@attrs.frozen
-class Answer:
-    """What came back: a success, or for `accept` statuses an error status."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-    url: str
-
-    @property
-    def place(self) -> str:
-        """The URL as it is shown in messages: without its query."""
-        return self.url.split("?")[0]
-
-    @property
-    def is_protobuf(self) -> bool:
-        return wire.PROTOBUF in self.headers.get("Content-Type", "")
-
-    def json(self) -> Any:
-        """The decoded body; {} where it is empty.
-
-        Raises:
-            APIResponseValidationError: If it is not JSON.
-        """
-        if not self.content.strip():
-            return {}
-        try:
-            return wire.loads(self.content)
-        except ValueError as exc:
-            start = self.content[:80].decode("utf-8", "replace")
-            raise errors.APIResponseValidationError(
-                f"{self.place} answered with something that is not JSON ({start!r}). Is base_url "
-                "the URL of a training server, without a proxy's login page before it?",
-                url=self.url,
-            ) from exc
 
 
 class Transport:
@@ -163,7 +61,7 @@ class Transport:
         )
         #: Waits for so many seconds, or until this transport is closed.
         self.sleep = sleep or self._closed.wait
-        self._clock = clock
+        self.clock = clock
         self._headers = {
             "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
             "Accept-Encoding": "gzip, deflate",
@@ -283,7 +181,7 @@ class Transport:
     def _with_retries(
         self, once: Callable[[int, float | None], R], retry: Retry | None, wait: Wait
     ) -> R:
-        tries = _Tries(self, retry or Retry(), wait)
+        tries = Tries(self, retry or Retry(), wait)
         try:
             return tries.run(once)  # nearly always the only one, and cheaper without the machinery
         except errors.APIError as exc:
@@ -319,7 +217,7 @@ class Transport:
             answer = self._exchange(method, url, body, headers, timeout, number)
         self.waits.heard()
         if answer.status < 300 or answer.status in accept:
-            _check_whole(answer)
+            check_whole(answer)
             parsed = parse(answer)
             self.established = True
             return parsed
@@ -474,247 +372,3 @@ class OneWriteAdapter(requests.adapters.HTTPAdapter):
                 "TLSPool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": _OneWriteTLS}
             ),
         }
-
-
-class _Tries:
-    """One request's tries, one after another; the methods are tenacity's strategies.
-
-    *seen* is whether an earlier try may have reached the server: then a failure for good leaves it
-    unknown whether the request was carried out.
-    """
-
-    def __init__(self, transport: Transport, policy: Retry, wait: Wait) -> None:
-        self._transport = transport
-        self._policy = policy
-        self._wait = wait
-        self._clock = transport._clock
-        self._started = self._clock()
-        self._pause = 0.0
-        self._number = 0
-        self._seen = False
-        self._few: dict[int, int] = {}
-        #: A failure that has happened already, for the strategies to judge.
-        self.replay: errors.APIError | None = None
-
-    def run(self, once: Callable[[int, float | None], R]) -> R:
-        if self.replay is not None:
-            failure, self.replay = self.replay, None
-            raise failure
-        if self._transport.is_closed:
-            last = self._wait.last_error
-            raise errors.ClientClosedError(
-                f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
-            )
-        left = None
-        if not self._transport.established:
-            left = max(1.0, self._budget() - self._elapsed())
-        self._number += 1
-        try:
-            return once(self._number - 1, left)
-        except errors.APIError as exc:
-            exc.attempts = self._number
-            if getattr(exc, "status", None) == 409 and self._seen:
-                raise _outcome_unknown(exc) from exc
-            self._seen = self._seen or _may_have_been_seen(exc)
-            exc.outcome_unknown = self._seen
-            raise
-
-    def may_help(self, state: tenacity.RetryCallState) -> bool:
-        exc = state.outcome.exception() if state.outcome else None
-        if not isinstance(exc, errors.APIError):
-            return False
-        self._pause = self._policy.pause(self._number, exc)
-        status = getattr(exc, "status", 0)
-        if status in self._policy.pass_on:
-            return False
-        if status in FEW_TRIES and _may_be_stray(exc):
-            self._few[status] = self._few.get(status, 0) + 1
-            return self._few[status] <= FEW_TRIES[status]
-        if not self._transport.established and _is_hopeless(exc, self._elapsed()):
-            return False
-        return exc.retryable
-
-    def are_over(self, state: tenacity.RetryCallState) -> bool:
-        return self._elapsed() + self._pause >= self._budget()
-
-    def pause(self, state: tenacity.RetryCallState) -> float:
-        return self._pause
-
-    def note(self, state: tenacity.RetryCallState) -> None:
-        if state.outcome is not None:
-            self._wait.failed_once(state.outcome.exception())
-
-    def _elapsed(self) -> float:
-        return self._clock() - self._started
-
-    def _budget(self) -> float:
-        if self._policy.budget is not None:
-            return self._policy.budget
-        patience = self._transport.config.patience
-        return patience.no_answer if self._transport.established else patience.first_contact
-
-
-def _may_be_stray(exc: errors.APIError) -> bool:
-    """An unreadable success, a 409, or a 400 without the server's own sentence: a proxy between may
-    have made it."""
-    if not isinstance(exc, errors.APIStatusError):
-        return isinstance(exc, errors.APIResponseValidationError)
-    if exc.should_retry is False:
-        return False
-    return exc.status == 409 or not (isinstance(exc.body, dict) and exc.detail)
-
-
-def _outcome_unknown(exc: errors.APIError) -> errors.OutcomeUnknownError:
-    unknown = errors.OutcomeUnknownError(
-        f"outcome unknown: an earlier try got no answer, and the resend was refused ({exc}). "
-        "It may or may not have run; load the last checkpoint into a new client and go on there.",
-        status=409,
-        detail=getattr(exc, "detail", ""),
-        body=getattr(exc, "body", None),
-        method=exc.method,
-        url=exc.url,
-        attempts=exc.attempts,
-    )
-    unknown.outcome_unknown = True
-    return unknown
-
-
-def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
-    """On first contact: an unknown name, a bad certificate, a port where nobody listens."""
-    cause = str(exc.__cause__)
-    if any(word in cause for word in ("NameResolution", "getaddrinfo", "certificate", "SSLError")):
-        return True
-    return "refused" in cause and elapsed >= 2.0
-
-
-def _may_have_been_seen(exc: errors.APIError) -> bool:
-    """Whether the server may have carried the request out, for all we know."""
-    if isinstance(exc, errors.APIStatusError):
-        return exc.status >= 500 or exc.status == 408
-    cause = str(exc.__cause__)
-    return not any(word in cause for word in ("refused", "NameResolution", "ConnectTimeout"))
-
-
-def _check_whole(answer: Answer) -> None:
-    """Hold a body against its Content-Digest (RFC 9530), where there is one: half a protobuf may
-    read like a whole one.
-
-    Raises:
-        APIResponseValidationError: If it is another body.
-    """
-    algorithm, _, told = answer.headers.get("Content-Digest", "").partition("=")
-    if algorithm != "sha-256" or answer.headers.get("Content-Encoding", "identity") != "identity":
-        return
-    if told.strip(":") != base64.b64encode(hashlib.sha256(answer.content).digest()).decode():
-        raise errors.APIResponseValidationError(
-            f"{answer.url} answered with {len(answer.content)} bytes that are not those it says "
-            "they are (Content-Digest): they were cut or changed on the way.",
-            url=answer.url,
-        )
-
-
-def connection_error(
-    exc: requests.RequestException, method: str, url: str, timeout: float
-) -> errors.APIConnectionError:
-    """What went wrong on the way, in words, with the URL and the mend."""
-    shown = url.split("?")[0]
-    if isinstance(exc, requests.ConnectTimeout):
-        message = f"{shown}: no connection; is the host right, and reachable from here?"
-    elif isinstance(exc, requests.Timeout):
-        message = f"{shown}: no answer within {timeout:.0f} s."
-        return errors.APITimeoutError(message, method=method, url=url)
-    elif isinstance(exc, requests.exceptions.SSLError):
-        message = f"{shown}: the TLS certificate or handshake is not good: {_innermost(exc)}"
-    elif "refused" in str(exc):
-        message = f"{shown}: connection refused; is the server running, on this port?"
-    elif "NameResolution" in str(exc) or "getaddrinfo" in str(exc):
-        message = f"{shown}: the host name does not resolve; is base_url spelled right?"
-    else:
-        message = f"{shown}: the connection broke: {_innermost(exc)}"
-    return errors.APIConnectionError(message, method=method, url=url)
-
-
-def _innermost(exc: BaseException) -> str:
-    while exc.args and isinstance(exc.args[-1], BaseException):
-        exc = exc.args[-1]
-    reason = getattr(exc, "reason", None)
-    return one_line(reason if isinstance(reason, BaseException) else exc)
-
-
-def status_error(answer: Answer, method: str) -> errors.APIStatusError:
-    """The typed error for an answer with an error status; shows what the server said."""
-    try:
-        body = wire.loads(answer.content) if answer.content.strip() else None
-    except ValueError:
-        body = answer.content[:2000].decode("utf-8", "replace")
-    detail = error_detail(body)
-    location = answer.headers.get("Location")
-    if not detail and location and answer.status < 400:
-        detail = f"redirected to {location.split('?')[0]}; set base_url to where the server is"
-    said = detail or "nothing more"
-    return errors.status_error_class(answer.status)(
-        f"{answer.place} answered {answer.status}: {said}{_hint(answer.status)}",
-        status=answer.status,
-        detail=detail,
-        body=body,
-        retry_after=_retry_after(answer.headers),
-        should_retry={"true": True, "false": False}.get(
-            answer.headers.get("x-should-retry", "").lower()
-        ),
-        method=method,
-        url=answer.url,
-    )
-
-
-def _hint(status: int) -> str:
-    if status == 401:
-        return " (is TINKER_API_KEY, or api_key=, the right key for this server?)"
-    return ""
-
-
-def error_detail(body: Any) -> str:
-    """The server's own sentence, wherever in an error body it is."""
-    if isinstance(body, str):
-        return " ".join(body.split())[:300]
-    if not isinstance(body, dict):
-        return ""
-    for key in ("message", "error", "detail"):
-        value = body.get(key)
-        if isinstance(value, str) and value:
-            return value
-        if isinstance(value, dict) and value:
-            return error_detail(value)
-        if isinstance(value, list) and value:
-            return "; ".join(_validation_item(item) for item in value[:5])
-    return ""
-
-
-def _validation_item(item: Any) -> str:
-    """One entry of a FastAPI validation error."""
-    if not isinstance(item, dict):
-        return str(item)
-    where = ".".join(str(part) for part in item.get("loc", ()))
-    return f"{where}: {item.get('msg', item)}" if where else str(item.get("msg", item))
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds the server asks us to wait (retry-after-ms, retry-after), or None."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "").strip()
-        if not value:
-            continue
-        try:
-            seconds = float(value) * unit
-        except ValueError:
-            seconds = _seconds_until(value)
-        if seconds >= 0:
-            return min(seconds, MAX_RETRY_AFTER)
-    return None
-
-
-def _seconds_until(date: str) -> float:
-    """From now to an HTTP date; NaN where it is none."""
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(date).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return math.nan

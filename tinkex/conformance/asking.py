@@ -17,8 +17,10 @@ import attrs
 import numpy as np
 
 from .. import config, errors, types, wire
+from ..answers import Answer, error_detail
+from ..retry import ONCE
 from ..session import Connection
-from ..transport import ONCE, Answer, Transport, error_detail
+from ..transport import Transport
 
 T = TypeVar("T")
 

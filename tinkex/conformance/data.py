@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .. import types
-from ..transport import Answer
+from ..answers import Answer
 from .asking import Broken, Model
 
 #: Dwarfs the gradients of a sum over a dozen tokens.

@@ -6,7 +6,7 @@ import time
 from urllib.parse import quote
 
 from .. import config, wire
-from ..transport import Answer
+from ..answers import Answer
 from .asking import Broken, Lab, NotOffered, as_object, is_missing, said
 from .checking import Checks
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from .. import errors, types, wire
-from ..transport import Answer
+from ..answers import Answer
 from .asking import (
     Broken,
     Ended,

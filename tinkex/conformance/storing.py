@@ -7,7 +7,7 @@ import time
 from urllib.parse import quote
 
 from .. import errors, types
-from ..transport import Answer
+from ..answers import Answer
 from .asking import (
     Asker,
     Broken,
