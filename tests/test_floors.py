@@ -23,6 +23,7 @@ FLOORS = [
     "completions download",
     "sampling rest conformance",
     "training",
+    "restoring",
     "service",
     "__init__ finetune",
     "cli",

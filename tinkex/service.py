@@ -12,6 +12,7 @@ from typing import Any
 from . import config, training, types, wire
 from .futures import OperationFuture
 from .rest import RestClient
+from .restoring import restore
 from .retry import Retry
 from .sampling import SamplingClient
 from .session import Session, connect
@@ -114,13 +115,13 @@ class ServiceClient:
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
         """A new model with the weights saved at *path*, its rank and flags; a fresh optimizer."""
-        return training.restore(self._session, path, optimizer=False, user_metadata=user_metadata)
+        return restore(self._session, path, optimizer=False, user_metadata=user_metadata)
 
     def create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
         """A new model with the weights and the optimizer saved at *path*."""
-        return training.restore(self._session, path, optimizer=True, user_metadata=user_metadata)
+        return restore(self._session, path, optimizer=True, user_metadata=user_metadata)
 
     def create_training_client_from_state_async(
         self, path: str, user_metadata: dict[str, Any] | None = None
