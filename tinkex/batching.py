@@ -94,7 +94,7 @@ def join_metrics(metrics: Sequence[dict[str, float]], weights: Sequence[int]) ->
 def _reduce(joined: dict[str, float], name: str, values: list[float], weights: list[int]) -> None:
     rule = name.rpartition(":")[2]
     if rule == "sum":
-        joined[name] = math.fsum(values)
+        joined[name] = _sum(values)
     elif rule == "min":
         joined[name] = min(values)
     elif rule == "max":
@@ -105,7 +105,7 @@ def _reduce(joined: dict[str, float], name: str, values: list[float], weights: l
         joined[name] = values[0]
         joined.update({f"{name}_{i}": value for i, value in enumerate(values[1:], 2)})
     elif rule in ("hash2", "hash_unordered"):
-        joined[name] = float(sum(int(value) for value in values) % 2**64)
+        joined[name] = float(sum(int(v) for v in values if math.isfinite(v)) % 2**64)
     else:
         joined[name] = _mean(values, weights)
 
@@ -114,4 +114,12 @@ def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
     total = sum(weights)
     if not total:
         return 0.0
-    return math.fsum(value * weight for value, weight in zip(values, weights)) / total
+    return _sum([value * weight for value, weight in zip(values, weights)]) / total
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exact sum, rounded once; infinite or NaN where the values are."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):  # inf - inf, or beyond the largest float
+        return sum(values)

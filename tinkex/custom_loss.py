@@ -194,10 +194,7 @@ def _torch(
         gradients = [g.detach().numpy() if hasattr(g, "detach") else g for g in result[2]]
         return _as_float("loss", loss), metrics, gradients
     if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
-        raise ValueError(
-            "the loss does not depend on the logprobs (no gradient reaches them); compute it from "
-            "the tensors that the function is given."
-        )
+        raise ValueError(_INDEPENDENT)
     total = loss.sum()
     total.backward()
     gradients = [
@@ -206,11 +203,18 @@ def _torch(
     return float(total.detach()), metrics, gradients
 
 
+_INDEPENDENT = (
+    "the loss does not depend on the logprobs (no gradient reaches them); compute it from the arrays "
+    "that the function is given."
+)
+
+
 def _autograd(
     data: Sequence[Datum], logprobs: list[np.ndarray], loss_fn: LossFunction
 ) -> tuple[float, dict[str, Any], Sequence[Any]]:
     import autograd.numpy as anp  # type: ignore[import-untyped]
     from autograd.core import make_vjp  # type: ignore[import-untyped]
+    from autograd.tracer import isbox  # type: ignore[import-untyped]
 
     kept: dict[str, Any] = {}
 
@@ -218,9 +222,14 @@ def _autograd(
         result = _returned(loss_fn(data, list(arrays)), gradients=False)
         kept["metrics"] = {k: getattr(v, "_value", v) for k, v in result[1].items()}
         kept["gradients"] = result[2] if len(result) == 3 else None
-        return anp.sum(result[0])
+        total = anp.sum(result[0])
+        kept["depends"] = isbox(total)
+        # Nothing is added; but autograd warns of a loss that is a plain number.
+        return total + anp.sum(arrays[0].reshape(-1)[:0])
 
     vjp, loss = make_vjp(traced, [array.astype(np.float64) for array in logprobs])
+    if kept["gradients"] is None and not kept["depends"]:
+        raise ValueError(_INDEPENDENT)
     gradients = kept["gradients"] if kept["gradients"] is not None else vjp(np.float64(1.0))
     return float(loss), kept["metrics"], gradients
 
