@@ -204,8 +204,8 @@ def _torch(
 
 
 _INDEPENDENT = (
-    "the loss does not depend on the logprobs (no gradient reaches them); compute it from the arrays "
-    "that the function is given."
+    "the loss does not depend on the logprobs (no gradient reaches them); compute it from the "
+    "arrays that the function is given."
 )
 
 
