@@ -1,7 +1,8 @@
 """`make bench`: every figure side by side in one run, and the page that shows them.
 
-Usage: python -m tests.benchmarks [client] [engine] [--rounds N]; without names, all. Writes
-docs/benchmarks.md and the pictures beside it; parts that were not run keep what they had.
+Usage: python -m tests.benchmarks [client] [engine] [whole] [profile] [--rounds N];
+without names, all. Writes docs/benchmarks.md and the picture beside it; parts that were not run
+keep what they had.
 """
 
 from __future__ import annotations
@@ -80,6 +81,31 @@ def engine_part(rounds: int) -> str:
     return "\n".join(lines)
 
 
+def whole_part(rounds: int) -> str:
+    """The whole way against the engine alone, and first times."""
+    from tests.benchmarks import whole
+
+    lines = [
+        "## The whole way",
+        "SDK, HTTP, scheduler and engine together; instead: the engine alone, or the time allowed.",
+        "",
+        HEAD,
+        *(row.markdown() for row in whole.rows(rounds)),
+    ]
+    return "\n".join(lines)
+
+
+def profile_part(rounds: int) -> str:
+    """Where the time of a training step and of a decode step goes."""
+    from tests.benchmarks import profiles
+
+    words = (
+        "Matrix products dominate both, and must: they are the model's arithmetic. What is not "
+        "a product is kept to a few passes over the activations."
+    )
+    return f"## Where the time goes\n\n{words}\n\n{profiles.tables()}"
+
+
 def plot(curves: dict[str, list[tuple[int, float]]], x: str, y: str, name: str) -> None:
     """Curves over a logarithmic axis, as an SVG in docs/."""
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
@@ -92,7 +118,12 @@ def plot(curves: dict[str, list[tuple[int, float]]], x: str, y: str, name: str) 
     pyplot.close(figure)
 
 
-PARTS: dict[str, Callable[[int], str]] = {"client": client_part, "engine": engine_part}
+PARTS: dict[str, Callable[[int], str]] = {
+    "client": client_part,
+    "engine": engine_part,
+    "whole": whole_part,
+    "profile": profile_part,
+}
 
 
 def machine() -> str:
