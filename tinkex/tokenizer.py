@@ -83,18 +83,18 @@ class Tokenizer:
         """A conversation as the text that the model was trained on.
 
         Raises:
-            ValueError: If the model has no chat template.
+            ValueError: If the model has no chat template, or the template does not take these.
             MissingExtraError: If Jinja is not installed.
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; write the conversation as text.")
-        text: str = _jinja(self.chat_template).render(
+        return _render(
+            self.chat_template,
             messages=list(messages),
             add_generation_prompt=add_generation_prompt,
             bos_token=self._text_of("bos_token"),
             eos_token=self._text_of("eos_token"),
         )
-        return text
 
     def _text_of(self, name: str) -> str:
         value = self._settings.get(name)
@@ -118,8 +118,9 @@ def _template(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _jinja(template: str) -> Any:
+def _render(template: str, **values: Any) -> str:
     try:
+        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as exc:
         raise errors.MissingExtraError(
@@ -132,7 +133,10 @@ def _jinja(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-    return environment.from_string(template)
+    try:
+        return environment.from_string(template).render(**values)
+    except TemplateError as exc:
+        raise ValueError(f"the chat template cannot be used: {exc}") from exc
 
 
 def tokenizer_id(model_name: str, told: str | None = None) -> str:
@@ -229,6 +233,8 @@ def _settings(directory: Path) -> dict[str, Any]:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as exc:
             raise errors.TokenizerError(f"{path} is not JSON: {exc}") from exc
+        if not isinstance(settings, dict):
+            raise errors.TokenizerError(f"{path} holds a {type(settings).__name__}, not an object.")
     template = directory / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")
