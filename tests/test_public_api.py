@@ -46,7 +46,8 @@ METHODS = {
     "SamplingClient": """close compute_logprobs create decode encode get_base_model get_tokenizer
         on_queue_state_change sample sample_many sample_stream""",
     "RestClient": """close delete_checkpoint delete_checkpoint_from_tinker_path
-        download_checkpoint get_checkpoint_archive_url get_sampler get_server_capabilities
+        download_checkpoint export_checkpoint get_checkpoint_archive_url get_sampler
+        get_server_capabilities
         get_session get_training_run get_training_run_by_tinker_path
         get_weights_info_by_tinker_path health iter_sessions iter_training_runs
         iter_user_checkpoints list_checkpoints list_sessions list_training_runs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ import attrs
 import click
 from click.core import ParameterSource
 
-from . import errors
+from . import checkpoints, doctor, errors, stored
 from ._version import __version__
+from .options import server_options
 
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
     from . import finetune
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
+    except SystemExit as exc:
+        if not isinstance(exc.__context__, BrokenPipeError):
+            raise
+        return 0  # click's way to leave when nobody reads on, as in `tinkex ... | head`
     except (errors.TinkexError, ValueError, OSError) as exc:
         if traceback_wanted:
             raise
@@ -53,21 +58,14 @@ def cli(traceback: bool) -> None:
     Without --base-url and without TINKER_API_KEY or TINKER_BASE_URL in the environment, commands
     run on the embedded engine (pip install 'tinkex[local]').
     """
+    from . import config
+
+    if not config.wants_color():
+        click.get_current_context().color = False
 
 
-def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--base-url and --api-key."""
-    for option in (
-        click.option(
-            "--api-key", help="Key for the server. TINKER_API_KEY keeps it from other users' eyes."
-        ),
-        click.option(
-            "--base-url",
-            help="Address of a server. Default: TINKER_BASE_URL, or the embedded engine.",
-        ),
-    ):
-        command = option(command)
-    return command
+for _command in (stored.run, checkpoints.checkpoint, stored.session, doctor.doctor):
+    cli.add_command(_command)
 
 
 # train

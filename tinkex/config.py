@@ -146,6 +146,24 @@ def load(
     return config
 
 
+def key_source(config: Config) -> str | None:
+    """Where the credential of *config* is from, in words; None if there is none."""
+    if config.api_key and config.api_key == _env("TINKER_API_KEY"):
+        return "from TINKER_API_KEY"
+    if config.api_key and config.api_key == _engine_key(config.base_url):
+        return "of the embedded engine"
+    if config.api_key and config.is_official and config.api_key == _stored_key():
+        return f"from {CREDENTIALS_FILE}"
+    if config.api_key:
+        return "the one given"
+    return "from TINKER_CREDENTIAL_CMD" if config.credential_cmd else None
+
+
+def wants_color() -> bool:
+    """Whether colours may be written to a terminal (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def home() -> Path:
     """Where the local server keeps what outlives it: TINKEX_HOME, or ~/.tinkex."""
     return Path(_env("TINKEX_HOME") or "~/.tinkex").expanduser()

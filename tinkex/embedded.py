@@ -26,6 +26,9 @@ logger = logging.getLogger("tinkex")
 #: Seconds from the start of the child to its first answer, at most.
 START_TIMEOUT = 120.0
 
+#: What it is made of: the extra `local`.
+NEEDED = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "zstandard")
+
 
 class EmbeddedEngine:
     """A running child process that serves the API at `base_url` to whoever has `api_key`.
@@ -86,8 +89,7 @@ class EmbeddedEngine:
 
 
 def _check_installed() -> None:
-    needed = ("torch", "transformers", "safetensors", "starlette", "uvicorn")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise errors.MissingExtraError(
             f"the embedded engine needs what is not installed: {', '.join(missing)}. Install it "

@@ -1,7 +1,7 @@
 """RestClient: what is stored on the server - runs, checkpoints, sessions.
 
 Knows the lookups and changes of stored things; every method returns its value, for each is one
-short request. Downloading is download.py's.
+short request. Downloading is download.py's, exporting export.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from . import download, types, wire
+from . import download, errors, export, types, wire
 from .session import Connection, connect
 
 T = TypeVar("T")
@@ -162,6 +162,51 @@ class RestClient:
             self._connection, _parsed(tinker_path), Path(output_dir), force, progress
         )
 
+    def export_checkpoint(
+        self,
+        tinker_path: str,
+        output_dir: str | Path,
+        merge: bool = False,
+        *,
+        base_model: str | None = None,
+        force: bool = False,
+        progress: Callable[[int, int | None], None] | None = None,
+    ) -> Path:
+        """Fetch a checkpoint for use without this package.
+
+        Args:
+            output_dir: the folder to make: a PEFT adapter (adapter_config.json and
+                adapter_model.safetensors).
+            merge: make it a whole Hugging Face model instead: the base model with the adapter
+                folded in, and its tokenizer. Needs `tinkex[local]` and the base model.
+            base_model: a directory, a hub id or "tiny"; by default what the server says. It is
+                what the adapter names as its base, and what is merged into.
+            force, progress: as for `download_checkpoint`.
+
+        Returns:
+            *output_dir* as a Path.
+
+        Raises:
+            FileExistsError: If *output_dir* is there and not empty, without *force*.
+            ValueError: If the base model cannot be found, or is not the adapter's.
+            DownloadError: If what comes is not whole, not safe to unpack, or no adapter.
+            MissingExtraError: If *merge* needs what is not installed.
+        """
+        parsed = _parsed(tinker_path)
+        try:
+            base_model = base_model or self.get_weights_info_by_tinker_path(tinker_path).base_model
+        except errors.NotOfferedError:
+            pass  # the adapter itself may say it
+        return export.export(
+            self._connection,
+            parsed,
+            Path(output_dir),
+            base_model,
+            merge=merge,
+            force=force,
+            progress=progress,
+        )
+
     # Sessions and samplers.
 
     def list_sessions(
@@ -269,13 +314,16 @@ def _id(value: object) -> str:
 
 
 def _all_pages(fetch: Callable[[int], tuple[list[T], types.Cursor | None]]) -> Iterator[T]:
-    """Everything, page after page; ends at an empty page or when the server's total is reached."""
-    offset = 0
+    """Everything, page after page; ends at an empty page or when the server's total is reached.
+
+    A server that knows no pages sends the same again: that is the end, too.
+    """
+    offset, before = 0, None
     while True:
         items, cursor = fetch(offset)
+        if not items or items == before:
+            return
         yield from items
-        offset += len(items)
-        if not items or (
-            cursor is not None and cursor.total_count and offset >= cursor.total_count
-        ):
+        offset, before = offset + len(items), items
+        if cursor is not None and cursor.total_count and offset >= cursor.total_count:
             return

@@ -1,0 +1,66 @@
+"""`tinkex doctor`: shows what a checkup finds. What it looks at is checkup.py's, which is imported
+when the command runs."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+import attrs
+import click
+
+from . import words
+from .options import format_option, key_option
+
+if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+    from .checkup import Finding
+
+_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
+_WIDTH = 100
+_INDENT = 20
+#: A method stays on the line of its path.
+_METHOD = re.compile(r"\b(GET|PUT|POST|DELETE) ")
+
+
+@click.command()
+@click.argument("url", required=False)
+@format_option
+@key_option
+def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
+    """Find out what works and what does not: on this machine, or with the server at URL.
+
+    Without URL: the server in TINKER_BASE_URL, or the embedded engine. Takes each step from the
+    name of the host to the models on offer, and says what to do about the first that fails.
+    Changes nothing on the server. Exit status 1 if something fails without which nothing works.
+    """
+    from . import checkup
+
+    findings = []
+    for finding in checkup.examine(url, api_key):
+        findings.append(finding)
+        if not as_json:
+            click.echo(_shown(finding))
+    good = all(finding.status != "failed" for finding in findings)
+    if as_json:
+        words.say_json({"ok": good, "steps": [attrs.asdict(finding) for finding in findings]})
+    return 0 if good else 1
+
+
+def _shown(finding: Finding) -> str:
+    margin = " " * _INDENT
+    text = textwrap.fill(
+        _METHOD.sub("\\1\N{NO-BREAK SPACE}", finding.text),
+        _WIDTH,
+        initial_indent=f"{finding.status:8} {finding.step:10} ",
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\N{NO-BREAK SPACE}", " ")
+    color = _COLORS[finding.status]
+    text = click.style(text[:8], fg=color, bold=finding.status == "failed") + text[8:]
+    if finding.advice:
+        text += "\n" + textwrap.fill(
+            finding.advice, _WIDTH, initial_indent=f"{margin}-> ", subsequent_indent=f"{margin}   "
+        )
+    return text

@@ -1,0 +1,60 @@
+"""Options that several commands share. Knows click, and nothing of what the commands do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+class Duration(click.ParamType):
+    """A whole number of seconds, or with a unit: 90, 90s, 15m, 12h, 7d, 2w."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Seconds, at least 1."""
+        match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
+        if match is None or int(match[1]) == 0:
+            self.fail(
+                f"{value!r} is no duration; give seconds, or a number with s, m, h, d or w, "
+                "like 12h or 30d.",
+                param,
+                ctx,
+            )
+        return int(match[1]) * _UNITS[match[2]]
+
+
+def key_option(command: Command) -> Command:
+    """--api-key."""
+    return click.option(
+        "--api-key", help="Key for the server. TINKER_API_KEY keeps it from other users' eyes."
+    )(command)
+
+
+def server_options(command: Command) -> Command:
+    """--base-url and --api-key."""
+    url = click.option(
+        "--base-url", help="Address of a server. Default: TINKER_BASE_URL, or the embedded engine."
+    )
+    return url(key_option(command))
+
+
+def format_option(command: Command) -> Command:
+    """--format; the command is told *as_json*."""
+    return click.option(
+        "--format",
+        "-f",
+        "as_json",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        callback=lambda context, option, value: value == "json",
+        help="What is printed; with json nothing else goes to standard output.",
+    )(command)
