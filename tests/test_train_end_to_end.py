@@ -42,7 +42,12 @@ def tinkex(tmp_path_factory):
 
 def finish(process):
     """Status, stdout and stderr of a program, once it has ended."""
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
     return process.returncode, out, err
 
 
