@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .errors import TinkexError
     from .futures import OperationFuture
     from .rest import RestClient
+    from .retry import Retry
     from .sampling import SamplingClient
     from .service import ServiceClient
     from .training import ClientSpec, TrainingClient
-    from .retry import Retry
 
 __all__ = [
     "ClientSpec",
