@@ -287,6 +287,8 @@ def _one_line(text: str, width: int = 300) -> str:
     "--api-key",
     "api_keys",
     multiple=True,
+    envvar="TINKEX_SERVE_KEYS",
+    show_envvar=True,
     help="Key of a user; each sees only what is theirs. May be repeated. Without one, who comes "
     "on loopback is let in, and for any other --host a key is made up and printed.",
 )
