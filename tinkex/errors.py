@@ -11,7 +11,7 @@ TinkexError
       BillingError                  402
       PermissionDeniedError         403
       NotFoundError                 404
-        NotOfferedError             404 on an endpoint that this server does not have
+        NotOfferedError             404, 405 or 501: this server does not have the endpoint
       ConflictError                 409
         OutcomeUnknownError         409 on our own resend: it may or may not have run
       PromiseExpiredError           410
@@ -36,8 +36,8 @@ from typing import Any, Literal
 
 Category = Literal["user", "server", "unknown"]
 
-#: Statuses after which the same request may be sent again.
-RETRYABLE_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+#: Statuses after which the same request may be sent again. Not 501: the server has no such thing.
+RETRYABLE_STATUSES = frozenset({408, 425, 429, *range(500, 600)} - {501})
 
 
 class TinkexError(Exception):

@@ -493,7 +493,7 @@ class _Sample:
         """The promise is resolved, or lost."""
         exc = inner.exception()
         if exc is None:
-            succeed(self._future, inner.result())
+            succeed(self._future, _aligned(inner.result(), self._request.prompt))
         elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
             self._lost += 1
             if self._lost % 2 == 0:  # under its own number, too, the server had it no more
@@ -501,6 +501,15 @@ class _Sample:
             self.start()
         else:
             fail(self._future, exc)
+
+
+def _aligned(response: types.SampleResponse, prompt: types.ModelInput) -> types.SampleResponse:
+    """*response* with a log-probability for each token of *prompt*: some servers (SkyRL) leave out
+    the first, which nothing comes before."""
+    logprobs = response.prompt_logprobs_np
+    if logprobs is None or len(logprobs) != prompt.length - 1:
+        return response
+    return attrs.evolve(response, prompt_logprobs=np.append(np.float32("nan"), logprobs))
 
 
 def check_source(model_path: object, base_model: object, retry_config: object = None) -> None:

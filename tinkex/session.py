@@ -108,7 +108,7 @@ class Connection:
             return self.transport.call(
                 endpoint, request, retry=retry, timeout=timeout, query=query, **parameters
             )
-        except errors.NotFoundError as exc:
+        except errors.APIStatusError as exc:
             if is_missing_route(exc):
                 raise not_offered(exc, endpoint.path) from exc
             raise
@@ -131,8 +131,8 @@ class Connection:
         request = types.ClientConfigRequest(config.PROTOCOL_VERSION)
         try:
             return self.transport.call(wire.CLIENT_CONFIG, request)
-        except (errors.NotFoundError, errors.UnprocessableEntityError) as exc:
-            if exc.status == 404 and not is_missing_route(exc):
+        except errors.APIStatusError as exc:
+            if exc.status != 422 and not is_missing_route(exc):
                 raise
             logger.debug("the server has no client/config; the protocol's defaults are assumed")
             return types.ClientConfig()
@@ -268,7 +268,12 @@ class Session(Connection):
         with self.transport.waits.begin(f"the server to accept {future.what}") as wait:
             if on_queue_state is not None:
                 wait.on_failure = partial(tell_of_queue, on_queue_state)
-            answer = send(wait)
+            try:
+                answer = send(wait)
+            except errors.APIStatusError as exc:
+                if is_missing_route(exc):
+                    raise not_offered(exc, operation.path) from exc
+                raise
         if not isinstance(answer, types.Promise):
             succeed(future, answer)
             return
@@ -471,22 +476,32 @@ def tell_of_queue(observer: Callable[[str, str | None], None], error: object) ->
 
 
 def is_missing_route(exc: errors.APIStatusError) -> bool:
-    """Whether a 404 means that the server does not have the endpoint, rather than the thing."""
-    return exc.detail.strip().lower().rstrip(".") in ("", "not found") or not isinstance(
-        exc.body, dict
+    """Whether the server does not have the endpoint, rather than the thing: 404 in no words of its
+    own, or 405 (another method is there) or 501."""
+    if exc.status in (405, 501):
+        return True
+    if exc.status != 404:
+        return False
+    sentence = exc.detail.strip().lower().rstrip(".")
+    return (
+        sentence in ("", "not found")
+        or "does not offer" in sentence
+        or not isinstance(exc.body, dict)
     )
 
 
-def not_offered(exc: errors.NotFoundError, path: str) -> errors.NotOfferedError:
+def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError:
     """The error that names the feature a server lacks."""
-    return errors.NotOfferedError(
-        f"this server does not offer {path} (404 on {exc.url.split('?')[0]})",
-        status=404,
+    error = errors.NotOfferedError(
+        f"this server does not offer {path} ({exc.status} on {exc.url.split('?')[0]})",
+        status=exc.status,
         detail=exc.detail,
         body=exc.body,
         method=exc.method,
         url=exc.url,
     )
+    error.outcome_unknown = exc.outcome_unknown
+    return error
 
 
 #: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.

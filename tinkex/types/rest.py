@@ -19,8 +19,11 @@ _SEGMENTS: dict[str, CheckpointType] = {
 class ParsedCheckpointTinkerPath:
     """`tinker://<training run>/<weights | sampler_weights | external_weights>/<name>`, in parts.
 
+    Some servers (SkyRL) leave the segment of sampler weights out.
+
     Attributes:
-        checkpoint_id: with its segment, as listings have it: `weights/<name>`.
+        checkpoint_id: with its segment, as listings have it: `weights/<name>`; or the name alone,
+            where the path has no segment.
     """
 
     tinker_path: str
@@ -30,7 +33,7 @@ class ParsedCheckpointTinkerPath:
 
     @property
     def name(self) -> str:
-        return self.checkpoint_id.split("/", 1)[1]
+        return self.checkpoint_id.split("/")[-1]
 
     @classmethod
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
@@ -41,8 +44,13 @@ class ParsedCheckpointTinkerPath:
                 f"Checkpoint path must start with tinker://, got: {tinker_path!r} (as in {form})."
             )
         parts = tinker_path[len("tinker://") :].split("/")
-        if len(parts) != 3 or not all(parts) or any(p in (".", "..") for p in parts):
+        without_segment = len(parts) == 2 and parts[1] not in _SEGMENTS
+        if len(parts) != 3 and not without_segment:
             raise ValueError(f"Invalid checkpoint path: {tinker_path!r} (expected {form}).")
+        if not all(parts) or any(p in (".", "..") for p in parts):
+            raise ValueError(f"Invalid checkpoint path: {tinker_path!r} (expected {form}).")
+        if without_segment:
+            return cls(tinker_path, parts[0], "sampler", parts[1])
         run_id, segment, name = parts
         if segment not in _SEGMENTS:
             raise ValueError(f"Invalid checkpoint type in path: {tinker_path!r} (expected {form}).")
