@@ -6,9 +6,10 @@ The only reader of os.environ. Knows nothing of HTTP: it says with what to talk,
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,14 +26,70 @@ PROTOCOL_VERSION = "0.38.0"
 CREDENTIALS_FILE = Path("~/.tinker/credentials.json")
 
 
-def _positive(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{attribute.name} must be a positive number, got {value!r}.")
+def _check_seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    text = f"{attribute.name} must be a positive number of seconds, got {value!r}."
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+
+
+def _check_count(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    text = f"{attribute.name} must be a positive integer, got {value!r}."
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(text)
+    if value < 1:
+        raise ValueError(text)
 
 
 def _seconds(default: float) -> float:
-    value: float = attrs.field(default=default, validator=_positive)
+    value: float = attrs.field(default=default, validator=_check_seconds)
     return value
+
+
+def _instance_of(cls: type, name: str) -> Callable[[Any, Any, Any], None]:
+    """A validator whose message is one sentence."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, cls):
+            raise TypeError(f"{attribute.name} must be a {name}, got {value!r}.")
+
+    return check
+
+
+def _check_url(url: object) -> str:
+    """A server's URL without a slash at its end. ValueError or TypeError if it is none."""
+    if not isinstance(url, str):
+        raise TypeError(f"base_url must be the URL of a server, got {url!r}.")
+    wrong = f"base_url {url!r} is not a URL of a server"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as exc:
+        raise ValueError(f"{wrong} ({exc}: the port is 0 to 65535).") from exc
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{wrong}; give one like http://127.0.0.1:8000.")
+    if parts.username or parts.password:
+        raise ValueError("base_url holds a user name or password; give the key as api_key instead.")
+    if parts.query or parts.fragment:
+        raise ValueError("base_url holds a query (?...) or fragment (#...); leave it out.")
+    return url.rstrip("/")
+
+
+def _check_key_characters(key: object) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"api_key must be a str, got {type(key).__name__}.")
+    if not key.isprintable() or not key.isascii() or " " in key:
+        raise ValueError(
+            "api_key holds spaces, line breaks or characters that cannot travel in a header; "
+            "was it copied whole, and nothing more?"
+        )
+    return key
+
+
+def _check_text(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{attribute.name} must be a str or None, got {value!r}.")
 
 
 @attrs.frozen
@@ -73,9 +130,9 @@ class SamplingLimits:
         connections: threads (and connections) that submit and poll; they grow as needed.
     """
 
-    requests_in_dispatch: int = attrs.field(default=400, validator=_positive)
-    bytes_in_dispatch: int = attrs.field(default=10 * 1024 * 1024, validator=_positive)
-    connections: int = attrs.field(default=256, validator=_positive)
+    requests_in_dispatch: int = attrs.field(default=400, validator=_check_count)
+    bytes_in_dispatch: int = attrs.field(default=10 * 1024 * 1024, validator=_check_count)
+    connections: int = attrs.field(default=256, validator=_check_count)
 
 
 @attrs.frozen
@@ -89,15 +146,19 @@ class Config:
         headers: sent with every request; values are never shown.
     """
 
-    base_url: str
-    api_key: str = attrs.field(default="", repr=False)
+    base_url: str = attrs.field(converter=_check_url)
+    api_key: str = attrs.field(default="", repr=False, converter=_check_key_characters)
     credential_cmd: str | None = attrs.field(default=None, repr=False)
-    project_id: str | None = None
+    project_id: str | None = attrs.field(default=None, validator=_check_text)
     tags: tuple[str, ...] = ()
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     telemetry: bool = False
-    patience: Patience = attrs.field(factory=Patience)
-    sampling: SamplingLimits = attrs.field(factory=SamplingLimits)
+    patience: Patience = attrs.field(
+        factory=Patience, validator=_instance_of(Patience, "tinkex.Patience")
+    )
+    sampling: SamplingLimits = attrs.field(
+        factory=SamplingLimits, validator=_instance_of(SamplingLimits, "tinkex.SamplingLimits")
+    )
 
     @property
     def is_official(self) -> bool:
@@ -132,7 +193,7 @@ def load(
     url = _check_url(base_url or _env("TINKER_BASE_URL") or OFFICIAL_URL)
     config = Config(
         base_url=url,
-        api_key=_check_key_characters(api_key or _env("TINKER_API_KEY") or _engine_key(url)),
+        api_key=api_key or _env("TINKER_API_KEY") or _engine_key(url),
         credential_cmd=_env("TINKER_CREDENTIAL_CMD"),
         project_id=project_id or _env("TINKER_PROJECT_ID"),
         tags=tuple(t.strip() for t in (_env("TINKER_TAGS") or "").split(",") if t.strip()),
@@ -225,26 +286,6 @@ def _cloudflare_headers() -> dict[str, str]:
         "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
     }
     return {header: value for header, name in names.items() if (value := _env(name))}
-
-
-def _check_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"base_url {url!r} is not a URL of a server; give one like http://127.0.0.1:8000."
-        )
-    if parts.username or parts.password:
-        raise ValueError("base_url holds a user name or password; give the key as api_key instead.")
-    return url.rstrip("/")
-
-
-def _check_key_characters(key: str) -> str:
-    if not key.isprintable() or not key.isascii() or " " in key:
-        raise ValueError(
-            "api_key holds spaces, line breaks or characters that cannot travel in a header; "
-            "was it copied whole, and nothing more?"
-        )
-    return key
 
 
 def _check_official_key(config: Config) -> Config:

@@ -6,6 +6,7 @@ short request. Downloading is download.py's, exporting export.py's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -159,7 +160,7 @@ class RestClient:
             DownloadError: If what comes is not whole, or not safe to unpack.
         """
         return download.download(
-            self._connection, _parsed(tinker_path), Path(output_dir), force, progress
+            self._connection, _parsed(tinker_path), _folder(output_dir), force, progress
         )
 
     def export_checkpoint(
@@ -200,7 +201,7 @@ class RestClient:
         return export.export(
             self._connection,
             parsed,
-            Path(output_dir),
+            _folder(output_dir),
             base_model,
             merge=merge,
             force=force,
@@ -281,17 +282,29 @@ class RestClient:
         checkpoint_id: str,
         request: Any = None,
     ) -> None:
-        if checkpoint_id.count("/") != 1:
-            raise ValueError(
-                f"checkpoint_id {checkpoint_id!r} must have its segment, as in weights/0001."
-            )
         self._connection.call(
-            endpoint, request, run_id=_id(training_run_id), checkpoint_id=checkpoint_id
+            endpoint,
+            request,
+            run_id=_id(training_run_id),
+            checkpoint_id=_checkpoint_id(checkpoint_id),
         )
 
 
 def _parsed(tinker_path: str) -> types.ParsedCheckpointTinkerPath:
     return types.ParsedCheckpointTinkerPath.from_tinker_path(tinker_path)
+
+
+def _folder(value: str | Path) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise TypeError(f"output_dir must be the path of a folder to make, got {value!r}.")
+    return Path(value)
+
+
+def _checkpoint_id(value: object) -> str:
+    parts = value.split("/") if isinstance(value, str) else []
+    if len(parts) != 2 or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"checkpoint_id {value!r} must have its segment, as in weights/0001.")
+    return str(value)
 
 
 def _page(limit: int, offset: int) -> dict[str, int]:
@@ -308,8 +321,8 @@ def _scope(access_scope: str) -> str:
 
 
 def _id(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"an id must be a non-empty str, got {value!r}.")
+    if not isinstance(value, str) or value in ("", ".", "..") or "/" in value:
+        raise ValueError(f"an id must be a non-empty str without a slash, got {value!r}.")
     return value
 
 

@@ -22,7 +22,7 @@ def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> 
     One request where the server takes it so; else the older three: what is it of? make one like it;
     load. A restore that fails leaves nothing behind, and its number is used again.
     """
-    types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    check_restore(path, options.get("user_metadata"))
     if session.restores_at_once is not False:
         try:
             return _restore_at_once(session, path, optimizer, **options)
@@ -31,6 +31,12 @@ def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> 
                 raise
             session.restores_at_once = False
     return _restore_by_three_calls(session, path, optimizer, **options)
+
+
+def check_restore(path: str, user_metadata: object) -> None:
+    """ValueError or TypeError for what can be seen to be wrong."""
+    types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    types.check_metadata(user_metadata)
 
 
 def _restore_at_once(

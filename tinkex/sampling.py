@@ -203,7 +203,7 @@ class SamplingClient:
             raise TypeError(
                 f"prompts must be a list (or other iterable) of prompts, got {prompts!r}."
             )
-        if not isinstance(in_flight, int) or in_flight < 1:
+        if not isinstance(in_flight, int) or isinstance(in_flight, bool) or in_flight < 1:
             raise ValueError(f"in_flight must be a positive integer, got {in_flight!r}.")
         return self._sample_many(
             prompts, num_samples, sampling_params, in_flight, progress, options

@@ -6,15 +6,17 @@ are made of, not what they do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from . import config, training, types, wire
 from .futures import OperationFuture
 from .rest import RestClient
-from .restoring import restore
+from .restoring import check_restore, restore
 from .retry import Retry
-from .sampling import SamplingClient
+from .sampling import SamplingClient, check_source
 from .session import Session, connect
 from .training import TrainingClient
 
@@ -48,6 +50,7 @@ class ServiceClient:
         patience: config.Patience | None = None,
         sampling: config.SamplingLimits | None = None,
     ) -> None:
+        user_metadata = types.check_metadata(user_metadata)
         settings, engine = connect(
             base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
         )
@@ -88,27 +91,53 @@ class ServiceClient:
             ValueError, TypeError: Before anything is sent.
             RequestFailedError: If the server cannot load the base model; says why.
         """
-        training.check_base_model(base_model)
-        lora = types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn)
-        user_metadata = types.check_metadata(user_metadata)
-        training.check_observer(queue_state_observer)
-        return TrainingClient.create(
-            self._session,
+        return self._new_model(
             base_model,
-            lora,
-            user_metadata=user_metadata,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            user_metadata,
             adapter=adapter,
             queue_state_observer=queue_state_observer,
-        )
+        )()
 
     def create_lora_training_client_async(
         self, base_model: str, *args: Any, **options: Any
     ) -> OperationFuture[TrainingClient]:
-        """`create_lora_training_client`, as a future."""
-        training.check_base_model(base_model)
+        """`create_lora_training_client`, as a future; what is wrong is raised at once."""
         return self._session.in_background(
-            lambda: self.create_lora_training_client(base_model, *args, **options),
+            self._new_model(base_model, *args, **options),
             f"create_lora_training_client of {base_model}",
+        )
+
+    def _new_model(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, Any] | None = None,
+        *,
+        adapter: str | None = None,
+        queue_state_observer: training.QueueStateObserver | None = None,
+    ) -> Callable[[], TrainingClient]:
+        """What creates the model, all of its arguments checked."""
+        training.check_base_model(base_model)
+        training.check_observer(queue_state_observer)
+        if adapter is not None and not isinstance(adapter, str):
+            raise TypeError(f"adapter must be the path of a PEFT adapter folder, got {adapter!r}.")
+        return partial(
+            TrainingClient.create,
+            self._session,
+            base_model,
+            types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn),
+            user_metadata=types.check_metadata(user_metadata),
+            adapter=adapter,
+            queue_state_observer=queue_state_observer,
         )
 
     def create_training_client_from_state(
@@ -127,7 +156,7 @@ class ServiceClient:
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> OperationFuture[TrainingClient]:
         """`create_training_client_from_state`, as a future."""
-        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        check_restore(path, user_metadata)
         return self._session.in_background(
             lambda: self.create_training_client_from_state(path, user_metadata),
             f"create_training_client_from_state of {path}",
@@ -137,7 +166,7 @@ class ServiceClient:
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> OperationFuture[TrainingClient]:
         """`create_training_client_from_state_with_optimizer`, as a future."""
-        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        check_restore(path, user_metadata)
         return self._session.in_background(
             lambda: self.create_training_client_from_state_with_optimizer(path, user_metadata),
             f"create_training_client_from_state_with_optimizer of {path}",
@@ -163,6 +192,7 @@ class ServiceClient:
         retry_config: Retry | None = None,
     ) -> OperationFuture[SamplingClient]:
         """`create_sampling_client`, as a future."""
+        check_source(model_path, base_model, retry_config)
         return self._session.in_background(
             lambda: self.create_sampling_client(model_path, base_model, retry_config),
             f"create_sampling_client of {model_path or base_model}",

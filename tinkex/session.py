@@ -164,19 +164,20 @@ def connect(
     sampling: config.SamplingLimits | None = None,
 ) -> tuple[config.Config, embedded.EmbeddedEngine | None]:
     """The configuration to connect with; where nothing names a server, of the embedded engine."""
-    engine = None
-    if config.wants_embedded(base_url, api_key):
-        engine = embedded.acquire()
-        base_url, api_key = engine.base_url, engine.api_key
+    options: dict[str, Any] = {
+        "project_id": project_id,
+        "patience": patience,
+        "sampling": sampling,
+    }
+    if not config.wants_embedded(base_url, api_key):
+        return config.load(base_url, api_key, **options), None
+    config.load("http://127.0.0.1", "", **options)  # what is wrong is told before a child starts
+    engine = embedded.acquire()
     try:
-        settings = config.load(
-            base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
-        )
+        return config.load(engine.base_url, engine.api_key, **options), engine
     except BaseException:
-        if engine is not None:
-            embedded.release(engine)
+        embedded.release(engine)
         raise
-    return settings, engine
 
 
 class Session(Connection):

@@ -55,10 +55,14 @@ class Tokenizer:
         """The text of token ids."""
         if isinstance(ids, np.ndarray):
             ids = ids.tolist()
-        if isinstance(ids, str) or not all(
+        if not isinstance(ids, Sequence) or not all(
             isinstance(i, (int, np.integer)) and not isinstance(i, bool) and i >= 0 for i in ids
         ):
-            raise TypeError("ids must be a list of token ids (integers >= 0).")
+            shown = repr(ids)
+            raise TypeError(
+                "ids must be a list of token ids (integers >= 0), got "
+                f"{shown if len(shown) <= 60 else shown[:57] + '...'}."
+            )
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens)
         return text
 
@@ -164,6 +168,12 @@ _locks: dict[tuple[str, str | None, LoadFunction | None], threading.Lock] = {}
 _guard = threading.Lock()  # guards _cache and _locks
 
 
+def check_load_fn(load_fn: object) -> None:
+    """TypeError unless it can load a tokenizer, or is None."""
+    if load_fn is not None and not callable(load_fn):
+        raise TypeError(f"load_fn must be a function of a tokenizer's id, got {load_fn!r}.")
+
+
 def load(
     identifier: str, *, revision: str | None = None, load_fn: LoadFunction | None = None
 ) -> Any:
@@ -175,6 +185,7 @@ def load(
     Raises:
         TokenizerError: With what was tried and what to do.
     """
+    check_load_fn(load_fn)
     key = (identifier, revision, load_fn)
     with _guard:
         if key in _cache:

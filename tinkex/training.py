@@ -470,6 +470,7 @@ class TrainingClient:
         self, model_path: str, *, retry_config: Retry | None = None
     ) -> SamplingClient:
         """A sampling client of the weights saved at *model_path*."""
+        types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
         self._check_open("create_sampling_client")
         return SamplingClient.create(
             self._session,
@@ -517,6 +518,9 @@ class TrainingClient:
         Raises:
             TokenizerError: If it cannot be loaded; says what was tried.
         """
+        tokenizer.check_load_fn(load_fn)
+        if info_fn is not None and not callable(info_fn):
+            raise TypeError(f"info_fn must be a function of this client, got {info_fn!r}.")
         info = info_fn(self) if info_fn is not None else self.get_info()
         name = info.base_model or self._base_model or "unknown"
         identifier = tokenizer.tokenizer_id(name, info.model_data.tokenizer_id)
@@ -576,9 +580,9 @@ class TrainingClient:
             cancel: cancel what is not sent yet.
             timeout: seconds to wait for it at most; then what is left is failed.
         """
+        patience = _check_close_timeout(timeout, self._session.config.patience.close)
         with self._lock:
             self._ended = self._ended or f"the client of model {self.model_id} is closed"
-        patience = self._session.config.patience.close if timeout is None else timeout
         started = time.monotonic()
         self._worker.close(cancel=cancel, timeout=patience)
         if self._owns_session:
@@ -762,6 +766,16 @@ def check_base_model(base_model: object) -> None:
         raise TypeError(f"invalid base_model: {base_model!r} (a str is needed).")
     if not base_model.strip():
         raise ValueError("base_model must not be empty.")
+
+
+def _check_close_timeout(timeout: object, default: float) -> float:
+    if timeout is None:
+        return default
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
+    return timeout
 
 
 def check_observer(observer: object) -> None:

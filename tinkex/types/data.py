@@ -6,12 +6,16 @@ tokenizers (anything with an `encode` will do) nor of what a loss does with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, Union
 
 import attrs
 import numpy as np
 import numpy.typing as npt
+
+from . import checks
 
 DType = Literal["int64", "float32"]
 ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData
@@ -54,10 +58,16 @@ def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
         TypeError: If they are not whole numbers.
         ValueError: If they are not one-dimensional, negative, or beyond int32.
     """
+    if value is None or isinstance(value, (str, bytes, Mapping, Set)):
+        raise TypeError(
+            f"tokens must be token ids in order, got {_short(value)}; encode text with a tokenizer "
+            "first."
+        )
     array = to_array(value)
     if array.ndim != 1:
         raise ValueError(
-            f"tokens must be one-dimensional, got shape {array.shape}; give one sequence at a time."
+            f"tokens must be one-dimensional, got {_short(value)} of shape {array.shape}; give one "
+            "sequence at a time."
         )
     if array.size == 0:
         return np.empty(0, np.int32)
@@ -100,6 +110,17 @@ class EncodedTextChunk:
         return len(self.tokens)
 
 
+def _check_bytes(instance: object, attribute: object, value: Any) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(
+            f"image data must be the bytes of a PNG or JPEG file, got {type(value).__name__}; read "
+            "the file first: Path(name).read_bytes()."
+        )
+
+
+_check_expected = checks.integer("an integer >= 0 or None", lambda n: n >= 0, optional=True)
+
+
 def _check_format(instance: object, attribute: object, value: str) -> None:
     if value not in ("png", "jpeg"):
         raise ValueError(f'image format must be "png" or "jpeg", got {value!r}.')
@@ -115,9 +136,9 @@ def _expected_length(chunk: ImageChunk | ImageAssetPointerChunk, what: str) -> i
 class ImageChunk:
     """An image in the prompt: the bytes of a PNG or JPEG file."""
 
-    data: bytes = attrs.field(validator=attrs.validators.instance_of(bytes), repr=False)
+    data: bytes = attrs.field(validator=_check_bytes, repr=False)
     format: str = attrs.field(validator=_check_format)
-    expected_tokens: int | None = None
+    expected_tokens: int | None = attrs.field(default=None, validator=_check_expected)
 
     @property
     def length(self) -> int:
@@ -129,9 +150,9 @@ class ImageChunk:
 class ImageAssetPointerChunk:
     """An image that the server already has."""
 
-    location: str
+    location: str = attrs.field(validator=checks.text)
     format: str = attrs.field(validator=_check_format)
-    expected_tokens: int | None = None
+    expected_tokens: int | None = attrs.field(default=None, validator=_check_expected)
 
     @property
     def length(self) -> int:
@@ -143,6 +164,11 @@ Chunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk]
 
 
 def _as_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    if not isinstance(chunks, Iterable):
+        raise TypeError(
+            f"a ModelInput is made of chunks, got {_short(chunks)}; for token ids use "
+            "ModelInput.from_ints(tokens)."
+        )
     chunks = tuple(chunks)
     for i, chunk in enumerate(chunks):
         if not isinstance(chunk, (EncodedTextChunk, ImageChunk, ImageAssetPointerChunk)):
@@ -169,6 +195,10 @@ class ModelInput:
         """*text* encoded by anything that has `encode(text)`: a tokenizer, or a client."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}.")
+        if not hasattr(tokenizer, "encode"):
+            raise TypeError(
+                f"tokenizer must be something with encode(text), got {type(tokenizer).__name__}."
+            )
         return cls.from_ints(tokenizer.encode(text))
 
     @classmethod
@@ -220,16 +250,26 @@ def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
         return array.astype(np.int64)
     if kind not in "iuf":
         raise TypeError(
-            f"{name} must hold int or float numbers, got {array.dtype}; "
+            f"{name} must hold int or float numbers, got {array.dtype} ({_short(array)}); "
             "convert it to int64 or float32 first."
         )
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+        raise ValueError(f"{name} holds {int(array.max())}, which does not fit into int64.")
     if dtype is None:
         dtype = "float32" if kind == "f" else "int64"
     if dtype not in ("int64", "float32"):
         raise ValueError(f'{name}: dtype must be "int64" or "float32", got {dtype!r}.')
     if dtype == "int64" and kind == "f":
         raise TypeError(f"{name} must hold whole numbers, got {array.dtype}.")
-    return np.ascontiguousarray(array, dtype=dtype)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is found later
+        return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _as_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(side) for side in shape)
+    except TypeError as exc:
+        raise TypeError(f"{name}: shape must be a list of whole numbers, got {shape!r}.") from exc
 
 
 class TensorData:
@@ -263,12 +303,12 @@ class TensorData:
     ) -> None:
         array = _cast(to_array(data), dtype, name)
         self.data: np.ndarray = array.reshape(-1)
-        self.shape: tuple[int, ...] = array.shape if shape is None else tuple(map(int, shape))
+        self.shape: tuple[int, ...] = array.shape if shape is None else _as_shape(shape, name)
         self.sparse_crow_indices: np.ndarray | None = None
         self.sparse_col_indices: np.ndarray | None = None
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             self._set_sparse(sparse_crow_indices, sparse_col_indices, shape, name)
-        elif min(self.shape, default=0) < 0 or int(np.prod(self.shape)) != self.data.size:
+        elif min(self.shape, default=0) < 0 or math.prod(self.shape) != self.data.size:
             raise ValueError(
                 f"{name}: {self.data.size} values do not fill shape {list(self.shape)}."
             )
@@ -391,7 +431,18 @@ def _as_inputs(inputs: Mapping[str, ArrayLike]) -> dict[str, TensorData]:
         raise TypeError(
             f"loss_fn_inputs must be a mapping of names to arrays, got {type(inputs).__name__}."
         )
-    return {str(name): as_tensor(str(name), value) for name, value in inputs.items()}
+    for name in inputs:
+        if not isinstance(name, str):
+            raise TypeError(f"loss_fn_inputs: names must be str, got {name!r}.")
+    return {name: as_tensor(name, value) for name, value in inputs.items()}
+
+
+def _check_model_input(instance: object, attribute: object, value: Any) -> None:
+    if not isinstance(value, ModelInput):
+        raise TypeError(
+            f"model_input must be a ModelInput, got {type(value).__name__}; for token ids use "
+            "ModelInput.from_ints(tokens)."
+        )
 
 
 @attrs.frozen
@@ -405,5 +456,5 @@ class Datum:
             predict after `model_input[0..t]`.
     """
 
-    model_input: ModelInput = attrs.field(validator=attrs.validators.instance_of(ModelInput))
+    model_input: ModelInput = attrs.field(validator=_check_model_input)
     loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)

@@ -126,7 +126,7 @@ def check_data(data: Sequence[Datum], loss_fn: str, only: Sequence[str] | None =
     """
     if isinstance(data, Datum):
         raise TypeError("data is one Datum; give a list of them: [datum].")
-    if not isinstance(data, Sequence):
+    if not isinstance(data, Sequence) or isinstance(data, (str, bytes)):
         raise TypeError(f"data must be a list of Datum, got {type(data).__name__}.")
     if not data:
         raise ValueError("data is empty; give at least one Datum.")
