@@ -74,15 +74,15 @@ class EmbeddedEngine:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def close(self) -> None:
-        """End the child; safe to call twice."""
+    def close(self, timeout: float = 5.0) -> None:
+        """End the child, by force if it takes more than *timeout* seconds; safe to call twice."""
         atexit.unregister(self.close)
         self._key_file.unlink(missing_ok=True)
         if self._process.poll() is not None:
             return
         self._process.terminate()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -177,8 +177,8 @@ def acquire() -> EmbeddedEngine:
         return _shared
 
 
-def release(engine: EmbeddedEngine) -> None:
-    """One user less; the last one ends the engine."""
+def release(engine: EmbeddedEngine, timeout: float = 5.0) -> None:
+    """One user less; the last one ends the engine, within *timeout* seconds."""
     global _shared, _users
     with _shared_lock:
         if engine is not _shared:
@@ -188,7 +188,7 @@ def release(engine: EmbeddedEngine) -> None:
         if last:
             _shared = None
     if last:
-        engine.close()
+        engine.close(timeout)
 
 
 def forget_after_fork() -> None:

@@ -17,7 +17,7 @@ from .rest import RestClient
 from .restoring import check_restore, restore
 from .retry import Retry
 from .sampling import SamplingClient, check_source
-from .session import Session, connect
+from .session import HURRIED_TIMEOUT, Session, connect
 from .training import TrainingClient
 
 
@@ -233,10 +233,12 @@ class ServiceClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        reason = "success"
-        if kind is not None:
-            reason = "errored" if issubclass(kind, Exception) else "interrupted"
-        self.close(reason)
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception):
+            self.close("errored")
+        else:
+            self._session.close("interrupted", timeout=HURRIED_TIMEOUT)
 
     def __repr__(self) -> str:
         state = "closed" if self._session.is_closed else "open"

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds that the end of a session takes at most.
-CLOSE_TIMEOUT = 4.0
+#: Seconds that the end of a session takes at most; after Ctrl-C, when nobody wants to wait.
+CLOSE_TIMEOUT, HURRIED_TIMEOUT = 4.0, 0.3
 
 
 class Dependent(Protocol):
@@ -149,10 +150,10 @@ class Connection:
             self._closed.set()
         return first
 
-    def _let_go(self) -> None:
+    def _let_go(self, timeout: float = CLOSE_TIMEOUT) -> None:
         self.transport.close()
         if self.engine is not None and os.getpid() == self._pid:
-            embedded.release(self.engine)
+            embedded.release(self.engine, timeout)
 
 
 def connect(
@@ -437,6 +438,7 @@ class Session(Connection):
         """
         if not self._begin_closing():
             return
+        started = time.monotonic()
         if os.getpid() == self._pid:
             for dependent in list(self.dependents):
                 dependent.end()
@@ -444,7 +446,7 @@ class Session(Connection):
             self._background.shutdown()
             self.sample_pool.shutdown()
             self._say_goodbye(reason, detail, timeout)
-        self._let_go()
+        self._let_go(max(HURRIED_TIMEOUT, timeout - (time.monotonic() - started)))
 
     def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
         """The last telemetry, and that the session is over; on a thread, as a server may hang."""

@@ -24,7 +24,7 @@ from .futures import OperationFuture, fail, gather, succeed
 from .polling import check_timeout as _check_poll_timeout
 from .retry import Retry, check_retry
 from .sampling import SamplingClient
-from .session import Session, connect, is_missing_route, not_offered
+from .session import HURRIED_TIMEOUT, Session, connect, is_missing_route, not_offered
 from .waiting import Wait
 from .worker import OrderedWorker, Turn
 
@@ -601,7 +601,8 @@ class TrainingClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(cancel=kind is not None)
+        hurried = kind is not None and not issubclass(kind, Exception)
+        self.close(cancel=kind is not None, timeout=HURRIED_TIMEOUT if hurried else None)
 
     def __repr__(self) -> str:
         in_flight = self._session.poller.in_flight(self.model_id)
