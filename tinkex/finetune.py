@@ -506,7 +506,8 @@ class _Trainer:
         self._note(before=self._say(sampler, is_stopped))
 
     def _say(self, sampler: SamplingClient, is_stopped: Callable[[], bool]) -> list[str]:
-        params = types.SamplingParams(max_tokens=SHOWN_TOKENS, temperature=0.0, seed=0)
+        # Half-way to the likeliest token: of a small model that alone is a word over and over.
+        params = types.SamplingParams(max_tokens=SHOWN_TOKENS, temperature=0.5, seed=0)
         futures = [
             sampler.sample(example.prompt, num_samples=1, sampling_params=params)
             for example in self.held_out[:SHOWN_EXAMPLES]
