@@ -447,7 +447,7 @@ class _Sample:
         inner.add_done_callback(self._finish)
         if client._retry is not None and client._retry.budget is not None:
             self._give_up_at = client._session.transport.waits.now() + client._retry.budget
-        with client._session.transport.waits.begin(f"room to send {self._future.what}") as wait:
+        with client._session.transport.waits.begin(f"the server to take {inner.what}") as wait:
             while not self._sent(inner, wait):
                 pass
 
@@ -457,7 +457,7 @@ class _Sample:
         with client._pace.admitted(self._nbytes, client._is_closed):
             client._check_open()
             try:
-                self._start(inner)
+                self._start(inner, wait)
             except errors.RateLimitError as exc:
                 pause = client._pace.throttled(self._nbytes, exc.retry_after)
                 wait.failed_once(exc)
@@ -468,7 +468,7 @@ class _Sample:
         client._pace.succeeded()
         return True
 
-    def _start(self, inner: OperationFuture[types.SampleResponse]) -> None:
+    def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
         session = self._client._session
         session.start(
             wire.SAMPLE,
@@ -479,6 +479,7 @@ class _Sample:
             poll_timeout=self._poll_timeout,
             on_queue_state=self._client.on_queue_state_change,
             watcher=watch.watch if (watch := self._client._completions) is not None else None,
+            wait=wait,
         )
 
     def _post(self, wait: Wait) -> Any:

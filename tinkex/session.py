@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -259,15 +260,18 @@ class Session(Connection):
         poll_timeout: float | None = None,
         on_queue_state: Callable[[str, str | None], None] | None = None,
         watcher: Callable[[Promise[Any]], None] | None = None,
+        wait: Wait | None = None,
     ) -> None:
         """Send one operation, and have *future* resolved with its result.
 
         *send* posts the request and returns the server's promise, or the result itself from servers
         that answer at once. What it raises is raised here: then the operation was not accepted.
         *watcher* waits for the promise instead of the poller; it then sees to lost promises, too.
+        *wait* is told of failures; None begins one of its own.
         """
         self.check_usable()
-        with self.transport.waits.begin(f"the server to accept {future.what}") as wait:
+        own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
+        with nullcontext(own) if wait else own as wait:
             if on_queue_state is not None:
                 wait.on_failure = partial(tell_of_queue, on_queue_state)
             try:
@@ -446,7 +450,8 @@ class Session(Connection):
             self._background.shutdown()
             self.sample_pool.shutdown()
             self._say_goodbye(reason, detail, timeout)
-        self._let_go(max(HURRIED_TIMEOUT, timeout - (time.monotonic() - started)))
+        left = timeout - (time.monotonic() - started)
+        self._let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
 
     def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
         """The last telemetry, and that the session is over; on a thread, as a server may hang."""
