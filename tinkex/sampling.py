@@ -26,7 +26,7 @@ from .completions import CompletionWatch
 from .futures import OperationFuture, fail, gather, succeed
 from .polling import check_timeout
 from .retry import ONCE, Retry, check_retry
-from .session import Session, connect, is_missing_route, not_offered, tell_of_queue
+from .session import Session, connect, is_missing_route, not_offered
 from .waiting import Wait
 
 logger = logging.getLogger("tinkex")
@@ -461,7 +461,6 @@ class _Sample:
             except errors.RateLimitError as exc:
                 pause = client._pace.throttled(self._nbytes, exc.retry_after)
                 wait.failed_once(exc)
-                tell_of_queue(client.on_queue_state_change, exc)
                 if client._session.transport.waits.now() + pause >= self._give_up_at:
                     raise
                 return False

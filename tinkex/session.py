@@ -403,7 +403,7 @@ class Session(Connection):
         now = self.transport.waits.now
         missed, warned, heard = 0, -math.inf, now()
         known = False  # a beat has got through: the server has this endpoint
-        while not self._closed.wait(interval):
+        while not self._closed.wait(interval / 4 if missed else interval):
             try:
                 self._beat_once()
                 missed, heard, known = 0, now(), True
