@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import requests
 
 from . import errors, types, wire
 from .answers import Answer, connection_error
 from .retry import ONCE
-from .session import Connection
+from .session import Connection, is_missing_route, not_offered
 
 logger = logging.getLogger("tinkex")
 
@@ -44,12 +45,29 @@ def archive_url(
     for attempt in range(PACKING_TRIES):
         try:
             return _ask_for_url(connection, path)
-        except errors.InternalServerError as exc:
+        except errors.APIStatusError as exc:
+            if is_missing_route(exc):
+                return _ask_without_segment(connection, path, exc)
             if exc.status != 503 or attempt == PACKING_TRIES - 1:
                 raise
-            logger.info("the server is still packing %s; again in 30 s", path.tinker_path)
+            logger.warning("the server is still packing %s; again in 30 s", path.tinker_path)
             (on_wait or sleep)(PACKING_PAUSE)
     raise errors.DownloadError(f"the server never finished packing {path.tinker_path}.")
+
+
+def _ask_without_segment(
+    connection: Connection,
+    path: types.ParsedCheckpointTinkerPath,
+    refusal: errors.APIStatusError,
+) -> types.CheckpointArchiveUrlResponse:
+    """Some servers (SkyRL) know a checkpoint by its name alone."""
+    missing = not_offered(refusal, wire.CHECKPOINT_ARCHIVE.path)
+    if path.checkpoint_id == path.name:
+        raise missing from refusal
+    try:
+        return _ask_for_url(connection, attrs.evolve(path, checkpoint_id=path.name))
+    except errors.APIStatusError as exc:
+        raise missing from exc
 
 
 def _ask_for_url(

@@ -267,7 +267,7 @@ class SamplingClient:
             response = transport.open_stream(
                 "POST", transport.url(wire.STREAM_SAMPLE.path), body, headers
             )
-        except errors.NotFoundError as exc:
+        except errors.APIStatusError as exc:
             if is_missing_route(exc):
                 raise not_offered(exc, wire.STREAM_SAMPLE.path) from exc
             raise
