@@ -30,6 +30,9 @@ _ANY_STATUS = frozenset(range(300, 600))
 #: Seconds that one poll may take; the protocol's clients give up here.
 POLL_SECONDS = 45.0
 
+#: Of the adapters that are made.
+RANK = 8
+
 #: How an unknown endpoint is told from an unknown thing.
 _MISSING = (404, 405, 501)
 
@@ -95,7 +98,9 @@ class Asker:
 
     def with_key(self, key: str) -> Transport:
         """Another key on the same server, for requests that should be refused."""
-        return Transport(attrs.evolve(self.connection.config, api_key=key))
+        transport = Transport(attrs.evolve(self.connection.config, api_key=key))
+        transport.established = True
+        return transport
 
     def send(
         self,
@@ -117,7 +122,8 @@ class Asker:
             method,
             transport.config.base_url + wire.PREFIX + path,
             body,
-            headers=headers,
+            # Connections that a server has closed meanwhile would look like its failures.
+            headers={"Connection": "close", **(headers or {})},
             timeout=timeout,
             retry=ONCE,
             accept=_ANY_STATUS,
@@ -517,7 +523,9 @@ class Lab:
 
     # Models.
 
-    def create(self, number: int | None = None, session_id: str | None = None) -> Answer:
+    def create(
+        self, number: int | None = None, session_id: str | None = None, rank: int = RANK
+    ) -> Answer:
         """Send one create_model."""
         return self.asker.post(
             "create_model",
@@ -525,7 +533,7 @@ class Lab:
                 "session_id": session_id or self.session_id,
                 "model_seq_id": self.model_number() if number is None else number,
                 "base_model": self.base_model,
-                "lora_config": attrs.asdict(types.LoraConfig(rank=8, seed=11)),
+                "lora_config": {**attrs.asdict(types.LoraConfig(seed=11)), "rank": rank},
                 "type": "create_model",
             },
         )
@@ -608,8 +616,11 @@ class Lab:
             if answer.status == 200:
                 self._sampler = self._opened(answer)
             else:
-                with self.model() as model:
-                    self._sampler = self.open_sampler(model.save_for_sampler(self.name()))
+                made = self.asker.end(self.create()).value(
+                    types.CreateModelResponse, "create_model"
+                )
+                model = Model(self.asker, made.model_id, self.session_id)
+                self._sampler = self.open_sampler(model.save_for_sampler(self.name()))
         return self._sampler
 
     def _opened(self, answer: Answer) -> Sampler:

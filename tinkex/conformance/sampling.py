@@ -143,6 +143,25 @@ def greedy(lab: Lab) -> None:
                      f"({first.logprobs[0]:.3f})")  # fmt: skip
 
 
+@CHECKS.rule("senseless arguments are refused")
+def senseless(lab: Lab) -> None:
+    """No samples at all, a negative temperature and the like fail in words, at once or later, and
+    an adapter of rank a billion is not tried."""
+    wishes = {
+        "num_samples=0": lab.sampler.post(TOKENS, 0),
+        "temperature=-1": lab.sampler.post(TOKENS, params={"temperature": -1.0}),
+        "top_p=2": lab.sampler.post(TOKENS, params={"top_p": 2.0}),
+        "an empty prompt": lab.sampler.post([]),
+        "rank=10**9": lab.create(rank=10**9),
+    }
+    for what, answer in wishes.items():
+        ended = lab.asker.end(answer)
+        if ended.failure is None:
+            raise Broken(f"{what} is taken")
+        if ended.answer.status >= 500:
+            raise Broken(f"{what} gave {ended.failure}")
+
+
 # Where samples end.
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from .. import types, wire
 from .asking import Broken, Lab, NotOffered, logprobs_of, said, zstd_bomb
 from .checking import Checks
-from .data import OTHERS, TOKENS, Slope, datum, distance
+from .data import OTHERS, Slope, datum, distance
 
 CHECKS = Checks()
 
@@ -88,8 +88,9 @@ def accumulation(lab: Lab) -> str:
             for batch in batches:
                 model.output(model.batch(batch))
 
-        first = slope.check(1, lambda: add([datum()], nothing), "the first request was lost")
-        last = slope.check(1, lambda: add(nothing, [datum()]), "the last request was lost")
+        lost = "beside a request of weight 0 the {} one does not count whole"
+        first = slope.check(1, lambda: add([datum()], nothing), lost.format("first"))
+        last = slope.check(1, lambda: add(nothing, [datum()]), lost.format("second"))
         both = slope.check(2, lambda: add([datum()], [datum()]), "two requests are not two")
         return f"{first:.2f}, {last:.2f}, {both:.2f}"
 
@@ -193,31 +194,6 @@ def too_large(lab: Lab) -> str:
     if healthz.status >= 500:
         raise Broken(f"afterwards healthz gave {said(healthz)}")
     return str(answer.status)
-
-
-@CHECKS.rule("absurd wishes are refused")
-def absurd(lab: Lab) -> None:
-    """An adapter of rank a billion and a billion samples are refused in words, at once or as a
-    failure, and nothing runs out of memory over them."""
-    create = lab.asker.post(
-        "create_model",
-        {
-            "session_id": lab.session_id,
-            "model_seq_id": lab.model_number(),
-            "base_model": lab.base_model,
-            "lora_config": {"rank": 10**9},
-            "type": "create_model",
-        },
-    )
-    for answer, what in (
-        (create, "a rank of 10**9"),
-        (lab.sampler.post(TOKENS, 10**9), "10**9 samples"),
-    ):
-        ended = lab.asker.end(answer)
-        if ended.failure is None:
-            raise Broken(f"{what} is taken")
-        if ended.answer.status >= 500:
-            raise Broken(f"{what} gave {said(ended.answer)}")
 
 
 @CHECKS.rule("log-probabilities come for weight 0, too")
