@@ -112,7 +112,7 @@ class FakeEngine:
     def __init__(self):
         self.closed = 0
 
-    def close(self):
+    def close(self, timeout):
         self.closed += 1
 
 
