@@ -9,31 +9,36 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 
 from . import config, errors, types, wire
+from .retry import ONCE
 from .transport import Transport
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds before a token's end at which no request goes out with it any more.
+#: Seconds before a token's end at which no request goes out with it any more (less for one that is
+#: short-lived).
 MARGIN = 60.0
+HOUR = 3600.0  # seconds
+JUST_NOW = 1.0  # seconds
 
 
 class TokenKeeper:
     """Holds the token, and gets the next one in time.
 
     Args:
-        exchange: makes a token of a credential (one request to the server).
+        exchange: makes a token (one request to the server); is told whether to be patient.
         credential: gives the key, or the output of the credential command.
         now: seconds since the epoch.
     """
 
     def __init__(
         self,
-        exchange: Callable[[str], str],
+        exchange: Callable[[bool], str],
         credential: Callable[[], str],
         *,
         now: Callable[[], float] = time.time,
@@ -41,60 +46,75 @@ class TokenKeeper:
         self._exchange = exchange
         self._credential = credential
         self._now = now
-        self._lock = (
-            threading.RLock()
-        )  # guards all below; held over an exchange, so that one serves all
+        # Guards all below; held over an exchange, so that one serves all.
+        self._lock = threading.RLock()
         self._token = ""
+        self._got_at = 0.0
         self._renew_at = 0.0
-        self._ends_at = 0.0
+        self._good_until = 0.0
         self._exchanging = False
 
     def get(self) -> str:
         """A token that is good for a while; the credential itself while it is being exchanged."""
         if self._now() < self._renew_at:
             return self._token
-        with self._lock:
+        if not self._lock.acquire(blocking=self._now() >= self._good_until):
+            return self._token  # another thread renews it, and this one is still good
+        try:
             if self._exchanging:
                 return self._credential()
             if self._now() >= self._renew_at:
                 self._renew()
             return self._token
+        finally:
+            self._lock.release()
 
     def refused(self) -> bool:
         """The server says that the token is invalid: get another. Whether there is one."""
         with self._lock:
             if self._exchanging:
                 return False
-            self._renew_at = self._ends_at = 0.0
-            self._renew()
+            if self._now() - self._got_at >= JUST_NOW:  # else another thread has just got one
+                self._renew_at = self._good_until = 0.0
+                self._renew()
             return True
 
     def _renew(self) -> None:
+        must = self._now() >= self._good_until
         self._exchanging = True
         try:
-            token = self._exchange(self._credential())
+            token = self._exchange(must)
         except errors.TinkexError as exc:
-            if self._now() + MARGIN >= self._ends_at:
+            if must:
                 raise
             logger.warning("the token could not be renewed; the old one is still good: %s", exc)
-            self._renew_at = self._now() + MARGIN
+            self._renew_at = min(self._now() + MARGIN, self._good_until)
             return
         finally:
             self._exchanging = False
-        issued, ends = _lifetime(token, self._now())
-        self._token, self._ends_at = token, ends
-        self._renew_at = min(issued + (ends - issued) / 2, max(ends - MARGIN, self._now() + 1))
+        now = self._now()
+        life, age = _life_and_age(token, now)
+        self._token, self._got_at = token, now
+        self._renew_at = now + max(life / 2 - age, life / 20, 1.0)
+        self._good_until = now + life - age - min(MARGIN, life / 4)
 
 
-def _lifetime(token: str, now: float) -> tuple[float, float]:
-    """When a JWT was issued and when it ends; an hour from now where it does not say."""
+def _life_and_age(token: str, now: float) -> tuple[float, float]:
+    """For how many seconds a JWT is good from its beginning to its end, and since when.
+
+    An hour where it does not say; as good as new where its times cannot be true by our clock.
+    """
     try:
         part = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
-        ends = float(claims["exp"])
-        return float(claims.get("iat", now)), ends
-    except (IndexError, KeyError, ValueError, TypeError):
-        return now, now + 3600
+        issued = float(claims.get("iat", now))
+        life = float(claims["exp"]) - issued
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError):
+        return HOUR, 0.0
+    if not 0 < life < math.inf:
+        return HOUR, 0.0
+    age = now - issued
+    return life, age if 0 <= age <= life else 0.0
 
 
 def install(transport: Transport, features: types.ClientConfig) -> None:
@@ -114,8 +134,9 @@ def install(transport: Transport, features: types.ClientConfig) -> None:
             "the server wants a credential: set TINKER_API_KEY or TINKER_CREDENTIAL_CMD."
         )
 
-    def exchange(_: str) -> str:
-        return transport.call(wire.AUTH_TOKEN, types.AuthTokenRequest()).jwt
+    def exchange(patient: bool) -> str:
+        retry = None if patient else ONCE
+        return transport.call(wire.AUTH_TOKEN, types.AuthTokenRequest(), retry=retry).jwt
 
     keeper = TokenKeeper(exchange, credential)
     transport.get_key = keeper.get

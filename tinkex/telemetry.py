@@ -108,6 +108,7 @@ class Reporter:
             self._wake.wait(INTERVAL)
             self._wake.clear()
             self.flush()
+        self.flush()  # the last event may have come during the last flush
 
     def _send(self, batch: list[dict[str, Any]]) -> bool:
         body = {
