@@ -1,4 +1,4 @@
-"""The engine against what a user would write with transformers and PEFT: speed and memory, as ratios.
+"""The engine against what a user would write with transformers and PEFT, as ratios.
 
 Both sides compute the same numbers on the same data in one run, in turns; a figure is the median of
 its rounds. Run `python -m tests.benchmarks.engine [case ...]`; each case is a function here that
@@ -7,6 +7,10 @@ returns rows. Absolute times mean nothing outside the run.
 
 from __future__ import annotations
 
+# isort: off
+import tinkex.local  # before torch: it sets how torch's threads wait for each other
+
+# isort: on
 import json
 import shutil
 import subprocess
@@ -20,13 +24,12 @@ from typing import Any
 
 import attrs
 import numpy as np
-
-from tinkex.local.engine import Engine  # first: it sets how torch's threads wait
-from tinkex import types
-from tinkex.local import tiny
-
 import torch
 import transformers
+
+from tinkex import types
+from tinkex.local import tiny
+from tinkex.local.engine import Engine
 
 ROUNDS = 5
 RANK = 32
@@ -174,7 +177,7 @@ def padded_step(model: Any, optimizer: Any, texts: Sequence[np.ndarray], size: i
     return total
 
 
-def training(bench: Bench, *, count: int = 64, size: int = 16, rounds: int = ROUNDS) -> list[Row]:
+def training(bench: Bench, *, count: int = 32, size: int = 32, rounds: int = ROUNDS) -> list[Row]:
     """Real tokens a second of a step over chats, and the share of the matmul peak."""
     texts = chats(count, bench.vocab)
     tokens = sum(len(text) - 1 for text in texts)

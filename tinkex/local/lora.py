@@ -267,55 +267,73 @@ def add_low_rank(y: Tensor, x: Tensor, linear: FusedLinear, pair: Pair, scale: f
 class Finished:
     """A finished adapter, to sample from: thin matrices ready to multiply with.
 
-    `thin[key]` is A^T (in, R) and scale B^T (R, out), where R = parts * rank and B holds the
-    parts' matrices on its diagonal.
+    `thin[key]` is a `Pair` of A^T (in, parts * rank) and, part by part, scale B^T (rank, out).
     """
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
-        self.thin: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rank = layout.shape.rank
+        self.thin: dict[str, Pair] = {}
         for key, pair in layout.pairs(flat).items():
-            linear = layout.linears[key]
-            b = flat.new_zeros(pair.a.shape[0], linear.weight.shape[0])
-            for i, part in enumerate(linear.parts):
-                rank = layout.shape.rank
-                b[i * rank : (i + 1) * rank, part.start : part.stop] = pair.b[i].T
-            scaled = b.mul_(layout.shape.scale).to(dtype)
-            self.thin[key] = pair.a.T.to(dtype).contiguous(), scaled
+            b = tuple((m.T * layout.shape.scale).to(dtype).contiguous() for m in pair.b)
+            self.thin[key] = Pair(pair.a.T.to(dtype).contiguous(), b)
+
+    def add(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
+        """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
+        if key not in self.thin:
+            return
+        pair = self.thin[key]
+        inner = (x @ pair.a).split(self.rank, dim=1)
+        for part, columns, b in zip(linear.parts, inner, pair.b):
+            y[:, part.start : part.stop].addmm_(columns, b)
+
+    def merge_into(self, out: Tensor, key: str, linear: FusedLinear) -> None:
+        """Write W + scale B A into *out* (out, in)."""
+        pair = self.thin[key]
+        for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
+            rows = slice(part.start, part.stop)
+            torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
 
 
 class Stack:
-    """Several finished adapters (None: the bare base model), stacked when first multiplied with."""
+    """Several finished adapters (None: the bare base model), stacked when first multiplied with.
+
+    Lower ranks are filled up with zeros to the highest.
+    """
 
     def __init__(self, adapters: Sequence[Finished | None]) -> None:
         self.adapters = tuple(adapters)
-        self._stacked: dict[str, tuple[Tensor, Tensor] | None] = {}
+        self.rank = max((a.rank for a in self.adapters if a is not None), default=0)
+        self._stacked: dict[str, Pair | None] = {}
 
-    def get(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """A^T (adapters, in, R) and scale B^T (adapters, R, out), zero-padded to the largest R."""
+    def get(self, key: str) -> Pair | None:
+        """A^T (adapters, in, parts * rank); of each part scale B^T (adapters, rank, out)."""
         if key not in self._stacked:
             self._stacked[key] = self._stack(key)
         return self._stacked[key]
 
-    def _stack(self, key: str) -> tuple[Tensor, Tensor] | None:
+    def _stack(self, key: str) -> Pair | None:
         thin = [None if a is None else a.thin.get(key) for a in self.adapters]
         present = [pair for pair in thin if pair is not None]
         if not present:
             return None
-        widest = max(a.shape[1] for a, _ in present)
-        a0, b0 = present[0]
-        a = a0.new_zeros(len(thin), a0.shape[0], widest)
-        b = b0.new_zeros(len(thin), widest, b0.shape[1])
+        first, count = present[0], len(thin)
+        a = first.a.new_zeros(count, first.a.shape[0], len(first.b), self.rank)
+        b = [m.new_zeros(count, self.rank, m.shape[1]) for m in first.b]
         for i, pair in enumerate(thin):
-            if pair is not None:
-                a[i, :, : pair[0].shape[1]], b[i, : pair[1].shape[0]] = pair
-        return a, b
+            if pair is None:
+                continue
+            rank = pair.b[0].shape[0]
+            a[i, :, :, :rank] = pair.a.view(a.shape[1], a.shape[2], rank)
+            for stacked, own in zip(b, pair.b):
+                stacked[i, :rank] = own
+        return Pair(a.flatten(2), tuple(b))
 
 
 class MixedLinears:
     """A base model's matrices for rows that belong to different finished adapters.
 
     Args:
-        rows: (N,) which of the stack's adapters each row belongs to.
+        rows: (N,) which of the stack's adapters each row belongs to; sorted.
         workspace: where to merge an adapter that all rows belong to; None if not to.
     """
 
@@ -330,50 +348,53 @@ class MixedLinears:
         self._workspace = workspace
         self._stack = stack
         self._single = stack.adapters[rows[0]]
-        self._is_mixed = bool((rows != rows[0]).any())
+        self._is_mixed = bool(rows[0] != rows[-1])
         if self._is_mixed:
             self._group(rows, next(iter(linears.values())).weight.device)
 
     def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
-        """Row numbers by adapter, (adapters, longest), and where each row is found in that."""
+        """Lay rows out as (adapters, most rows of one); nothing to do if all have as many."""
         counts = np.bincount(rows, minlength=len(self._stack.adapters))
-        order = np.argsort(rows, kind="stable")
+        self._places: Tensor | None = None
+        if (counts == counts[0]).all():
+            return
         rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.empty(len(rows), np.int64)
-        places[order] = rows[order] * counts.max() + rank
+        places = rows * counts.max() + rank
         members = np.zeros(len(counts) * counts.max(), np.int64)
         members[places] = np.arange(len(rows))
         self._members = torch.from_numpy(members).to(device)
         self._places = torch.from_numpy(places).to(device)
 
     def forward(self, key: str, x: Tensor) -> Tensor:
-        linear = self._linears[key]
-        thin = None if self._single is None else self._single.thin.get(key)
-        if thin is not None and not self._is_mixed and self._workspace is not None:
-            return products.linear(x, self._merged(key, *thin), linear.bias)
-        y = products.linear(x, linear.weight, linear.bias)
+        linear, single = self._linears[key], self._single
         if self._is_mixed:
-            self._add_mixed(key, x, y)
-        elif thin is not None:
-            y.addmm_(x @ thin[0], thin[1])
+            y = products.linear(x, linear.weight, linear.bias)
+            self._add_mixed(key, y, x, linear)
+            return y
+        if self._workspace is not None and single is not None and key in single.thin:
+            merged = self._workspace.merged(
+                single, key, linear.weight, lambda out: single.merge_into(out, key, linear)
+            )
+            return products.linear(x, merged, linear.bias)
+        y = products.linear(x, linear.weight, linear.bias)
+        if single is not None:
+            single.add(key, y, x, linear)
         return y
 
-    def _merged(self, key: str, a: Tensor, b: Tensor) -> Tensor:
-        weight = self._linears[key].weight
-        if self._workspace is None:
-            raise RuntimeError("there is no room to merge an adapter in.")
-        return self._workspace.merged(
-            self._single, key, weight, lambda out: torch.addmm(weight, b.T, a.T, out=out)
-        )
-
-    def _add_mixed(self, key: str, x: Tensor, y: Tensor) -> None:
+    def _add_mixed(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
         stacked = self._stack.get(key)
         if stacked is None:
             return
-        a, b = stacked
-        grouped = x.index_select(0, self._members).view(len(a), -1, x.shape[1])
-        added = torch.bmm(torch.bmm(grouped, a), b).view(-1, y.shape[1])
-        y.add_(added.index_select(0, self._places))
+        count = len(self._stack.adapters)
+        grouped = x if self._places is None else x.index_select(0, self._members)
+        inner = torch.bmm(grouped.view(count, -1, x.shape[1]), stacked.a)
+        for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
+            rows = slice(part.start, part.stop)
+            if self._places is None:
+                y.view(count, -1, y.shape[1])[:, :, rows].baddbmm_(columns, b)
+            else:
+                added = torch.bmm(columns, b).flatten(0, 1)
+                y[:, rows] += added.index_select(0, self._places)
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

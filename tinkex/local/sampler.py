@@ -348,15 +348,22 @@ class Sampler:
     # -- prompts -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Start waiting units of one adapter, as many as there is room for."""
-        units = self._choose_units()
-        if not units:
-            return
+        """Start waiting units, as many as there is room for; those of one adapter together."""
+        by_adapter: dict[Finished | None, list[Unit]] = {}
+        for unit in self._choose_units():
+            by_adapter.setdefault(unit.job.adapter, []).append(unit)
+        for units in by_adapter.values():
+            self._begin(units)
+
+    def _begin(self, units: Sequence[Unit]) -> None:
+        """Compute the prompts of units of one adapter, and give each sample its first token."""
         prompts: dict[bytes, list[Unit]] = {}
         for unit in units:
             prompts.setdefault(unit.job.prompt.tobytes(), []).append(unit)
         groups = sorted(prompts.values(), key=lambda group: len(group[0].job.prompt))
         rows = [[self._start(unit) for unit in group] for group in groups]
+        begun = set(units)
+        self._waiting = deque(unit for unit in self._waiting if unit not in begun)
         hidden, packing, linears = self._prefill(groups, rows)
         for group, start in zip(groups, packing.starts):
             states = hidden[start : start + len(group[0].job.prompt)]
@@ -369,13 +376,10 @@ class Sampler:
         self._take_tokens(np.array(flat), logits[which])
 
     def _choose_units(self) -> list[Unit]:
-        """The head of the line, and what can go with it: same adapter, within the limits."""
+        """The head of the line: as much as is within the limits."""
         chosen: list[Unit] = []
         tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
-        while self._waiting:
-            unit = self._waiting[0]
-            if chosen and unit.job.adapter is not chosen[0].job.adapter:
-                break
+        for unit in self._waiting:
             alone = not chosen and not self._home
             reserved += self._bytes(unit)
             fits = reserved <= self._memory
@@ -383,7 +387,7 @@ class Sampler:
             if unit.count > rows or not (fits or alone) or (chosen and tokens > PREFILL_TOKENS):
                 break
             rows -= unit.count
-            chosen.append(self._waiting.popleft())
+            chosen.append(unit)
         return chosen
 
     def _bytes(self, unit: Unit) -> int:
@@ -486,18 +490,29 @@ class Sampler:
         members = [pool.begin_step() for pool in pools]
         bounds = np.cumsum([0, *(len(m) for m in members)])
         rows = np.concatenate([np.array(m, np.int64) for m in members])
+        adapters = self._adapters(rows)
+        to_pools = from_pools = None
+        if len(self._stack.adapters) > 1:  # their rows go together, so that each multiplies once
+            order = np.argsort(adapters, kind="stable")
+            rows, adapters = rows[order], adapters[order]
+            to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
+            from_pools = torch.from_numpy(order).to(self._base.device)
         base, spec, state = self._base, self._base.spec, self._rows
         positions = state.prompt_length[rows] + state.length[rows] - 1
         split = [spec.heads, spec.kv_heads, spec.kv_heads]
 
         def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
-            heads = qkv.view(len(qkv), -1, spec.head_dim)
+            own = qkv if to_pools is None else qkv.index_select(0, to_pools)
+            heads = own.view(len(qkv), -1, spec.head_dim)
             outs = []
             for pool, start, stop in zip(pools, bounds, bounds[1:]):
                 outs.append(pool.attend(layer, *heads[start:stop].split(split, dim=1)))
-            return outs[0] if len(outs) == 1 else torch.cat(outs), None
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            return (out if from_pools is None else out.index_select(0, from_pools)), None
 
-        linears = self._mixed(rows)
+        single = self._stack.adapters[0] if to_pools is None else None
+        room = self._room(single, len(rows) >= MERGE_ROWS)
+        linears = MixedLinears(base.linears, self._stack, adapters, room)
         at = torch.from_numpy(positions).to(base.device)
         forward = Forward(base, linears, at, int(positions.max()) + 1, attend)
         tokens = torch.from_numpy(state.last[rows]).to(base.device)
@@ -509,16 +524,18 @@ class Sampler:
         hidden, _ = rms_norm(x, base.final_norm, spec.norm_eps)
         self._take_tokens(rows, linears.forward("head", hidden).float())
 
-    def _mixed(self, rows: npt.NDArray[np.int64]) -> MixedLinears:
-        """The matrices for these rows; the stack of adapters is kept while they are the same."""
-        adapters = [job.adapter for job in (self._rows.job[row] for row in rows) if job is not None]
+    def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number of each row's adapter in the stack, which is made anew if it has not just these.
+
+        Its order is kept as long as the adapters are the same: stacking copies them all.
+        """
+        jobs = [self._rows.job[row] for row in rows]
+        adapters = [None if job is None else job.adapter for job in jobs]
         distinct = list(dict.fromkeys(adapters))
         if set(distinct) != set(self._stack.adapters):
             self._stack = Stack(distinct)
         number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
-        which = np.array([number[adapter] for adapter in adapters], np.int64)
-        room = self._room(distinct[0], len(rows) >= MERGE_ROWS) if len(distinct) == 1 else None
-        return MixedLinears(self._base.linears, self._stack, which, room)
+        return np.array([number[adapter] for adapter in adapters], np.int64)
 
     def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
         """Where to merge an adapter, if that is worth it or has been done already."""
