@@ -1,0 +1,187 @@
+"""Never silent, never endless: whatever is waited for when the server freezes or dies, a line in
+the log says so, an error comes when patience is over, and Ctrl-C gets through at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import tinkex
+from tests.chaos import waits
+from tests.chaos.servers import Server, wait_for
+from tests.local.processes import ROOT
+from tinkex import errors
+
+SLOW = ("-m", "tests.chaos.slow")
+KINDS = list(waits.KINDS)
+#: The budget is `no_answer`, and the exchange that is under way when it ends.
+IMPATIENT = tinkex.Patience(
+    connect=0.5, request=1.0, poll=1.0, no_answer=2.0, report_after=0.4, report_every=1.0,
+    heartbeat=0.3, close=0.5,
+)  # fmt: skip
+
+
+class Lines(logging.Handler):
+    """What is logged, and when."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append((time.monotonic(), record.getMessage()))
+
+    def first(self, words, since=0.0):
+        """Seconds from *since* to the first line with all *words* in it; None without one."""
+        times = [at - since for at, line in self.lines if all(word in line for word in words)]
+        return min((seconds for seconds in times if seconds > 0), default=None)
+
+
+@pytest.fixture
+def lines():
+    handler = Lines()
+    logging.getLogger("tinkex").addHandler(handler)
+    yield handler
+    logging.getLogger("tinkex").removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("silence") / "home", SLOW) as server:
+        yield server
+
+
+def wait_out(wait):
+    """(what it raised, when)"""
+    try:
+        wait()
+    except BaseException as exc:
+        return exc, time.monotonic()
+    return None, time.monotonic()
+
+
+@contextlib.contextmanager
+def silent(server, how):
+    """While the server is frozen or dead."""
+    how(server)
+    yield time.monotonic()
+    server.thaw() if how is Server.freeze else server.start()
+
+
+@contextlib.contextmanager
+def waiting_for(server, patience=None):
+    """All kinds of waits, each as a function that waits, on a session of its own."""
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        services = [tinkex.ServiceClient(server.url, "tml-any", patience=patience) for _ in KINDS]
+        try:
+            yield pool, list(pool.map(lambda kind, service: kind(service), KINDS, services))
+        finally:
+            for service in services:
+                service.close()
+
+
+@pytest.mark.parametrize("how", [Server.freeze, Server.kill], ids=["frozen", "killed"])
+def test_a_silent_server_is_reported_and_then_an_error(server, how, lines):
+    """Within the set times, naming what is waited for and the server."""
+    with waiting_for(server, IMPATIENT) as (pool, ready), silent(server, how) as began:
+        ends = dict(zip(KINDS, pool.map(wait_out, ready)))
+    reported = {kind: lines.first(("waiting", words), began) for kind, words in waits.KINDS.items()}
+
+    for kind, (error, ended) in ends.items():
+        assert isinstance(error, errors.APIConnectionError), kind
+        assert server.url in str(error), kind
+        assert ended - began < 5.0, kind
+        # What fails at once needs no line before.
+        assert (reported[kind] or 99) < 2.0 or ended - began < IMPATIENT.report_after, kind
+
+
+def test_with_the_settings_as_they_come_a_line_says_so_within_ten_seconds(server, lines):
+    """For whatever is waited for when the server freezes."""
+
+    def reported(began):
+        """Kinds with a line."""
+        found = {
+            kind: lines.first(("waiting", words), began) for kind, words in waits.KINDS.items()
+        }
+        return {kind for kind, seconds in found.items() if seconds is not None}
+
+    with waiting_for(server) as (pool, ready), silent(server, Server.freeze) as began:
+        for wait in ready:
+            pool.submit(wait_out, wait)
+        all_in_time = wait_for(lambda: set(KINDS) == reported(began), 10.0)
+
+    assert all_in_time, set(KINDS) - reported(began)
+
+
+@pytest.mark.parametrize("how", [Server.freeze, Server.kill], ids=["frozen", "killed"])
+def test_an_idle_session_says_that_nobody_hears_its_heartbeat(server, how, lines):
+    """Whoever comes back after lunch should find out when the server went."""
+    with tinkex.ServiceClient(server.url, "tml-any", patience=IMPATIENT), silent(server, how):
+        said = wait_for(lambda: lines.first(("heartbeat",)), 4)
+
+    assert said
+
+
+@pytest.fixture(scope="module")
+def interrupted(server):
+    """kind -> (seconds to KeyboardInterrupt, seconds to the end, status) of programs that get
+    Ctrl-C while they wait for a frozen server."""
+    programs = {kind: Program(kind.__name__, server.url) for kind in [*KINDS, waits.close]}
+    try:
+        for program in programs.values():
+            program.expect("ready")
+        server.freeze()
+        for program in programs.values():
+            program.go()
+        for program in programs.values():
+            program.expect("waiting")
+        time.sleep(0.3)
+        return {kind: program.interrupt() for kind, program in programs.items()}
+    finally:
+        server.thaw()
+        for program in programs.values():
+            program.process.kill()
+            program.process.communicate()
+
+
+class Program:
+    """A program of waits.py."""
+
+    def __init__(self, kind, url):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.waits", kind, url],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def expect(self, word):
+        line = self.process.stdout.readline().strip()
+        assert word == line, self.process.stderr.read()
+
+    def go(self):
+        print(file=self.process.stdin, flush=True)
+
+    def interrupt(self):
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        self.expect("interrupted")
+        heard = time.monotonic() - began
+        status = self.process.wait(20)
+        return heard, time.monotonic() - began, status
+
+
+@pytest.mark.parametrize("kind", [*KINDS, waits.close], ids=lambda kind: kind.__name__)
+def test_ctrl_c_gets_through_at_once(interrupted, kind):
+    """The client closes and the program ends within a second, whatever it was waiting for."""
+    heard, ended, status = interrupted[kind]
+
+    assert 130 == status
+    assert heard < 1.0
+    assert ended < 1.5
