@@ -46,6 +46,19 @@ class TinkexError(Exception):
     #: Whether the same request may simply be sent again.
     retryable: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled whole, whatever the constructor takes: errors cross processes, too."""
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(
+    cls: type[TinkexError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> TinkexError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
+
 
 class APIError(TinkexError):
     """Talking to the server did not work out.
