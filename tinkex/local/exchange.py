@@ -7,6 +7,7 @@ traceback does. Knows nothing of what the endpoints mean.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from .. import wire
+from .answers import explained
 from .keys import Keys
 from .ledger import Ledger
 from .limits import Limits
@@ -196,6 +198,10 @@ def guarded(handler: Handler, *, public: bool = False) -> Callable[[Request], Aw
             return refuse(Refusal(400, str(exc)))
         except ClientDisconnect:
             return refuse(Refusal(400, "the body is not whole."))
+        except (OSError, sqlite3.Error) as exc:
+            sentence = explained(exc)[0]
+            logger.error("%s %s: %s", request.method, request.url.path, sentence)
+            return refuse(Refusal(503, sentence, {"Retry-After": "5"}))
         except Exception:
             logger.exception("%s %s failed.", request.method, request.url.path)
             return refuse(Refusal(500, "the server failed on this request; its log says why."))
