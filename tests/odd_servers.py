@@ -8,6 +8,7 @@ say that numbers count. `KNOWN` are the quirks of servers one meets, as far as t
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import threading
@@ -51,6 +52,9 @@ class Quirks:
         restores_at_once: whether load_weights makes a model.
         prompt_logprobs: "aligned", or "short" by the first.
         strict: unknown fields in requests are a 422.
+        pause: seconds that every answer takes.
+        tokens: requests need a token of this server's, which it gives for the credential in
+            `credentials`.
         flags: what client/config says.
     """
 
@@ -76,6 +80,8 @@ class Quirks:
     restores_at_once: bool = True
     prompt_logprobs: str = "aligned"
     strict: bool = False
+    pause: float = 0.0
+    tokens: bool = False
     flags: dict = attrs.field(factory=dict)
 
 
@@ -238,6 +244,11 @@ class OddServer:
         self.seen = Counter()
         self.bodies = []
         self.headers = []
+        #: By endpoint: how many requests were under way at once, at most.
+        self.at_once = Counter()
+        self.credentials = set()
+        self.tokens = []
+        self._under_way = Counter()
         self._lock = threading.RLock()
         self._models, self._samplers, self._saved = {}, {}, {}
         self._done = {}
@@ -276,6 +287,8 @@ class OddServer:
                     self.send_response(status)
                     self.send_header("Content-Type", kind)
                     self.send_header("Content-Length", str(len(body)))
+                    if status == 401 and b"invalid_token" in body:
+                        self.send_header("WWW-Authenticate", 'Bearer error="invalid_token"')
                     self.end_headers()
                     self.wfile.write(body)
                     self.wfile.flush()
@@ -297,10 +310,16 @@ class OddServer:
         with self._lock:
             self.seen[name] += 1
             self.headers.append((name, headers))
+            self._under_way[name] += 1
+            self.at_once[name] = max(self.at_once[name], self._under_way[name])
+        if self.quirks.pause:
+            self._closing.wait(self.quirks.pause)
         try:
             reply = self._reply(method, name, path, body, headers)
         except Refused as refused:
             reply = refused.status, {"detail": str(refused)}
+        with self._lock:
+            self._under_way[name] -= 1
         status, payload = reply
         if isinstance(payload, bytes):
             return status, payload, wire.PROTOBUF
@@ -319,6 +338,7 @@ class OddServer:
     def _reply(self, method, name, path, body, headers):
         if name in self.quirks.lacks:
             return self.quirks.lacking, {"detail": HTTPStatus(self.quirks.lacking).phrase}
+        self._check_key(name, headers.get("X-API-Key"))
         if name in ("forward", "forward_backward"):
             request = self._batch(name, body, headers)
         else:
@@ -332,6 +352,22 @@ class OddServer:
             return 404, {"detail": "Not Found"}
         with self._lock:
             return 200, handler(request, path)
+
+    def _check_key(self, name, key):
+        if not self.quirks.tokens or name == "client/config":
+            return
+        if name == "auth/token":
+            if key not in self.credentials:
+                raise Refused(401, "this credential is not known")
+        elif key not in self.tokens[-1:]:
+            raise Refused(401, "invalid_token")
+
+    def _on_auth_token(self, request, path):
+        """A token for a minute."""
+        now = int(time.time())
+        claims = json.dumps({"iat": now, "exp": now + 60, "n": len(self.tokens)}).encode()
+        self.tokens.append(f"eyJh.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.sig")
+        return {"jwt": self.tokens[-1]}
 
     def _batch(self, name, body, headers):
         kind = headers.get("Content-Type", "")

@@ -1,4 +1,4 @@
-"""How much sampling goes on at once, for everybody who samples with one key.
+"""How much sampling goes on at once: by one sampler, and by everybody who samples with one key.
 
 A server that answers 429 is asked less often, by all samplers of that key at once, and gets the
 full speed back step by step. Knows nothing of HTTP.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -92,6 +93,47 @@ class Pace:
             return True  # a single larger one passes when nothing else is under way
         fits = self._bytes + nbytes <= self._limits.bytes_in_dispatch
         return fits and self._requests < self._limit
+
+
+class Places:
+    """So many samples at a time, from their start to their end; the rest stand in line.
+
+    No thread waits in it. Whoever takes a place calls `leave` when all is over, once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._free = count
+        self._line: deque[Callable[[], None]] = deque()
+        self._calling = False
+
+    def enter(self, start: Callable[[], None]) -> None:
+        """Call *start* as soon as there is a place, from whatever thread."""
+        with self._lock:
+            self._line.append(start)
+        self._call_next()
+
+    def leave(self) -> None:
+        """A place is free."""
+        with self._lock:
+            self._free += 1
+        self._call_next()
+
+    def _call_next(self) -> None:
+        """Give out the free places. One thread at a time, in a loop: a sample that is over as soon
+        as it starts would otherwise start the next one inside itself, and so on."""
+        while True:
+            with self._lock:
+                if self._calling or not self._free or not self._line:
+                    return
+                self._free -= 1
+                self._calling = True
+                start = self._line.popleft()
+            try:
+                start()
+            finally:
+                with self._lock:
+                    self._calling = False
 
 
 _paces: dict[tuple[str, str], Pace] = {}

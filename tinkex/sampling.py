@@ -74,10 +74,13 @@ class SamplingClient:
         self._next = clone * CLONE_BLOCK
         self._tokenizer: Any = None
         self._pause_logged = -math.inf
-        limits = session.config.sampling
+        limits, features = session.config.sampling, session.features
+        most = max(1, min(limits.bytes_in_dispatch, features.sample_dispatch_bytes_semaphore_size))
+        limits = attrs.evolve(limits, bytes_in_dispatch=most)
         self._pace = pacing.pace_of(session.config.base_url, session.config.api_key, limits)
+        self._places = pacing.Places(max(1, features.sample_max_concurrent_requests))
         self._completions: CompletionWatch | None = None
-        if session.features.sample_use_retrieve_futures:
+        if features.sample_use_retrieve_futures:
             self._completions = CompletionWatch(session, sampling_session_id, clone)
         self._closed = threading.Event()
 
@@ -159,7 +162,11 @@ class SamplingClient:
         future: OperationFuture[types.SampleResponse]
         future = OperationFuture(f"sample from {self.sampling_session_id}")
         nbytes = batching.size_of_input(request.prompt)
-        _Sample(self, request, future, nbytes, poll_timeout).start()
+        sampling = _Sample(self, request, future, nbytes, poll_timeout)
+        if self._completions is not None:
+            sampling.start()  # one poll waits for any number
+        else:
+            self._places.enter(sampling.take_place)
         return future
 
     def compute_logprobs(
@@ -423,6 +430,11 @@ class _Sample:
         self._poll_timeout = poll_timeout
         self._lost = 0
         self._give_up_at = math.inf
+
+    def take_place(self) -> None:
+        """Start, and make room for another at the end."""
+        self._future.add_done_callback(lambda _: self._client._places.leave())
+        self.start()
 
     def start(self) -> None:
         """Submit it, on a thread of the session's."""

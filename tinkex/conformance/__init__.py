@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .. import config
-from . import general, order, sampling, storing, training
+from . import general, learning, order, sampling, storing
 from .asking import Asker, Lab
 from .checking import Check, Result, as_json, line, run, summary
 
@@ -19,7 +19,7 @@ from .checking import Check, Result, as_json, line, run, summary
 CHECKS: tuple[Check, ...] = (
     *general.CHECKS,
     *order.CHECKS,
-    *training.CHECKS,
+    *learning.CHECKS,
     *sampling.CHECKS,
     *storing.CHECKS,
 )
