@@ -39,7 +39,7 @@ from .transport import Answer, Transport
 
 T = TypeVar("T")
 
-Status = Literal["ok", "warning", "failed"]
+Status = Literal["ok", "warning", "failed", "skipped"]
 
 #: Seconds for a connection, an answer, a step; and for the engine, which imports torch.
 CONNECT, ANSWER, STEP, ENGINE = 3.0, 5.0, 20.0, 90.0
@@ -160,7 +160,7 @@ def _run(steps: list[Step]) -> Iterator[Finding]:
         if finding.status == "failed":
             left = ", ".join(name for name, _, _ in steps[number + 1 :])
             if left:
-                yield Finding("not tried", "warning", left)
+                yield Finding("not tried", "skipped", left)
             break
     pool.shutdown(wait=False)
 

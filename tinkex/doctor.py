@@ -16,7 +16,7 @@ from .options import format_option, key_option
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
     from .checkup import Finding
 
-_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
+_COLORS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": None}
 _WIDTH = 100
 _INDENT = 20
 #: A method stays on the line of its path.

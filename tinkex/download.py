@@ -5,14 +5,16 @@ Nothing that exists is deleted before the new one is complete. Knows nothing of 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,7 @@ class _Download:
         length = response.headers.get("Content-Length", "")
         self._total = self.size + int(length) if length.isdigit() else None
         self._etag = response.headers.get("ETag", "")
-        self._sha256 = response.headers.get("X-Content-SHA256", self._sha256)
+        self._sha256 = _told_sha256(response.headers) or self._sha256
 
     def _write(self, response: requests.Response) -> None:
         with open(self._target, "r+b" if self.size else "wb") as file:
@@ -230,11 +232,19 @@ class _Download:
             raise errors.DownloadError(
                 f"{tinker_path}: {self.size} bytes came, the server announced {self._total}."
             )
-        if self._sha256 and _sha256_of(self._target) != self._sha256.lower():
+        if self._sha256 and _sha256_of(self._target) != self._sha256:
             raise errors.DownloadError(
                 f"{tinker_path}: what came does not have the hash that the server announced; "
                 "download it again."
             )
+
+
+def _told_sha256(headers: Mapping[str, str]) -> str:
+    """The hash of the whole archive, in hex, if the server tells it (RFC 9530, or plainly)."""
+    match = re.search(r"sha-256=:([A-Za-z0-9+/]{43}=):", headers.get("Repr-Digest", ""))
+    if match is None:
+        return headers.get("X-Content-SHA256", "").lower()
+    return base64.b64decode(match[1]).hex()
 
 
 def _sha256_of(path: Path) -> str:

@@ -6,7 +6,7 @@ The clients are imported when a command runs, so that `tinkex --help` is quick.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 LISTED = 20
 #: Things asked for at once, at most.
 PAGE = 100
+#: Seconds that a server may be away in the middle of a command: somebody waits for it.
+NO_ANSWER = 30.0
 
 limit_option = click.option(
     "--limit",
@@ -44,10 +46,14 @@ scope_option = click.option(
 @contextmanager
 def open_rest(base_url: str | None, api_key: str | None) -> Iterator[RestClient]:
     """A client of what is stored on the server that is named, or in the embedded home."""
+    from . import config
     from .rest import RestClient
+    from .session import Connection, connect
 
-    with RestClient(base_url, api_key) as rest:
-        yield rest
+    patience = config.Patience(no_answer=NO_ANSWER)
+    settings, engine = connect(base_url, api_key, patience=patience)
+    with closing(Connection(settings, engine=engine)) as connection:
+        yield RestClient(connection=connection)
 
 
 def first(things: Iterator[T], limit: int) -> tuple[list[T], bool]:
