@@ -437,10 +437,7 @@ class Store:
         Raises:
             Refusal: 400 for a path that is none, 404 if there is no such checkpoint for them.
         """
-        try:
-            types.ParsedCheckpointTinkerPath.from_tinker_path(path)
-        except ValueError as exc:
-            raise Refusal(400, str(exc)) from exc
+        check_path(path)
         row = self._one(
             CheckpointRow,
             "SELECT * FROM checkpoints WHERE path = ? AND (owner = ? OR public AND NOT ?) "
@@ -600,3 +597,21 @@ class Store:
         for path in orphans:
             shutil.rmtree(path, ignore_errors=True)
         return orphans
+
+
+def check_path(path: str) -> None:
+    """Hold a path to the form that our own have; clients take shorter ones of other servers, too.
+
+    Raises:
+        Refusal: 400.
+    """
+    try:
+        parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    except ValueError as exc:
+        raise Refusal(400, str(exc)) from exc
+    if "/" not in parsed.checkpoint_id:
+        raise Refusal(
+            400,
+            f"Invalid checkpoint path: {shown(path, 200)} (expected tinker://<training run>/"
+            "<weights or sampler_weights>/<name>).",
+        )

@@ -13,6 +13,7 @@ from ..exchange import Call, Handler, reply
 from ..ledger import Record
 from ..operations import LiveModel
 from ..refusals import Refusal, shown
+from ..store import check_path
 
 
 async def create_model(call: Call) -> Response:
@@ -159,10 +160,7 @@ def check_ttl(ttl_seconds: int | None) -> None:
 async def load_weights(call: Call) -> Response:
     request, body = await call.read(types.LoadWeightsRequest)
     _check_optimizer(request.optimizer_config)
-    try:
-        types.ParsedCheckpointTinkerPath.from_tinker_path(request.path)
-    except ValueError as exc:
-        raise Refusal(400, str(exc)) from exc
+    check_path(request.path)
     if request.model_id is not None and request.seq_id is not None:
         return await _submit(call, "LoadWeights", request, body)
     if request.session_id is None or request.model_seq_id is None:
