@@ -108,12 +108,16 @@ def test_an_existing_session_is_joined_and_left_as_it_is(server):
 
 class FakeEngine:
     base_url, api_key, is_running = "http://training.test", "tml-engine", True
+    died = None
 
     def __init__(self):
         self.closed = 0
 
     def close(self, timeout):
         self.closed += 1
+
+    def obituary(self):
+        return self.died
 
 
 @pytest.fixture
@@ -154,6 +158,24 @@ def test_the_engine_ends_with_the_last_session_that_uses_it(server, engine):
     two.close()
 
     assert 1 == engine.closed
+
+
+def test_an_engine_that_has_died_is_told_at_once(server, engine):
+    """Nobody will ever answer on that port: ten minutes of patience would be ten minutes lost."""
+    config, started = connect()
+    with closing(Session(config, transport=transport(server), engine=started)) as s:
+        waiting = operation(s)
+        waiting.result(10)
+        engine.died = "the embedded engine has died (status -9)."
+        for path in ("get_server_capabilities", "retrieve_future", "optim_step"):
+            server.always(path, refused())
+        with pytest.raises(errors.EngineError, match=r"has died \(status -9\)"):
+            s.call(wire.CAPABILITIES)
+        with pytest.raises(errors.EngineError, match=r"has died \(status -9\)"):
+            operation(s)
+        server.always("optim_step", None)
+        with pytest.raises(errors.EngineError, match=r"has died \(status -9\)"):
+            operation(s).result(10)
 
 
 # Numbers.

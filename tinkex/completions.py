@@ -117,7 +117,7 @@ class CompletionWatch:
                 cursor = self._ask(cursor, timeout)
                 failing_since = None
                 self._strays.clear()
-            except errors.ClientClosedError as exc:
+            except (errors.ClientClosedError, errors.EngineError) as exc:
                 self._fail_all(exc)
             except errors.APIError as exc:
                 cursor, failing_since = 0, now() if failing_since is None else failing_since

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from . import config, errors
 
@@ -37,10 +38,13 @@ class EmbeddedEngine:
     this process does, even by kill -9, and never outlives it.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], base_url: str, api_key: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], base_url: str, api_key: str, log_path: Path
+    ) -> None:
         self._process = process
         self.base_url = base_url
         self.api_key = api_key
+        self.log_path = log_path
         self._key_file = config.engine_key_file(base_url)
         _write_private(self._key_file, api_key)
         atexit.register(self.close)
@@ -63,16 +67,27 @@ class EmbeddedEngine:
             process = _spawn(home, announce, log_path, token)
             try:
                 base_url = _wait_for(announce, process, log_path)
+                engine = cls(process, base_url, token, log_path)
             except BaseException:
                 process.kill()
                 process.wait()
                 raise
         print(f"tinkex: embedded engine at {base_url} (home {home})", file=sys.stderr)
-        return cls(process, base_url, token)
+        return engine
 
     @property
     def is_running(self) -> bool:
         return self._process.poll() is None
+
+    def obituary(self) -> str | None:
+        """What to say of an engine that has died; None while it runs."""
+        if self.is_running:
+            return None
+        return (
+            f"the embedded engine has died (status {self._process.returncode}). What was saved is "
+            "safe: make a new ServiceClient, which starts another, and load the last checkpoint. "
+            f"The end of its log, {self.log_path}:\n{_tail(self.log_path)}"
+        )
 
     def close(self, timeout: float = 5.0) -> None:
         """End the child, by force if it takes more than *timeout* seconds; safe to call twice."""
@@ -100,9 +115,12 @@ def _check_installed() -> None:
 
 def _write_private(path: Path, text: str) -> None:
     """A file that only this user can read, for pickled clients in our other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+    except OSError as exc:
+        raise _unwritable(path.parent, exc) from exc
 
 
 def _log_file(home: Path) -> Path:
@@ -111,13 +129,16 @@ def _log_file(home: Path) -> Path:
         logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         old = sorted(logs.glob("embedded-*.log"), key=lambda p: p.stat().st_mtime)[:-20]
     except OSError as exc:
-        raise errors.EngineError(
-            f"the home {home} cannot be written ({exc.strerror}); set TINKEX_HOME to a folder "
-            "of yours."
-        ) from exc
+        raise _unwritable(home, exc) from exc
     for path in old:
         path.unlink(missing_ok=True)
     return logs / f"embedded-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+
+
+def _unwritable(folder: Path, exc: OSError) -> errors.EngineError:
+    return errors.EngineError(
+        f"{folder} cannot be written ({exc.strerror}); set TINKEX_HOME to a folder of yours."
+    )
 
 
 def _spawn(home: Path, announce: Path, log_path: Path, token: str) -> subprocess.Popen[bytes]:
@@ -139,10 +160,9 @@ def _spawn(home: Path, announce: Path, log_path: Path, token: str) -> subprocess
 def _wait_for(announce: Path, process: subprocess.Popen[bytes], log_path: Path) -> str:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:
-        if announce.exists():
-            told = json.loads(announce.read_text())
-            if told["pid"] == process.pid:
-                return str(told["url"])
+        told = _announced(announce)
+        if told is not None and told["pid"] == process.pid:
+            return str(told["url"])
         if process.poll() is not None:
             raise errors.EngineError(
                 f"the embedded engine ended with status {process.returncode} before it was ready. "
@@ -153,6 +173,15 @@ def _wait_for(announce: Path, process: subprocess.Popen[bytes], log_path: Path) 
         f"the embedded engine was not ready after {START_TIMEOUT:.0f} s. The end of its log, "
         f"{log_path}:\n{_tail(log_path)}"
     )
+
+
+def _announced(path: Path) -> dict[str, Any] | None:
+    """What the engine says of itself, when it has said it all."""
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return told
 
 
 def _tail(path: Path, lines: int = 15) -> str:

@@ -84,6 +84,8 @@ class Server(Protocol):
     #: Whether it was ever heard of; before, failures are told at once.
     established: bool
     clock: Callable[[], float]
+    #: What to say of it if it is known to be gone for good; None while it may answer.
+    obituary: Callable[[], str | None]
 
     @property
     def is_closed(self) -> bool: ...
@@ -126,6 +128,8 @@ class Tries:
             return once(self._number - 1, left)
         except errors.APIError as exc:
             exc.attempts = self._number
+            if isinstance(exc, errors.APIConnectionError) and (died := self._server.obituary()):
+                raise errors.EngineError(died) from exc
             if getattr(exc, "status", None) == 409 and self._seen:
                 raise _outcome_unknown(exc) from exc
             self._seen = self._seen or _may_have_been_seen(exc)

@@ -79,6 +79,8 @@ class Connection:
         self.config = settings
         self.transport = transport or Transport(settings)
         self.engine = engine
+        if engine is not None:
+            self.transport.obituary = engine.obituary
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards the setting of _closed
         self._closed = threading.Event()

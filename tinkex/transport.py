@@ -75,6 +75,8 @@ class Transport:
         self.get_key: Callable[[], str] = lambda: config.api_key
         #: Called once when a token is refused as invalid; True asks for the request to be replayed.
         self.refresh_key: Callable[[], bool] = lambda: False
+        #: What to say of a server that is known to be gone for good; None while it may answer.
+        self.obituary: Callable[[], str | None] = lambda: None
         #: Whether this server was ever heard of; before, failures are told at once.
         self.established = False
         environment = requests.Session().merge_environment_settings(
