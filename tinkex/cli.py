@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from . import checkpoints, doctor, errors, stored
 from ._version import __version__
-from .options import server_options
+from .options import format_option, key_option, server_options
 
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
     from . import finetune
@@ -440,6 +440,63 @@ def _what_to_sample(model: str) -> tuple[str | None, str | None]:
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
     return None, state.sampler_path
+
+
+# conformance
+
+_OUTCOME_COLORS = {"pass": "green", "fail": "red", "not offered": None}
+
+
+@cli.command()
+@click.argument("url")
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Also the checks that make a session, models and checkpoints on the server; these are "
+    "removed again.",
+)
+@click.option("--base-model", help="To train. Default: the first that the server offers.")
+@click.option("--other-api-key", help="Key of another user, who should see nothing of ours.")
+@click.option(
+    "--restart",
+    metavar="COMMAND",
+    help="A shell command that restarts the server, to see what it still knows then.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="WORDS",
+    help="Checks with WORDS in their name. May be repeated.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(1),
+    default=120.0,
+    show_default=True,
+    help="Seconds to wait for the result of one operation.",
+)
+@format_option
+@key_option
+def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **options: Any) -> int:
+    """Check how the training server at URL keeps to the Tinker API.
+
+    Each check is a rule that some server breaks today, and ends in pass, fail or not offered, with
+    the reason. Without --write nothing is changed on the server. Exit status 1 if a check fails.
+    """
+    from . import conformance as rules
+
+    results = []
+    for result in rules.check(url, api_key, write=write, **options):
+        results.append(result)
+        if not as_json:
+            color = _OUTCOME_COLORS[result.outcome]
+            text = rules.line(result)
+            click.echo(click.style(text[: rules.MARGIN], fg=color) + text[rules.MARGIN :])
+    if as_json:
+        click.echo(rules.as_json(url, results))
+    else:
+        click.echo(f"\n{rules.summary(results)}.")
+    return 1 if any(result.outcome == "fail" for result in results) else 0
 
 
 # version

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from .. import config
 from . import general, learning, order, sampling, storing
 from .asking import Asker, Lab
-from .checking import Check, Result, as_json, line, run, summary
+from .checking import MARGIN, Check, Result, as_json, line, run, summary
 
 #: Every check, in the order in which they are shown.
 CHECKS: tuple[Check, ...] = (
@@ -72,4 +72,14 @@ def check(
         lab.close()
 
 
-__all__ = ["CHECKS", "PATIENCE", "Check", "Result", "as_json", "check", "line", "summary"]
+__all__ = [
+    "CHECKS",
+    "MARGIN",
+    "PATIENCE",
+    "Check",
+    "Result",
+    "as_json",
+    "check",
+    "line",
+    "summary",
+]

@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
@@ -110,16 +110,28 @@ class _Aside:
 # --- showing ------------------------------------------------------------------------------------
 
 
+#: Columns of the outcome, before the rest of a line; and of all.
+MARGIN, _WIDTH = 13, 100
+
+
 def line(result: Result) -> str:
     """One result for a terminal; under a failure, the rule."""
-    text = f"{result.outcome:<11}  {result.name}"
-    if result.reason:
-        text += f": {result.reason}"
+    paragraphs = [f"{result.name}: {result.reason}" if result.reason else result.name]
     if result.outcome == "fail":
-        text += "\n" + textwrap.fill(
-            result.about, 98, initial_indent=" " * 13, subsequent_indent=" " * 13
+        paragraphs.append(result.about)
+    space = " " * MARGIN
+    filled = [
+        textwrap.fill(
+            paragraph,
+            _WIDTH,
+            initial_indent=space,
+            subsequent_indent=space,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-    return text
+        for paragraph in paragraphs
+    ]
+    return result.outcome.ljust(MARGIN) + "\n".join(filled)[MARGIN:]
 
 
 def summary(results: Iterable[Result]) -> str:
@@ -129,7 +141,11 @@ def summary(results: Iterable[Result]) -> str:
     return f"{passed} passed, {failed} failed, {outcomes.count('not offered')} not offered"
 
 
-def as_json(url: str, facts: dict[str, Any], results: Sequence[Result]) -> str:
+def as_json(url: str, results: Sequence[Result]) -> str:
     """Everything, for programs."""
-    payload = {"url": url, **facts, "checks": [attrs.asdict(result) for result in results]}
+    payload = {
+        "url": url,
+        "ok": all(result.outcome != "fail" for result in results),
+        "checks": [attrs.asdict(result) for result in results],
+    }
     return json.dumps(payload, indent=2, ensure_ascii=False)
