@@ -189,6 +189,15 @@ def half_protobuf():
     return fault
 
 
+def cut(after):
+    """A file of which only so many bytes come before the connection breaks."""
+
+    def fault(server, request, timeout, behave):
+        return server._file(request, server.files[request.url], after)
+
+    return fault
+
+
 def blocked(entered, released, then=None):
     """The answer (*then*, or as usual) waits until a test releases it, by an Event."""
 
@@ -405,13 +414,14 @@ class FakeServer(requests.adapters.BaseAdapter):
                 return reply(self, request, None, None)
             return self.response(request, 200, reply)
 
-    def _file(self, request, content):
-        start = request.headers.get("Range", "")
+    def _file(self, request, content, cut=None):
+        """The file, or the part of it that is asked for; *cut* is how many bytes really come."""
+        start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        headers = {"Content-Length": str(len(content) - start)}
         if start:
-            begin = int(start.removeprefix("bytes=").rstrip("-"))
-            length = {"Content-Length": str(len(content) - begin)}
-            return self.response(request, 206, content[begin:], length)
-        return self.response(request, 200, content, {"Content-Length": str(len(content))})
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:] if cut is None else content[start : start + cut]
+        return self.response(request, 206 if start else 200, body, headers)
 
     # Sessions.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import lzma
 import os
 import re
 import shutil
 import tarfile
 import tempfile
-import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ import requests
 
 from . import errors, types, wire
 from .answers import Answer, connection_error
-from .retry import ONCE
+from .retry import Retry
 from .session import Connection, is_missing_route, not_offered
 
 logger = logging.getLogger("tinkex")
@@ -34,16 +35,18 @@ Progress = Callable[[int, "int | None"], None]
 PACKING_TRIES = 6
 PACKING_PAUSE = 30.0  # seconds
 CUT_TRIES = 8  # broken connections in a row without a byte of progress
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # bytes; of what a broken connection brought, at most so many come twice
 
 
 def archive_url(
     connection: Connection,
     path: types.ParsedCheckpointTinkerPath,
     on_wait: Callable[[float], None] | None = None,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> types.CheckpointArchiveUrlResponse:
-    """Where the archive is: a redirect or a JSON answer; 503 while the server still packs it."""
+    """Where the archive is: a redirect or a JSON answer; 503 while the server still packs it.
+
+    *on_wait* is told of each pause, in seconds, before it.
+    """
     for attempt in range(PACKING_TRIES):
         try:
             return _ask_for_url(connection, path)
@@ -53,7 +56,9 @@ def archive_url(
             if exc.status != 503 or attempt == PACKING_TRIES - 1:
                 raise
             logger.warning("the server is still packing %s; again in 30 s", path.tinker_path)
-            (on_wait or sleep)(PACKING_PAUSE)
+            if on_wait is not None:
+                on_wait(PACKING_PAUSE)
+            connection.transport.sleep(PACKING_PAUSE)
     raise errors.DownloadError(f"the server never finished packing {path.tinker_path}.")
 
 
@@ -96,7 +101,7 @@ def _ask_for_url(
             run_id=path.training_run_id,
             checkpoint_id=path.checkpoint_id,
         ),
-        retry=ONCE,
+        retry=Retry(pass_on=frozenset({503})),
         accept=frozenset({301, 302, 303, 307, 308}),
         parse=parse,
     )
@@ -174,11 +179,14 @@ def fetch(
                     f"the download of {path.tinker_path} broke off after {state.size} bytes, "
                     f"{CUT_TRIES} times in a row: {exc}"
                 ) from exc
-            time.sleep(min(0.1 * 2**cuts, 5.0))
+            connection.transport.sleep(min(0.1 * 2**cuts, 5.0))
         except errors.APIStatusError as exc:
-            if exc.status not in (403, 410, 503) or cuts >= CUT_TRIES:
+            if exc.status not in (403, 410, 416, 503) or cuts >= CUT_TRIES:
                 raise
             cuts += 1
+            if exc.status == 416:  # what we have is not the beginning of what is there
+                state.size = 0
+            connection.transport.sleep(min(0.1 * 2**cuts, 5.0))
             url = archive_url(connection, path).url  # the old one has expired
     state.check(path.tinker_path)
 
@@ -203,6 +211,9 @@ class _Download:
         with connection.transport.open_stream("GET", url, headers=headers) as response:
             if response.status_code != 206:
                 self.size = 0  # the server begins again
+            elif not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
+                self.size = 0
+                raise errors.APIConnectionError("another part came than was asked for.", url=url)
             self._note(response)
             try:
                 self._write(response)
@@ -267,8 +278,15 @@ def unpack(archive: Path, target: Path) -> None:
         with tarfile.open(archive) as tar:
             for member in tar:
                 _unpack_member(tar, member, target)
-    except (tarfile.TarError, EOFError, OSError) as exc:
+            _read_to_the_end(tar.fileobj)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as exc:
         raise errors.DownloadError(f"the archive cannot be unpacked: {exc}") from exc
+
+
+def _read_to_the_end(stream: Any) -> None:
+    """The checksum of a compressed archive stands behind the last member."""
+    while stream.read(BLOCK):
+        pass
 
 
 def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
