@@ -1,0 +1,252 @@
+"""ServiceClient: the way in, and what makes the other clients."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+import tinkex
+from fake_server import URL, FakeServer, answer, blocked, plugged_in, refused, status
+from tinkex import Patience, SamplingLimits, embedded, errors, pacing, types
+
+PATH = "tinker://run:train:0/weights/best"
+ADAM = types.AdamParams()
+
+
+@pytest.fixture
+def server():
+    return FakeServer()
+
+
+@pytest.fixture
+def service(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient() as made:
+        yield made
+
+
+def test_it_opens_a_session_and_ends_it(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient(user_metadata={"run": "a"}, project_id="p") as service:
+        assert ("s0", URL) == (service.session_id, service.base_url)
+        assert f"<ServiceClient of {URL} [session s0, open]>" == repr(service)
+    body = server.bodies("create_session")[0]
+
+    assert ({"run": "a"}, "p") == (body["user_metadata"], body["project_id"])
+    assert {"type": "success"} == server.bodies("sessions/s0/finish")[0]["reason"]
+    assert repr(service).endswith("closed]>")
+
+
+@pytest.mark.parametrize(
+    "problem, reason", [(ValueError, "errored"), (KeyboardInterrupt, "interrupted")]
+)
+def test_the_server_is_told_how_it_ended(server, monkeypatch, problem, reason):
+    plugged_in(monkeypatch, server)
+    with pytest.raises(problem), tinkex.ServiceClient():
+        raise problem
+
+    assert {"type": reason} == server.bodies("sessions/s0/finish")[0]["reason"]
+
+
+def test_a_training_client_of_a_new_model(service, server):
+    client = service.create_lora_training_client("tiny", 8, 3, train_mlp=False)
+
+    assert "s0:train:0" == client.model_id
+    lora = server.bodies("create_model")[0]["lora_config"]
+    assert (8, 3, False, True, True) == (
+        lora["rank"],
+        lora["seed"],
+        lora["train_mlp"],
+        lora["train_attn"],
+        lora["train_unembed"],
+    )
+    assert client.optim_step(ADAM).result(10)
+
+
+def test_its_future_twin(service, server):
+    client = service.create_lora_training_client_async("tiny", rank=8).result(10)
+
+    assert 8 == server.bodies("create_model")[0]["lora_config"]["rank"]
+    assert client.optim_step(ADAM).result(10)
+
+
+def test_many_are_made_at_once_each_under_a_number_of_its_own(service):
+    """One cold model must not hold up the others."""
+    futures = [service.create_lora_training_client_async("tiny") for _ in range(12)]
+
+    assert {f"s0:train:{i}" for i in range(12)} == {f.result(10).model_id for f in futures}
+
+
+def test_a_slow_creation_has_no_limit_of_five_seconds(service, server):
+    """Theirs gives up while the model is still being made."""
+    entered, release = threading.Event(), threading.Event()
+    server.script("retrieve_future", blocked(entered, release))
+    future = service.create_lora_training_client_async("tiny")
+    entered.wait(10)
+
+    assert not future.done()
+    assert "ok" == service.health().status
+    release.set()
+    assert future.result(10)
+
+
+def test_a_base_model_that_cannot_be_loaded_is_told_with_the_reason(service, server):
+    server.script(
+        "retrieve_future", answer({"error": "there is no model 'typo'", "category": "user"})
+    )
+
+    with pytest.raises(errors.RequestFailedError, match="there is no model 'typo'"):
+        service.create_lora_training_client("typo")
+
+
+@pytest.mark.parametrize("suffix", ["", "_async"])
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_training_client_of_a_checkpoint(service, server, suffix, optimizer):
+    with_optimizer = "_with_optimizer" if optimizer else ""
+    create = getattr(service, f"create_training_client_from_state{with_optimizer}{suffix}")
+    client = create(PATH, {"a": 1})
+    client = client.result(10) if suffix else client
+
+    assert client.optim_step(ADAM).result(10)
+    [body] = server.bodies("load_weights")
+    assert (PATH, optimizer, {"a": 1}) == (body["path"], body["optimizer"], body["user_metadata"])
+
+
+def test_a_sampling_client_of_a_path_or_a_base_model(service, server):
+    path = "tinker://run:train:0/sampler_weights/x"
+    clients = [
+        service.create_sampling_client(path),
+        service.create_sampling_client(base_model="tiny"),
+        service.create_sampling_client_async(path).result(10),
+    ]
+
+    assert [[2, 1]] * 3 == [c.sample([1, 2]).result(10).sequences[0].tokens for c in clients]
+    numbers = [b["sampling_session_seq_id"] for b in server.bodies("create_sampling_session")]
+    assert [0, 1, 2] == numbers
+
+
+def test_what_the_server_offers(service):
+    assert ["tiny"] == service.get_server_capabilities().model_names
+    assert "ok" == service.health().status
+    assert service.get_telemetry() is None
+
+
+def test_statement_30_telemetry_lives_until_the_service_ends(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    monkeypatch.setenv("TINKER_TELEMETRY", "1")
+    with tinkex.ServiceClient() as service:
+        first = service.create_lora_training_client("tiny")
+        second = service.create_lora_training_client("tiny")
+        first.close()
+
+        assert second.get_telemetry() is service.get_telemetry() is not None
+        assert service.get_telemetry().log("STILL_HERE")
+    sent = [e["event"] for b in server.bodies("telemetry") for e in b["events"]]
+    assert ["SESSION_START", "STILL_HERE", "SESSION_END"] == sent
+
+
+def test_its_clients_end_with_it(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient() as service:
+        training = service.create_lora_training_client("tiny")
+        sampling = service.create_sampling_client(base_model="tiny")
+        training.optim_step(ADAM).result(10)
+
+    for call in (
+        lambda: training.optim_step(ADAM),
+        lambda: sampling.sample([1]),
+        lambda: service.health(),
+        lambda: service.create_lora_training_client("tiny"),
+        lambda: service.create_sampling_client(base_model="tiny"),
+        lambda: service.create_lora_training_client_async("tiny"),
+    ):
+        with pytest.raises(errors.ClientClosedError, match=r"closed\. Make a new ServiceClient"):
+            call()
+
+
+def test_it_ends_all_of_its_threads(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    before = set(threading.enumerate())
+    with tinkex.ServiceClient(patience=Patience(heartbeat=0.01)) as service:
+        training = service.create_lora_training_client("tiny")
+        sampling = service.create_sampling_client(base_model="tiny")
+        training.optim_step(ADAM).result(10)
+        sampling.sample([1]).result(10)
+        service.create_lora_training_client_async("tiny").result(10)
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        thread.join(5)
+
+    assert [] == [thread.name for thread in left if thread.is_alive()]
+
+
+def test_a_server_that_is_not_there_is_told_with_the_url(monkeypatch, server):
+    plugged_in(monkeypatch, server)
+    server.always("client/config", status(401, {"detail": "no such key"}))
+
+    with pytest.raises(
+        errors.AuthenticationError, match=f"{URL}/api/v1/client/config answered 401"
+    ):
+        tinkex.ServiceClient()
+
+
+def test_first_contact_is_as_patient_as_it_is_told_to_be(monkeypatch, server):
+    plugged_in(monkeypatch, server)
+    server.always("client/config", refused())
+
+    with pytest.raises(
+        errors.APIConnectionError, match="connection refused; is the server running"
+    ):
+        tinkex.ServiceClient(patience=Patience(first_contact=0.05))
+
+
+def test_arguments_win_over_the_environment(monkeypatch):
+    server = FakeServer()
+    plugged_in(monkeypatch, server)
+    monkeypatch.setenv("TINKER_BASE_URL", "http://nowhere.test")
+    monkeypatch.setenv("TINKER_API_KEY", "from-environment")
+    with tinkex.ServiceClient(URL, "given") as service:
+        service.health()
+
+    assert {"given"} == {seen.headers["X-API-Key"] for seen in server.requests}
+
+
+def test_with_nothing_named_the_embedded_engine_is_meant(monkeypatch, server, caplog):
+    plugged_in(monkeypatch, server)
+    monkeypatch.delenv("TINKER_BASE_URL")
+    started = []
+
+    class Engine:
+        base_url, api_key, is_running = URL, "engine-key", True
+
+        def obituary(self):
+            return None
+
+        def close(self, timeout=5.0):
+            started.append("closed")
+
+    monkeypatch.setattr(embedded, "_shared", None)
+    monkeypatch.setattr(embedded.EmbeddedEngine, "start", lambda: started.append("s") or Engine())
+    with tinkex.ServiceClient() as service:
+        assert URL == service.base_url
+    assert ["s", "closed"] == started
+    assert {"engine-key"} == {seen.headers["X-API-Key"] for seen in server.requests}
+
+
+def test_limits_of_sampling_are_the_caller_s(monkeypatch, server):
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient(sampling=SamplingLimits(requests_in_dispatch=7)) as service:
+        pacing._paces.clear()
+        assert 7 == service.create_sampling_client(base_model="m").limit
+
+
+def test_nothing_is_said_in_good_weather(server, monkeypatch, caplog, capsys):
+    caplog.set_level(logging.INFO)
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient() as service:
+        service.create_lora_training_client("tiny").optim_step(ADAM).result(10)
+
+    assert [] == caplog.records
+    assert ("", "") == tuple(capsys.readouterr())
