@@ -121,7 +121,9 @@ def test_session_list_does_with_ids_alone(run, storage, server):
 def test_session_info(run, storage):
     storage.add_session("s1", training_run_ids=["r1"], sampler_ids=["p1"], display_name="trial")
 
-    assert "Session  s1\nName     trial\nRun      r1\nSampler  p1\n" == run("session", "info", "s1")[1]
+    assert (
+        "Session  s1\nName     trial\nRun      r1\nSampler  p1\n" == run("session", "info", "s1")[1]
+    )
 
 
 @pytest.mark.parametrize(
