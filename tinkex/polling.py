@@ -141,7 +141,7 @@ class Poller:
 
     def begin_wait(self, promise: Promise[Any]) -> Wait:
         """Report the wait for *promise* from now on."""
-        return self._transport.waits.begin(f"{_what(promise)} {promise.request_id}")
+        return self._transport.waits.begin(_what(promise), promise.request_id)
 
     def now(self) -> float:
         """The time by the clock of deadlines, in seconds."""

@@ -18,6 +18,7 @@ class Wait:
     """One thing that is waited for. Its fields are written by whoever waits, read by the log."""
 
     __slots__ = (
+        "detail",
         "last_error",
         "log",
         "on_failure",
@@ -28,9 +29,10 @@ class Wait:
         "what",
     )
 
-    def __init__(self, log: WaitLog, what: str, since: float) -> None:
+    def __init__(self, log: WaitLog, what: str, detail: str, since: float) -> None:
         self.log = log
         self.what = what
+        self.detail = detail
         self.since = since
         self.report_at = since + log.report_after
         self.retries = 0
@@ -60,7 +62,8 @@ class Wait:
         notes = [self.state] if self.state else []
         if self.retries:
             notes.append(f"{self.retries} retries, the last after: {self.last_error}")
-        return self.what + (f" ({'; '.join(notes)})" if notes else "")
+        what = f"{self.what} {self.detail}" if self.detail else self.what
+        return what + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def one_line(error: object) -> str:
@@ -73,7 +76,7 @@ class WaitLog:
     """Reports waits that last longer than *report_after* seconds, then every *report_every*.
 
     However many things wait, a report is one line: the one that has waited longest, and how many
-    others there are.
+    others there are. Of thousands of waits for the same, one after the other, one is reported.
     """
 
     def __init__(
@@ -88,14 +91,18 @@ class WaitLog:
         #: When the server was last heard of, by this log's clock; None if never.
         self.last_heard: float | None = None
         self._clock = clock
-        self._lock = threading.Lock()  # guards _waits and _thread
+        self._lock = threading.Lock()  # guards the three below
         self._waits: dict[int, Wait] = {}
+        self._reported: dict[str, float] = {}  # what was waited for, and when that was reported
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def begin(self, what: str) -> Wait:
-        """Something is waited for from now on; call `end()` on what this returns."""
-        wait = Wait(self, what, self._clock())
+    def begin(self, what: str, detail: str = "") -> Wait:
+        """Something is waited for from now on; call `end()` on what this returns.
+
+        *detail* says which of many; waits that differ in that alone are reported as one.
+        """
+        wait = Wait(self, what, detail, self._clock())
         with self._lock:
             self._waits[id(wait)] = wait
             if self._thread is None and not self._closed.is_set():
@@ -119,9 +126,12 @@ class WaitLog:
         """One line on what has waited too long, if anything has; it is then not due for a while."""
         now = self._clock()
         with self._lock:
-            due = [w for w in self._waits.values() if w.report_at <= now]
+            recent = {k: at for k, at in self._reported.items() if now - at < self.report_every}
+            waits = self._waits.values()
+            due = [w for w in waits if w.report_at <= now and w.what not in recent]
             for wait in due:
                 wait.report_at = now + self.report_every
+            self._reported = recent | {wait.what: now for wait in due}
         if not due:
             return None
         longest = min(due, key=lambda w: w.since)
