@@ -7,9 +7,9 @@ import json
 from datetime import datetime, timezone
 
 import pytest
+from storage import Storage
 
 from fake_server import FakeServer, no_connection, plugged_in
-from storage import Storage
 from tinkex import cli
 from tinkex.checkpoints import matches
 

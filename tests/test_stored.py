@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from storage import Storage
 
 from fake_server import FakeServer, answer, plugged_in
-from storage import Storage
 from tinkex import cli
 
 
