@@ -70,9 +70,9 @@ def resolve(base_model: str) -> str:
     Raises:
         ValueError: If there is no such model here, nor on the hub.
     """
-    if base_model == TINY or Path(base_model).expanduser().is_dir():
+    if base_model == TINY or (base_model and Path(base_model).expanduser().is_dir()):
         return base_model
-    if base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1 or not base_model:
+    if not base_model or base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1:
         raise ValueError(
             f"the base model {base_model!r} is no directory of this machine; say where it is: "
             "base_model (--base-model)."
@@ -110,9 +110,9 @@ def _name_base(config: Path, base_model: str | None) -> str:
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         named = base_model or str(content.get("base_model_name_or_path") or "")
-    except (ValueError, AttributeError) as exc:
+        content["base_model_name_or_path"] = named
+    except (ValueError, TypeError, AttributeError) as exc:
         raise errors.DownloadError(f"{config.name} is no adapter's configuration: {exc}") from exc
-    content["base_model_name_or_path"] = named
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return named
 
