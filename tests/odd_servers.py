@@ -23,7 +23,7 @@ import numpy as np
 
 from tinkex import types, wire
 
-VOCABULARY = 64
+VOCABULARY = 128
 
 
 @attrs.frozen
@@ -50,6 +50,13 @@ class Quirks:
         not_yet: what is answered to the first polls, before a result.
         hold: seconds that a poll is held when there is no result yet; work: seconds till there is.
         restores_at_once: whether load_weights makes a model.
+        gradients: "sum", "mean" over the weights, "last" batch only, or "always", in a forward
+            pass, too.
+        samplers: "frozen", "live" (they follow the training), or "one slot": a sample sets the
+            model to the sampler's weights.
+        optimizer: restored as "asked", "always" or "never".
+        same_name: "refused" or "overwritten".
+        lost: the status of an unknown promise; once: results are given once.
         prompt_logprobs: "aligned", or "short" by the first.
         strict: unknown fields in requests are a 422.
         pause: seconds that every answer takes.
@@ -78,6 +85,12 @@ class Quirks:
     hold: float = 0.0
     work: float = 0.0
     restores_at_once: bool = True
+    gradients: str = "sum"
+    samplers: str = "frozen"
+    optimizer: str = "asked"
+    same_name: str = "refused"
+    lost: int = 410
+    once: bool = False
     prompt_logprobs: str = "aligned"
     strict: bool = False
     pause: float = 0.0
@@ -211,10 +224,11 @@ class Refused(Exception):
 
 @attrs.define
 class Weights:
-    """Logits of each token, the gradient that is accumulated, and the optimizer's momentum."""
+    """Logits of each token, the gradient that is accumulated, and Adam's two moments."""
 
     logits: np.ndarray = attrs.field(factory=lambda: np.linspace(0, 1, VOCABULARY))
-    momentum: np.ndarray = attrs.field(factory=lambda: np.zeros(VOCABULARY))
+    moments: np.ndarray = attrs.field(factory=lambda: np.zeros((2, VOCABULARY)))
+    steps: int = 0
     gradient: np.ndarray = attrs.field(factory=lambda: np.zeros(VOCABULARY))
     expected: int = 1
 
@@ -222,8 +236,18 @@ class Weights:
         return self.logits - np.log(np.exp(self.logits).sum())
 
     def copy(self, optimizer):
-        momentum = self.momentum.copy() if optimizer else np.zeros(VOCABULARY)
-        return Weights(self.logits.copy(), momentum)
+        if not optimizer:
+            return Weights(self.logits.copy())
+        return Weights(self.logits.copy(), self.moments.copy(), self.steps)
+
+    def step(self, learning_rate=1e-4, beta1=0.9, beta2=0.95, eps=1e-12, **_):
+        self.steps += 1
+        m, v = self.moments
+        m += (1 - beta1) * (self.gradient - m)
+        v += (1 - beta2) * (self.gradient**2 - v)
+        m_hat, v_hat = m / (1 - beta1**self.steps), v / (1 - beta2**self.steps)
+        self.logits = self.logits - learning_rate * m_hat / (np.sqrt(v_hat) + eps)
+        self.gradient = np.zeros(VOCABULARY)
 
 
 @attrs.define
@@ -250,7 +274,7 @@ class OddServer:
         self.tokens = []
         self._under_way = Counter()
         self._lock = threading.RLock()
-        self._models, self._samplers, self._saved = {}, {}, {}
+        self._models, self._samplers, self._saved, self._origins = {}, {}, {}, {}
         self._done = {}
         self._ids = itertools.count(1)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -318,6 +342,8 @@ class OddServer:
             reply = self._reply(method, name, path, body, headers)
         except Refused as refused:
             reply = refused.status, {"detail": str(refused)}
+        except (ValueError, KeyError, AttributeError, TypeError) as exc:
+            reply = 400, {"detail": f"{type(exc).__name__}: {exc}"}
         with self._lock:
             self._under_way[name] -= 1
         status, payload = reply
@@ -489,6 +515,11 @@ class OddServer:
 
     def _on_forward_backward(self, request, path):
         model = self._turn(request)
+        if request.loss_fn != "cross_entropy":
+            return self._promise("forward_backward", None, failure="there is no such loss")
+        targets = [datum.loss_fn_inputs["target_tokens"].to_numpy() for datum in request.data]
+        if max(int(one.max()) for one in targets) >= VOCABULARY:
+            return self._promise("forward_backward", None, failure="a token is out of range")
         logprobs = model.logprobs()
         outputs, loss = [], 0.0
         for datum in request.data:
@@ -496,24 +527,25 @@ class OddServer:
             weights = datum.loss_fn_inputs["weights"].to_numpy().astype(float)
             loss -= float((weights * logprobs[targets]).sum())
             outputs.append({"logprobs": types.TensorData(logprobs[targets].astype(np.float32))})
-            if not request.forward_only:
-                model.gradient += weights.sum() * np.exp(logprobs)
-                np.subtract.at(model.gradient, targets, weights)
+            if not request.forward_only or self.quirks.gradients == "always":
+                gradient = weights.sum() * np.exp(logprobs)
+                np.subtract.at(gradient, targets, weights)
+                if self.quirks.gradients == "mean":
+                    gradient /= max(abs(weights.sum()), 1e-9)
+                kept = 0.0 if self.quirks.gradients == "last" else model.gradient
+                model.gradient = kept + gradient
         metrics = {"sum": {"loss:sum": loss}, "none": {}, "odd": {"loss:sum": loss, "time": 1.0}}
         result = types.ForwardBackwardOutput(outputs, metrics[self.quirks.metrics])
         return self._promise("forward_backward", result)
 
     def _on_optim_step(self, request, path):
-        model, rate = self._turn(request), request["adam_params"]["learning_rate"]
-        model.momentum = 0.9 * model.momentum + model.gradient
-        model.logits = model.logits - rate * model.momentum
-        model.gradient = np.zeros(VOCABULARY)
+        self._turn(request).step(**request["adam_params"])
         return self._promise("optim_step", {"metrics": self.quirks.optim_metrics})
 
     def _on_save_weights(self, request, path):
         model = self._turn(request)
         saved = f"tinker://{request['model_id']}/weights/{request['path']}"
-        if saved in self._saved:
+        if saved in self._saved and self.quirks.same_name == "refused":
             if self.quirks.numbered:
                 raise Refused(409, f"Checkpoint {request['path']!r} already exists")
             return self._promise("save_weights", None, failure="the name is taken")
@@ -527,28 +559,38 @@ class OddServer:
         model = self._turn(request)
         if request.get("path") is None:
             sampler_id = f"sampling_{next(self._ids)}"
-            self._samplers[sampler_id] = model.copy(optimizer=False)
+            self._samplers[sampler_id] = self._sampler_of(model)
             return self._promise("save_weights_for_sampler", {"sampling_session_id": sampler_id})
         segment = "sampler_weights/" if self.quirks.sampler_segment else ""
         saved = f"tinker://{request['model_id']}/{segment}{request['path']}"
-        self._saved[saved] = model.copy(optimizer=False)
+        self._saved[saved] = self._sampler_of(model)
         return self._promise("save_weights_for_sampler", {"path": saved})
+
+    def _sampler_of(self, model):
+        if self.quirks.samplers == "live":
+            return model
+        frozen = model.copy(optimizer=False)
+        self._origins[id(frozen)] = model, frozen
+        return frozen
 
     def _on_load_weights(self, request, path):
         if "model_id" not in request:
             if not self.quirks.restores_at_once:
                 raise Refused(422, "model_id: Field required")
             model_id = f"{request['session_id']}:train:{request['model_seq_id']}"
-            loaded = self._checkpoint(request["path"]).copy(request["optimizer"])
-            self._models[model_id] = loaded
+            self._models[model_id] = self._loaded(request)
             return self._promise("load_weights", {"model_id": model_id, "path": request["path"]})
         model = self._turn(request)
         if request["path"] not in self._saved:
             failure = f"there is no checkpoint {request['path']}"
             return self._promise("load_weights", None, failure=failure)
-        saved = self._checkpoint(request["path"]).copy(request["optimizer"])
-        model.logits, model.momentum = saved.logits, saved.momentum
+        saved = self._loaded(request)
+        model.logits, model.moments, model.steps = saved.logits, saved.moments, saved.steps
         return self._promise("load_weights", {"type": "load_weights"})
+
+    def _loaded(self, request):
+        wanted = {"asked": request["optimizer"], "always": True, "never": False}
+        return self._checkpoint(request["path"]).copy(wanted[self.quirks.optimizer])
 
     # Samples.
 
@@ -565,7 +607,10 @@ class OddServer:
         self._check_fields(request, known)
         if request["sampling_session_id"] not in self._samplers:
             raise Refused(404, "Sampling session not found")
-        logprobs = self._samplers[request["sampling_session_id"]].logprobs()
+        weights = self._samplers[request["sampling_session_id"]]
+        if self.quirks.samplers == "one slot" and id(weights) in self._origins:
+            self._origins[id(weights)][0].logits = weights.logits.copy()
+        logprobs = weights.logprobs()
         count = request["sampling_params"].get("max_tokens", 4)
         best = int(logprobs.argmax())
         sequence = types.SampledSequence([best] * count, [float(logprobs[best])] * count)
@@ -592,8 +637,10 @@ class OddServer:
         with self._lock:
             done = self._done.get(str(request["request_id"]))
             if done is None:
-                return 410, {"detail": "the promise is gone"}
+                return self.quirks.lost, {"detail": "the promise is gone"}
             done.polls += 1
+            if self.quirks.once:
+                del self._done[str(request["request_id"])]
             polls = done.polls
         if polls <= len(self.quirks.not_yet):
             return self.quirks.not_yet[polls - 1]

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import attrs
 import numpy as np
+import requests
 
 from .. import config, errors, types, wire
 from ..answers import Answer, error_detail
@@ -80,6 +81,17 @@ class Ended:
             raise Broken(f"the result of {what} cannot be read: {exc}") from exc
 
 
+class _FreshConnections(requests.adapters.HTTPAdapter):
+    """A connection for each request: one that the server has closed meanwhile would look like its
+    failure, and must not be asked twice."""
+
+    def send(self, *args: Any, **kwargs: Any) -> requests.Response:
+        try:
+            return super().send(*args, **kwargs)
+        finally:
+            self.poolmanager.clear()
+
+
 class Asker:
     """One key's way to a server.
 
@@ -88,7 +100,8 @@ class Asker:
     """
 
     def __init__(self, settings: config.Config, patience: float) -> None:
-        self.connection = Connection(settings)
+        transport = Transport(settings, adapter=_FreshConnections())
+        self.connection = Connection(settings, transport=transport)
         self.patience = patience
         self._transport = self.connection.transport
         #: Whether batches go as protobuf; found out with the first.
@@ -98,7 +111,8 @@ class Asker:
 
     def with_key(self, key: str) -> Transport:
         """Another key on the same server, for requests that should be refused."""
-        transport = Transport(attrs.evolve(self.connection.config, api_key=key))
+        settings = attrs.evolve(self.connection.config, api_key=key)
+        transport = Transport(settings, adapter=_FreshConnections())
         transport.established = True
         return transport
 
@@ -122,8 +136,7 @@ class Asker:
             method,
             transport.config.base_url + wire.PREFIX + path,
             body,
-            # Connections that a server has closed meanwhile would look like its failures.
-            headers={"Connection": "close", **(headers or {})},
+            headers=headers,
             timeout=timeout,
             retry=ONCE,
             accept=_ANY_STATUS,
@@ -524,9 +537,13 @@ class Lab:
     # Models.
 
     def create(
-        self, number: int | None = None, session_id: str | None = None, rank: int = RANK
+        self,
+        number: int | None = None,
+        session_id: str | None = None,
+        rank: int = RANK,
+        **fields: Any,
     ) -> Answer:
-        """Send one create_model."""
+        """Send one create_model, with further *fields*."""
         return self.asker.post(
             "create_model",
             {
@@ -535,6 +552,7 @@ class Lab:
                 "base_model": self.base_model,
                 "lora_config": {**attrs.asdict(types.LoraConfig(seed=11)), "rank": rank},
                 "type": "create_model",
+                **fields,
             },
         )
 

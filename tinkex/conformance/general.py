@@ -54,18 +54,6 @@ def client_config(lab: Lab) -> str:
     return "protobuf" if as_object(answer).get("proto_write_fwdbwd") else ""
 
 
-@CHECKS.rule("unknown fields are ignored", writes=False)
-def unknown_fields(lab: Lab) -> None:
-    """A field that a newer SDK sends is ignored. TuFT 0.2.2 answers it with 422, and so serves one
-    minor version of the official SDK."""
-    payload = {"sdk_version": config.PROTOCOL_VERSION, "field_of_the_future": {"a": [1]}}
-    for path in ("client/config", "session_heartbeat", "get_info"):
-        more = {"session_id": "no-such-session", "model_id": "no-such-model"}
-        answer = lab.asker.post(path, {**payload, **more})
-        if answer.status in (400, 422) and "field_of_the_future" in str(answer.content):
-            raise Broken(f"{path} refused it: {said(answer)}")
-
-
 @CHECKS.rule("get_server_capabilities", writes=False)
 def capabilities(lab: Lab) -> str:
     """The models that can be trained are named."""

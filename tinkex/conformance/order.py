@@ -14,6 +14,7 @@ from .asking import (
     Model,
     NotOffered,
     as_object,
+    is_missing,
     is_not_yet,
     request_id_of,
     said,
@@ -359,6 +360,30 @@ def cancel(lab: Lab) -> None:
 
 
 # Sessions.
+
+
+@CHECKS.rule("fields of a newer SDK are ignored")
+def unknown_fields(lab: Lab) -> None:
+    """What a server does not know it leaves alone. TuFT 0.2.2 answers every new field with 422, and
+    so serves one minor version of the official SDK."""
+    more = {"field_of_the_future": {"a": [1]}}
+    tagged = {"tags": [], "sdk_version": "9.9.9", "type": "create_session"}
+    with lab.model() as model:
+        for what, answer in (
+            ("client/config", lab.asker.post("client/config", {"sdk_version": "9.9.9", **more})),
+            ("create_session", lab.asker.post("create_session", {**tagged, **more})),
+            ("create_model", lab.create(**more)),
+            ("optim_step", model.post("optim_step", adam_params={**more}, **more)),
+            ("save_weights_for_sampler", model.post(
+                "save_weights_for_sampler",
+                sampling_session_seq_id=lab.sampler_number(),
+                **more,
+            )),
+            ("asample", lab.sampler.post(TOKENS, params=more, **more)),
+        ):  # fmt: skip
+            failure = lab.asker.end(answer).failure
+            if failure is not None and not is_missing(answer):
+                raise Broken(f"{what} is refused over one: {failure}")
 
 
 @CHECKS.rule("a session's end is told to its heartbeat")

@@ -284,6 +284,8 @@ def samplers_apart(lab: Lab) -> None:
             samplers.append(lab.open_sampler(model.save_for_sampler(lab.name())))
             model.train([datum()], learning_rate=0.05)
         first, second, again = (s.score(TOKENS) for s in (*samplers, samplers[0]))
+    if distance(first, second) < 1e-3:
+        raise Broken("two checkpoints, before and after a step, give the same log-probabilities")
     if distance(first, again) > 0.1 * distance(first, second):
         raise Broken(
             f"asked after the other, it moved by {distance(first, again):.3f}; the two differ by "
