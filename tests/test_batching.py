@@ -147,7 +147,8 @@ def test_outputs_of_different_types_are_joined_with_a_warning(caplog):
     ],
 )
 def test_statement_18_the_word_after_the_last_colon_says_how(name, joined):
-    """Values 2 and 6, of 1 and 3 outputs. A metric of an unknown kind is averaged, never fatal."""
+    """Values 2 and 6, of 1 and 3 outputs. A metric of an unknown kind is averaged, never fatal.
+    (statement 18)"""
     assert joined == join([output({name: 2.0}, 1), output({name: 6.0}, 1, 1, 1)]).metrics
 
 

@@ -83,21 +83,25 @@ def test_a_slash_at_the_end_of_the_url_is_none():
 
 @pytest.mark.parametrize("key", ["", "anything", "tml-x", "12345"])
 def test_statement_32_any_other_server_gets_whatever_key_it_wants(key):
-    """Only the official service is strict; users of open servers had to make keys up."""
+    """Only the official service is strict; users of open servers had to make keys up.
+    (statement 32)"""
     assert key == config.load(LOCAL, key).api_key
 
 
 @pytest.mark.parametrize("key", ["tml-x", "eyJhbGciOi.J9.x"])
 def test_statement_32_the_official_service_takes_keys_of_two_shapes(key):
+    """Statement 32."""
     assert key == config.load(None, key).api_key
 
 
 def test_statement_32_a_key_of_another_shape_is_told_before_anything_is_sent():
+    """The service would answer 401, minutes into somebody's script. (statement 32)"""
     with pytest.raises(ValueError, match="api_key must start with the 'tml-' prefix"):
         config.load(None, "sk-something")
 
 
 def test_statement_32_a_missing_key_is_told_with_the_ways_to_give_one():
+    """Three ways: an argument, a variable, or no key and the engine of one's own. (statement 32)"""
     with pytest.raises(ValueError, match="api_key is required by the official service") as caught:
         config.load(config.OFFICIAL_URL)
     assert "TINKER_API_KEY" in str(caught.value)
@@ -121,6 +125,7 @@ def test_an_odd_file_of_stored_keys_is_none(tmp_path, content):
 
 
 def test_statement_32_secrets_are_in_no_repr(monkeypatch):
+    """They would end in logs and bug reports. (statement 32)"""
     monkeypatch.setenv("CLOUDFLARE_ACCESS_CLIENT_ID", "cf-id")
     monkeypatch.setenv("CLOUDFLARE_ACCESS_CLIENT_SECRET", "cf-secret")
     monkeypatch.setenv("TINKER_CREDENTIAL_CMD", "echo my-password")

@@ -110,6 +110,7 @@ def test_a_redirect_to_nowhere_is_an_error(rest, server):
 def test_statement_28_a_server_that_is_still_packing_is_asked_again_every_30_s(
     rest, server, caplog
 ):
+    """Generic retries would give up, or ask every second, for minutes. (statement 28)"""
     told = []
     server.script(ARCHIVE, *[status(503)] * 5)
     found = rest.get_checkpoint_archive_url(PATH, on_wait=told.append)
@@ -120,6 +121,7 @@ def test_statement_28_a_server_that_is_still_packing_is_asked_again_every_30_s(
 
 
 def test_statement_28_but_six_times_in_all(rest, server):
+    """After that it is not packing, it is broken. (statement 28)"""
     server.always(ARCHIVE, status(503, {"detail": "packing"}))
 
     with pytest.raises(errors.InternalServerError, match="packing"):

@@ -90,7 +90,7 @@ def test_a_place_is_given_back_when_sending_raises(clock):
     [(SMALL, None, 1.0), (LARGE, None, 5.0), (SMALL, 7.0, 7.0), (LARGE, 0.075, 0.075)],
 )
 def test_statement_23_after_a_429_everybody_waits(clock, nbytes, retry_after, pause):
-    """1 s for a small prompt, 5 s for a large one; the server's own wish wins."""
+    """1 s for a small prompt, 5 s for a large one; the server's own wish wins. (statement 23)"""
     limited = pace(clock)
 
     assert pause == limited.throttled(nbytes, retry_after)

@@ -166,7 +166,7 @@ NOT_YET = {
 
 @pytest.mark.parametrize("fault", NOT_YET.values(), ids=NOT_YET)
 def test_statement_13_what_may_pass_is_asked_again(world, fault):
-    """However the server, or a proxy before it, says "not yet"."""
+    """However the server, or a proxy before it, says "not yet". (statement 13)"""
     world.polls(fault, fault)
 
     assert types.OptimStepResponse({"loss": 1.0}) == world.watch().result(10)
@@ -174,6 +174,7 @@ def test_statement_13_what_may_pass_is_asked_again(world, fault):
 
 
 def test_statement_16_a_failure_of_the_user_s_making_is_final(world):
+    """Statement 16."""
     world.polls(answer({"error": "learning rate is too hot", "category": "user"}))
 
     with pytest.raises(errors.RequestFailedError) as caught:
@@ -208,7 +209,7 @@ def test_a_failure_is_told_in_the_server_s_words_whatever_its_form(world, body, 
 
 
 def test_statement_16_a_failed_of_the_server_s_making_is_asked_again_until_the_deadline(world):
-    """This older form means that the server may still bring it off."""
+    """This older form means that the server may still bring it off. (statement 16)"""
     world.server.always(
         "retrieve_future", answer({"status": "failed", "error": "node lost", "category": "server"})
     )
@@ -220,6 +221,7 @@ def test_statement_16_a_failed_of_the_server_s_making_is_asked_again_until_the_d
 
 
 def test_statement_14_an_expired_promise_is_terminal(world):
+    """Statement 14."""
     world.polls(status(410, {"detail": "too old"}))
 
     with pytest.raises(errors.PromiseExpiredError) as caught:
@@ -260,6 +262,8 @@ def test_what_the_resend_raises_is_the_failure(world):
 
 
 def test_statement_15_three_empty_400s_are_a_glitch_a_fourth_is_an_error(world):
+    """A 400 with {} comes from something between; a server that means it says why.
+    (statement 15)"""
     world.polls(*[status(400, {})] * 3)
     assert world.watch().result(10)
     world.polls(*[status(400, {})] * 4)
@@ -270,7 +274,8 @@ def test_statement_15_three_empty_400s_are_a_glitch_a_fourth_is_an_error(world):
 
 
 def test_statement_15_a_400_with_a_sentence_is_a_failure_that_says_it(world):
-    """FastAPI's {"detail": ...}, which the SDK we follow hides and repeats three times."""
+    """FastAPI's {"detail": ...}, which the SDK we follow hides and repeats three times.
+    (statement 15)"""
     world.polls(status(400, {"detail": "token id 99999 is not in the vocabulary"}))
 
     with pytest.raises(errors.RequestFailedError, match="token id 99999 is not in the vocabulary"):
@@ -362,7 +367,8 @@ def test_after_a_long_poll_the_next_one_follows_at_once(world):
 
 
 def test_statement_11_after_short_answers_the_pauses_start_small_grow_and_have_jitter(world):
-    """No hot loop, whatever the server does; and no 30 s for an operation that takes two."""
+    """No hot loop, whatever the server does; and no 30 s for an operation that takes two.
+    (statement 11)"""
     world.polls(*[pending()] * 12)
     world.watch().result(10)
     steps = [min(0.02 * 2**i, 2.0) for i in range(12)]
@@ -398,6 +404,7 @@ def test_the_pauses_start_small_again_when_the_queue_moves(world):
 
 
 def test_statement_12_a_paused_queue_is_asked_once_a_second(world):
+    """Statement 12."""
     world.polls(*[try_again("paused_rate_limit")] * 3, *[try_again("paused_capacity")] * 3)
     world.watch().result(10)
 
@@ -405,6 +412,7 @@ def test_statement_12_a_paused_queue_is_asked_once_a_second(world):
 
 
 def test_statement_12_the_server_s_wish_is_followed(world):
+    """retry_after_ms in a body, Retry-After in a header. (statement 12)"""
     world.polls(try_again(retry_after_ms=250), status(429, None, retry_after=7))
     world.watch().result(10)
 
@@ -439,6 +447,7 @@ def test_a_long_poll_is_not_longer_than_the_deadline(world):
 
 
 def test_statement_13_past_the_deadline_the_last_error_is_raised(world):
+    """What went wrong is worth more than that time ran out. (statement 13)"""
     world.server.always("retrieve_future", status(503, {"message": "down"}))
 
     with pytest.raises(errors.InternalServerError, match="down"):
@@ -446,6 +455,7 @@ def test_statement_13_past_the_deadline_the_last_error_is_raised(world):
 
 
 def test_statement_13_without_an_error_the_deadline_is_a_timeout_that_says_what_was_awaited(world):
+    """The operation, its handle and the queue's state, and what to do. (statement 13)"""
     world.server.always("retrieve_future", after(30, try_again("paused_capacity")))
 
     with pytest.raises(TimeoutError) as caught:
@@ -523,6 +533,8 @@ def test_odd_states_are_passed_on_as_text(world):
 
 
 def test_statement_31_an_observer_that_raises_is_logged_and_polling_goes_on(world, caplog):
+    """It is the user's code, on our thread. (statement 31)"""
+
     def broken(state, reason):
         raise RuntimeError("in my observer")
 
@@ -554,6 +566,8 @@ def wants_all(request):
 
 
 def test_statement_17_a_large_result_is_asked_for_a_second_time_in_full(world):
+    """First its size, then, when there is room for it, all of it; without a pause.
+    (statement 17)"""
     world.polls(metadata_only(1000))
     world.watch().result(10)
 
@@ -688,7 +702,7 @@ def test_draining_waits_for_what_is_in_flight(world):
 def test_statement_31_whatever_is_raised_on_the_way_ends_in_the_future(
     world, monkeypatch, problem, where
 ):
-    """Nothing hangs: an exception that nobody thought of is the operation's own."""
+    """Nothing hangs: an exception that nobody thought of is the operation's own. (statement 31)"""
 
     def broken(*args, **options):
         raise problem
@@ -704,6 +718,7 @@ def test_statement_31_whatever_is_raised_on_the_way_ends_in_the_future(
 
 
 def test_statement_31_a_callback_that_raises_costs_no_thread(world, caplog):
+    """Statement 31."""
     futures = [world.promise(request_id=f"r{i}") for i in range(20)]
     for promise in futures:
         promise.future.add_done_callback(lambda _: 1 / 0)

@@ -136,7 +136,7 @@ def test_what_the_server_does_not_offer_is_named(rest, server):
 def test_statement_29_a_change_is_a_change_whatever_the_answer_s_body(
     rest, server, call, method, path, body, reply
 ):
-    """A success with nothing in it is no broken JSON."""
+    """A success with nothing in it is no broken JSON. (statement 29)"""
     server.stored[method, CHECKPOINT + path] = reply
 
     assert call(rest) is None

@@ -94,6 +94,7 @@ def test_a_request_carries_what_was_asked_for(client, server):
 
 
 def test_statement_24_nulls_are_never_sent(client, server):
+    """prompt_logprobs: null is refused by servers. (statement 24)"""
     client.sample([1]).result(10)
     [seen] = server.seen("asample")
 
@@ -310,7 +311,7 @@ def test_but_not_for_ever(client, server):
 
 
 def test_statement_23_a_429_slows_every_sampler_of_the_key(server):
-    """And the server's own wish for a pause is followed."""
+    """And the server's own wish for a pause is followed. (statement 23)"""
     with session(server) as s:
         one, other = (SamplingClient.create(s, base_model="m") for _ in range(2))
         server.script("asample", status(429, {"message": "slow"}, retry_after_ms=20))
@@ -373,6 +374,7 @@ def test_a_failure_on_the_server_is_told(client, server):
 
 @pytest.mark.parametrize("stage", ["submit", "poll", "decode"])
 def test_statement_31_an_exception_in_any_stage_ends_in_the_future(client, monkeypatch, stage):
+    """Statement 31."""
     problem = RuntimeError("injected")
 
     def broken(*args, **options):

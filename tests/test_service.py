@@ -134,6 +134,7 @@ def test_what_the_server_offers(service):
 
 
 def test_statement_30_telemetry_lives_until_the_service_ends(server, monkeypatch):
+    """Closing one client must not silence the others. (statement 30)"""
     plugged_in(monkeypatch, server)
     monkeypatch.setenv("TINKER_TELEMETRY", "1")
     with tinkex.ServiceClient() as service:

@@ -207,7 +207,7 @@ def test_a_promise_is_waited_for(server):
 
 
 def test_statement_21_an_immediate_answer_is_a_result_too():
-    """Some servers answer small operations at once."""
+    """Some servers answer small operations at once. (statement 21)"""
     with session(FakeServer(immediate={"optim_step"})) as s:
         assert types.OptimStepResponse({}) == operation(s).result(0)
 
@@ -221,6 +221,7 @@ def test_a_request_id_may_be_a_number(server):
 
 
 def test_statement_8_an_answer_with_neither_promise_nor_result_is_a_clear_error(server):
+    """The endpoint, and what was missing. (statement 8)"""
     server.always("optim_step", answer({}))
     with (
         session(server) as s,
@@ -398,7 +399,8 @@ def beating(server):
 
 
 def test_statement_27_the_session_gives_signs_of_life(server):
-    """To /session_heartbeat: /heartbeat is a 404, and sessions died of it unnoticed."""
+    """To /session_heartbeat: /heartbeat is a 404, and sessions died of it unnoticed.
+    (statement 27)"""
     beats = Beats(server)
     with beating(server):
         assert beats.wait_for(3)

@@ -44,7 +44,8 @@ def nothing_is_cached():
     ],
 )
 def test_statement_22_a_model_s_name_says_its_tokenizer(model, expected):
-    """Llama 3 is gated on the hub; a third part is a variant; a suffix is a setting."""
+    """Llama 3 is gated on the hub; a third part is a variant; a suffix is a setting.
+    (statement 22)"""
     assert expected == tokenizer_id(model)
 
 
@@ -58,6 +59,7 @@ def test_statement_22_a_model_s_name_says_its_tokenizer(model, expected):
     ],
 )
 def test_statement_22_the_server_s_word_beats_every_rule(told, expected):
+    """Statement 22."""
     assert expected == tokenizer_id("meta-llama/Llama-3.1-8B", told)
 
 
@@ -230,6 +232,7 @@ def test_it_is_cached_by_id_revision_and_loader():
 
 
 def test_statement_22_it_is_loaded_once_however_many_want_it_at_once():
+    """A tokenizer is megabytes, and may be a download. (statement 22)"""
     calls, meeting = [], threading.Barrier(8)
 
     def slow(identifier):

@@ -73,7 +73,7 @@ def steps(server):
 
 
 def test_statement_1_numbers_are_contiguous_from_1_over_all_operations():
-    """Four datums forced into two batches: 1, 2; the next step 3; the next save 4."""
+    """Four datums forced into two batches: 1, 2; the next step 3; the next save 4. (statement 1)"""
     server = FakeServer(features={"fwdbwd_max_chunk_len": 2})
     with training(server) as client:
         client.forward_backward([datum()] * 4, "cross_entropy")
@@ -90,6 +90,7 @@ def test_statement_1_numbers_are_contiguous_from_1_over_all_operations():
 
 @pytest.mark.parametrize("count, batches", [(1, [1]), (1024, [1024]), (1025, [1024, 1])])
 def test_statement_2_a_request_holds_1024_datums_at_most(client, server, count, batches):
+    """Statement 2."""
     client.forward_backward([datum(1)] * count, "cross_entropy").result(20)
 
     assert batches == [len(body.data) for body in server.bodies("forward_backward")]
@@ -115,7 +116,8 @@ def of_bytes(n):
 def test_statements_3_and_4_a_request_holds_five_million_bytes_and_is_never_empty(
     client, server, sizes, batches
 ):
-    """The limit is inclusive; a datum beyond it goes alone, wherever it stands."""
+    """The limit is inclusive; a datum beyond it goes alone, wherever it stands.
+    (statement 3, statement 4)"""
     client.forward([of_bytes(n) for n in sizes], "cross_entropy").result(20)
 
     assert batches == [len(body.data) for body in server.bodies("forward_backward")]
@@ -145,6 +147,7 @@ BAD = {
 def test_statement_5_what_can_be_seen_to_be_wrong_is_raised_here_and_uses_no_number(
     client, server, call
 ):
+    """Statement 5."""
     with pytest.raises((ValueError, TypeError)):
         call(client)
     client.optim_step(ADAM).result(10)
@@ -153,6 +156,7 @@ def test_statement_5_what_can_be_seen_to_be_wrong_is_raised_here_and_uses_no_num
 
 
 def test_statement_6_settings_of_a_loss_travel_as_numbers(client, server):
+    """{"clip": 1, "x": " 0.5 "} is 1.0 and 0.5; booleans and lists are mistakes. (statement 6)"""
     data = [
         types.Datum(
             types.ModelInput.from_ints([1]),
@@ -168,7 +172,8 @@ def test_statement_6_settings_of_a_loss_travel_as_numbers(client, server):
 
 
 def test_statement_7_bodies_in_json_are_the_protocol_s():
-    """forward_input, forward_backward_input, optimizer; a "type" only where there is one."""
+    """forward_input, forward_backward_input, optimizer; a "type" only where there is one.
+    (statement 7)"""
     server = FakeServer(features={"proto_write_fwdbwd": False})
     with training(server) as client:
         client.forward([datum()], "cross_entropy")
@@ -227,7 +232,7 @@ def test_results_of_several_batches_are_joined_in_order():
 
 
 def test_statement_18_metrics_of_several_batches_are_joined_by_their_rule():
-    """The rules themselves are batching.py's."""
+    """The rules themselves are batching.py's. (statement 18)"""
     server = FakeServer(features={"fwdbwd_max_chunk_len": 1})
     values = itertools.count(1)
 
@@ -314,6 +319,7 @@ def test_what_is_kept_with_a_checkpoint_is_as_it_was_when_called(client, server)
 
 @pytest.mark.parametrize("immediate", [(), ("save_weights", "load_weights")])
 def test_statement_21_saving_and_loading_take_promises_and_immediate_answers(immediate):
+    """Statement 21."""
     with training(FakeServer(immediate=immediate)) as client:
         path = client.save_state("a").result(10).path
         assert path == client.load_state(path).result(10).path
@@ -334,6 +340,7 @@ def test_save_weights_for_sampler_has_a_typed_result(immediate):
 
 
 def test_statement_20_a_named_save_opens_a_sampling_session_of_its_path(client, server):
+    """One call for the user, two requests on the wire. (statement 20)"""
     sampler = client.save_weights_and_get_sampling_client("a").result(10)
     [body] = server.bodies("create_sampling_session")
 
@@ -342,7 +349,7 @@ def test_statement_20_a_named_save_opens_a_sampling_session_of_its_path(client, 
 
 
 def test_statement_20_an_unnamed_save_is_a_sampling_session_already(client, server):
-    """And works with the real SamplingClient, which theirs does not."""
+    """And works with the real SamplingClient, which theirs does not. (statement 20)"""
     first = client.save_weights_and_get_sampling_client_sync()
     second = client.save_weights_and_get_sampling_client_sync()
 
@@ -355,6 +362,7 @@ def test_statement_20_an_unnamed_save_is_a_sampling_session_already(client, serv
 
 
 def test_statement_20_an_answer_with_neither_is_an_error(client, server):
+    """One call for the user, two requests on the wire. (statement 20)"""
     server.results["save_weights_for_sampler"] = lambda seen: {"type": "save"}
 
     with pytest.raises(errors.APIResponseValidationError, match="neither path nor"):
@@ -460,7 +468,7 @@ def test_there_is_no_telemetry_unless_it_was_asked_for(client):
 
 
 def test_statement_9_a_step_never_overtakes_the_custom_loss_called_before_it():
-    """A thousand times, against a server that answers late and in any order."""
+    """A thousand times, against a server that answers late and in any order. (statement 9)"""
     server = FakeServer(not_yet=1, seed=1)
     with training(server) as client:
         futures = []
@@ -476,7 +484,7 @@ def test_statement_9_a_step_never_overtakes_the_custom_loss_called_before_it():
 
 
 def test_statement_9_calls_of_several_threads_are_numbered_as_they_arrive():
-    """Contiguous, ascending, and each thread's own in its own order."""
+    """Contiguous, ascending, and each thread's own in its own order. (statement 9)"""
     server = FakeServer(not_yet=2, seed=2)
     with training(server) as client:
 
@@ -576,6 +584,7 @@ def test_once_the_failure_was_delivered_the_client_works_again_with_the_next_num
 
 
 def test_statement_10_when_the_second_of_three_batches_is_refused_the_third_is_not_sent():
+    """Statement 10."""
     server = FakeServer(features={"fwdbwd_max_chunk_len": 1, "proto_write_fwdbwd": True})
     with training(server) as client:
         server.script("forward_backward", lambda *a: a[3](), status(413, {"detail": "too large"}))
@@ -707,7 +716,7 @@ def test_poll_timeout_ends_the_waiting_and_says_that_it_may_still_run(client, se
 def test_statement_31_an_exception_in_any_stage_ends_in_the_future(
     client, monkeypatch, stage, problem
 ):
-    """Never in a hang. And what is called after it was seen, works."""
+    """Never in a hang. And what is called after it was seen, works. (statement 31)"""
     client.optim_step(ADAM).result(10)
 
     def broken(*args, **options):
@@ -728,6 +737,7 @@ def test_statement_31_an_exception_in_any_stage_ends_in_the_future(
 
 
 def test_statement_31_a_callback_that_raises_does_no_harm(client, caplog):
+    """Statement 31."""
     future = client.optim_step(ADAM)
     future.add_done_callback(lambda _: 1 / 0)
 
@@ -754,7 +764,8 @@ def test_a_callback_may_call_the_client(client):
 
 
 def test_statement_19_a_custom_loss_becomes_weights(client, server):
-    """weights = -gradient, target_tokens kept, other inputs dropped, cross_entropy both ways."""
+    """weights = -gradient, target_tokens kept, other inputs dropped, cross_entropy both ways.
+    (statement 19)"""
     reward = types.TensorData(np.array([5.0], np.float32))
     data = [
         types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "reward": reward})
@@ -888,7 +899,7 @@ def pauses(caplog):
 def test_statement_12_a_pause_is_told_with_its_reason(
     client, server, caplog, state, reason, text, where
 ):
-    """From everywhere a server may say it; its own words win."""
+    """From everywhere a server may say it; its own words win. (statement 12)"""
     body = {"queue_state": state, "queue_state_reason": reason}
     path, fault = {
         "try_again": ("retrieve_future", try_again(state, reason)),
@@ -903,6 +914,8 @@ def test_statement_12_a_pause_is_told_with_its_reason(
 
 
 def test_statement_12_it_is_told_once_a_minute_for_each_model(client, server, caplog):
+    """Statement 12."""
+
     def paused():
         server.script("retrieve_future", try_again("paused_capacity"), try_again("active"))
         client.optim_step(ADAM).result(10)
@@ -924,6 +937,7 @@ def test_an_observer_of_one_s_own_takes_the_place_of_the_log(server, caplog):
 
 
 def test_statement_31_an_observer_that_raises_is_only_logged(server, caplog):
+    """From polls and from refusals alike. (statement 31)"""
     with training(server, queue_state_observer=lambda *state: 1 / 0) as client:
         server.script("retrieve_future", try_again("paused_capacity"))
         server.script("optim_step", status(429, {"queue_state": "paused_capacity"}))
@@ -1035,6 +1049,7 @@ def test_a_number_whose_model_was_accepted_and_then_failed_is_not_used_again(ser
     ids=["empty", "something else", "wrong type"],
 )
 def test_statement_8_a_model_without_an_id_is_a_clear_error(server, reply):
+    """Within four tries, naming the endpoint; not a KeyError. (statement 8)"""
     server.always("create_model", reply)
 
     with (
@@ -1060,7 +1075,7 @@ def test_start_creates_a_model_in_a_session_of_its_own(server, monkeypatch):
 
 
 def test_statement_8_start_with_a_model_id_attaches_to_it(server, monkeypatch):
-    """Nothing is created; the numbers go on after the last one that was sent."""
+    """Nothing is created; the numbers go on after the last one that was sent. (statement 8)"""
     plugged_in(monkeypatch, server)
     server._next[MODEL] = 8
     with TrainingClient.start(model_id=MODEL, session_id="s0", seq_id=7) as client:
@@ -1263,7 +1278,7 @@ def test_leaving_a_with_block_by_an_exception_cancels(server):
 def test_statement_30_closing_a_client_leaves_its_siblings_and_the_session_alive(
     server, monkeypatch
 ):
-    """Theirs takes the telemetry of the whole service with it."""
+    """Theirs takes the telemetry of the whole service with it. (statement 30)"""
     monkeypatch.setattr("tinkex.telemetry.INTERVAL", 0.01)
     with session(server, telemetry=True) as s:
         one, two = TrainingClient(s, "a"), TrainingClient(s, "b")

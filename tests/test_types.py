@@ -251,6 +251,7 @@ def test_every_loss_function_of_the_protocol_is_known():
     ],
 )
 def test_statement_6_settings_become_numbers(given_config, sent):
+    """Numbers, and numbers written as text, travel as floats. (statement 6)"""
     assert sent == types.check_config("ppo", given_config)
 
 

@@ -284,7 +284,7 @@ def test_a_lost_answer_to_a_question_breaks_nothing(worker):
 
 @pytest.mark.parametrize("problem", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
 def test_statement_31_whatever_is_raised_in_the_worker_ends_in_the_future(worker, problem):
-    """Never in a hang: the thread lives on, and the next call is made."""
+    """Never in a hang: the thread lives on, and the next call is made. (statement 31)"""
 
     def run(turn, future):
         raise problem
