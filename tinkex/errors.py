@@ -64,7 +64,7 @@ class APIError(TinkexError):
     """Talking to the server did not work out.
 
     Attributes:
-        method, url: of the request, where there was one; no secrets are in them.
+        method, url: of the request, where there was one; without its query, which may be secret.
         attempts: how many times it was sent.
         outcome_unknown: whether the server may have carried it out although no good answer came.
     """
@@ -74,7 +74,7 @@ class APIError(TinkexError):
     def __init__(self, message: str, *, method: str = "", url: str = "", attempts: int = 1) -> None:
         super().__init__(message)
         self.method = method
-        self.url = url
+        self.url = url.partition("?")[0]
         self.attempts = attempts
 
 

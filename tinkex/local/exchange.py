@@ -180,6 +180,12 @@ def refuse(refusal: Refusal) -> Response:
     return reply(body, refusal.status, refusal.headers)
 
 
+def _owner(keys: Keys, request: Request) -> str:
+    """Who asks. Raises Refusal: 401, 403."""
+    keys.check_visitor(request.headers.get("host", ""), request.headers.get("origin"))
+    return keys.owner(request.headers.get("x-api-key"))
+
+
 Handler = Callable[[Call], Awaitable[Response]]
 
 
@@ -190,7 +196,7 @@ def guarded(handler: Handler, *, public: bool = False) -> Callable[[Request], Aw
     async def endpoint(request: Request) -> Response:
         site: Site = request.app.state.site
         try:
-            owner = "" if public else site.keys.owner(request.headers.get("x-api-key"))
+            owner = "" if public else _owner(site.keys, request)
             return await handler(Call(site, request, owner))
         except Refusal as refusal:
             return refuse(refusal)

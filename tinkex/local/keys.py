@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
-from .refusals import Refusal
+from .refusals import Refusal, shown
 
 #: The owner on a server that is one person's.
 LOCAL = "local"
+#: Names of this machine that nobody else's lead to.
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Keys:
@@ -41,6 +44,25 @@ class Keys:
         """Whether what one user names (a path on this machine) may be another's."""
         return any(owner != LOCAL for owner in self._owners.values())
 
+    def check_visitor(self, host: str, origin: str | None) -> None:
+        """Where no key is wanted, keep out the web pages that a browser of this machine shows: they
+        say where they are from, or come under a name that was made to lead here.
+
+        Raises:
+            Refusal: 403.
+        """
+        if self._owners:
+            return
+        for url in (f"//{host}", origin or "//localhost"):
+            name = _host_name(url)
+            if name not in LOOPBACK:
+                raise Refusal(
+                    403,
+                    f"this server wants no key, so it is only for this machine, and the request is "
+                    f"for or from {shown(name)}; use 127.0.0.1 or localhost, or start the server "
+                    "with --api-key.",
+                )
+
     def owner(self, key: str | None) -> str:
         """Raises Refusal (401)."""
         if not self._owners:
@@ -61,6 +83,14 @@ class Keys:
 
     def __repr__(self) -> str:
         return f"<Keys of {len(self._owners)} users>"
+
+
+def _host_name(url: str) -> str:
+    """Of a URL; "" if it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _digest(key: str) -> bytes:

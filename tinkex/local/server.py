@@ -37,7 +37,7 @@ from .._version import __version__
 from .exchange import Site, refuse
 from .home import Home, HomeError, ServerFolder
 from .journal import Journal
-from .keys import Keys
+from .keys import LOOPBACK, Keys
 from .ledger import Ledger
 from .limits import Limits
 from .refusals import Refusal
@@ -53,7 +53,6 @@ Dialect = Literal["both", "json"]
 TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
 #: Where the home is, unless it is said otherwise.
 HOME_VARIABLE = "TINKEX_HOME"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 #: Seconds between two looks at whether the parent process lives.
 _PARENT_SECONDS = 0.5
 #: Seconds that a shutdown may take before the process ends regardless.
@@ -357,7 +356,7 @@ def main(
 
 
 def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
-    if host in _LOOPBACK or api_keys or os.environ.get(TOKEN_VARIABLE):
+    if host in LOOPBACK or api_keys or os.environ.get(TOKEN_VARIABLE):
         return None
     return f"tml-{secrets.token_urlsafe(24)}"
 
