@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from .. import errors, types, wire
 from ..answers import Answer
@@ -366,7 +367,7 @@ def cancel(lab: Lab) -> None:
 def unknown_fields(lab: Lab) -> None:
     """What a server does not know it leaves alone. TuFT 0.2.2 answers every new field with 422, and
     so serves one minor version of the official SDK."""
-    more = {"field_of_the_future": {"a": [1]}}
+    more: dict[str, Any] = {"field_of_the_future": {"a": [1]}}
     tagged = {"tags": [], "sdk_version": "9.9.9", "type": "create_session"}
     with lab.model() as model:
         for what, answer in (
