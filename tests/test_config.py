@@ -90,7 +90,7 @@ def test_statement_32_any_other_server_gets_whatever_key_it_wants(key):
 
 @pytest.mark.parametrize("key", ["tml-x", "eyJhbGciOi.J9.x"])
 def test_statement_32_the_official_service_takes_keys_of_two_shapes(key):
-    """Statement 32."""
+    """A key begins with tml-, or is a JWT. (statement 32)"""
     assert key == config.load(None, key).api_key
 
 

@@ -174,7 +174,7 @@ def test_statement_13_what_may_pass_is_asked_again(world, fault):
 
 
 def test_statement_16_a_failure_of_the_user_s_making_is_final(world):
-    """Statement 16."""
+    """Category user fails at once: asking again cannot help. (statement 16)"""
     world.polls(answer({"error": "learning rate is too hot", "category": "user"}))
 
     with pytest.raises(errors.RequestFailedError) as caught:
@@ -221,7 +221,7 @@ def test_statement_16_a_failed_of_the_server_s_making_is_asked_again_until_the_d
 
 
 def test_statement_14_an_expired_promise_is_terminal(world):
-    """Statement 14."""
+    """410, where nothing can send it again: submit a new one. (statement 14)"""
     world.polls(status(410, {"detail": "too old"}))
 
     with pytest.raises(errors.PromiseExpiredError) as caught:
@@ -404,7 +404,7 @@ def test_the_pauses_start_small_again_when_the_queue_moves(world):
 
 
 def test_statement_12_a_paused_queue_is_asked_once_a_second(world):
-    """Statement 12."""
+    """It moves in seconds, not in milliseconds. (statement 12)"""
     world.polls(*[try_again("paused_rate_limit")] * 3, *[try_again("paused_capacity")] * 3)
     world.watch().result(10)
 
@@ -718,7 +718,7 @@ def test_statement_31_whatever_is_raised_on_the_way_ends_in_the_future(
 
 
 def test_statement_31_a_callback_that_raises_costs_no_thread(world, caplog):
-    """Statement 31."""
+    """More broken callbacks than threads, and the last one resolves. (statement 31)"""
     futures = [world.promise(request_id=f"r{i}") for i in range(20)]
     for promise in futures:
         promise.future.add_done_callback(lambda _: 1 / 0)

@@ -374,7 +374,7 @@ def test_a_failure_on_the_server_is_told(client, server):
 
 @pytest.mark.parametrize("stage", ["submit", "poll", "decode"])
 def test_statement_31_an_exception_in_any_stage_ends_in_the_future(client, monkeypatch, stage):
-    """Statement 31."""
+    """Submitting, polling, decoding: never a hang. (statement 31)"""
     problem = RuntimeError("injected")
 
     def broken(*args, **options):

@@ -59,7 +59,7 @@ def test_statement_22_a_model_s_name_says_its_tokenizer(model, expected):
     ],
 )
 def test_statement_22_the_server_s_word_beats_every_rule(told, expected):
-    """Statement 22."""
+    """It knows what it loaded; the rules only guess. (statement 22)"""
     assert expected == tokenizer_id("meta-llama/Llama-3.1-8B", told)
 
 

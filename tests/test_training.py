@@ -90,7 +90,7 @@ def test_statement_1_numbers_are_contiguous_from_1_over_all_operations():
 
 @pytest.mark.parametrize("count, batches", [(1, [1]), (1024, [1024]), (1025, [1024, 1])])
 def test_statement_2_a_request_holds_1024_datums_at_most(client, server, count, batches):
-    """Statement 2."""
+    """1,024 tiny datums are one request, 1,025 are two. (statement 2)"""
     client.forward_backward([datum(1)] * count, "cross_entropy").result(20)
 
     assert batches == [len(body.data) for body in server.bodies("forward_backward")]
@@ -147,7 +147,7 @@ BAD = {
 def test_statement_5_what_can_be_seen_to_be_wrong_is_raised_here_and_uses_no_number(
     client, server, call
 ):
-    """Statement 5."""
+    """A number that is never sent would stop the model for ever. (statement 5)"""
     with pytest.raises((ValueError, TypeError)):
         call(client)
     client.optim_step(ADAM).result(10)
@@ -319,7 +319,7 @@ def test_what_is_kept_with_a_checkpoint_is_as_it_was_when_called(client, server)
 
 @pytest.mark.parametrize("immediate", [(), ("save_weights", "load_weights")])
 def test_statement_21_saving_and_loading_take_promises_and_immediate_answers(immediate):
-    """Statement 21."""
+    """Some servers answer small operations at once. (statement 21)"""
     with training(FakeServer(immediate=immediate)) as client:
         path = client.save_state("a").result(10).path
         assert path == client.load_state(path).result(10).path
@@ -362,7 +362,7 @@ def test_statement_20_an_unnamed_save_is_a_sampling_session_already(client, serv
 
 
 def test_statement_20_an_answer_with_neither_is_an_error(client, server):
-    """One call for the user, two requests on the wire. (statement 20)"""
+    """No path and no session: there is nothing to sample from. (statement 20)"""
     server.results["save_weights_for_sampler"] = lambda seen: {"type": "save"}
 
     with pytest.raises(errors.APIResponseValidationError, match="neither path nor"):
@@ -584,7 +584,7 @@ def test_once_the_failure_was_delivered_the_client_works_again_with_the_next_num
 
 
 def test_statement_10_when_the_second_of_three_batches_is_refused_the_third_is_not_sent():
-    """Statement 10."""
+    """The first counts, and the failure says so; the next number is free. (statement 10)"""
     server = FakeServer(features={"fwdbwd_max_chunk_len": 1, "proto_write_fwdbwd": True})
     with training(server) as client:
         server.script("forward_backward", lambda *a: a[3](), status(413, {"detail": "too large"}))
@@ -737,7 +737,7 @@ def test_statement_31_an_exception_in_any_stage_ends_in_the_future(
 
 
 def test_statement_31_a_callback_that_raises_does_no_harm(client, caplog):
-    """Statement 31."""
+    """It is the user's code, on our thread. (statement 31)"""
     future = client.optim_step(ADAM)
     future.add_done_callback(lambda _: 1 / 0)
 
@@ -914,7 +914,7 @@ def test_statement_12_a_pause_is_told_with_its_reason(
 
 
 def test_statement_12_it_is_told_once_a_minute_for_each_model(client, server, caplog):
-    """Statement 12."""
+    """A pause of an hour is sixty lines, not a thousand. (statement 12)"""
 
     def paused():
         server.script("retrieve_future", try_again("paused_capacity"), try_again("active"))
