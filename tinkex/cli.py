@@ -181,6 +181,8 @@ def train(
     from . import ServiceClient, console, dataset, finetune
 
     state = finetune.load_state(output)
+    if state is not None and not state.has_begun and not resume:
+        state = None  # it failed before there was a model
     _check_folder(output, state, resume)
     if state is not None:
         data = data or Path(state.data)
@@ -239,7 +241,7 @@ def _say_how_to_go_on(output: Path) -> None:
     from . import finetune
 
     state = finetune.load_state(output)
-    if state is not None:
+    if state is not None and state.has_begun:
         command = f"tinkex train --resume --output {shlex.quote(str(output))}"
         click.echo(f"Stopped: {_progress_of(state)}. Go on with:\n  {command}", err=True)
 

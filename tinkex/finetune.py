@@ -124,13 +124,18 @@ class State:
     sampler_path: str | None = None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on with: the server had taken the model."""
+        return self.total_steps > 0
+
+    @property
     def is_finished(self) -> bool:
         return self.sampler_path is not None
 
 
 @attrs.frozen
 class Shown:
-    """A held-out prompt and what the model said to it: greedy, at most `SHOWN_TOKENS` tokens."""
+    """A held-out prompt and what the model said to it, at most `SHOWN_TOKENS` tokens."""
 
     prompt: str
     before: str

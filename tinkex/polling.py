@@ -381,7 +381,8 @@ class Poller:
         error = payload.get("error")
         nested = error if isinstance(error, dict) else {}
         category = str(payload.get("category") or nested.get("category") or "unknown").lower()
-        detail = error_detail(error) or "the server gives no reason"
+        told = error if isinstance(error, str) else error_detail(error)
+        detail = told or "the server gives no reason"
         failure = errors.RequestFailedError(
             f"{_what(promise)} failed on the server: {detail} (request {promise.request_id}, "
             f"category {category})",
