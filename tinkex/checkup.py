@@ -441,7 +441,7 @@ class _Server:
         if version:
             engine = answer.headers.get("X-Tinkex-Engine", "")
             text += f": tinkex {version}, engine {engine}" if engine else f": tinkex {version}"
-        if answer.status < 300 or answer.status in (401, 403) or is_missing(answer):
+        if answer.status < 300 or answer.status in (401, 403, 404):
             return Finding("http", "ok", text)
         advice = "Ask who runs it."
         if answer.status < 400:
@@ -472,13 +472,13 @@ class _Server:
         if is_missing(answer) and self._speaks_json(answer):
             text = "no client/config: the protocol's defaults are assumed"
             return Finding("api", "warning", text, "The official SDK does not start without it.")
-        if answer.status >= 300:
-            raise Failed(f"client/config answered {said(answer)}", "Ask who runs it.")
         if not self._speaks_json(answer):
             raise Failed(
-                f"client/config answered with no JSON object but {answer.content[:60]!r}",
+                f"client/config answered {answer.status} with no JSON but {answer.content[:60]!r}",
                 "Is this the URL of a training server, without a proxy's login page before it?",
             )
+        if answer.status >= 300:
+            raise Failed(f"client/config answered {said(answer)}", "Ask who runs it.")
         return Finding("api", "ok", f"speaks the protocol under {wire.PREFIX}")
 
     @staticmethod
