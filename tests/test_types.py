@@ -110,6 +110,30 @@ def test_a_tensor_gives_back_the_array_it_was_made_of(array):
     assert tensor == types.TensorData(tensor.data, None, tensor.shape)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32])
+def test_what_is_made_of_an_array_does_not_change_with_it(dtype):
+    """A buffer that is filled anew for every step: the one before may still wait to be sent."""
+    buffer = np.ones(3, dtype)
+    tensor = types.TensorData(buffer)
+    tokens = np.ones(3, np.int32)
+    inputs = types.ModelInput.from_ints(tokens)
+    lent = torch.ones(3)
+    of_torch = types.TensorData(lent)
+    buffer[:] = 2
+    tokens[:] = -5
+    lent.fill_(2)
+
+    assert [1, 1, 1] == tensor.tolist() == of_torch.tolist() == inputs.to_ints()
+
+
+def test_what_nobody_can_change_is_not_copied():
+    """As what came from the server: megabytes of log-probabilities, read where they arrived."""
+    received = np.frombuffer(b"\0\0\x80\xbf" * 4, np.float32)
+
+    assert np.shares_memory(received, types.TensorData(received).data)
+    assert np.shares_memory(received, types.TensorData(received).to_numpy())
+
+
 @given(
     arrays.arrays(
         np.int64,

@@ -51,6 +51,14 @@ def to_array(value: ArrayLike) -> np.ndarray:
         raise ValueError(f"cannot make one array of {_short(value)}: {exc}") from exc
 
 
+def _own(made: np.ndarray, array: np.ndarray, value: ArrayLike) -> np.ndarray:
+    """*made* of *array* of *value*; a copy, if its giver could still change it under our hands."""
+    lent = isinstance(value, np.ndarray) or hasattr(value, "detach")
+    if lent and array.flags.writeable and np.may_share_memory(made, array):
+        return made.copy()
+    return made
+
+
 def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
     """Token ids as a (N,) int32 array.
 
@@ -84,7 +92,7 @@ def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
             f"token id {bad} at position {where} is outside 0..{MAX_TOKEN_ID}; "
             "token ids are the tokenizer's, never negative."
         )
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return _own(np.ascontiguousarray(array, dtype=np.int32), array, value)
 
 
 def _short(value: object) -> str:
@@ -276,7 +284,8 @@ class TensorData:
     """An array that travels: float32 or int64, dense or (two-dimensional) sparse in CSR form.
 
     Args:
-        data: the values; for a dense tensor in C order, or already in shape.
+        data: the values; for a dense tensor in C order, or already in shape. An array that its
+            giver could still change is copied.
         dtype: "int64" or "float32"; None takes it from the values.
         shape: of the (dense) tensor; None takes the shape of *data*.
         sparse_crow_indices, sparse_col_indices: CSR indices; *data* then holds the stored values
@@ -301,7 +310,8 @@ class TensorData:
         *,
         name: str = "tensor",
     ) -> None:
-        array = _cast(to_array(data), dtype, name)
+        lent = to_array(data)
+        array = _own(_cast(lent, dtype, name), lent, data)
         self.data: np.ndarray = array.reshape(-1)
         self.shape: tuple[int, ...] = array.shape if shape is None else _as_shape(shape, name)
         self.sparse_crow_indices: np.ndarray | None = None
