@@ -122,6 +122,7 @@ class LocalServer:
         self.app = make_app(site)
         config = uvicorn.Config(
             self.app,
+            http="h11",  # which limits how long a head may be
             log_config=None,
             access_log=False,
             server_header=False,
