@@ -14,7 +14,7 @@ from tests.chaos.conftest import SEEDS
 from tests.chaos.proxy import FAULTS, Proxy
 from tests.chaos.servers import RECORDED, Server
 
-RATE = 0.29
+RATE = 0.32
 PATIENCE = tinkex.Patience(first_contact=60, no_answer=120, report_after=30)
 
 
