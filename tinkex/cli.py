@@ -7,9 +7,11 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
-    except SystemExit as exc:
-        if not isinstance(exc.__context__, BrokenPipeError):
-            raise
-        return 0  # click's way to leave when nobody reads on, as in `tinkex ... | head`
     except (errors.TinkexError, ValueError, OSError) as exc:
         if traceback_wanted:
             raise
@@ -50,7 +48,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Program(click.Group):
+    """A reader that leaves early, as in `tinkex ... | head`, is no error."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _no_reader_is_no_error():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _no_reader_is_no_error():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _no_reader_is_no_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        # Python writes what is left in its buffers at the very end: into nothing, then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(0) from None
+
+
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--traceback", is_flag=True, help="Show where in the program an error arose.")
 def cli(traceback: bool) -> None:
     """Fine-tune language models: on this machine, an open server or the official service.
