@@ -200,7 +200,7 @@ def test_what_the_server_refuses_leaves_the_client_working(training):
     train(training, 1)
 
 
-def test_an_unknown_model_is_told_and_its_number_used_again(service):
+def test_an_unknown_model_is_told_and_the_next_one_created(service):
     with pytest.raises(errors.RequestFailedError, match="no such directory"):
         service.create_lora_training_client("/no/such/model")
     with service.create_lora_training_client("tiny", rank=4) as client:
