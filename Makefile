@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c 
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs core conformance bench clean
+.PHONY: help demo test check lint types docs core conformance bench chaos load clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,17 @@ conformance: .venv/test ## try five versions of the official SDK on our server, 
 
 bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+SEEDS ?= 3
+chaos: .venv/test ## break network, server and client on purpose, write docs/reliability.md (SEEDS=50)
+	rm -f build/chaos.jsonl && mkdir -p build
+	SEEDS=$(SEEDS) SERVER_KILLS=30 CLIENT_KILLS=20 CHAOS_REPORT=build/chaos.jsonl \
+	    $(BIN)/python -m pytest tests/chaos $(ARGS)
+	$(BIN)/python -m tests.chaos.summary build/chaos.jsonl docs/reliability.md
+
+load: .venv/bench ## eight clients and 2,000 samples at once for ten minutes, draw docs/load.png
+	$(BIN)/python -m tests.chaos.load $(ARGS)
+	$(BIN)/python -m tests.chaos.load --draw docs/load.png
 
 clean: ## remove what make made
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
