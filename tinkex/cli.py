@@ -528,6 +528,7 @@ def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **opt
 
 
 @cli.command()
-def version() -> None:
+@format_option
+def version(as_json: bool) -> None:
     """Print the version of tinkex."""
-    click.echo(f"tinkex {__version__}")
+    click.echo(json.dumps({"version": __version__}) if as_json else f"tinkex {__version__}")

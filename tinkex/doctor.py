@@ -28,11 +28,11 @@ _METHOD = re.compile(r"\b(GET|PUT|POST|DELETE) ")
 @format_option
 @key_option
 def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
-    """Find out what works and what does not: on this machine, or with the server at URL.
+    """Say what works and what does not, here or at URL, and what to do.
 
-    Without URL: the server in TINKER_BASE_URL, or the embedded engine. Takes each step from the
-    name of the host to the models on offer, and says what to do about the first that fails.
-    Changes nothing on the server. Exit status 1 if something fails without which nothing works.
+    Without URL: with the server in TINKER_BASE_URL, or on this machine with the embedded engine.
+    Takes each step from the name of the host to the models on offer, until one fails without which
+    nothing works; the exit status is then 1. Changes nothing on the server.
     """
     from . import checkup
 
