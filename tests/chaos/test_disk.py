@@ -12,6 +12,8 @@ import tinkex
 from tests.chaos import scenario
 from tests.chaos.servers import Server
 from tinkex import errors, types
+from tinkex.local.home import Home
+from tinkex.local.store import CheckpointRow, Store
 
 IMPATIENT = tinkex.Patience(no_answer=2.0, report_after=0.5)
 SIZE = 24 * 2**20
@@ -101,3 +103,48 @@ def test_what_cannot_be_written_down_is_not_promised(small_disk, tmp_path):
         training = service.create_lora_training_client("tiny", rank=4, seed=1)
         expected = [step_of(training)[0] for _ in range(2)]
     assert expected == [first, second]
+
+
+def test_a_checkpoint_is_on_disk_before_it_is_listed(tmp_path, monkeypatch):
+    """A power cut at any moment leaves all of it or nothing: its files, their folder, the folder
+    under its name, the folders above that, and only then the row."""
+    store = Store(Home.open(tmp_path / "home"))
+    draft = tmp_path / "home" / "draft"
+    draft.mkdir()
+    (draft / "adapter_model.safetensors").write_bytes(b"weights")
+    happened = []
+
+    def noting(function, name, of):
+        def call(*given):
+            happened.append((name, of(*given)))
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noting(os.fsync, "sync", lambda fd: name_of(fd)))
+    monkeypatch.setattr(os, "rename", noting(os.rename, "rename", lambda old, new: new.name))
+    monkeypatch.setattr(store, "_change", noting(store._change, "row", lambda *_: None))
+    store.add_checkpoint(draft, ROW)
+    store.close()
+
+    assert [
+        ("sync", "adapter_model.safetensors"),
+        ("sync", "draft"),
+        ("rename", "one"),
+        ("sync", "weights"),
+        ("sync", "run"),
+        ("sync", "home"),
+        ("row", None),
+    ] == happened
+
+
+def name_of(descriptor):
+    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
+ROW = CheckpointRow(
+    path="tinker://run/weights/one", run_id="run", checkpoint_id="weights/one", kind="training",
+    owner="local", base_model="tiny", rank=4, train_mlp=True, train_attn=True, train_unembed=True,
+    directory="", size_bytes=0, created_at=1.0, expires_at=None, public=False, user_metadata=None,
+    origin="test",
+)  # fmt: skip

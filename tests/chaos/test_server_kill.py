@@ -80,6 +80,7 @@ def test_a_run_goes_on_over_a_server_that_is_killed_again_and_again(
         operations=outcome.operations + outcome.samples,
         kills=killer.kills,
         checkpoints=len(steps),
+        lost=sum(a != b for a, b in zip(undisturbed.results, outcome.results)),
         identical=outcome.weights == undisturbed.weights,
     )
 
