@@ -189,6 +189,17 @@ def test_anything_but_yes_is_no(run, storage, server, answer):
     assert [] == changes(server)
 
 
+def test_ctrl_c_at_the_question_deletes_nothing_and_exits_130(run, storage, server, monkeypatch):
+    class Terminal:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(io, "StringIO", lambda answer: Terminal())
+
+    assert (130, "") == run("delete", A)[:2]
+    assert [] == changes(server)
+
+
 def test_yes_asks_nothing(run, storage, server):
     assert (0, f"Deleted {A}\n", "") == run("delete", A, "--yes")
     assert [("DELETE", "training_runs/r1/checkpoints/weights/step-1")] == changes(server)

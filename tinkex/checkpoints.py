@@ -154,7 +154,7 @@ def list_checkpoints(
         return
     say_how_many("checkpoint", len(found), more)
     if found:
-        click.echo(checkpoint_table(found))
+        words.say(checkpoint_table(found))
 
 
 def checkpoint_table(checkpoints: Sequence[types.Checkpoint]) -> str:
@@ -199,7 +199,7 @@ def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
         for name in ("attn", "mlp", "unembed"):
             trained = getattr(info, f"train_{name}")
             rows += [] if trained is None else [(f"Train {name}", "yes" if trained else "no")]
-    click.echo(words.facts(rows))
+    words.say(words.facts(rows))
 
 
 def _look_up(
@@ -303,7 +303,7 @@ def _say_where(path: str, folder: Path, as_json: bool) -> None:
     if as_json:
         words.say_json({"tinker_path": path, "folder": str(folder.absolute())})
     else:
-        click.echo(folder)
+        words.say(str(folder))
 
 
 @checkpoint.command()
@@ -446,7 +446,7 @@ class Change:
             words.say_json({"done": done, "failures": failures})
         else:
             for path in done:
-                click.echo(self.done.format(path))
+                words.say(self.done.format(path))
 
 
 def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[types.Checkpoint]]:

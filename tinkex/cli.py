@@ -7,11 +7,9 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ import attrs
 import click
 from click.core import ParameterSource
 
-from . import checkpoints, doctor, errors, stored
+from . import checkpoints, doctor, errors, stored, words
 from ._version import __version__
 from .options import format_option, key_option, server_options
 
@@ -48,32 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-class Program(click.Group):
-    """A reader that leaves early, as in `tinkex ... | head`, is no error."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        with _no_reader_is_no_error():
-            return super().make_context(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        with _no_reader_is_no_error():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _no_reader_is_no_error() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        # Python writes what is left in its buffers at the very end: into nothing, then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise click.exceptions.Exit(0) from None
-
-
-@click.group(
-    cls=Program,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--traceback", is_flag=True, help="Show where in the program an error arose.")
 def cli(traceback: bool) -> None:
     """Fine-tune language models: on this machine, an open server or the official service.
@@ -271,17 +244,17 @@ def _say_how_to_go_on(output: Path) -> None:
 
 def _print_outcome(outcome: finetune.Outcome, output: Path) -> None:
     for shown in outcome.shown:
-        click.echo(f"prompt  {_one_line(shown.prompt)}")
-        click.echo(f"before  {_one_line(shown.before)}")
-        click.echo(f"after   {_one_line(shown.after)}\n")
+        words.say(f"prompt  {_one_line(shown.prompt)}")
+        words.say(f"before  {_one_line(shown.before)}")
+        words.say(f"after   {_one_line(shown.after)}\n")
     if outcome.losses is not None:
         before, after = outcome.losses
-        click.echo(
+        words.say(
             f"Held-out loss per token: {before:.4f} before, {after:.4f} after "
             f"({(after - before) / before:+.1%})."
         )
-    click.echo(f"Adapter: {outcome.adapter}")
-    click.echo(f"Ask it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
+    words.say(f"Adapter: {outcome.adapter}")
+    words.say(f"Ask it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
 
 
 def _one_line(text: str, width: int = 300) -> str:
@@ -436,7 +409,7 @@ def sample(
                 "stop_reason": sequence.stop_reason,
             }
             answer = json.dumps(value, ensure_ascii=False)
-        click.echo(answer)
+        words.say(answer)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
@@ -516,11 +489,11 @@ def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **opt
         if not as_json:
             color = _OUTCOME_COLORS[result.outcome]
             text = rules.line(result)
-            click.echo(click.style(text[: rules.MARGIN], fg=color) + text[rules.MARGIN :])
+            words.say(click.style(text[: rules.MARGIN], fg=color) + text[rules.MARGIN :])
     if as_json:
-        click.echo(rules.as_json(url, results))
+        words.say(rules.as_json(url, results))
     else:
-        click.echo(f"\n{rules.summary(results)}.")
+        words.say(f"\n{rules.summary(results)}.")
     return 1 if any(result.outcome == "fail" for result in results) else 0
 
 
@@ -531,4 +504,7 @@ def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **opt
 @format_option
 def version(as_json: bool) -> None:
     """Print the version of tinkex."""
-    click.echo(json.dumps({"version": __version__}) if as_json else f"tinkex {__version__}")
+    if as_json:
+        words.say_json({"version": __version__})
+    else:
+        words.say(f"tinkex {__version__}")

@@ -40,7 +40,7 @@ def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
     for finding in checkup.examine(url, api_key):
         findings.append(finding)
         if not as_json:
-            click.echo(_shown(finding))
+            words.say(_shown(finding))
     good = all(finding.status != "failed" for finding in findings)
     if as_json:
         words.say_json({"ok": good, "steps": [attrs.asdict(finding) for finding in findings]})

@@ -54,7 +54,7 @@ def list_runs(limit: int, access_scope: Any, as_json: bool, **server: str | None
     say_how_many("training run", len(runs), more)
     if runs:
         headings = ("Run", "Base model", "LoRA", "Status", "Last used", "Last checkpoint")
-        click.echo(words.table(headings, [_run_row(run) for run in runs]))
+        words.say(words.table(headings, [_run_row(run) for run in runs]))
 
 
 def _run_row(run: types.TrainingRun) -> tuple[str, ...]:
@@ -103,9 +103,9 @@ def run_info(run_id: str, access_scope: Any, as_json: bool, **server: str | None
         ("Last used", words.when(run.last_request_time)),
         *metadata_rows(run.user_metadata),
     ]
-    click.echo(words.facts(rows))
+    words.say(words.facts(rows))
     if checkpoints:
-        click.echo(f"\n{checkpoint_table(checkpoints)}")
+        words.say(f"\n{checkpoint_table(checkpoints)}")
 
 
 # session
@@ -144,7 +144,7 @@ def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | 
             )
             for one in found
         ]
-        click.echo(words.table(("Session", "Runs", "Samplers", "Name", "Metadata"), rows))
+        words.say(words.table(("Session", "Runs", "Samplers", "Name", "Metadata"), rows))
 
 
 def _session(rest: RestClient, session_id: str, access_scope: Any) -> dict[str, Any]:
@@ -176,4 +176,4 @@ def session_info(session_id: str, access_scope: Any, as_json: bool, **server: st
     rows += [("Name", found.display_name)] if found.display_name else []
     rows += [("Run", run_id) for run_id in found.training_run_ids]
     rows += [("Sampler", sampler_id) for sampler_id in found.sampler_ids]
-    click.echo(words.facts([*rows, *metadata_rows(found.user_metadata)]))
+    words.say(words.facts([*rows, *metadata_rows(found.user_metadata)]))

@@ -6,6 +6,8 @@ Results go to stdout. Knows nothing of what the results mean.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -93,6 +95,15 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
     )
 
 
+def say(text: str) -> None:
+    """A result, on stdout. That nobody reads on, as in `tinkex ... | head`, is no error."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # What is still to come, and what is left in Python's buffers, is written into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say_json(value: Any) -> None:
-    """Plain data on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Plain data, as a result."""
+    say(json.dumps(value, indent=2, ensure_ascii=False))
