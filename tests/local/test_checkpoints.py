@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tinkex import types
-from tinkex.local import checkpoints, lora, tiny
+from tinkex.local import checkpoints, lora
 from tinkex.local.engine import Engine
 
 TOKENS = np.arange(40) * 7 % hf.VOCAB
@@ -233,9 +233,3 @@ def test_a_checkpoint_of_another_base_is_refused(base, tmp_path):
 
     with pytest.raises(ValueError, match=r"is of the base model .*, not of 'tiny'"):
         engine.load("m", directory, optimizer=False)
-
-
-def test_the_tokenizer_files_are_what_the_module_makes():
-    """They are read by the SDK, which has neither torch nor this module's dependencies."""
-    for name, text in tiny.tokenizer_files().items():
-        assert text == (tiny.DIRECTORY / name).read_text(encoding="utf-8")

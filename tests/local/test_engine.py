@@ -363,5 +363,52 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch):
     """At once, and with the way out."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    with pytest.raises(ValueError, match=r"hub through transformers failed.*download the model"):
+    with pytest.raises(ValueError, match=r"hub through transformers failed: .*download the model"):
         _engine().load_base("nobody/no-such-model")
+
+
+# -- half precision, as on an accelerator ----------------------------------------------------------
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """An engine that computes in bfloat16, as it does on an accelerator."""
+    monkeypatch.setattr("tinkex.local.loading.compute_dtype", lambda device: torch.bfloat16)
+    return _engine("m")
+
+
+def test_bfloat16_learns_as_float32_does(half):
+    """The adapter and its optimizer stay in float32; the losses are close."""
+    full = _engine("m")
+    data = _data(lengths=(50, 90))
+
+    losses = [[_step(engine, "m", data).loss for _ in range(5)] for engine in (full, half)]
+
+    assert torch.bfloat16 == half._bases["tiny"].base.dtype
+    assert torch.float32 == _weights(half, "m").dtype
+    np.testing.assert_allclose(*losses, rtol=0.02)
+    assert losses[1][-1] < 0.9 * losses[1][0]
+
+
+def test_bfloat16_samples_what_forward_gives(half, tmp_path):
+    """Within what half precision allows, for several adapters in one batch."""
+    _step(half, "m", _data())
+    half.save("m", tmp_path, optimizer=False)
+    half.open_sampler("s", "tiny", directory=tmp_path)
+    half.open_sampler("base", "tiny")
+    prompt = list(range(30))
+    params = types.SamplingParams(max_tokens=5, seed=0, stop=[])
+    request = types.SampleRequest(types.ModelInput.from_ints(prompt), params, num_samples=3)
+    for name in ("s", "base"):
+        half.submit_sample(name, name, request)
+
+    results = hf.sample_all(half)
+
+    for sequence in results["s"].sequences:
+        output = hf.drive(
+            half.forward_backward(
+                "m", [hf.datum(prompt + sequence.tokens)], "cross_entropy", None, forward_only=True
+            )
+        )
+        expected = output.loss_fn_outputs[0]["logprobs"].to_numpy()[len(prompt) - 1 :]
+        np.testing.assert_allclose(sequence.logprobs, expected, atol=0.1)

@@ -272,12 +272,13 @@ def test_several_stop_strings_end_at_the_first_that_is_complete(tmp_path):
 
 
 def test_max_tokens_is_cut_to_the_context(engine):
-    """None is as many as fit."""
-    prompt = [1] * 4090
+    """None is as many as fit; one always does, for logprobs of a prompt of full length."""
+    requests = [("base", request([1] * n, max_tokens=None)) for n in (4090, 4096)]
 
-    [response] = ask(engine, ("base", request(prompt, max_tokens=None)))
+    responses = ask(engine, *requests)
 
-    assert (6, "length") == (len(response.sequences[0]), response.sequences[0].stop_reason)
+    assert [6, 1] == [len(response.sequences[0]) for response in responses]
+    assert "length" == responses[0].sequences[0].stop_reason
 
 
 # -- what is said of the prompt ------------------------------------------------------------------
@@ -408,7 +409,7 @@ def test_a_failure_in_a_step_answers_all_who_wait(engine, monkeypatch):
     [
         ([], {}, "the prompt is empty"),
         ([1, 512], {}, "token id 512 at position 1, but the model's vocabulary has 512"),
-        ([1] * 4096, {}, "4096 tokens and the model's context 4096"),
+        ([1] * 4097, {}, "4097 tokens, but the model's context is 4096"),
         ([1], {"prompt_alt_tokens_k": 1}, "not offered"),
         ([1], {"topk_prompt_logprobs": 513}, "more than the vocabulary's 512"),
         (

@@ -24,6 +24,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
+#: How long the hub may take to say whether it has a model, in seconds.
+HUB_TIMEOUT = 10
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -113,6 +116,8 @@ def _check_source(name: str) -> str:
 def _load_hf(name: str, source: str, device: torch.device) -> Loaded:
     import transformers  # here: it takes seconds, and "tiny" does without
 
+    if not Path(source).is_dir():
+        _check_hub(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as exc:
@@ -134,16 +139,33 @@ def _load_hf(name: str, source: str, device: torch.device) -> Loaded:
     return Loaded(base, source, architecture, lambda: _decoder(source))
 
 
+def _check_hub(name: str) -> None:
+    """
+    That a hub id is downloaded already, or can be.
+
+    Asked once; transformers asks for half a minute before it says that there is no network.
+    """
+    import huggingface_hub
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return
+        address = huggingface_hub.hf_hub_url(name, "config.json")
+        huggingface_hub.get_hf_file_metadata(address, timeout=HUB_TIMEOUT)
+    except Exception as exc:  # no network, no such model, no access, not an id
+        raise _cannot_load(name, name, exc) from exc
+
+
 def _cannot_load(name: str, source: str, exc: Exception) -> ValueError:
     reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-    if source != name or Path(name).is_dir():
+    if Path(source).is_dir():
         return ValueError(
             f"base model {name!r}: transformers cannot load the directory {source!r}: {reason}"
         )
     return ValueError(
         f"base model {name!r} is not a directory here, and loading it from the Hugging Face hub "
-        f"through transformers failed: {reason} Without a network, download the model into a "
-        'directory elsewhere and give its path; the built-in model "tiny" needs no download.'
+        f"through transformers failed: {reason.rstrip('.')}. Without a network, download the model "
+        'elsewhere and give the path of its directory; the built-in model "tiny" needs no download.'
     )
 
 

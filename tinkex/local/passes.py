@@ -16,13 +16,16 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.local import losses
-from tinkex.local.model import Base, Linears, Packing, Spec, Training, target_logprobs
+from tinkex.local.model import Base, Linears, Packing, Training, target_logprobs
 
-#: Bytes of activations that one micro-batch may keep for its backward pass.
-ACTIVATION_BUDGET = 384 * 2**20
+#: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
+#: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
+#: faster.
+ACTIVATION_BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 
-#: Most tokens of a micro-batch: between two of them other work may go first.
-MOST_TOKENS = 8192
+#: Fewest tokens of a micro-batch, whatever they take.
+FEWEST_TOKENS = 256
 
 
 @attrs.frozen(eq=False)
@@ -85,12 +88,13 @@ def _prepare_one(
     return Prepared(datum.model_input.tokens, targets, arrays, shape)
 
 
-def tokens_per_batch(spec: Spec, element_size: int) -> int:
-    """Tokens whose activations fit the budget, in a model of these sizes."""
+def tokens_per_batch(base: Base) -> int:
+    """Tokens whose activations fit the budget."""
+    spec, kind = base.spec, "cpu" if base.device.type == "cpu" else "cuda"
     attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
     per_layer = 2 * spec.width + attention + 2 * spec.mlp
-    per_token = spec.layers * per_layer * element_size
-    return max(256, min(MOST_TOKENS, ACTIVATION_BUDGET // per_token))
+    per_token = spec.layers * per_layer * base.embedding.element_size()
+    return max(FEWEST_TOKENS, min(MOST_TOKENS[kind], ACTIVATION_BUDGET[kind] // per_token))
 
 
 def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> list[list[int]]:
@@ -140,7 +144,7 @@ class Pass:
         self._loss_fn = loss_fn
         self._config = config
         self._forward_only = forward_only
-        self._most = tokens_per_batch(base.spec, base.embedding.element_size())
+        self._most = tokens_per_batch(base)
         widths = [datum.targets.shape[1] for datum in data]
         self.batches = micro_batches([len(datum) for datum in data], widths, self._most)
         self._loss = 0.0

@@ -132,7 +132,7 @@ def make_job(
         )
     prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
     _check_prompt_scores(request, len(prompt), spec.vocab)
-    room = spec.context - len(prompt)
+    room = max(1, spec.context - len(prompt))  # the last token is never read again
     stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
     seed = params.seed
     if seed is None:
@@ -160,10 +160,10 @@ def _check_prompt(prompt: types.ModelInput, vocab: int, context: int) -> npt.NDA
             f"the prompt holds token id {int(tokens.max())} at position {int(tokens.argmax())}, "
             f"but the model's vocabulary has {vocab} tokens; encode it with the model's tokenizer."
         )
-    if len(tokens) >= context:
+    if len(tokens) > context:
         raise ValueError(
-            f"the prompt has {len(tokens)} tokens and the model's context {context}, which leaves "
-            "no room to generate; shorten the prompt."
+            f"the prompt has {len(tokens)} tokens, but the model's context is {context}; "
+            "shorten the prompt."
         )
     return tokens
 
