@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 import tinkex
@@ -185,3 +187,38 @@ def test_ctrl_c_gets_through_at_once(interrupted, kind):
     assert 130 == status
     assert heard < 1.0
     assert ended < 1.5
+
+
+EMBEDDED = """
+import tinkex
+try:
+    with tinkex.ServiceClient() as service:
+        training = service.create_lora_training_client("tiny", rank=2)
+        print(service._session.engine._process.pid, flush=True)
+        input()
+        training.get_info()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_ends_an_embedded_engine_that_is_frozen(tmp_path):
+    """A process that is stopped hears no SIGTERM; nothing may be left of it all the same."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TINKER_")}
+    program = subprocess.Popen(
+        [sys.executable, "-c", EMBEDDED],
+        cwd=ROOT, env={**environment, "TINKEX_HOME": str(tmp_path)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    engine = int(program.stdout.readline())
+    os.kill(engine, signal.SIGSTOP)
+    print(file=program.stdin, flush=True)
+    time.sleep(0.3)
+    began = time.monotonic()
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=20)
+    seconds = time.monotonic() - began
+
+    assert "interrupted" in out
+    assert seconds < 1.5
+    assert not psutil.pid_exists(engine)
