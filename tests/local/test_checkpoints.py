@@ -221,6 +221,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         engine.load("m", directory, optimizer=True)
     with pytest.raises(ValueError, match=r"it lacks adapter_config\.json"):
         engine.load("m", tmp_path, optimizer=False)
+    (directory / "checkpoint.json").write_text('{"format": 1, "base_model": "tiny"}')
+    with pytest.raises(ValueError, match="lacks 'rank'; it is not whole"):
+        engine.load("m", directory, optimizer=False)
+    (directory / "checkpoint.json").unlink()
     (directory / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         engine.load("m", directory, optimizer=False)

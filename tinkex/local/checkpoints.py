@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinkex import types
 from tinkex.local import tiny
 from tinkex.local.lora import ALPHA, Layout, Shape
 
@@ -33,6 +32,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT = "checkpoint.json"
 OPTIMIZER = "optimizer.safetensors"
 LIVE = "live.safetensors"
+LIVE_TENSORS = ("weights", "gradient", "m", "v", "steps")
 
 FORMAT_VERSION = 1
 
@@ -113,7 +113,7 @@ def read_optimizer(directory: Path) -> tuple[Tensor, Tensor, int]:
             f"the checkpoint {str(directory)!r} holds no optimizer state (it was saved for "
             "sampling); load it without the optimizer."
         )
-    tensors = _read(directory / OPTIMIZER)
+    tensors = _read(directory / OPTIMIZER, "m", "v", "steps")
     return tensors["m"], tensors["v"], int(tensors["steps"])
 
 
@@ -125,7 +125,7 @@ def write_live(directory: Path, info: Info, tensors: Mapping[str, Tensor]) -> No
 
 def read_live(directory: Path) -> tuple[Info, dict[str, Tensor]]:
     """What `write_live` wrote. ValueError if it is not there or not whole."""
-    return _read_info(directory), _read(directory / LIVE)
+    return _read_info(directory), _read(directory / LIVE, *LIVE_TENSORS)
 
 
 def _write_info(directory: Path, info: Info) -> None:
@@ -160,8 +160,11 @@ def _read_info(directory: Path) -> Info:
             f"the checkpoint {str(directory)!r} has format {content.get('format')!r}; this version "
             f"of tinkex reads format {FORMAT_VERSION}."
         )
-    fields = {name: content[name] for name in attrs.fields_dict(Shape)}
-    return Info(content["base_model"], Shape(**fields))
+    try:
+        shape = Shape(**{name: content[name] for name in attrs.fields_dict(Shape)})
+        return Info(content["base_model"], shape)
+    except KeyError as exc:
+        raise ValueError(f"{str(directory / CHECKPOINT)!r} lacks {exc}; it is not whole.") from exc
 
 
 def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
@@ -230,17 +233,21 @@ def _peft_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, *needed: str) -> dict[str, Tensor]:
+    """The tensors of a file by name. ValueError if it cannot be read, or lacks a *needed* one."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as exc:
         raise ValueError(f"{str(path)!r} cannot be read as safetensors: {exc}") from exc
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}; it is not whole.")
     return tensors
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    sync(path)
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    _sync(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -255,10 +262,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+    _sync(path)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Make a written file survive a crash of the machine."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -373,29 +380,3 @@ def _copy_small_files(source: Path, out: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.suffix in {".json", ".txt", ".model", ".jinja"} and file.name != "config.json":
             shutil.copyfile(file, out / file.name)
-
-
-def weights_info(directory: Path) -> types.WeightsInfoResponse:
-    """What the wire says of a checkpoint."""
-    info = read_info(directory)
-    return types.WeightsInfoResponse(
-        base_model=info.base_model,
-        lora_rank=info.shape.rank,
-        train_unembed=info.shape.train_unembed,
-        train_mlp=info.shape.train_mlp,
-        train_attn=info.shape.train_attn,
-    )
-
-
-__all__ = [
-    "Info",
-    "merge_adapter",
-    "read_adapter",
-    "read_info",
-    "read_live",
-    "read_optimizer",
-    "weights_info",
-    "write_adapter",
-    "write_live",
-    "write_optimizer",
-]

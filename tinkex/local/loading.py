@@ -132,9 +132,17 @@ def _load_hf(name: str, source: str, device: torch.device) -> Loaded:
     rotary = module.model.rotary_emb
     rope = Rope(rotary.inv_freq.to(device), float(rotary.attention_scaling))
     spec = _spec(config, module.generation_config)
-    tensors = {k: t.detach().to(device) for k, t in module.state_dict().items()}
+    if 2 * len(rotary.inv_freq) != spec.head_dim:
+        raise ValueError(
+            f"base model {name!r} turns {2 * len(rotary.inv_freq)} of the {spec.head_dim} numbers "
+            "of a head by position; this server computes models that turn all of them."
+        )
+    state = module.state_dict()
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    tensors = {key: tensor.detach().to(device) for key, tensor in state.items()}
     architecture = type(module).__name__
-    del module  # so that fusing frees each tensor as it goes
+    del module, state  # so that fusing frees each tensor as it goes
     base = assemble(spec, tensors, rope)
     return Loaded(base, source, architecture, lambda: _decoder(source))
 

@@ -119,9 +119,6 @@ class Layout:
                 named[f"{part.name}.lora_B"] = pair.b[i]
         return named
 
-    def module_names(self) -> list[str]:
-        return [part.name for linear in self.linears.values() for part in linear.parts]
-
 
 def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
     """A fresh adapter: A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform, a = sqrt(5)), B zero.

@@ -7,7 +7,7 @@ Knows nothing of models. Which inputs and settings each takes is in `tinkex.type
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import attrs
 import torch
@@ -152,10 +152,3 @@ def complete_config(
             f"{complete['clip_high_threshold']}; they bound the ratio itself, such as 0.8 and 1.2."
         )
     return complete
-
-
-def wanted_inputs(loss_fn: str, present: Sequence[str]) -> list[str]:
-    """Names of the float inputs that *loss_fn* reads, of those *present*; others are ignored."""
-    known = types.LOSS_FUNCTIONS[loss_fn]
-    names = [name for name in (*known.inputs, *known.optional) if name != "target_tokens"]
-    return [name for name in names if name in present]

@@ -38,12 +38,6 @@ class AdamW:
         denominator = self.v.sqrt().div_(root).add_(params.eps)
         weights.addcdiv_(self.m, denominator, value=-step_size)
 
-    def reset(self) -> None:
-        """As before the first step."""
-        self.m.zero_()
-        self.v.zero_()
-        self.steps = 0
-
 
 def clip_(gradient: Tensor, norm: float, largest: float) -> None:
     """Scale *gradient*, whose L2 norm is *norm*, in place so that its norm is at most *largest*.

@@ -35,8 +35,9 @@ from tinkex.local.model import (
 #: Sequences that run at the same time.
 MOST_ROWS = 256
 
-#: Prompt tokens computed in one step (more only for a single longer prompt).
-PREFILL_TOKENS = 2048
+#: Prompt tokens computed in one step (more only for a single longer prompt): what the sequences
+#: that are running have to wait for.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 #: Samples of one prompt that share its keys and values; more form further groups.
 GROUP_WIDTH = 16
@@ -75,7 +76,6 @@ class Job:
     on_token: OnToken | None
     sequences: list[types.SampledSequence | None]
     scores: PromptScores | None = None
-    is_cancelled: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -308,10 +308,6 @@ class Sampler:
         """Forget a job; nothing is returned for it."""
         self._drop(lambda job: job.ticket == ticket)
 
-    def cancel_adapter(self, adapter: Finished) -> list[Hashable]:
-        """Forget all jobs of an adapter; give their tickets."""
-        return self._drop(lambda job: job.adapter is adapter)
-
     def _drop(self, matches: Callable[[Job], bool]) -> list[Hashable]:
         dropped = [unit.job for unit in self._waiting if matches(unit.job)]
         self._waiting = deque(unit for unit in self._waiting if not matches(unit.job))
@@ -320,8 +316,6 @@ class Sampler:
             if job is not None and matches(job):
                 dropped.append(job)
                 self._release(row)
-        for job in dropped:
-            job.is_cancelled = True
         return list(dict.fromkeys(job.ticket for job in dropped))
 
     @torch.no_grad()
@@ -379,12 +373,13 @@ class Sampler:
         """The head of the line: as much as is within the limits."""
         chosen: list[Unit] = []
         tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
+        most = PREFILL_TOKENS["cpu" if self._base.device.type == "cpu" else "cuda"]
         for unit in self._waiting:
             alone = not chosen and not self._home
             reserved += self._bytes(unit)
             fits = reserved <= self._memory
             tokens += len(unit.job.prompt)
-            if unit.count > rows or not (fits or alone) or (chosen and tokens > PREFILL_TOKENS):
+            if unit.count > rows or not (fits or alone) or (chosen and tokens > most):
                 break
             rows -= unit.count
             chosen.append(unit)
