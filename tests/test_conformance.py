@@ -245,6 +245,16 @@ def test_every_check_has_a_rule_and_a_name_of_its_own():
     assert all(len(check.about) > 30 for check in conformance.CHECKS)
 
 
+def test_the_page_shows_every_check():
+    """In its order, in the output of a run on our own server."""
+    page = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text()
+    shown = [line[13:] for line in page.splitlines() if line.startswith("pass         ")]
+
+    assert len(conformance.CHECKS) == len(shown)
+    for check, line in zip(conformance.CHECKS, shown):
+        assert line == check.name or line.startswith(f"{check.name}:")
+
+
 # How a server is asked.
 
 
