@@ -2,8 +2,9 @@
 
     for result in conformance.check("http://127.0.0.1:8000", write=True): ...
 
-`asking` is how a server is asked, `checking` what a check is; the checks are in the modules named
-after their subjects. Knows nothing of the SDK's clients, which would hide what is checked here.
+`asking` is how a server is asked, `lab` what is made there, `checking` what a check is; the checks
+are in the modules named after their subjects. Knows nothing of the SDK's clients, which would hide
+what is checked here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from .. import config
 from . import general, learning, order, sampling, storing
-from .asking import Asker, Lab
+from .asking import Asker
 from .checking import MARGIN, Check, Result, as_json, line, run, summary
+from .lab import Lab
 
 #: Every check, in the order in which they are shown.
 CHECKS: tuple[Check, ...] = (

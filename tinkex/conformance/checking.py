@@ -15,7 +15,8 @@ from typing import Literal
 import attrs
 
 from ..errors import TinkexError
-from .asking import Broken, Lab, NotOffered
+from .asking import Broken, NotOffered
+from .lab import Lab
 
 Outcome = Literal["pass", "fail", "not offered"]
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from .. import types
 from ..answers import Answer
-from .asking import Broken, Model
+from .asking import Broken
+from .lab import Model
 
 #: Dwarfs the gradients of a sum over a dozen tokens.
 _EPS = 1e4

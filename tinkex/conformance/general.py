@@ -7,8 +7,9 @@ from urllib.parse import quote
 
 from .. import config, wire
 from ..answers import Answer
-from .asking import Broken, Lab, NotOffered, as_object, is_missing, said
+from .asking import Broken, NotOffered, as_object, is_missing, said
 from .checking import Checks
+from .lab import Lab
 
 CHECKS = Checks()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from .. import types, wire
-from .asking import Broken, Lab, NotOffered, logprobs_of, said, zstd_bomb
+from .asking import Broken, NotOffered, said, zstd_bomb
 from .checking import Checks
 from .data import OTHERS, Slope, datum, distance
+from .lab import Lab, logprobs_of
 
 CHECKS = Checks()
 

@@ -11,8 +11,6 @@ from ..answers import Answer
 from .asking import (
     Broken,
     Ended,
-    Lab,
-    Model,
     NotOffered,
     as_object,
     is_missing,
@@ -22,6 +20,7 @@ from .asking import (
 )
 from .checking import Checks
 from .data import TOKENS, Slope, datum
+from .lab import Lab, Model
 
 CHECKS = Checks()
 

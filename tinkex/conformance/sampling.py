@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from .. import errors, tokenizer, types, wire
-from .asking import Broken, Lab, NotOffered, Sampler, as_object, said
+from .asking import Broken, NotOffered, as_object, said
 from .checking import Checks
 from .data import OTHERS, TOKENS, datum, distance
+from .lab import Lab, Sampler
 
 CHECKS = Checks()
 

@@ -8,21 +8,10 @@ from urllib.parse import quote
 
 from .. import errors, types
 from ..answers import Answer
-from .asking import (
-    RANK,
-    Asker,
-    Broken,
-    Lab,
-    Model,
-    NotOffered,
-    as_object,
-    is_missing,
-    logprobs_of,
-    request_id_of,
-    said,
-)
+from .asking import Asker, Broken, NotOffered, as_object, is_missing, request_id_of, said
 from .checking import Checks
 from .data import OTHERS, TOKENS, datum, distance
+from .lab import RANK, Lab, Model, logprobs_of
 
 CHECKS = Checks()
 
