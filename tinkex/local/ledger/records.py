@@ -101,7 +101,7 @@ class Records:
         self._limits = limits
         self._on_forgotten = on_forgotten
         self._by_id: dict[str, Record] = {}
-        self._fetched: deque[Record] = deque()  # oldest first
+        self._fetched: dict[str, Record] = {}  # oldest first
         self._fetched_bytes = self._bytes = 0
 
     def get(self, request_id: str) -> Record | None:
@@ -224,7 +224,7 @@ class Records:
         """The client was sent the answer; it is kept for a while in case it did not get there."""
         if record.fetched_at is None and record.answer is not None:
             record.fetched_at = time.monotonic()
-            self._fetched.append(record)
+            self._fetched[record.request_id] = record
             self._fetched_bytes += record.answer_bytes
             self._forget_fetched()
 
@@ -233,6 +233,8 @@ class Records:
         for record in gone:
             del self._by_id[record.request_id]
             self._bytes -= record.answer_bytes
+            if self._fetched.pop(record.request_id, None) is not None:
+                self._fetched_bytes -= record.answer_bytes
             self._on_forgotten(record)
         if gone and self._journal is not None:
             self._journal.forget([record.request_id for record in gone])
@@ -258,13 +260,12 @@ class Records:
 
     def _forget_fetched(self) -> None:
         ripe = time.monotonic() - self._limits.grace_seconds
+        too_much = self._fetched_bytes - self._limits.fetched_bytes
         gone = []
-        while self._fetched and (
-            self._fetched_bytes > self._limits.fetched_bytes
-            or (self._fetched[0].fetched_at or 0.0) < ripe
-        ):
-            record = self._fetched.popleft()
-            self._fetched_bytes -= record.answer_bytes
+        for record in self._fetched.values():
+            if too_much <= 0 and (record.fetched_at or 0.0) >= ripe:
+                break
+            too_much -= record.answer_bytes
             gone.append(record)
         self.forget(gone)
 
