@@ -10,7 +10,6 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
