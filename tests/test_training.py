@@ -1414,11 +1414,15 @@ def test_ctrl_c_gets_through_while_a_result_is_awaited():
         server.always("retrieve_future", fake_server.blocked(entered, release))
         with fake_server.session(server) as s:
             client = fake_server.TrainingClient(s, "m1")
-            future = client.optim_step(types.AdamParams())
+            called = threading.Event()
             threading.Thread(
-                target=lambda: (entered.wait(10), os.kill(os.getpid(), signal.SIGINT))
+                target=lambda: (
+                    called.wait(10), entered.wait(10), os.kill(os.getpid(), signal.SIGINT)
+                )
             ).start()
+            future = client.optim_step(types.AdamParams())
             try:
+                called.set()
                 future.result()
             except KeyboardInterrupt:
                 print("interrupted", future.done())
