@@ -150,7 +150,7 @@ class WaitLog:
     def _watch(self) -> None:
         """Runs on the log's thread, until nothing has waited for a few seconds."""
         idle = 0
-        while idle < 10 and not self._closed.wait(min(1.0, self.report_after / 4)):
+        while idle < 10 and not self._closed.wait(min(0.5, self.report_after / 4)):
             line = self.report()
             if line:
                 logger.warning(line)
