@@ -12,6 +12,7 @@ server and of the clients' process are looked at every few seconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -81,7 +82,7 @@ class Load:
         for number in range(self._clients):
             arguments = (self._train, number, SMALL if number == 0 else BIG)
             workers.append(threading.Thread(target=self._guarded, args=arguments))
-        with heartbeats(self.seen.late):
+        with heartbeats_in(self.seen.late):
             for worker in workers:
                 worker.start()
             while any(worker.is_alive() for worker in workers):
@@ -143,27 +144,24 @@ class Load:
         self.seen.looks.append(look)
 
 
-class heartbeats:
+@contextlib.contextmanager
+def heartbeats_in(late: list[float]) -> Iterator[None]:
     """While entered, notes in *late* by how many seconds each heartbeat was late."""
+    beat: Any = Session._beat_once
+    last: dict[str, float] = {}
 
-    def __init__(self, late: list[float]) -> None:
-        self._late = late
+    def noting(session: Session) -> None:
+        beat(session)
+        now, before = time.monotonic(), last.get(session.session_id)
+        last[session.session_id] = now
+        if before is not None:
+            late.append(now - before - session.config.patience.heartbeat)
 
-    def __enter__(self) -> None:
-        self._beat = beat = Session._beat_once
-        late, last = self._late, {}
-
-        def noting(session: Session) -> None:
-            beat(session)
-            now, before = time.monotonic(), last.get(session.session_id)
-            last[session.session_id] = now
-            if before is not None:
-                late.append(now - before - session.config.patience.heartbeat)
-
-        Session._beat_once = noting
-
-    def __exit__(self, *exc: object) -> None:
-        Session._beat_once = self._beat
+    Session._beat_once = noting
+    try:
+        yield
+    finally:
+        Session._beat_once = beat
 
 
 def batch_of(datums: int, tokens: int, seed: int) -> list[types.Datum]:

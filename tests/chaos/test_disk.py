@@ -121,7 +121,7 @@ def test_a_checkpoint_is_on_disk_before_it_is_listed(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(os, "fsync", noting(os.fsync, "sync", lambda fd: name_of(fd)))
+    monkeypatch.setattr(os, "fsync", noting(os.fsync, "sync", lambda fd: name_of(fd, tmp_path)))
     monkeypatch.setattr(os, "rename", noting(os.rename, "rename", lambda old, new: new.name))
     monkeypatch.setattr(store, "_change", noting(store._change, "row", lambda *_: None))
     store.add_checkpoint(draft, ROW)
@@ -138,8 +138,10 @@ def test_a_checkpoint_is_on_disk_before_it_is_listed(tmp_path, monkeypatch):
     ] == happened
 
 
-def name_of(descriptor):
-    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+def name_of(descriptor, folder):
+    """Of what is open under it, somewhere in *folder*."""
+    number = os.fstat(descriptor).st_ino
+    return next(path.name for path in folder.rglob("*") if path.stat().st_ino == number)
 
 
 ROW = CheckpointRow(

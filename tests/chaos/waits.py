@@ -10,10 +10,13 @@ import contextlib
 import sys
 import tempfile
 import time
+from functools import partial
 
 import tinkex
 from tests.chaos.slow import NEVER
 from tinkex import types
+
+PARAMS = types.SamplingParams(max_tokens=4)
 
 
 def datum(target):
@@ -31,8 +34,13 @@ def until(claim):
         time.sleep(0.005)
 
 
+# Each takes a service to where it is about to wait, and returns what then waits, and the words by
+# which the line in the log says what for.
+
+
 def create(service):
-    return lambda: service.create_lora_training_client("tiny", rank=2)
+    wait = partial(service.create_lora_training_client, "tiny", rank=2)
+    return wait, ("the server to accept create_model of tiny",)
 
 
 def _training(service):
@@ -41,7 +49,8 @@ def _training(service):
 
 def submit(service):
     training = _training(service)
-    return lambda: training.forward_backward([datum(5)], "cross_entropy").result()
+    words = f"the server to accept forward_backward on {training.model_id}"
+    return lambda: training.forward_backward([datum(5)], "cross_entropy").result(), (words,)
 
 
 def _never_done(service):
@@ -52,55 +61,53 @@ def _never_done(service):
 
 
 def result(service):
-    return _never_done(service)[1].result
+    training, future = _never_done(service)
+    return future.result, (f"forward_backward on {training.model_id}",)
 
 
 def save(service):
+    """Behind a batch, which has waited longer and is named first."""
     training, _ = _never_done(service)
     future = training.save_state("state")
     until(lambda: service._session.poller.in_flight(training.model_id) == 2)
-    return future.result
-
-
-def sample(service):
-    sampler = service.create_sampling_client(base_model="tiny")
-    future = sampler.sample([NEVER], 1, types.SamplingParams(max_tokens=4))
-    until(lambda: sampler._completions._waiting)
-    return future.result
+    return future.result, (f"forward_backward on {training.model_id}", "and 1 more")
 
 
 def submit_sample(service):
     sampler = service.create_sampling_client(base_model="tiny")
-    return lambda: sampler.sample([5], 1, types.SamplingParams(max_tokens=4)).result()
+    words = f"the server to take sample from {sampler.sampling_session_id}"
+    return lambda: sampler.sample([5], 1, PARAMS).result(), (words,)
+
+
+def sample(service):
+    sampler = service.create_sampling_client(base_model="tiny")
+    future = sampler.sample([NEVER], 1, PARAMS)
+    until(lambda: sampler._completions._waiting)
+    return future.result, (f"sample from {sampler.sampling_session_id}",)
 
 
 def get_info(service):
-    return _training(service).get_info
+    return _training(service).get_info, ("/api/v1/get_info",)
 
 
 def download(service):
     path = _training(service).save_weights_for_sampler("final").result().path
-    folder = tempfile.mkdtemp()
-    return lambda: service.create_rest_client().download_checkpoint(path, folder, force=True)
+    rest, folder = service.create_rest_client(), tempfile.mkdtemp()
+    return partial(rest.download_checkpoint, path, folder, force=True), ("/archive",)
 
 
 def close(service):
     """close() sends what is queued first."""
     training = _training(service)
-    return lambda: (training.optim_step(types.AdamParams()), training.close())
+
+    def wait():
+        training.optim_step(types.AdamParams())
+        training.close()
+
+    return wait, (f"the server to accept optim_step on {training.model_id}",)
 
 
-#: kind -> what its line in the log says of it.
-KINDS = {
-    create: "create_model of tiny",
-    submit: "the server to accept forward_backward",
-    result: "forward_backward on",
-    save: "on",  # the forward_backward ahead of it, which has waited longest, and 1 more
-    submit_sample: "the server to take sample from",
-    sample: "sample from",
-    get_info: "/api/v1/get_info",
-    download: "/archive",
-}
+KINDS = [create, submit, result, save, submit_sample, sample, get_info, download, close]
 
 
 def main():
@@ -108,7 +115,7 @@ def main():
     patience = tinkex.Patience(first_contact=20)
     try:
         with tinkex.ServiceClient(url, "tml-any", patience=patience) as service:
-            wait = globals()[kind](service)
+            wait, _ = globals()[kind](service)
             print("ready", flush=True)
             sys.stdin.readline()
             print("waiting", flush=True)
