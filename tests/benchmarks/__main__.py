@@ -67,17 +67,20 @@ def engine_part(rounds: int) -> str:
     """The engine against transformers and PEFT."""
     from tests.benchmarks import engine  # torch: only where it is measured
 
+    rows, curves = engine.run(growth=True)
+    plot_growth(curves)
     lines = [
         "## The engine, against transformers and PEFT",
-        "Padded batches and `generate`, the same numbers on the same data. Ratio: how many times "
-        "better ours is.",
+        "Padded batches and `generate`, the same numbers on the same data, in a process of their "
+        "own with torch's own settings. Ratio: how many times better ours is.",
         "",
         "| case | model | unit | tinkex | instead | ratio | target |",
         "|---" * 7 + "|",
     ]
-    for row in engine.run():
+    for row in rows:
         cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}"]
         lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", row.target]) + " |")
+    lines += ["", "![tokens a second against batch size and length](tokens.svg)"]
     return "\n".join(lines)
 
 
@@ -115,6 +118,23 @@ def plot(curves: dict[str, list[tuple[int, float]]], x: str, y: str, name: str) 
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(DOCS / name, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def plot_growth(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    """Tokens a second of each model in docs/tokens.svg: a panel a kind of growth."""
+    kinds = list(next(iter(curves.values())))
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(4 * len(kinds), 3.2), layout="constrained"
+    )
+    for kind, axes in zip(kinds, panels, strict=True):
+        for model, curve in curves.items():
+            axes.plot(*zip(*curve[kind], strict=True), marker="o", label=model)
+        axes.set(xscale="log", yscale="log", xlabel=kind)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("tokens a second")
+    panels[0].legend(frameon=False)
+    figure.savefig(DOCS / "tokens.svg", metadata={"Date": None})
     pyplot.close(figure)
 
 

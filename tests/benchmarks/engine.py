@@ -1,8 +1,9 @@
 """The engine against what a user would write with transformers and PEFT, as ratios.
 
-Both sides compute the same numbers on the same data in one run, in turns; a figure is the median of
-its rounds. Run `python -m tests.benchmarks.engine [case ...]`; each case is a function here that
-returns rows. Absolute times mean nothing outside the run.
+Both sides compute the same numbers on the same data in one run, in turns, each in a process of its
+own; a figure is the median of its rounds. Training goes through the SDK and HTTP. Run `python -m
+tests.benchmarks.engine [case ...]`; each case is a function here that returns rows. Absolute times
+mean nothing outside the run.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from tinkex.local import tiny  # before torch: it sets how torch's threads wait 
 
 # isort: on
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import numpy as np
 import torch
 import transformers
 
+import tinkex
+from tests.benchmarks.reference import Reference, peak_memory
 from tinkex import types
 from tinkex.local.engine import Engine
 
@@ -54,6 +57,10 @@ SIZES: dict[str, dict[str, int]] = {
         "vocab_size": 32768,
     },
 }
+
+
+#: Tokens a second against a size, by what is grown.
+Curves = dict[str, list[tuple[int, float]]]
 
 
 @attrs.frozen
@@ -99,13 +106,29 @@ class Bench:
         self.engine.save(name, self.adapter, optimizer=False)
         self.engine.unload(name)
 
-    def peft(self) -> Any:
-        import peft
+    @cached_property
+    def reference(self) -> Reference:
+        """The same model and adapter in transformers and PEFT."""
+        return Reference(self.base, self.adapter)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = transformers.AutoModelForCausalLM.from_pretrained(self.base)
-            return peft.PeftModel.from_pretrained(model, self.adapter, is_trainable=True)
+    @cached_property
+    def service(self) -> tinkex.ServiceClient:
+        """An embedded engine, in a process of its own."""
+        os.environ["TINKEX_HOME"] = str(self.base.parent / "home")
+        return tinkex.ServiceClient()
+
+    def client(self) -> tinkex.TrainingClient:
+        """The same model and adapter through the SDK."""
+        return self.service.create_lora_training_client(
+            str(self.base), rank=RANK, adapter=str(self.adapter), **FLAGS
+        )
+
+    def close(self) -> None:
+        """End the processes that were started."""
+        if "reference" in self.__dict__:
+            self.reference.close()
+        if "service" in self.__dict__:
+            self.service.close()
 
 
 def _make_model(name: str, directory: Path) -> None:
@@ -154,57 +177,28 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int = 
 # -- training ------------------------------------------------------------------------------------
 
 
-def padded_step(model: Any, optimizer: Any, texts: Sequence[np.ndarray], size: int) -> float:
-    """A training step as one writes it: padded batches, cross_entropy on all logits, AdamW."""
-    total = 0.0
-    for start in range(0, len(texts), size):
-        batch = texts[start : start + size]
-        longest = max(len(text) for text in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros(len(batch), longest, dtype=torch.long)
-        for i, text in enumerate(batch):
-            ids[i, : len(text)] = torch.from_numpy(text)
-            mask[i, : len(text)] = 1
-        logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits
-        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-        )
-        loss.backward()
-        total += loss.item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return total
-
-
 def training(bench: Bench, *, count: int = 32, size: int = 32, rounds: int = ROUNDS) -> list[Row]:
     """Real tokens a second of a step over chats, and the share of the matmul peak."""
     texts = chats(count, bench.vocab)
     tokens = sum(len(text) - 1 for text in texts)
     data = data_of(texts)
-    model = bench.peft()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    client, reference = bench.client(), bench.reference
     found: dict[str, float] = {}
 
     def ours() -> None:
-        output = drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
-        found.setdefault("ours", output.loss)
-        bench.engine.optim_step("m", types.AdamParams())
+        output = client.forward_backward(data, "cross_entropy")
+        client.optim_step(types.AdamParams(learning_rate=1e-4)).result()
+        found.setdefault("ours", output.result().loss)
 
     def theirs() -> None:
-        found.setdefault("theirs", padded_step(model, optimizer, texts, size))
+        found.setdefault("theirs", reference.call("step", texts, size))
 
     peak = matmul_peak()
     a, b = in_turns(ours, theirs, rounds)
     if abs(found["ours"] / found["theirs"] - 1) > 1e-4:
         raise RuntimeError(f"the losses differ: {found}")
     peak = max(peak, matmul_peak())
-    used = sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if "lora" in n or n.endswith("proj.base_layer.weight")
-    )
-    used += bench.vocab * SIZES[bench.name]["hidden_size"]
+    used = reference.call("parameters_used") + bench.vocab * SIZES[bench.name]["hidden_size"]
     share = [4 * used * tokens / seconds / peak for seconds in (a, b)]
     return [
         Row("training, real tokens/s", bench.name, tokens / a, tokens / b, "tok/s", b / a, ">= 3"),
@@ -224,7 +218,7 @@ def matmul_peak() -> float:
     return 2 * 1024**3 / min(times)
 
 
-def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = ROUNDS) -> list[Row]:
+def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = 3) -> list[Row]:
     """Several adapters trained one after the other, against one doing the same work."""
     for i in range(adapters):
         if f"t{i}" not in bench.engine._models:
@@ -280,34 +274,13 @@ def ask(
     return tokens
 
 
-@torch.no_grad()
-def generate(model: Any, prompts: Sequence[np.ndarray], samples: int, length: int) -> None:
-    """transformers' generate on a left-padded batch."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.from_numpy(prompt)
-        mask[i, longest - len(prompt) :] = 1
-    model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=samples,
-        max_new_tokens=length,
-        min_new_tokens=length,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-
-
 def sampling(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
     """8 prompts x 8 samples x 64 tokens, against generate on the batch."""
-    model = bench.peft().eval()
     prompts = prompts_of([32, 64, 40, 90, 128, 70, 50, 100], bench.vocab)
     a, b = in_turns(
-        lambda: ask(bench, prompts, 8, 64), lambda: generate(model, prompts, 8, 64), rounds
+        lambda: ask(bench, prompts, 8, 64),
+        lambda: bench.reference.call("generate", prompts, 8, 64),
+        rounds,
     )
     total = 8 * 8 * 64
     target = ">= 3" if bench.name == "small" else ">= 2"
@@ -316,33 +289,26 @@ def sampling(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
 
 def shared_prompt(bench: Bench, *, rounds: int = 3) -> list[Row]:
     """16 samples of one 512-token prompt, against generate prompt by prompt."""
-    model = bench.peft().eval()
-    prompts = prompts_of([512], bench.vocab)
-
-    def one_by_one() -> None:
-        for _ in range(16):
-            generate(model, prompts, 1, 64)
-
-    a, b = in_turns(lambda: ask(bench, prompts, 16, 64), one_by_one, rounds)
+    [prompt] = prompts_of([512], bench.vocab)
+    a, b = in_turns(
+        lambda: ask(bench, [prompt], 16, 64),
+        lambda: bench.reference.call("generate_one_by_one", prompt, 16, 64),
+        rounds,
+    )
     return [
         Row("16 samples of a 512-token prompt", bench.name, 1024 / a, 1024 / b, "tok/s", b / a,
             ">= 4"),
     ]  # fmt: skip
 
 
-def prompt_logprobs(bench: Bench, *, rounds: int = 3, count: int = 256) -> list[Row]:
+def prompt_logprobs(bench: Bench, *, rounds: int = 2, count: int = 256) -> list[Row]:
     """Log-probabilities of 256 prompts of 256 tokens, against transformers one by one."""
-    model = bench.peft().eval()
     prompts = prompts_of([256] * count, bench.vocab)
-
-    @torch.no_grad()
-    def one_by_one() -> None:
-        for prompt in prompts:
-            ids = torch.from_numpy(prompt)[None]
-            logits = model(input_ids=ids).logits[:, :-1]
-            logits.log_softmax(-1).gather(2, ids[:, 1:, None])
-
-    a, b = in_turns(lambda: ask(bench, prompts, 1, 1, prompt_logprobs=True), one_by_one, rounds)
+    a, b = in_turns(
+        lambda: ask(bench, prompts, 1, 1, prompt_logprobs=True),
+        lambda: bench.reference.call("prompt_logprobs", prompts),
+        rounds,
+    )
     total = 256 * count
     return [
         Row(f"prompt logprobs of {count} x 256", bench.name, total / a, total / b, "tok/s", b / a,
@@ -445,49 +411,40 @@ def latency(bench: Bench, *, rounds: int = 20) -> list[Row]:
     ]  # fmt: skip
 
 
-# -- memory: each side in a process of its own ---------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 
-def peak_memory(bench: Bench) -> list[Row]:
-    """Peak resident memory of one step over 16k tokens, above what the loaded model takes."""
-    sides = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-m", "tests.benchmarks.engine", "--memory", side, bench.name,
-                 str(bench.base.parent)],
-                check=True, capture_output=True, text=True,
-            ).stdout.splitlines()[-1]
-        )
-        for side in ("ours", "theirs")
-    ]  # fmt: skip
-    ours, theirs = (side["peak"] / 2**20 for side in sides)
+def memory(bench: Bench) -> list[Row]:
+    """Peak resident memory of a process that takes one step over 16k tokens."""
+    texts = chats(133, bench.vocab)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.engine", "--memory", bench.name,
+         str(bench.base.parent)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    reference = Reference(bench.base, bench.adapter)
+    reference.call("step", texts, 16)
+    theirs = reference.call("peak") / 2**20
+    reference.close()
+    ours = json.loads(done.stdout.splitlines()[-1])["peak"] / 2**20
     return [
         Row("peak memory, 16k tokens in a request", bench.name, ours, theirs, "MiB",
             theirs / ours, ">= 2"),
     ]  # fmt: skip
 
 
-def _measure_memory(side: str, name: str, folder: Path) -> None:
+def _measure_memory(name: str, folder: Path) -> None:
     bench = Bench(name, folder)
-    texts = chats(133, bench.vocab)
-    if side == "ours":
-        drive(bench.engine.forward_backward("m", data_of(texts), "cross_entropy", None))
-        bench.engine.optim_step("m", types.AdamParams())
-    else:
-        model = bench.peft()
-        bench.engine = None  # type: ignore[assignment]
-        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        padded_step(model, optimizer, texts, 16)
-    # Not getrusage: what it says includes the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
-    print(json.dumps({"peak": peak, "tokens": sum(len(t) - 1 for t in texts)}))
+    data = data_of(chats(133, bench.vocab))
+    drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
+    bench.engine.optim_step("m", types.AdamParams())
+    print(json.dumps({"peak": peak_memory()}))
 
 
 # -- curves -------------------------------------------------------------------------------------
 
 
-def growth(bench: Bench) -> dict[str, list[tuple[int, float]]]:
+def curves_of(bench: Bench) -> Curves:
     """Tokens a second: training against batch size and length, sampling against sequences."""
     rng = np.random.default_rng(0)
 
@@ -502,11 +459,11 @@ def growth(bench: Bench) -> dict[str, list[tuple[int, float]]]:
         return count * 32 / min(_seconds(lambda: ask(bench, prompts, 1, 32)) for _ in range(2))
 
     curves = {
-        "training, by sequences of 128 tokens": [(n, train(n, 128)) for n in (1, 4, 16, 64)],
-        "training, by length (4,096 tokens)": [
+        "training: sequences of 128 tokens": [(n, train(n, 128)) for n in (1, 4, 16, 64)],
+        "training: length of sequences (4,096 tokens)": [
             (n, train(4096 // n, n)) for n in (16, 64, 256, 1024, 4096)
         ],
-        "sampling, by sequences": [(n, sample(n)) for n in (1, 4, 16, 64, 256)],
+        "sampling: sequences at a time": [(n, sample(n)) for n in (1, 4, 16, 64, 256)],
     }
     bench.engine.clear_gradients("m")
     return curves
@@ -523,17 +480,19 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
         mixed_adapters,
         continuous,
         latency,
-        peak_memory,
+        memory,
     )
 }
 
 
-def run(cases: Sequence[str] = (), models: Sequence[str] = ("tiny", "small")) -> list[Row]:
-    """All rows (of the named cases); printed as they come."""
+def run(
+    cases: Sequence[str] = (), models: Sequence[str] = ("tiny", "small"), *, growth: bool = False
+) -> tuple[list[Row], dict[str, Curves]]:
+    """All rows (of the named cases), printed as they come; with *growth* each model's curves."""
     folder = Path(tempfile.mkdtemp(prefix="tinkex-bench-"))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    rows = []
+    rows, curves = [], {}
     try:
         for name in models:
             bench = Bench(name, folder)
@@ -545,14 +504,17 @@ def run(cases: Sequence[str] = (), models: Sequence[str] = ("tiny", "small")) ->
                         f"{row.unit:8} {row.ratio:6.2f}  target {row.target}",
                         flush=True,
                     )
+            bench.close()
+            if growth:
+                curves[name] = curves_of(bench)
     finally:
         shutil.rmtree(folder)
-    return rows
+    return rows, curves
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
-        _measure_memory(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+        _measure_memory(sys.argv[2], Path(sys.argv[3]))
     else:
         named = [word for word in sys.argv[1:] if word in CASES]
         run(named, [word for word in sys.argv[1:] if word in SIZES] or ("tiny", "small"))

@@ -10,7 +10,7 @@ import torch
 from tinkex import types
 from tinkex.local import loading, lora
 from tinkex.local.engine import Engine
-from tinkex.local.model import FrozenLinears, Packing, Training, softmax_, target_logprobs
+from tinkex.local.model import FrozenLinears, Packing, Training
 
 
 @pytest.mark.parametrize("kind", hf.CONFIGS)
@@ -97,30 +97,6 @@ def test_recomputing_gives_the_same_gradient(base):
         gradients.append(gradient)
 
     assert torch.equal(*gradients)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_logits_in_chunks_give_the_same_as_all_at_once(base, rows, monkeypatch):
-    """How many rows of logits are held at a time is a matter of memory only."""
-    monkeypatch.setattr("tinkex.local.model.LOGIT_BUDGET", rows * base.spec.vocab)
-    monkeypatch.setattr("tinkex.local.model.LEAST_ROWS", 1)
-    hidden = torch.randn(37, base.spec.width, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(37 * 2).view(37, 2)
-
-    actual, _ = target_logprobs(FrozenLinears(base), hidden, targets, base.spec.vocab)
-
-    logits = hidden @ base.linears["head"].weight.T
-    torch.testing.assert_close(actual, logits.log_softmax(1).gather(1, targets))
-
-
-def test_the_logprob_of_an_impossible_token_is_exact():
-    """Its probability underflows to 0, whose logarithm would be -inf."""
-    logits = torch.tensor([[0.0, -500.0, 3.0]])
-
-    actual = softmax_(logits, torch.tensor([[1]]))
-
-    assert float(actual) == pytest.approx(-500 - np.log(1 + np.exp(3.0)), rel=1e-6)
 
 
 def test_no_packing_pads_much():

@@ -115,24 +115,24 @@ def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     Noise is then needed for about 2 sqrt(V) numbers a row, not for V.
     """
     scaled = _scaled(logits, settings)
-    probs = torch.softmax(scaled, dim=1)
-    if scaled is logits:  # log total = largest logit - log of its probability
-        log_totals = logits.amax(dim=1, keepdim=True) - probs.amax(dim=1, keepdim=True).log_()
-    else:
-        log_totals = logits.logsumexp(dim=1, keepdim=True)
+    largest = scaled.amax(dim=1, keepdim=True)
+    probs = torch.sub(scaled, largest).exp_()  # not divided by their sum, which changes no choice
     vocab = probs.shape[1]
     block = 1 << ((vocab - 1).bit_length() + 1) // 2
     blocks = -(-vocab // block)
     if blocks * block != vocab:
         probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
     probs = probs.view(len(probs), blocks, block)
-    sums = probs.sum(dim=2).cpu().numpy()
+    totals = probs.sum(dim=2)
+    sums = totals.cpu().numpy()
     picked = _loudest(sums, gumbel(settings.keys, settings.positions, np.arange(blocks)))
     rows = torch.arange(len(probs), device=probs.device)
     within = probs[rows, torch.from_numpy(picked).to(probs.device)].cpu().numpy()
     lanes = np.arange(blocks, blocks + block)
     picked = picked * block + _loudest(within, gumbel(settings.keys, settings.positions, lanes))
-    return picked, log_totals
+    if scaled is logits:
+        return picked, totals.sum(dim=1, keepdim=True).log_().add_(largest)
+    return picked, logits.logsumexp(dim=1, keepdim=True)
 
 
 def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:

@@ -58,6 +58,18 @@ class Cache:
         self.k[layer, row, :, : len(k)] = k.transpose(0, 1)
         self.v[layer, row, :, : len(v)] = v.transpose(0, 1)
 
+    def places(self, rows: Ints, positions: Ints) -> Tensor:
+        """Where the keys of some rows' positions lie, for `write`; true until it grows."""
+        _, _, kv_heads, size, _ = self.k.shape
+        first = (rows[:, None] * kv_heads + np.arange(kv_heads)) * size
+        return torch.from_numpy((first + positions[:, None]).reshape(-1)).to(self.k.device)
+
+    def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write keys and values, (n, G, D) each, at n places."""
+        size = k.shape[-1]
+        for cache, values in ((self.k, k), (self.v, v)):
+            cache[layer].view(-1, size).index_copy_(0, places, values.reshape(-1, size))
+
     @property
     def nbytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
@@ -112,8 +124,7 @@ class SinglePool:
         groups = self._spec.kv_heads
         mask = _mask(np.repeat(lengths + 1, groups), self._span, device, dtype)
         self._bias = mask.unsqueeze(1)
-        self._rows = torch.arange(len(lengths), device=device)
-        self._ends = torch.from_numpy(lengths).to(device)
+        self._ends = self._cache.places(np.arange(len(lengths)), lengths)
         return list(self.members)
 
     def end_step(self) -> None:
@@ -123,9 +134,8 @@ class SinglePool:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v (n, G, D) of the new position; attend with q (n, H, D) -> (n, H D)."""
         n, spec, span = len(q), self._spec, self._span
+        self._cache.write(layer, self._ends, k, v)
         keys, values = self._cache.k[layer, :n], self._cache.v[layer, :n]
-        keys[self._rows, :, self._ends] = k
-        values[self._rows, :, self._ends] = v
         batch = n * spec.kv_heads
         queries = q.reshape(batch, -1, spec.head_dim)
         keys = keys[:, :, :span].reshape(batch, span, spec.head_dim)
@@ -215,7 +225,7 @@ class SharedPool:
         rows = np.flatnonzero(self._live)
         self._all_live = len(rows) == len(own)
         self._rows = torch.from_numpy(rows).to(device)
-        self._ends = torch.from_numpy(own[rows] - 1).to(device)
+        self._ends = self._own.places(rows, own[rows] - 1)
         members: list[int] = self.members.reshape(-1)[rows].tolist()
         return members
 
@@ -227,9 +237,8 @@ class SharedPool:
         """As `SinglePool.attend`; q, k, v are of the live samples only."""
         spec, groups, width = self._spec, len(self._prompt_lengths), self._width
         rows, size = groups * width, spec.head_dim
+        self._own.write(layer, self._ends, k, v)
         own_k, own_v = self._own.k[layer, :rows], self._own.v[layer, :rows]
-        own_k[self._rows, :, self._ends] = k
-        own_v[self._rows, :, self._ends] = v
         if not self._all_live:
             q = q.new_zeros(rows, *q.shape[1:]).index_copy_(0, self._rows, q)
         # (groups, G, S, H / G, D): the samples of a group ask of its prompt together.

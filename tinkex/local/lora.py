@@ -243,6 +243,14 @@ class TrainedLinears:
             dx.addmm_(dinner, a, alpha=self._scale)
         return dx
 
+    def matrix(self, key: str) -> Tensor | None:
+        is_adapted = key in self._pairs
+        is_trained = is_adapted and self._gradients is not None
+        is_apart = is_adapted and self._workspace is None
+        if is_trained or is_apart or self._linears[key].bias is not None:
+            return None
+        return self._weight(key)
+
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """total += scale left @ right, in the precision of *total*."""
@@ -363,20 +371,32 @@ class MixedLinears:
         self._places = torch.from_numpy(places).to(device)
 
     def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        whole = self._whole(key)
+        if whole is not None:
+            return products.linear(x, whole, linear.bias)
+        y = products.linear(x, linear.weight, linear.bias)
+        if self._is_mixed:
+            self._add_mixed(key, y, x, linear)
+        elif self._single is not None:
+            self._single.add(key, y, x, linear)
+        return y
+
+    def _whole(self, key: str) -> Tensor | None:
+        """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
         linear, single = self._linears[key], self._single
         if self._is_mixed:
-            y = products.linear(x, linear.weight, linear.bias)
-            self._add_mixed(key, y, x, linear)
-            return y
-        if self._workspace is not None and single is not None and key in single.thin:
-            merged = self._workspace.merged(
-                single, key, linear.weight, lambda out: single.merge_into(out, key, linear)
-            )
-            return products.linear(x, merged, linear.bias)
-        y = products.linear(x, linear.weight, linear.bias)
-        if single is not None:
-            single.add(key, y, x, linear)
-        return y
+            return None
+        if single is None or key not in single.thin:
+            return linear.weight
+        if self._workspace is None:
+            return None
+        return self._workspace.merged(
+            single, key, linear.weight, lambda out: single.merge_into(out, key, linear)
+        )
+
+    def matrix(self, key: str) -> Tensor | None:
+        return self._whole(key) if self._linears[key].bias is None else None
 
     def _add_mixed(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
         stacked = self._stack.get(key)
@@ -386,12 +406,10 @@ class MixedLinears:
         grouped = x if self._places is None else x.index_select(0, self._members)
         inner = torch.bmm(grouped.view(count, -1, x.shape[1]), stacked.a)
         for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
-            rows = slice(part.start, part.stop)
-            if self._places is None:
-                y.view(count, -1, y.shape[1])[:, :, rows].baddbmm_(columns, b)
-            else:
-                added = torch.bmm(columns, b).flatten(0, 1)
-                y[:, rows] += added.index_select(0, self._places)
+            # Not baddbmm into y: on columns of a wider matrix it multiplies adapter by adapter.
+            added = torch.bmm(columns, b).flatten(0, 1)
+            own = added if self._places is None else added.index_select(0, self._places)
+            y[:, part.start : part.stop] += own
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

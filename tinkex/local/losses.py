@@ -18,6 +18,14 @@ from tinkex import types
 #: Losses of the API that this server does not compute, and why.
 NOT_OFFERED = {"stable_reinforce": "its formula is not published"}
 
+#: The input that a loss, and so its derivative, is a multiple of.
+FACTORS = {
+    "cross_entropy": "weights",
+    "importance_sampling": "advantages",
+    "ppo": "advantages",
+    "cispo": "advantages",
+}
+
 #: What the results of each loss are called on the wire.
 OUTPUT_TYPES = {
     name: "".join(word.capitalize() for word in name.split("_")) + "LossReturn"
@@ -41,10 +49,15 @@ class Inputs:
     sequence: Tensor
     sequences: int
 
-    def rows(self, rows: slice) -> Inputs:
+    def rows(self, rows: slice | Tensor) -> Inputs:
         """The same of some rows only."""
         arrays = {name: array[rows] for name, array in self.arrays.items()}
         return attrs.evolve(self, arrays=arrays, sequence=self.sequence[rows])
+
+    def live(self, loss_fn: str) -> Tensor | None:
+        """(N,) where the derivative of *loss_fn* may be other than zero; None is everywhere."""
+        factor = FACTORS.get(loss_fn)
+        return None if factor is None else self.arrays[factor].any(dim=1)
 
     def clip_range(self) -> tuple[Tensor, Tensor]:
         """Bounds of the ratio: per token where the datum brings them, else from the settings."""

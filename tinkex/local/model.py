@@ -23,12 +23,6 @@ from torch import Tensor
 
 from tinkex.local import products
 
-#: Rows of logits held at a time: this many numbers (floats), whatever the vocabulary.
-LOGIT_BUDGET = 8 * 2**20
-
-#: Fewest rows of logits at a time.
-LEAST_ROWS = 16
-
 #: A sequence joins a padded attention batch while it is at least this part of the longest there.
 LEAST_FILL = 0.85
 
@@ -112,6 +106,9 @@ class Linears(Protocol):
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         """Take the adapter's gradients of dy (N, out) at x, and give dx (N, in)."""
 
+    def matrix(self, key: str) -> Tensor | None:
+        """The (out, in) matrix where one does for all rows, and no bias or gradients are wanted."""
+
 
 @attrs.frozen(eq=False)
 class FrozenLinears:
@@ -125,6 +122,10 @@ class FrozenLinears:
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         return dy @ self.base.linears[key].weight if wants_dx else None
+
+    def matrix(self, key: str) -> Tensor | None:
+        linear = self.base.linears[key]
+        return linear.weight if linear.bias is None else None
 
 
 class Rope:
@@ -425,13 +426,13 @@ class Training:
         """Gradient at a layer's output (N, d) -> at its input; takes the adapter's on the way."""
         spec, norms, linears = self._base.spec, self._base.norms[i], self._linears
         dmiddle = self._mlp_backward(i, dout, saved).add_(dout)
-        dattended = _given(linears.backward(f"{i}.o", dmiddle, saved.attended))
+        dattended = given(linears.backward(f"{i}.o", dmiddle, saved.attended))
         dqkv = self._attention.backward(dattended, saved.graph)
         turned = dqkv.view(len(dout), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
         rotate_(turned, self._forward._cos, -self._forward._sin)
         if saved.raw is not None and norms.q is not None and norms.k is not None:
             weight = head_weight(norms.q, norms.k, spec)
-            turned.copy_(rms_norm_backward(turned, saved.raw, weight, _given(saved.head_rstd)))
+            turned.copy_(rms_norm_backward(turned, saved.raw, weight, given(saved.head_rstd)))
         h = torch.mul(saved.x, saved.rstd.to(dout.dtype)).mul_(norms.attention)
         dh = linears.backward(f"{i}.qkv", dqkv, h, wants_dx=i > 0)
         if dh is None:  # the first layer: nothing below it is trained
@@ -442,82 +443,17 @@ class Training:
         spec, norms, linears = self._base.spec, self._base.norms[i], self._linears
         gate, up = saved.gate_up[:, : spec.mlp], saved.gate_up[:, spec.mlp :]
         silu = F.silu(gate)
-        dact = _given(linears.backward(f"{i}.down", dout, silu * up))
+        dact = given(linears.backward(f"{i}.down", dout, silu * up))
         dgate_up = torch.empty_like(saved.gate_up)
         torch.mul(dact, silu, out=dgate_up[:, spec.mlp :])
         dgate_up[:, : spec.mlp] = torch.ops.aten.silu_backward(dact.mul_(up), gate)
         h = torch.mul(saved.middle, saved.middle_rstd.to(dout.dtype)).mul_(norms.mlp)
-        dh = _given(linears.backward(f"{i}.gate_up", dgate_up, h))
+        dh = given(linears.backward(f"{i}.gate_up", dgate_up, h))
         return rms_norm_backward(dh, saved.middle, norms.mlp, saved.middle_rstd)
 
 
-def _given(x: Tensor | None) -> Tensor:
+def given(x: Tensor | None) -> Tensor:
+    """x, which cannot be None here."""
     if x is None:
         raise RuntimeError("a gradient that was asked for did not come.")
     return x
-
-
-#: (rows of the batch, their log-probabilities (n, K)) -> dloss/dlogprob (n, K)
-Coefficients = Callable[[slice, Tensor], Tensor]
-
-
-def target_logprobs(
-    linears: Linears,
-    hidden: Tensor,
-    targets: Tensor,
-    vocab: int,
-    coefficients: Coefficients | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of target tokens, with logits in chunks of rows, never all at once.
-
-    Args:
-        hidden: (N, d), final norm applied.
-        targets: (N, K) token ids.
-        coefficients: the loss's derivative; called once per chunk. The backward pass of the head
-            runs only over rows where it is not zero.
-
-    Returns:
-        (N, K) float32 log-probabilities; (N, d) gradient at *hidden*, or None without coefficients.
-    """
-    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-    dhidden = None if coefficients is None else torch.zeros_like(hidden)
-    step = max(LEAST_ROWS, LOGIT_BUDGET // vocab)
-    for start in range(0, len(hidden), step):
-        rows = slice(start, min(start + step, len(hidden)))
-        h, wanted = hidden[rows], targets[rows]
-        probs = linears.forward("head", h).float()
-        logprobs[rows] = softmax_(probs, wanted)
-        if coefficients is None or dhidden is None:
-            continue
-        slopes = coefficients(rows, logprobs[rows])
-        dhidden[rows] = _head_backward(linears, h, wanted, probs, slopes)
-    return logprobs, dhidden
-
-
-def softmax_(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Turn float32 logits (n, V) into probabilities in place; give logprobs of *wanted* (n, K).
-
-    The log-normaliser is had from the largest logit and its probability, so that the target's
-    log-probability is exact even where its probability underflows.
-    """
-    largest = logits.amax(dim=1, keepdim=True)
-    chosen = logits.gather(1, wanted)
-    torch.softmax(logits, dim=1, out=logits)
-    return chosen - largest + logits.amax(dim=1, keepdim=True).log_()
-
-
-def _head_backward(
-    linears: Linears, h: Tensor, wanted: Tensor, probs: Tensor, slopes: Tensor
-) -> Tensor:
-    """Gradient at h (n, d) of sum(slopes * logprobs); overwrites *probs*."""
-    live = slopes.abs().sum(dim=1).nonzero().squeeze(1)
-    if len(live) == 0:
-        return torch.zeros_like(h)
-    partial = len(live) < len(h)
-    if partial:
-        h_live, wanted, probs, slopes = h[live], wanted[live], probs[live], slopes[live]
-    else:
-        h_live = h
-    dlogits = probs.mul_(-slopes.sum(dim=1, keepdim=True)).scatter_add_(1, wanted, slopes)
-    dh = _given(linears.backward("head", dlogits.to(h.dtype), h_live))
-    return torch.zeros_like(h).index_copy_(0, live, dh) if partial else dh

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.local import losses
-from tinkex.local.model import Base, Linears, Packing, Training, target_logprobs
+from tinkex.local.head import Rows, target_logprobs
+from tinkex.local.model import Base, Linears, Packing, Training
 
 #: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
 #: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
@@ -180,17 +181,19 @@ class Pass:
             values, slopes = loss(logprobs, inputs)
             if self._forward_only:
                 return logprobs, values, None
+            live = slopes.any(dim=1)
             _, dhidden = target_logprobs(
-                self._linears, hidden, targets, vocab, lambda rows, _: slopes[rows]
+                self._linears, hidden, targets, vocab, lambda rows, _: slopes[rows], live
             )
             return logprobs, values, dhidden
         values = torch.empty(targets.shape, device=hidden.device)
 
-        def slopes_of(rows: slice, logprobs: Tensor) -> Tensor:
+        def slopes_of(rows: Rows, logprobs: Tensor) -> Tensor:
             values[rows], slopes = loss(logprobs, inputs.rows(rows))
             return slopes
 
-        logprobs, dhidden = target_logprobs(self._linears, hidden, targets, vocab, slopes_of)
+        live = inputs.live(self._loss_fn)
+        logprobs, dhidden = target_logprobs(self._linears, hidden, targets, vocab, slopes_of, live)
         return logprobs, values, dhidden
 
     def _keep(

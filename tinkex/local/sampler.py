@@ -18,19 +18,10 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.local import choosing
+from tinkex.local import choosing, head
 from tinkex.local.kvcache import SharedPool, SinglePool
 from tinkex.local.lora import Finished, MixedLinears, Stack, Workspace, can_merge
-from tinkex.local.model import (
-    LEAST_ROWS,
-    LOGIT_BUDGET,
-    Base,
-    Forward,
-    PackedAttention,
-    Packing,
-    rms_norm,
-    softmax_,
-)
+from tinkex.local.model import Base, Forward, PackedAttention, Packing, rms_norm
 
 #: Sequences that run at the same time.
 MOST_ROWS = 256
@@ -342,32 +333,42 @@ class Sampler:
     # -- prompts -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Start waiting units, as many as there is room for; those of one adapter together."""
-        by_adapter: dict[Finished | None, list[Unit]] = {}
-        for unit in self._choose_units():
-            by_adapter.setdefault(unit.job.adapter, []).append(unit)
-        for units in by_adapter.values():
+        """Start waiting units, as many as there is room for."""
+        units = self._choose_units()
+        if units:
             self._begin(units)
 
     def _begin(self, units: Sequence[Unit]) -> None:
-        """Compute the prompts of units of one adapter, and give each sample its first token."""
-        prompts: dict[bytes, list[Unit]] = {}
+        """Compute the prompts of units, and give each sample its first token."""
+        stack = self._stack_with([unit.job.adapter for unit in units])
+        number = {adapter: i for i, adapter in enumerate(stack.adapters)}
+        prompts: dict[tuple[int, int, bytes], list[Unit]] = {}
         for unit in units:
-            prompts.setdefault(unit.job.prompt.tobytes(), []).append(unit)
-        groups = sorted(prompts.values(), key=lambda group: len(group[0].job.prompt))
+            prompt = unit.job.prompt
+            key = number[unit.job.adapter], len(prompt), prompt.tobytes()
+            prompts.setdefault(key, []).append(unit)
+        # By adapter, so that each multiplies once; then by length, for attention.
+        groups = [prompts[key] for key in sorted(prompts)]
+        adapters = np.array([key[0] for key in sorted(prompts)])
         rows = [[self._start(unit) for unit in group] for group in groups]
         begun = set(units)
         self._waiting = deque(unit for unit in self._waiting if unit not in begun)
-        hidden, packing, linears = self._prefill(groups, rows)
+        hidden, packing = self._prefill(groups, rows, stack, adapters)
         for group, start in zip(groups, packing.starts):
-            states = hidden[start : start + len(group[0].job.prompt)]
-            self._score_prompts(group, states, linears)
+            self._score_prompts(group, hidden[start : start + len(group[0].job.prompt)])
         ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
-        logits = linears.forward("head", hidden[ends.to(hidden.device)]).float()
+        head_of = MixedLinears(self._base.linears, stack, adapters)
+        logits = head_of.forward("head", hidden[ends.to(hidden.device)]).float()
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
         flat = [row for group in rows for unit_rows in group for row in unit_rows]
         self._take_tokens(np.array(flat), logits[which])
+
+    def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
+        """The stack of those that are running, if it has all these; else one of just these."""
+        distinct = dict.fromkeys(adapters)
+        has_all = len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters)
+        return self._stack if has_all else Stack(list(distinct))
 
     def _choose_units(self) -> list[Unit]:
         """The head of the line: as much as is within the limits."""
@@ -416,19 +417,25 @@ class Sampler:
         return self._shared[longest, width]
 
     def _prefill(
-        self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[Tensor, Packing, MixedLinears]:
-        """Hidden states (N, d) of the groups' prompts; their keys and values go to the pools."""
+        self,
+        groups: Sequence[Sequence[Unit]],
+        rows: Sequence[Sequence[Sequence[int]]],
+        stack: Stack,
+        adapters: npt.NDArray[np.int64],
+    ) -> tuple[Tensor, Packing]:
+        """Hidden states (N, d) of the groups' prompts; their keys and values go to the pools.
+
+        Args:
+            adapters: number of each group's adapter in the stack; sorted.
+        """
         base = self._base
         prompts = [group[0].job.prompt for group in groups]
         packing = Packing([len(prompt) for prompt in prompts], base.device)
         attention = PackedAttention(packing, base.spec)
         places = self._places(groups, rows)
-        adapter = groups[0][0].job.adapter
-        worth = packing.rows >= base.spec.width // 2
-        linears = MixedLinears(
-            base.linears, Stack([adapter]), np.zeros(1, np.int64), self._room(adapter, worth)
-        )
+        is_worth = packing.rows >= base.spec.width // 2
+        room = self._room(stack.adapters[0], is_worth) if len(stack.adapters) == 1 else None
+        linears = MixedLinears(base.linears, stack, adapters.repeat(packing.lengths), room)
         keys = base.spec.heads * base.spec.head_dim
         values = keys + base.spec.kv_heads * base.spec.head_dim
 
@@ -447,7 +454,7 @@ class Sampler:
         for i in range(base.spec.layers):
             x, _ = forward.layer(i, x)
         hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
-        return hidden, packing, linears
+        return hidden, packing
 
     def _places(
         self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
@@ -467,8 +474,11 @@ class Sampler:
             places.append(found)
         return places
 
-    def _score_prompts(self, group: Sequence[Unit], states: Tensor, linears: MixedLinears) -> None:
+    def _score_prompts(self, group: Sequence[Unit], states: Tensor) -> None:
         """Fill in what the jobs of one prompt want to know of it."""
+        adapter = group[0].job.adapter
+        room = self._room(adapter, len(states) >= self._base.spec.width // 2)
+        linears = MixedLinears(self._base.linears, Stack([adapter]), np.zeros(1, np.int64), room)
         for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
             if job.scores is None:
                 cached = len(job.prompt) if i else 0
@@ -628,21 +638,39 @@ def score_prompt(
         np.zeros((length, k), np.int32),
         np.full((length, k), types.ABSENT_LOGPROB, np.float32),
     )
-    step = max(LEAST_ROWS, LOGIT_BUDGET // vocab)
-    for start in range(begin, length, step):
-        stop = min(start + step, length)
-        # The state at position t - 1 predicts token t.
-        logits = linears.forward("head", states[start - 1 : stop - 1]).float()
-        if k:
-            topk.token_ids[start:stop], topk.logprobs[start:stop] = _topk(logits, k)
-        chosen = torch.from_numpy(wanted[start - 1 : stop - 1]).to(logits.device)
-        scores[start - 1 : stop - 1] = softmax_(logits, chosen).cpu().numpy()
+    if k:
+        _score_rows(topk, scores, wanted, states, linears, range(begin, length), vocab)
+    else:
+        at = torch.from_numpy(wanted[begin - 1 :]).to(states.device)
+        found, _ = head.target_logprobs(linears, states[begin - 1 : -1], at, vocab)
+        scores[begin - 1 :] = found.cpu().numpy()
     return PromptScores(
         logprobs=np.concatenate([[np.nan], scores[:, 0]]) if request.prompt_logprobs else None,
         topk=topk if k else None,
         targets=None if targets is None else _target_scores(targets, scores[:, 1:]),
         cached=cached,
     )
+
+
+def _score_rows(
+    topk: types.TopkLogprobs,
+    scores: npt.NDArray[np.float32],
+    wanted: npt.NDArray[np.int64],
+    states: Tensor,
+    linears: MixedLinears,
+    positions: range,
+    vocab: int,
+) -> None:
+    """Fill in *topk*, which needs whole rows of logits, and *scores* from the same."""
+    step = head.row_count(vocab)
+    for start in positions[::step]:
+        stop = min(start + step, positions.stop)
+        # The state at position t - 1 predicts token t.
+        logits = linears.forward("head", states[start - 1 : stop - 1]).float()
+        k = topk.token_ids.shape[1]
+        topk.token_ids[start:stop], topk.logprobs[start:stop] = _topk(logits, k)
+        chosen = torch.from_numpy(wanted[start - 1 : stop - 1]).to(logits.device)
+        scores[start - 1 : stop - 1] = head.softmax_(logits, chosen).cpu().numpy()
 
 
 def _target_scores(targets: types.TensorData, scores: npt.NDArray[np.float32]) -> types.TensorData:
