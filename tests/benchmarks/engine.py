@@ -34,7 +34,7 @@ from tests.benchmarks.reference import Reference, peak_memory
 from tinkex import types
 from tinkex.local.engine import Engine
 
-ROUNDS = 5
+ROUNDS = 3
 RANK = 32
 FLAGS = {"train_unembed": False}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -218,7 +218,7 @@ def matmul_peak() -> float:
     return 2 * 1024**3 / min(times)
 
 
-def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = 3) -> list[Row]:
+def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = 2) -> list[Row]:
     """Several adapters trained one after the other, against one doing the same work."""
     for i in range(adapters):
         if f"t{i}" not in bench.engine._models:
@@ -287,7 +287,7 @@ def sampling(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
     return [Row("sampling 8 x 8 x 64", bench.name, total / a, total / b, "tok/s", b / a, target)]
 
 
-def shared_prompt(bench: Bench, *, rounds: int = 3) -> list[Row]:
+def shared_prompt(bench: Bench, *, rounds: int = 2) -> list[Row]:
     """16 samples of one 512-token prompt, against generate prompt by prompt."""
     [prompt] = prompts_of([512], bench.vocab)
     a, b = in_turns(
@@ -301,7 +301,7 @@ def shared_prompt(bench: Bench, *, rounds: int = 3) -> list[Row]:
     ]  # fmt: skip
 
 
-def prompt_logprobs(bench: Bench, *, rounds: int = 2, count: int = 256) -> list[Row]:
+def prompt_logprobs(bench: Bench, *, rounds: int = 1, count: int = 256) -> list[Row]:
     """Log-probabilities of 256 prompts of 256 tokens, against transformers one by one."""
     prompts = prompts_of([256] * count, bench.vocab)
     a, b = in_turns(
