@@ -92,7 +92,7 @@ def test_a_workspace_never_lends_one_adapter_anothers_matrices(linears):
         torch.testing.assert_close(product(flat, owner), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("counts", [(2, 2, 2), (1, 5, 3), (4, 0, 1)])
+@pytest.mark.parametrize("counts", [(2, 2, 2), (3, 2, 3), (1, 5, 3), (4, 0, 1)])
 @pytest.mark.parametrize("key", ["0.qkv", "3.down", "head"])
 def test_rows_of_several_adapters_are_each_multiplied_with_their_own(linears, counts, key):
     """Of different ranks and reach, the bare base model among them, in any numbers."""

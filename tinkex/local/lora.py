@@ -382,6 +382,16 @@ class MixedLinears:
             self._single.add(key, y, x, linear)
         return y
 
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (adapters, most rows of one, in)."""
+        grouped = x if self._places is None else x.index_select(0, self._members)
+        return grouped.view(len(self._stack.adapters), -1, x.shape[1])
+
+    def _ungrouped(self, y: Tensor) -> Tensor:
+        """The inverse."""
+        flat = y.flatten(0, 1)
+        return flat if self._places is None else flat.index_select(0, self._places)
+
     def _whole(self, key: str) -> Tensor | None:
         """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
         linear, single = self._linears[key], self._single
@@ -402,14 +412,10 @@ class MixedLinears:
         stacked = self._stack.get(key)
         if stacked is None:
             return
-        count = len(self._stack.adapters)
-        grouped = x if self._places is None else x.index_select(0, self._members)
-        inner = torch.bmm(grouped.view(count, -1, x.shape[1]), stacked.a)
+        inner = torch.bmm(self._grouped(x), stacked.a)
         for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
             # Not baddbmm into y: on columns of a wider matrix it multiplies adapter by adapter.
-            added = torch.bmm(columns, b).flatten(0, 1)
-            own = added if self._places is None else added.index_select(0, self._places)
-            y[:, part.start : part.stop] += own
+            y[:, part.start : part.stop] += self._ungrouped(torch.bmm(columns, b))
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

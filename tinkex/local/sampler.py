@@ -27,8 +27,9 @@ from tinkex.local.model import Base, Forward, PackedAttention, Packing, rms_norm
 MOST_ROWS = 256
 
 #: Prompt tokens computed in one step (more only for a single longer prompt): what the sequences
-#: that are running have to wait for.
+#: that are running have to wait for. Where none are running it may be as many times more.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
+ALONE = 4
 
 #: Samples of one prompt that share its keys and values; more form further groups.
 GROUP_WIDTH = 16
@@ -354,8 +355,7 @@ class Sampler:
         begun = set(units)
         self._waiting = deque(unit for unit in self._waiting if unit not in begun)
         hidden, packing = self._prefill(groups, rows, stack, adapters)
-        for group, start in zip(groups, packing.starts):
-            self._score_prompts(group, hidden[start : start + len(group[0].job.prompt)])
+        self._score_prompts(groups, hidden.split(packing.lengths))
         ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
         head_of = MixedLinears(self._base.linears, stack, adapters)
         logits = head_of.forward("head", hidden[ends.to(hidden.device)]).float()
@@ -375,6 +375,7 @@ class Sampler:
         chosen: list[Unit] = []
         tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
         most = PREFILL_TOKENS["cpu" if self._base.device.type == "cpu" else "cuda"]
+        most *= 1 if self._home else ALONE
         for unit in self._waiting:
             alone = not chosen and not self._home
             reserved += self._bytes(unit)
@@ -474,15 +475,21 @@ class Sampler:
             places.append(found)
         return places
 
-    def _score_prompts(self, group: Sequence[Unit], states: Tensor) -> None:
-        """Fill in what the jobs of one prompt want to know of it."""
-        adapter = group[0].job.adapter
-        room = self._room(adapter, len(states) >= self._base.spec.width // 2)
-        linears = MixedLinears(self._base.linears, Stack([adapter]), np.zeros(1, np.int64), room)
-        for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
-            if job.scores is None:
-                cached = len(job.prompt) if i else 0
-                job.scores = score_prompt(job, states, linears, self._base.spec.vocab, cached)
+    def _score_prompts(self, groups: Sequence[Sequence[Unit]], states: Sequence[Tensor]) -> None:
+        """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
+        asked: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
+        for group, own in zip(groups, states):
+            for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
+                if job.scores is None:
+                    job.scores = PromptScores(cached=len(job.prompt) if i else 0)
+                    if wants_scores(job.request):
+                        asked.setdefault(job.adapter, []).append((job, own))
+        for adapter, jobs in asked.items():
+            rows = sum(len(own) for _, own in jobs)
+            room = self._room(adapter, rows >= self._base.spec.width // 2)
+            one = Stack([adapter])
+            linears = MixedLinears(self._base.linears, one, np.zeros(1, np.int64), room)
+            score_prompts(jobs, linears, self._base.spec.vocab)
 
     # -- tokens ------------------------------------------------------------------------------
 
@@ -620,57 +627,82 @@ def _topk(logits: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np
     return ids.int().cpu().numpy(), logprobs.cpu().numpy()
 
 
-def score_prompt(
-    job: Job, states: Tensor, linears: MixedLinears, vocab: int, cached: int
-) -> PromptScores:
-    """What *job* wants to know of its prompt, from the hidden states (N, d) at each position."""
-    request, length = job.request, len(job.prompt)
-    k, targets = request.topk_prompt_logprobs, request.target_prompt_logprobs
-    if not (request.prompt_logprobs or k or targets is not None):
-        return PromptScores(cached=cached)
-    last = request.prompt_logprobs_last_n
-    begin = 1 if last is None else max(1, length - last)
+def wants_scores(request: types.SampleRequest) -> bool:
+    """Whether a request wants to know anything of its prompt."""
+    targets = request.target_prompt_logprobs
+    return bool(request.prompt_logprobs or request.topk_prompt_logprobs or targets is not None)
+
+
+def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: MixedLinears, vocab: int) -> None:
+    """Fill in the scores of jobs of one adapter.
+
+    Args:
+        jobs: each with the hidden states (length, d) of its prompt.
+    """
+    by_width: dict[int, list[tuple[Job, Tensor, npt.NDArray[np.int64]]]] = {}
+    for job, states in jobs:
+        wanted = _wanted(job)
+        k = job.request.topk_prompt_logprobs
+        states = states[len(states) - 1 - len(wanted) : -1]  # position t - 1 predicts token t
+        if k:
+            _set_scores(job, *_score_rows(states, wanted, linears, k, vocab))
+        else:
+            by_width.setdefault(wanted.shape[1], []).append((job, states, wanted))
+    for alike in by_width.values():
+        targets = torch.from_numpy(np.concatenate([wanted for *_, wanted in alike]))
+        hidden = torch.cat([states for _, states, _ in alike])
+        found, _ = head.target_logprobs(linears, hidden, targets.to(hidden.device), vocab)
+        ends = np.cumsum([len(wanted) for *_, wanted in alike])[:-1]
+        for (job, *_), scores in zip(alike, np.split(found.cpu().numpy(), ends)):
+            _set_scores(job, scores)
+
+
+def _wanted(job: Job) -> npt.NDArray[np.int64]:
+    """(n, K) tokens whose log-probabilities are asked for, of the last n positions."""
+    last, targets = job.request.prompt_logprobs_last_n, job.request.target_prompt_logprobs
     wanted = job.prompt[1:, None].astype(np.int64)
     if targets is not None:
         wanted = np.concatenate([wanted, np.maximum(targets.to_numpy(), 0)], axis=1)
-    scores = np.full(wanted.shape, np.nan, np.float32)
-    topk = types.TopkLogprobs(
-        np.zeros((length, k), np.int32),
-        np.full((length, k), types.ABSENT_LOGPROB, np.float32),
-    )
-    if k:
-        _score_rows(topk, scores, wanted, states, linears, range(begin, length), vocab)
-    else:
-        at = torch.from_numpy(wanted[begin - 1 :]).to(states.device)
-        found, _ = head.target_logprobs(linears, states[begin - 1 : -1], at, vocab)
-        scores[begin - 1 :] = found.cpu().numpy()
-    return PromptScores(
-        logprobs=np.concatenate([[np.nan], scores[:, 0]]) if request.prompt_logprobs else None,
-        topk=topk if k else None,
-        targets=None if targets is None else _target_scores(targets, scores[:, 1:]),
-        cached=cached,
-    )
+    return wanted if last is None else wanted[max(0, len(wanted) - last) :]
 
 
 def _score_rows(
-    topk: types.TopkLogprobs,
-    scores: npt.NDArray[np.float32],
-    wanted: npt.NDArray[np.int64],
-    states: Tensor,
-    linears: MixedLinears,
-    positions: range,
-    vocab: int,
-) -> None:
-    """Fill in *topk*, which needs whole rows of logits, and *scores* from the same."""
+    states: Tensor, wanted: npt.NDArray[np.int64], linears: MixedLinears, k: int, vocab: int
+) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs]:
+    """Log-probabilities of *wanted*, and the k likeliest tokens: they need whole rows of logits."""
+    scores = np.empty(wanted.shape, np.float32)
+    topk = types.TopkLogprobs(
+        np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
+    )
     step = head.row_count(vocab)
-    for start in positions[::step]:
-        stop = min(start + step, positions.stop)
-        # The state at position t - 1 predicts token t.
-        logits = linears.forward("head", states[start - 1 : stop - 1]).float()
-        k = topk.token_ids.shape[1]
-        topk.token_ids[start:stop], topk.logprobs[start:stop] = _topk(logits, k)
-        chosen = torch.from_numpy(wanted[start - 1 : stop - 1]).to(logits.device)
-        scores[start - 1 : stop - 1] = head.softmax_(logits, chosen).cpu().numpy()
+    for start in range(0, len(wanted), step):
+        rows = slice(start, start + step)
+        logits = linears.forward("head", states[rows]).float()
+        topk.token_ids[rows], topk.logprobs[rows] = _topk(logits, k)
+        chosen = torch.from_numpy(wanted[rows]).to(logits.device)
+        scores[rows] = head.softmax_(logits, chosen).cpu().numpy()
+    return scores, topk
+
+
+def _set_scores(
+    job: Job, scores: npt.NDArray[np.float32], topk: types.TopkLogprobs | None = None
+) -> None:
+    """Give a job its scores (n, K) of the last n positions; there are none of those before."""
+    request, before = job.request, len(job.prompt) - len(scores)
+    targets = request.target_prompt_logprobs
+    padded = np.pad(scores, ((before, 0), (0, 0)), constant_values=np.nan)
+    if topk is not None:
+        edge = ((before, 0), (0, 0))
+        topk = types.TopkLogprobs(
+            np.pad(topk.token_ids, edge),
+            np.pad(topk.logprobs, edge, constant_values=types.ABSENT_LOGPROB),
+        )
+    job.scores = PromptScores(
+        logprobs=padded[:, 0] if request.prompt_logprobs else None,
+        topk=topk,
+        targets=None if targets is None else _target_scores(targets, padded[1:, 1:]),
+        cached=0 if job.scores is None else job.scores.cached,
+    )
 
 
 def _target_scores(targets: types.TensorData, scores: npt.NDArray[np.float32]) -> types.TensorData:
