@@ -72,13 +72,16 @@ def engine_part(rounds: int) -> str:
     lines = [
         "## The engine, against transformers and PEFT",
         "Padded batches and `generate`, the same numbers on the same data, in a process of their "
-        "own with torch's own settings. Ratio: how many times better ours is.",
+        "own with torch's own settings. Ratio: how many times better ours is. Limit: what the "
+        "machine could do at most, had it nothing to compute but the products with the model's "
+        "matrices, all at the speed of its best product.",
         "",
-        "| case | model | unit | tinkex | instead | ratio | target |",
-        "|---" * 7 + "|",
+        "| case | model | unit | tinkex | instead | limit | ratio | target |",
+        "|---" * 8 + "|",
     ]
     for row in rows:
-        cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}"]
+        limit = "" if row.limit is None else f"{row.limit:,.4g}"
+        cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}", limit]
         lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", row.target]) + " |")
     lines += ["", "![tokens a second against batch size and length](tokens.svg)"]
     return "\n".join(lines)

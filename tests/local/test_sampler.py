@@ -356,6 +356,60 @@ def test_chosen_targets_of_the_prompt(engine):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+def test_prompts_are_scored_together_as_they_are_alone(engine):
+    """Of several adapters and lengths, one of them asked for twice, whatever each wants to know."""
+    targets = types.TensorData(np.full((len(PROMPTS[1]) - 1, 2), 5))
+    wishes = [
+        {"prompt_logprobs": True},
+        {"target_prompt_logprobs": targets},
+        {"prompt_logprobs": True, "prompt_logprobs_last_n": 2},
+        {"prompt_logprobs": True, "topk_prompt_logprobs": 2},
+        {},
+    ]
+    requests = [
+        (sampler, request(PROMPTS[1] if i == 1 else PROMPTS[i], max_tokens=1, more=more))
+        for sampler in ("a", "base", "b")
+        for i, more in enumerate(wishes)
+    ]
+    requests += [("b", request([65], max_tokens=1, more={"prompt_logprobs": True})), requests[0]]
+
+    together = ask(engine, *requests)
+
+    for one, response in zip(requests, together):
+        [alone] = ask(engine, one)
+        for name in ("prompt_logprobs_np", "target_prompt_logprobs", "topk_prompt_logprobs_np"):
+            expected, actual = getattr(alone, name), getattr(response, name)
+            assert (expected is None) == (actual is None)
+            if name == "target_prompt_logprobs" and expected is not None:
+                expected, actual = expected.to_numpy(), actual.to_numpy()
+            elif name == "topk_prompt_logprobs_np" and expected is not None:
+                np.testing.assert_array_equal(expected.token_ids, actual.token_ids)
+                expected, actual = expected.logprobs, actual.logprobs
+            if expected is not None:
+                np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_who_joins_a_running_batch_samples_as_itself(engine):
+    """Some of the running adapters' stack is used again, or all; or another is needed."""
+    late = [("a", "b"), ("base",), ("b",)]
+    engine.submit_sample("first", "a", request(PROMPTS[0], max_tokens=12))
+    engine.submit_sample("second", "b", request(PROMPTS[1], max_tokens=12))
+    asked = {}
+    for samplers in late:
+        engine.sample_step()
+        for sampler in samplers:
+            ticket = (sampler, len(asked))
+            asked[ticket] = request(PROMPTS[2], max_tokens=4)
+            engine.submit_sample(ticket, sampler, asked[ticket])
+
+    results = hf.sample_all(engine)
+
+    for (sampler, _), one, response in (
+        (ticket, one, results[ticket]) for ticket, one in asked.items()
+    ):
+        assert tokens_of(ask(engine, (sampler, one))[0]) == tokens_of(response)
+
+
 # -- streams, cancelling, mistakes ---------------------------------------------------------------
 
 
