@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(len(x), len(weight))
     if is_few:
         # A single row is doubled: the product of a matrix and a vector uses one core only.
-        columns = x.T if len(x) > 1 else x.T.expand(-1, 2)
+        columns = x.T if len(x) > 1 else x.repeat(2, 1).T
         for start in range(0, len(weight), WIDE):
             some = slice(start, start + WIDE)
             out[:, some] = torch.mm(weight[some], columns)[:, : len(x)].T
