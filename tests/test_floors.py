@@ -36,8 +36,8 @@ FLOORS = [
 LOCAL_FLOORS = [
     "__init__ refusals home limits archive choosing scheduler losses optim tiny products",
     "lora model",
-    "answers keys kvcache loading passes checkpoints store",
-    "sampler journal",
+    "answers keys head kvcache loading checkpoints store",
+    "passes sampler journal",
     "engine operations",
     "ledger",
     "exchange",
