@@ -374,3 +374,14 @@ class OneWriteAdapter(requests.adapters.HTTPAdapter):
                 "TLSPool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": _OneWriteTLS}
             ),
         }
+
+    def get_connection_with_tls_context(
+        self,
+        request: requests.PreparedRequest,
+        verify: bool | str | None,
+        proxies: Mapping[str, str] | None = None,
+        cert: Any = None,
+    ) -> Any:
+        if str(request.url).startswith("http://"):
+            verify = True  # a path to certificates would be looked up on disk for every request
+        return super().get_connection_with_tls_context(request, verify, proxies, cert)
