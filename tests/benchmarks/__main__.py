@@ -59,6 +59,10 @@ def client_part(rounds: int) -> str:
         ),
         "",
         "![cost per operation against their number](growth.svg)",
+        "",
+        "What stands in the way: of the processor time of 10,000 pipelined operations (py-spy) two "
+        "thirds are urllib3's and http.client's, a twentieth is requests' adapter's; they write "
+        "and read one request in some 0.2 ms, of which there are two for each operation.",
     ]
     return "\n".join(lines)
 
