@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from terminals import read_all
 
 import tinkex
 from tinkex import types
@@ -275,15 +276,3 @@ def test_colours_are_for_terminals_that_want_them(url, run_id, no_color):
     reader.join()
 
     assert (no_color == "") == ("\x1b[" in shown[0])
-
-
-def read_all(terminal):
-    """What was written to the other end, until that is closed."""
-    written = b""
-    try:
-        while more := os.read(terminal, 4096):
-            written += more
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(terminal)
-    return written.decode()

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from terminals import read_all
 
 from tinkex import console
 
@@ -89,18 +90,6 @@ def test_in_a_terminal_there_is_a_bar_with_loss_speed_and_time_left():
     assert 0 == done.returncode
     assert "10/10" in shown
     assert "loss 2.5000, 1,234 tokens/s" in shown
-
-
-def read_all(terminal):
-    """What was written to the other end, which is closed by now."""
-    written = b""
-    try:
-        while more := os.read(terminal, 4096):
-            written += more
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(terminal)
-    return written.decode()
 
 
 # Ctrl-C

@@ -17,7 +17,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from tinkex.local.model import Linears, given
+from tinkex.local.model import Linears, given, kind_of
 
 #: Rows and columns of the block of logits that is held at a time, by kind of device.
 ROWS = {"cpu": 640, "cuda": 8192}
@@ -57,7 +57,7 @@ def target_logprobs(
     logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
     dhidden = None if coefficients is None else torch.zeros_like(hidden)
     weight = linears.matrix("head")
-    most = row_count(vocab) if weight is None else ROWS[_kind(hidden)]
+    most = row_count(vocab) if weight is None else ROWS[kind_of(hidden.device)]
     for rows, is_live in _chunks(len(hidden), most, None if coefficients is None else live):
         h, wanted = hidden[rows], targets[rows]
         if weight is None:
@@ -103,7 +103,7 @@ def _online(
     Online softmax (Milakov & Gimelshein 2018): what was summed so far shrinks when a block holds a
     larger logit.
     """
-    columns, n = COLUMNS[_kind(h)], len(h)
+    columns, n = COLUMNS[kind_of(h.device)], len(h)
     room = h.new_empty(n * min(columns, len(weight)))
     chosen = torch.zeros(wanted.shape, device=h.device)
     largest = torch.full((n, 1), -torch.inf, device=h.device)
@@ -162,7 +162,3 @@ def _backward(linears: Linears, h: Tensor, wanted: Tensor, probs: Tensor, slopes
     """Gradient at h (n, d) of sum(slopes * logprobs); overwrites *probs*."""
     dlogits = probs.mul_(-slopes.sum(dim=1, keepdim=True)).scatter_add_(1, wanted, slopes)
     return given(linears.backward("head", dlogits.to(h.dtype), h))
-
-
-def _kind(x: Tensor) -> str:
-    return "cpu" if x.device.type == "cpu" else "cuda"

@@ -452,6 +452,11 @@ class Training:
         return rms_norm_backward(dh, saved.middle, norms.mlp, saved.middle_rstd)
 
 
+def kind_of(device: torch.device) -> str:
+    """ "cpu" or "cuda" (any accelerator): what tables of sizes go by."""
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
 def given(x: Tensor | None) -> Tensor:
     """x, which cannot be None here."""
     if x is None:

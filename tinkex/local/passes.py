@@ -17,7 +17,7 @@ from torch import Tensor
 from tinkex import types
 from tinkex.local import losses
 from tinkex.local.head import Rows, target_logprobs
-from tinkex.local.model import Base, Linears, Packing, Training
+from tinkex.local.model import Base, Linears, Packing, Training, kind_of
 
 #: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
 #: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
@@ -91,7 +91,7 @@ def _prepare_one(
 
 def tokens_per_batch(base: Base) -> int:
     """Tokens whose activations fit the budget."""
-    spec, kind = base.spec, "cpu" if base.device.type == "cpu" else "cuda"
+    spec, kind = base.spec, kind_of(base.device)
     attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
     per_layer = 2 * spec.width + attention + 2 * spec.mlp
     per_token = spec.layers * per_layer * base.embedding.element_size()

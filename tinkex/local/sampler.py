@@ -21,7 +21,7 @@ from tinkex import types
 from tinkex.local import choosing, head
 from tinkex.local.kvcache import SharedPool, SinglePool
 from tinkex.local.lora import Finished, MixedLinears, Stack, Workspace, can_merge
-from tinkex.local.model import Base, Forward, PackedAttention, Packing, rms_norm
+from tinkex.local.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
 
 #: Sequences that run at the same time.
 MOST_ROWS = 256
@@ -374,7 +374,7 @@ class Sampler:
         """The head of the line: as much as is within the limits."""
         chosen: list[Unit] = []
         tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
-        most = PREFILL_TOKENS["cpu" if self._base.device.type == "cpu" else "cuda"]
+        most = PREFILL_TOKENS[kind_of(self._base.device)]
         most *= 1 if self._home else ALONE
         for unit in self._waiting:
             alone = not chosen and not self._home

@@ -1,0 +1,17 @@
+"""The other end of a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+
+
+def read_all(terminal: int) -> str:
+    """What was written to the other end, until that is closed."""
+    written = b""
+    try:
+        while more := os.read(terminal, 4096):
+            written += more
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(terminal)
+    return written.decode()
