@@ -17,7 +17,7 @@ FLOORS = [
     "_version types errors",
     "wire config batching custom_loss tokenizer waiting threads futures dataset console words "
     "options",
-    "pacing answers retry",
+    "pacing answers retry connections",
     "transport",
     "polling auth telemetry embedded worker",
     "session",

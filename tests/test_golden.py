@@ -221,6 +221,15 @@ def test_the_messages_are_the_official_ones_by_number():
     sparse = "123e" + values + rows + columns
     tensor = "0a07" + b"weights".hex() + "1246" + sparse + "1802" + "2202020a"
     assert (
-        "0a09" + MODEL.encode().hex() + "1005"
-        "1a0e" + image + "1a65" + text + "1251" + tensor + "2201" + b"x".hex()
+        "0a09"
+        + MODEL.encode().hex()
+        + "1005"
+        + "2201"
+        + b"x".hex()
+        + "1a0e"
+        + image
+        + "1a65"
+        + text
+        + "1251"
+        + tensor
     ) == body.hex()

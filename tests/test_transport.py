@@ -19,7 +19,7 @@ from fake_server import (
     transport,
 )
 from tinkex import config, errors, types, wire
-from tinkex.transport import Transport, _OneWrite
+from tinkex.transport import Transport
 
 HEALTHZ = f"{URL}/api/v1/healthz"
 
@@ -226,46 +226,3 @@ def test_a_long_exchange_is_reported(established, server, caplog):
     assert (
         f"for GET {HEALTHZ} (4 retries, the last after: {HEALTHZ} answered 503: busy)" in lines[0]
     )
-
-
-# On the wire.
-
-
-class FakeSocket:
-    """Keeps what is written to it."""
-
-    def __init__(self):
-        self.written = []
-
-    def sendall(self, data):
-        self.written.append(bytes(data))
-
-    def settimeout(self, seconds):
-        pass
-
-    def close(self):
-        pass
-
-
-@pytest.mark.parametrize("size, writes", [(0, 1), (3, 1), (1 << 16, 1), ((1 << 16) + 1, 2)])
-def test_head_and_small_body_go_out_in_one_write(size, writes):
-    """Two packets where one will do cost a round trip each way on some networks."""
-    connection = _OneWrite("training.test")
-    connection.sock = sock = FakeSocket()
-    body = b"x" * size
-    connection.request("POST", "/a", body or None, headers={"Content-Length": str(size)})
-
-    assert writes == len(sock.written)
-    assert b"".join(sock.written).endswith(b"\r\n\r\n" + body)
-
-
-def test_a_second_request_does_not_carry_the_first_s_body():
-    connection = _OneWrite("training.test")
-    connection.sock = sock = FakeSocket()
-    for body in (b"first", b"second"):
-        connection.request("POST", "/a", body, headers={"Content-Length": str(len(body))})
-        connection._HTTPConnection__response = None
-        connection._HTTPConnection__state = "Idle"
-
-    assert sock.written[1].endswith(b"\r\n\r\nsecond")
-    assert b"first" not in sock.written[1]

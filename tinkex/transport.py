@@ -1,7 +1,7 @@
-"""One HTTP exchange: authentication, connections, time limits.
+"""One HTTP exchange: authentication, headers, time limits.
 
-When to send again is retry.py's, what an answer means answers.py's. Knows nothing of operations or
-their order.
+Connections are connections.py's, when to send again is retry.py's, what an answer means
+answers.py's. Knows nothing of operations or their order.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import requests
 import tenacity
-import urllib3
 
 from . import errors, wire
 from ._version import __version__
 from .answers import Answer, check_whole, connection_error, status_error
 from .config import PROTOCOL_VERSION, Config
+from .connections import KeptConnections
 from .retry import Retry, Tries
 from .waiting import Wait, WaitLog, one_line
 
@@ -56,7 +56,7 @@ class Transport:
         self._closed = threading.Event()
         self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
         self._prefix = config.base_url + wire.PREFIX
-        self._adapter = adapter or OneWriteAdapter(
+        self._adapter = adapter or KeptConnections(
             pool_connections=4, pool_maxsize=2 * config.sampling.connections + 64
         )
         #: Waits for so many seconds, or until this transport is closed.
@@ -334,54 +334,3 @@ def _own_headers(method: str, body: bytes, given: Mapping[str, str] | None) -> d
     if body and (not given or "Content-Type" not in given):
         own["Content-Type"] = wire.JSON
     return own
-
-
-class _OneWrite(urllib3.connection.HTTPConnection):
-    """Sends the head and a small body of a request in one write: half the system calls, and never
-    two packets where one will do."""
-
-    SMALL = 1 << 16  # bytes
-
-    _head = b""
-    _body: bytes | None = None
-
-    def request(self, method: str, url: str, body: Any = None, *args: Any, **kwargs: Any) -> None:
-        small = isinstance(body, bytes) and 0 < len(body) <= self.SMALL
-        self._head, self._body = b"", body if small else None
-        super().request(method, url, body, *args, **kwargs)
-
-    def send(self, data: Any) -> None:
-        if self._body is not None:
-            if data is not self._body:
-                self._head += data
-                return
-            data, self._body = self._head + self._body, None
-        super().send(data)
-
-
-class _OneWriteTLS(_OneWrite, urllib3.connection.HTTPSConnection):
-    """The same over TLS."""
-
-
-class OneWriteAdapter(requests.adapters.HTTPAdapter):
-    """The adapter of requests, over connections that write each small request at once."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {
-            "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": _OneWrite}),
-            "https": type(
-                "TLSPool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": _OneWriteTLS}
-            ),
-        }
-
-    def get_connection_with_tls_context(
-        self,
-        request: requests.PreparedRequest,
-        verify: bool | str | None,
-        proxies: Mapping[str, str] | None = None,
-        cert: Any = None,
-    ) -> Any:
-        if str(request.url).startswith("http://"):
-            verify = True  # a path to certificates would be looked up on disk for every request
-        return super().get_connection_with_tls_context(request, verify, proxies, cert)

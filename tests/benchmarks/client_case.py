@@ -173,6 +173,7 @@ def samples(count: int, latency: float, retrieve_futures: bool = True) -> dict[s
             future.result()
     return {
         "wall": measured.wall,
+        "wall beyond the latency": measured.wall - latency,
         "cpu": measured.cpu,
         "memory": peak_bytes() - before,
         "requests": measured.requests,

@@ -97,10 +97,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, make_engine: Callable[[], Any], on_failure: Callable[[], None] = lambda: None
+        self,
+        make_engine: Callable[[], Any],
+        on_failure: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make_engine = make_engine
         self._on_failure = on_failure
+        self._clock = clock
         self._engine: Any = None
         self.ready = threading.Event()
         self.failure: BaseException | None = None
@@ -269,7 +273,7 @@ class Scheduler:
             logger.exception("A chore of the compute thread failed.")
 
     def _train_turn(self, line_id: str, line: _Line) -> None:
-        start = time.perf_counter()
+        start = self._clock()
         if line.running is None:
             with self._changed:
                 job = line.take()
@@ -283,7 +287,7 @@ class Scheduler:
             self._end(line_id, line, job, stop.value)
         except Exception as exc:
             self._end(line_id, line, job, exc)
-        spent = time.perf_counter() - start
+        spent = self._clock() - start
         line.used += spent
         self._train_used += spent
 
@@ -304,7 +308,7 @@ class Scheduler:
             left.finish(LineClosed(f"model {line_id} was unloaded before operation {seq} ran."))
 
     def _sample_turn(self) -> None:
-        start = time.perf_counter()
+        start = self._clock()
         self._submit_and_cancel()
         if self._samples:
             try:
@@ -315,7 +319,7 @@ class Scheduler:
                 self._forget_at_engine(list(self._samples))
             for ticket, outcome in finished:
                 self._end_sample(ticket, outcome)
-        self._sample_used += time.perf_counter() - start
+        self._sample_used += self._clock() - start
 
     def _submit_and_cancel(self) -> None:
         with self._changed:

@@ -247,48 +247,113 @@ def encode_request(request: types.ForwardBackwardRequest) -> bytes:
         loss_fn=request.loss_fn,
         forward_only=request.forward_only,
     )
-    for i, datum in enumerate(request.data):
-        _write_datum(message.data.add(), datum, i)
     for name, value in (request.loss_fn_config or {}).items():
         if isinstance(value, str):
             message.loss_fn_config_v2[name].text = value
         else:  # in the old map for servers that do not know the new one
             message.loss_fn_config[name] = float(value)
             message.loss_fn_config_v2[name].number = float(value)
-    body: bytes = message.SerializeToString()
+    body = _Body()
+    body.parts.append(message.SerializeToString())
+    for i, datum in enumerate(request.data):
+        body.add(3, _datum(datum, i))
+    return b"".join(body.parts)
+
+
+class _Body:
+    """A message being written: what is in it, and its length in bytes.
+
+    protobuf itself copies an array three times until it is in a request; here it is copied once,
+    when the parts are joined.
+    """
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self) -> None:
+        self.parts: list[bytes | memoryview] = []
+        self.size = 0
+
+    def add(self, number: int, content: bytes | memoryview | _Body) -> None:
+        """Field *number*, of bytes, a string in UTF-8 or a message."""
+        size = content.size if isinstance(content, _Body) else len(content)
+        head = _varint(number << 3 | 2) + _varint(size)
+        self.parts.append(head)
+        if isinstance(content, _Body):
+            self.parts += content.parts
+        else:
+            self.parts.append(content)
+        self.size += len(head) + size
+
+    def add_number(self, number: int, value: int) -> None:
+        """Field *number*, of an enum."""
+        part = _varint(number << 3) + _varint(value)
+        self.parts.append(part)
+        self.size += len(part)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    if value < 0x80:
+        return bytes((value,))
+    groups = bytearray()
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def _in_place(array: np.ndarray, layout: str) -> memoryview:
+    """The bytes of *array*, where they are if they lie as they should."""
+    return np.ascontiguousarray(array, layout).reshape(-1).view(np.uint8).data
+
+
+def _datum(datum: types.Datum, index: int) -> _Body:
+    body = _Body()
+    for chunk in datum.model_input.chunks:
+        body.add(1, _chunk(chunk, index))
+    for name, tensor in datum.loss_fn_inputs.items():
+        entry = _Body()
+        entry.add(1, name.encode())
+        entry.add(2, _tensor(tensor))
+        body.add(2, entry)
     return body
 
 
-def _write_datum(message: Any, datum: types.Datum, index: int) -> None:
-    for chunk in datum.model_input.chunks:
-        if isinstance(chunk, types.EncodedTextChunk):
-            message.model_input.add().encoded_text.tokens = _to_bytes(chunk.tokens, "<i4")
-        elif isinstance(chunk, types.ImageChunk):
-            image = message.model_input.add().image
-            image.data, image.format = chunk.data, chunk.format
-            if chunk.expected_tokens is not None:
-                image.expected_tokens = chunk.expected_tokens
-        else:
-            raise ValueError(
-                f"data[{index}] holds an ImageAssetPointerChunk, which protobuf requests have no "
-                "room for; give the image itself as an ImageChunk."
-            )
-    for name, tensor in datum.loss_fn_inputs.items():
-        _write_tensor(message.loss_fn_inputs[name], tensor)
+def _chunk(chunk: Any, index: int) -> _Body | bytes:
+    if isinstance(chunk, types.EncodedTextChunk):
+        text, body = _Body(), _Body()
+        text.add(1, _in_place(chunk.tokens, "<i4"))
+        body.add(1, text)
+        return body
+    if isinstance(chunk, types.ImageChunk):
+        message = CLASSES["Chunk"]()
+        message.image.data, message.image.format = chunk.data, chunk.format
+        if chunk.expected_tokens is not None:
+            message.image.expected_tokens = chunk.expected_tokens
+        written: bytes = message.SerializeToString()
+        return written
+    raise ValueError(
+        f"data[{index}] holds an ImageAssetPointerChunk, which protobuf requests have no "
+        "room for; give the image itself as an ImageChunk."
+    )
 
 
-def _write_tensor(message: Any, tensor: types.TensorData) -> None:
+def _tensor(tensor: types.TensorData) -> _Body:
     dtype = _DTYPES[tensor.dtype]
-    values = _to_bytes(tensor.data, _LAYOUTS[dtype])
+    values = _in_place(tensor.data, _LAYOUTS[dtype])
+    body = _Body()
     if tensor.sparse_crow_indices is not None and tensor.sparse_col_indices is not None:
-        sparse = message.sparse_csr
-        sparse.values = values
-        sparse.crow_indices = _to_bytes(tensor.sparse_crow_indices, "<i8")
-        sparse.col_indices = _to_bytes(tensor.sparse_col_indices, "<i8")
+        sparse = _Body()
+        sparse.add(1, values)
+        sparse.add(2, _in_place(tensor.sparse_crow_indices, "<i8"))
+        sparse.add(3, _in_place(tensor.sparse_col_indices, "<i8"))
+        body.add(2, sparse)
     else:
-        message.dense = values
-    message.dtype = dtype
-    message.shape.extend(tensor.shape)
+        body.add(1, values)
+    body.add_number(3, dtype)
+    body.add(4, b"".join(map(_varint, tensor.shape)))
+    return body
 
 
 def decode_request(body: bytes) -> types.ForwardBackwardRequest:
@@ -480,7 +545,8 @@ def _sample_message(result: types.SampleResponse) -> Any:
     if result.topk_prompt_logprobs_np is not None:
         _write_topk(message.topk_prompt_logprobs, result.topk_prompt_logprobs_np)
     if result.target_prompt_logprobs is not None:
-        _write_tensor(message.target_prompt_logprobs, result.target_prompt_logprobs)
+        tensor = _tensor(result.target_prompt_logprobs)
+        message.target_prompt_logprobs.MergeFromString(b"".join(tensor.parts))
     return message
 
 

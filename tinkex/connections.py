@@ -1,0 +1,247 @@
+"""Connections that are kept: a small request in one write, a plain answer in one read.
+
+This is the adapter of requests and the pool of urllib3, with a short way for the exchange that is
+made thousands of times: on a connection that is open already, with an answer of known length.
+Whatever else there is (connecting, TLS, proxies, answers in chunks, compressed, or without a
+length) is left to urllib3 and http.client. Knows nothing of the API.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import attrs
+import requests
+import urllib3
+from requests.structures import CaseInsensitiveDict
+
+#: A body up to so many bytes is written together with its head.
+SMALL = 1 << 16
+#: Bytes of an answer that are made room for because it says so.
+LONGEST = 1 << 30
+
+#: What may not be in a request's target: it would end it, or begin another line.
+_UNSAFE = re.compile(r"[^\x21-\x7e]")
+#: Where a header goes on in the next line.
+_FOLDED = re.compile(r"\r?\n[ \t]+")
+
+
+@attrs.frozen(eq=False)
+class Reply:
+    """A plain answer, whole."""
+
+    status: int
+    headers: CaseInsensitiveDict[str]
+    content: bytes
+
+
+class KeptConnections(requests.adapters.HTTPAdapter):
+    """The adapter of requests, quick on connections that are open."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        #: For answers that are read piece by piece: the short way reads them whole.
+        self._streams = requests.adapters.HTTPAdapter()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
+        self._pools: dict[tuple[Any, ...], Any] = {}
+
+    def send(
+        self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **kwargs: Any
+    ) -> requests.Response:
+        if stream:
+            return self._streams.send(request, True, *args, **kwargs)
+        return super().send(request, False, *args, **kwargs)
+
+    def get_connection_with_tls_context(
+        self,
+        request: requests.PreparedRequest,
+        verify: bool | str | None,
+        proxies: Mapping[str, str] | None = None,
+        cert: Any = None,
+    ) -> Any:
+        """The pool for *request*; urllib3 would put its key together anew for each."""
+        if proxies or cert:
+            return super().get_connection_with_tls_context(request, verify, proxies, cert)
+        scheme, _, rest = str(request.url).partition("://")
+        key = (scheme, rest.split("/", 1)[0], verify)
+        pool = self._pools.get(key)
+        if pool is None or pool.pool is None:  # none yet, or the manager has closed it
+            pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
+            self._pools[key] = pool
+        return pool
+
+    def request_url(
+        self, request: requests.PreparedRequest, proxies: Mapping[str, str] | None
+    ) -> str:
+        return super().request_url(request, proxies) if proxies else request.path_url
+
+    def build_response(self, req: requests.PreparedRequest, resp: Any) -> requests.Response:
+        if not isinstance(resp, Reply):
+            return super().build_response(req, resp)
+        response = requests.Response()
+        response.status_code = resp.status
+        response.headers = resp.headers
+        response.url = str(req.url)
+        response.request = req
+        # It has been read: the public way would copy it in pieces of ten kilobytes.
+        response._content = resp.content
+        return response
+
+    def close(self) -> None:
+        self._pools.clear()
+        self._streams.close()
+        super().close()
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    """A pool whose open connections take the short way."""
+
+    def urlopen(  # type: ignore[override]
+        self,
+        method: str,
+        url: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        **how: Any,
+    ) -> Any:
+        head = self._head(method, url, headers or {})
+        conn = self._open_connection() if head else None
+        if conn is None:
+            return super().urlopen(method, url, body, headers, **how)
+        timeout = how["timeout"].read_timeout
+        try:
+            conn.sock.settimeout(timeout)
+            _write(conn.sock, head, body or b"")
+            answer = self._read(conn, method, url)
+        except TimeoutError as exc:
+            conn.close()
+            raise urllib3.exceptions.ReadTimeoutError(
+                self, url, f"Read timed out. (read timeout={timeout})"
+            ) from exc
+        except (OSError, http.client.HTTPException) as exc:
+            conn.close()
+            raise urllib3.exceptions.ProtocolError("Connection aborted.", exc) from exc
+        except BaseException:
+            conn.close()  # what is still under way must not be the answer to the next request
+            raise
+        if isinstance(answer, Reply):
+            self._put_conn(conn)  # the others come back when they have been read
+        return answer
+
+    def _open_connection(self) -> Any:
+        """A connection that is open, as far as one can see from here; None if there is none."""
+        conn: Any = self._get_conn()
+        if conn.sock is not None:
+            return conn
+        self._put_conn(conn)
+        return None
+
+    def _head(self, method: str, url: str, headers: Mapping[str, str]) -> bytes:
+        """A request up to its body; nothing if it is not one for the short way."""
+        if method == "HEAD" or _UNSAFE.search(url) or "Host" in headers:
+            return b""
+        port = "" if self.port in (None, 80 if self.scheme == "http" else 443) else f":{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        lines = [f"{method} {url} HTTP/1.1\r\nHost: {host}{port}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        head = "".join(lines)
+        if head.count("\n") != len(lines) + 1 or head.count("\r") != len(lines) + 1:
+            return b""  # a line break in a header: http.client says which
+        return f"{head}\r\n".encode("latin-1")
+
+    def _read(self, conn: Any, method: str, url: str) -> Reply | urllib3.HTTPResponse:
+        reader = conn.sock.makefile("rb")
+        try:
+            reply = _read_plain(reader)
+            if reply is None:
+                return self._read_other(conn, reader, method, url)
+        except BaseException:
+            reader.close()
+            raise
+        reader.close()
+        return reply
+
+    def _read_other(
+        self, conn: Any, reader: BinaryIO, method: str, url: str
+    ) -> urllib3.HTTPResponse:
+        """An answer that is not plain, as http.client reads it; nothing of it is taken yet."""
+        answer = http.client.HTTPResponse(_Opened(reader), method=method)  # type: ignore[arg-type]
+        answer.begin()
+        if answer.will_close:
+            conn.close()  # the reader keeps its own hold on the socket
+        return urllib3.HTTPResponse(
+            body=answer,
+            headers=urllib3.HTTPHeaderDict(
+                (name, _FOLDED.sub(" ", value)) for name, value in answer.msg.items()
+            ),
+            status=answer.status,
+            version=answer.version,
+            reason=answer.reason,
+            preload_content=False,
+            decode_content=False,
+            original_response=answer,
+            pool=self,
+            connection=conn,
+            request_method=method,
+            request_url=url,
+        )
+
+
+class _PoolTLS(_Pool, urllib3.HTTPSConnectionPool):
+    """The same over TLS."""
+
+
+@attrs.frozen
+class _Opened:
+    """Stands for the socket where http.client wants to open its reader."""
+
+    reader: BinaryIO
+
+    def makefile(self, mode: str) -> BinaryIO:
+        return self.reader
+
+
+def _write(sock: Any, head: bytes, body: bytes) -> None:
+    if len(body) <= SMALL:
+        sock.sendall(head + body)
+    else:
+        sock.sendall(head)
+        sock.sendall(body)
+
+
+def _read_plain(reader: Any) -> Reply | None:
+    """A final answer of known length whose head came in one piece; None, and nothing is taken, if
+    it is another."""
+    start = reader.peek(1)
+    end = start.find(b"\r\n\r\n")
+    if end < 0 or start[:9] != b"HTTP/1.1 ":
+        return None
+    status, *lines = start[9:end].decode("latin-1").split("\r\n")
+    headers: CaseInsensitiveDict[str] = CaseInsensitiveDict()
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            return None
+        value = value.strip()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    length = headers.get("Content-Length", "")
+    if (
+        status[:3] in ("204", "304")
+        or not (status[:3].isdigit() and status[:1] >= "2")
+        or not (length.isascii() and length.isdigit() and int(length) <= LONGEST)
+        or "Transfer-Encoding" in headers
+        or "Content-Encoding" in headers
+        or headers.get("Connection", "keep-alive").lower() != "keep-alive"
+    ):
+        return None
+    reader.read(end + 4)
+    content = reader.read(int(length))
+    if len(content) < int(length):
+        raise http.client.IncompleteRead(content, int(length) - len(content))
+    return Reply(int(status[:3]), headers, content)
