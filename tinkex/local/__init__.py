@@ -5,6 +5,10 @@ by spinning for some microseconds, as between two products that follow each othe
 A thread that spins on holds the core that the one it waits for needs: on a machine with anything
 else to do (the client, say) that made training up to ten times slower. One that sleeps at once has
 to be woken for every product: a third slower on a machine with nothing else to do.
+
+And how much oneDNN keeps (see products.py). It prepares a product of a new shape, and keeps what it
+prepared, working memory and all: of a thousand shapes, if it is not told otherwise, which came to
+8 GB.
 """
 
 import os
@@ -12,3 +16,5 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")

@@ -17,6 +17,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
+from tinkex.local import products
 from tinkex.local.model import Linears, given, kind_of
 
 #: Rows and columns of the block of logits that is held at a time, by kind of device.
@@ -104,14 +105,13 @@ def _online(
     larger logit.
     """
     columns, n = COLUMNS[kind_of(h.device)], len(h)
-    room = h.new_empty(n * min(columns, len(weight)))
     chosen = torch.zeros(wanted.shape, device=h.device)
     largest = torch.full((n, 1), -torch.inf, device=h.device)
     total = torch.zeros(n, 1, device=h.device)
     mean = torch.zeros(h.shape, device=h.device) if wants_mean else None
     for start in range(0, len(weight), columns):
         block = weight[start : start + columns]
-        logits = torch.mm(h, block.T, out=room[: n * len(block)].view(n, len(block))).float()
+        logits = products.linear(h, block).float()
         at = wanted - start
         found = logits.gather(1, at.clamp(0, len(block) - 1))
         chosen = torch.where((at >= 0) & (at < len(block)), found, chosen)
@@ -122,10 +122,7 @@ def _online(
         if mean is None:
             continue
         mean.mul_(shrink)
-        if weight.dtype == torch.float32:
-            mean.addmm_(parts, block)
-        else:
-            mean.add_(parts.to(weight.dtype) @ block)
+        products.add_product(mean, parts.to(weight.dtype), block)
     logprobs = chosen.sub_(largest).sub_(total.log())
     return logprobs, None if mean is None else mean.div_(total)
 

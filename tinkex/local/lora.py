@@ -226,21 +226,21 @@ class TrainedLinears:
         return y
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
-        dx = dy @ self._weight(key) if wants_dx else None
+        dx = products.product(dy, self._weight(key)) if wants_dx else None
         if key not in self._pairs or self._gradients is None:
             return dx
         linear, pair, gradient = self._linears[key], self._pairs[key], self._gradients[key]
         a = pair.a.to(x.dtype)
-        inner = x @ a.T  # (N, parts * rank)
+        inner = products.linear(x, a)  # (N, parts * rank)
         dinner = torch.empty_like(inner)
         for i, part in enumerate(linear.parts):
             rank = pair.b[i].shape[1]
             dy_part, columns = dy[:, part.start : part.stop], slice(i * rank, (i + 1) * rank)
-            torch.mm(dy_part, pair.b[i].to(x.dtype), out=dinner[:, columns])
-            _accumulate(gradient.b[i], dy_part.T, inner[:, columns], self._scale)
-        _accumulate(gradient.a, dinner.T, x, self._scale)
+            dinner[:, columns] = products.product(dy_part, pair.b[i].to(x.dtype))
+            products.add_product(gradient.b[i], dy_part.T, inner[:, columns], self._scale)
+        products.add_product(gradient.a, dinner.T, x, self._scale)
         if dx is not None and self._workspace is None:
-            dx.addmm_(dinner, a, alpha=self._scale)
+            products.add_product(dx, dinner, a, self._scale)
         return dx
 
     def matrix(self, key: str) -> Tensor | None:
@@ -252,17 +252,9 @@ class TrainedLinears:
         return self._weight(key)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale left @ right, in the precision of *total*."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=scale)
-    else:
-        total.add_(left @ right, alpha=scale)
-
-
 def add_low_rank(y: Tensor, x: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
     """y (N, out) += scale B A x (N, in)."""
-    inner = x @ pair.a.to(x.dtype).T
+    inner = products.linear(x, pair.a.to(x.dtype))
     for i, part in enumerate(linear.parts):
         rank = pair.b[i].shape[1]
         b = pair.b[i].to(x.dtype)

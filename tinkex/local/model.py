@@ -121,7 +121,7 @@ class FrozenLinears:
         return products.linear(x, linear.weight, linear.bias)
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
-        return dy @ self.base.linears[key].weight if wants_dx else None
+        return products.product(dy, self.base.linears[key].weight) if wants_dx else None
 
     def matrix(self, key: str) -> Tensor | None:
         linear = self.base.linears[key]
