@@ -32,6 +32,7 @@ import transformers
 import tinkex
 from tests.benchmarks.reference import Reference, peak_memory
 from tinkex import types
+from tinkex.local import products
 from tinkex.local.engine import Engine
 
 ROUNDS = 3

@@ -18,7 +18,6 @@ def library(request, monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         monkeypatch.setattr(products, "_onednn", products._find_onednn())
         monkeypatch.setattr(products, "WORTH_ASKING", 0)
-        monkeypatch.setattr(products, "WORTH_COPYING", 0)
     elif request.param == "MKL":
         monkeypatch.setattr(products, "_onednn", None)
         monkeypatch.setattr(products, "LARGE", 0)

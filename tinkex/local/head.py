@@ -22,7 +22,7 @@ from tinkex.local.model import Linears, given, kind_of
 
 #: Rows and columns of the block of logits that is held at a time, by kind of device.
 ROWS = {"cpu": 640, "cuda": 8192}
-COLUMNS = {"cpu": 2048, "cuda": 8192}
+COLUMNS = {"cpu": 1024, "cuda": 8192}
 
 #: Where rows are held whole: this many numbers (floats) at a time, whatever the vocabulary.
 LOGIT_BUDGET = 8 * 2**20

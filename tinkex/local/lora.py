@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.local import products
@@ -310,20 +311,23 @@ class Stack:
 
     def _stack(self, key: str) -> Pair | None:
         thin = [None if a is None else a.thin.get(key) for a in self.adapters]
-        present = [pair for pair in thin if pair is not None]
-        if not present:
+        first = next((pair for pair in thin if pair is not None), None)
+        if first is None:
             return None
-        first, count = present[0], len(thin)
-        a = first.a.new_zeros(count, first.a.shape[0], len(first.b), self.rank)
-        b = [m.new_zeros(count, self.rank, m.shape[1]) for m in first.b]
-        for i, pair in enumerate(thin):
-            if pair is None:
-                continue
-            rank = pair.b[0].shape[0]
-            a[i, :, :, :rank] = pair.a.view(a.shape[1], a.shape[2], rank)
-            for stacked, own in zip(b, pair.b):
-                stacked[i, :rank] = own
-        return Pair(a.flatten(2), tuple(b))
+        filled = [self._of_highest_rank(pair, first) for pair in thin]
+        a = torch.stack([pair.a for pair in filled])
+        return Pair(a, tuple(map(torch.stack, zip(*(pair.b for pair in filled)))))
+
+    def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
+        """*pair*, or nothing of the shape of *like*, with ranks filled up with zeros."""
+        if pair is None:
+            pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
+        rank = len(pair.b[0])
+        if rank == self.rank:
+            return pair
+        more = self.rank - rank
+        a = F.pad(pair.a.reshape(len(pair.a), len(pair.b), rank), (0, more)).flatten(1)
+        return Pair(a, tuple(F.pad(m, (0, 0, 0, more)) for m in pair.b))
 
 
 class MixedLinears:
@@ -405,6 +409,9 @@ class MixedLinears:
         if stacked is None:
             return
         inner = torch.bmm(self._grouped(x), stacked.a)
+        if len(stacked.b) == 1 and self._places is None:
+            y.view(*inner.shape[:2], -1).baddbmm_(inner, stacked.b[0])
+            return
         for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
             # Not baddbmm into y: on columns of a wider matrix it multiplies adapter by adapter.
             y[:, part.start : part.stop] += self._ungrouped(torch.bmm(columns, b))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Multiplications from which on asking oneDNN pays, and where an operand may have to be copied.
-WORTH_ASKING = 2**21
-WORTH_COPYING = 2**23
+#: So many multiplications repay what asking oneDNN costs; so does any product with a LARGE matrix.
+WORTH_ASKING = 2**23
+LARGE = 2**19
 
 #: From how many columns on a result is wide: the CPU computes so many of them at a time, if rows
 #: are few, and fewer if they are many, so that a block stays in the cache.
@@ -24,12 +24,11 @@ BLOCK = 1024
 
 #: Up to so many rows MKL computes the result transposed: the large matrix then comes first in the
 #: product, which it spreads over the cores and reads once. Where the result is TALL times as wide
-#: as the rows, up to the second number. (4 times faster for 2 rows, a third for 16.) Only for
-#: matrices of so many numbers.
+#: as the rows, up to the second number. (4 times faster for 2 rows, a third for 16; slower where
+#: the matrix is not LARGE.)
 FEW = 4
 TALL = 4
 FEW_OF_TALL = 16
-LARGE = 2**19
 
 
 def _find_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
@@ -51,7 +50,7 @@ _onednn = _find_onednn()
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, in) times weight (out, in) transposed, plus bias (out,) -> (N, out)."""
-    if _onednn is not None and _is_worth(x, weight, WORTH_ASKING):
+    if _onednn is not None and _is_worth(x, weight):
         return _onednn(_rows_together(x), _dense(weight), bias)
     is_wide = len(weight) >= WIDE
     is_tall = len(weight) >= TALL * x.shape[1]
@@ -74,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x (M, K) times y (K, N) -> (M, N)."""
-    if _onednn is not None and _is_worth(x, y.T, WORTH_ASKING):
+    if _onednn is not None and _is_worth(x, y.T):
         return _onednn(_rows_together(x), _dense(y.T), None)
     return torch.mm(x, y)
 
@@ -83,7 +82,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None
     """total (M, N) += scale times x (M, K) times y (K, N), in the precision of *total*."""
     if x.dtype != total.dtype:
         total.add_(torch.mm(x, y), alpha=scale)
-    elif _onednn is None or not _is_worth(x, y.T, WORTH_COPYING):
+    elif _onednn is None or not _is_worth(x, y.T):
         total.addmm_(x, y, alpha=scale)
     elif len(x) <= y.shape[1]:
         total.add_(_onednn(x.contiguous(), _dense(y.T), None), alpha=scale)
@@ -91,10 +90,10 @@ def add_product(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None
         total.add_(_onednn(y.T.contiguous(), _dense(x), None).T, alpha=scale)
 
 
-def _is_worth(x: Tensor, weight: Tensor, least: int) -> bool:
+def _is_worth(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply these, and it pays. It takes no derivatives."""
     return (
-        x.numel() * len(weight) >= least
+        (x.numel() * len(weight) >= WORTH_ASKING or weight.numel() >= LARGE)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))

@@ -365,10 +365,15 @@ class Sampler:
         self._take_tokens(np.array(flat), logits[which])
 
     def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
-        """The stack of those that are running, if it has all these; else one of just these."""
+        """The stack of those that are running, if it has all these; else one of just these, which
+        will be that of those running if no others are."""
         distinct = dict.fromkeys(adapters)
-        has_all = len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters)
-        return self._stack if has_all else Stack(list(distinct))
+        if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
+            return self._stack
+        stack = Stack(list(distinct))
+        if not self._home:
+            self._stack = stack
+        return stack
 
     def _choose_units(self) -> list[Unit]:
         """The head of the line: as much as is within the limits."""
