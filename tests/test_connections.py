@@ -36,6 +36,7 @@ class ByteServer:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.requests = []
         self.connections = 0
+        self._seen = threading.Condition()
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if context else 'http'}://localhost:{self._listener.getsockname()[1]}"
@@ -45,6 +46,11 @@ class ByteServer:
     def script(self, *answers):
         for answer in answers:
             self.answers.put(answer)
+
+    def has_seen(self, count):
+        """Wait until so many requests have come, and have each their answer."""
+        with self._seen:
+            return self._seen.wait_for(lambda: len(self.requests) >= count, 30)
 
     def close(self):
         self._listener.close()
@@ -69,8 +75,11 @@ class ByteServer:
                 self._open.append(sock)
             reader = sock.makefile("rb")
             while request := self._request(reader):
-                self.requests.append((number, request))
-                for piece in self.answers.get(timeout=30):
+                answer = self.answers.get(timeout=30)
+                with self._seen:
+                    self.requests.append((number, request))
+                    self._seen.notify_all()
+                for piece in answer:
                     if piece is CLOSE:
                         sock.shutdown(socket.SHUT_RDWR)
                         return
@@ -180,7 +189,7 @@ ANSWERS = {
     "neither length nor close": [head("Content-Type: a/b") + b"abc", CLOSE],
     "HTTP/1.0": [head("Content-Length: 3", version="1.0") + b"abc", CLOSE],
     "HTTP/1.0 kept": [head("Connection: keep-alive", "Content-Length: 1", version="1.0") + b"a"],
-    "length twice": [head("Content-Length: 3", "Content-Length: 3") + b"abc", CLOSE],
+    "length twice": [head("Content-Length: 3", "Content-Length: 3") + b"abc"],
     "length that is no number": [head("Content-Length: abc") + b"abc", CLOSE],
     "negative length": [head("Content-Length: -3") + b"abc", CLOSE],
     "cut in the body": [head("Content-Length: 9") + b"abc", CLOSE],
@@ -199,7 +208,7 @@ def test_an_answer_reads_as_requests_reads_it(name, server, kept, reference):
     seen = []
     for adapter in (kept, reference):
         server.script([PLAIN], ANSWERS[name], [PLAIN])
-        first = ask(adapter, server)  # opens the connection
+        first = ask(adapter, server)
         try:
             outcome = ask(adapter, server)
         except requests.RequestException as exc:
@@ -251,6 +260,7 @@ def test_a_silent_server_times_out_and_its_late_answer_is_nobody_s(server, kept)
     ask(kept, server)
     with pytest.raises(requests.ReadTimeout):
         ask(kept, server, timeout=0.1)
+    assert server.has_seen(2)
     later.set()
 
     assert b"plain" == ask(kept, server)[2]
@@ -262,6 +272,7 @@ def test_a_server_that_stops_in_the_middle_times_out(server, kept):
     ask(kept, server)
     with pytest.raises(requests.ReadTimeout):
         ask(kept, server, timeout=0.1)
+    assert server.has_seen(2)
     later.set()
 
     assert b"plain" == ask(kept, server)[2]
@@ -280,6 +291,7 @@ def test_an_exchange_that_is_interrupted_leaves_nothing_behind(server, kept, mon
 
 
 def _interrupted(reader):
+    reader.peek(1)
     raise KeyboardInterrupt
 
 
@@ -425,6 +437,27 @@ def test_a_stream_comes_as_it_is_sent(server, kept):
 
         assert b"abc" == first
         assert b"def" == response.raw.read()
+
+
+def test_a_connection_that_takes_too_long_is_told_as_requests_tells_it(kept, reference):
+    """Nobody takes connections here: the queue of those that wait is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        for adapter in (reference, kept):
+            with pytest.raises(requests.ConnectTimeout):
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+                adapter.send(request(url), timeout=(0.2, 5))
+
+
+def test_a_host_that_is_not_known_is_told_as_requests_tells_it(kept):
+    with pytest.raises(requests.ConnectionError, match="NameResolution"):
+        kept.send(request("http://nowhere.invalid/"), timeout=5)
 
 
 def test_it_can_be_used_again_after_closing(server, kept):

@@ -1,9 +1,9 @@
 """Connections that are kept: a small request in one write, a plain answer in one read.
 
 This is the adapter of requests and the pool of urllib3, with a short way for the exchange that is
-made thousands of times: on a connection that is open already, with an answer of known length.
-Whatever else there is (connecting, TLS, proxies, answers in chunks, compressed, or without a
-length) is left to urllib3 and http.client. Knows nothing of the API.
+made thousands of times: a request in one piece, and an answer of known length. Whatever else there
+is (beginning TLS, proxies, answers in chunks, compressed, or without a length) is left to urllib3
+and http.client. Knows nothing of the API.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Reply:
 
 
 class KeptConnections(requests.adapters.HTTPAdapter):
-    """The adapter of requests, quick on connections that are open."""
+    """The adapter of requests, with a short way."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -100,7 +100,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    """A pool whose open connections take the short way."""
+    """A pool whose connections take the short way."""
 
     def urlopen(  # type: ignore[override]
         self,
@@ -111,7 +111,7 @@ class _Pool(urllib3.HTTPConnectionPool):
         **how: Any,
     ) -> Any:
         head = self._head(method, url, headers or {})
-        conn = self._open_connection() if head else None
+        conn = self._open_connection(url, how["timeout"].connect_timeout) if head else None
         if conn is None:
             return super().urlopen(method, url, body, headers, **how)
         timeout = how["timeout"].read_timeout
@@ -134,11 +134,22 @@ class _Pool(urllib3.HTTPConnectionPool):
             self._put_conn(conn)  # the others come back when they have been read
         return answer
 
-    def _open_connection(self) -> Any:
-        """A connection that is open, as far as one can see from here; None if there is none."""
+    def _open_connection(self, url: str, timeout: float | None) -> Any:
+        """A connection that is open, as far as one can see from here; None if TLS is to be begun,
+        which is urllib3's."""
         conn: Any = self._get_conn()
         if conn.sock is not None:
             return conn
+        if self.scheme == "http":
+            conn.timeout = timeout
+            try:
+                conn.connect()
+                return conn
+            except urllib3.exceptions.HTTPError as exc:  # in the words of urllib3's own urlopen
+                raise urllib3.exceptions.MaxRetryError(self, url, exc) from exc
+            finally:
+                if conn.sock is None:
+                    self._put_conn(conn)
         self._put_conn(conn)
         return None
 

@@ -10,7 +10,7 @@ import torch
 from tinkex import types
 from tinkex.local import tiny
 from tinkex.local.engine import Engine
-from tinkex.local.sampler import make_job
+from tinkex.local.jobs import make_job
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.local import checkpoints, lora, losses, optim, tiny
+from tinkex.local.jobs import OnToken, make_job
 from tinkex.local.loading import Loaded, load
 from tinkex.local.model import Base
 from tinkex.local.passes import Pass, prepare
-from tinkex.local.sampler import OnToken, Sampler, make_job
+from tinkex.local.sampler import Sampler
 
 #: Part of the machine's memory that keys and values of running samples may take.
 SAMPLING_SHARE = 0.25

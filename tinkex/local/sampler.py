@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.local import choosing, head
+from tinkex.local import choosing
+from tinkex.local.jobs import Job, PromptScores
 from tinkex.local.kvcache import SharedPool, SinglePool
 from tinkex.local.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.local.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
+from tinkex.local.scores import score_prompts, topk_of
 
 #: Sequences that run at the same time.
 MOST_ROWS = 256
@@ -40,58 +42,9 @@ MERGE_ROWS = 16
 #: Longest prompts of the smallest pool; each further pool takes four times as long ones.
 FIRST_POOL = 128
 
-OnToken = Callable[[int, int, float], None]
 Decode = Callable[[Sequence[int]], str]
 Pool = Union[SinglePool, SharedPool]
 Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
-
-
-@attrs.define(eq=False)
-class Job:
-    """A request, checked, and what it has come to so far.
-
-    Attributes:
-        limit: most tokens of a sequence.
-        stop_tokens: token ids that end a sequence.
-        stop_strings: strings that end a sequence.
-        sequences: finished ones; None where still running.
-    """
-
-    ticket: Hashable
-    request: types.SampleRequest
-    adapter: Finished | None
-    prompt: npt.NDArray[np.int32]
-    limit: int
-    stop_tokens: tuple[int, ...]
-    stop_strings: tuple[str, ...]
-    keys: choosing.Keys
-    on_token: OnToken | None
-    sequences: list[types.SampledSequence | None]
-    scores: PromptScores | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return all(sequence is not None for sequence in self.sequences)
-
-    def response(self) -> types.SampleResponse:
-        scores = self.scores or PromptScores()
-        return types.SampleResponse(
-            sequences=[sequence for sequence in self.sequences if sequence is not None],
-            prompt_logprobs=scores.logprobs,
-            topk_prompt_logprobs=scores.topk,
-            target_prompt_logprobs=scores.targets,
-            prompt_cache_hit_tokens=scores.cached,
-        )
-
-
-@attrs.frozen(eq=False)
-class PromptScores:
-    """What a request wants to know of its prompt."""
-
-    logprobs: npt.NDArray[np.float32] | None = None
-    topk: types.TopkLogprobs | None = None
-    targets: types.TensorData | None = None
-    cached: int = 0
 
 
 @attrs.frozen(eq=False)
@@ -101,96 +54,6 @@ class Unit:
     job: Job
     first: int
     count: int
-
-
-def make_job(
-    ticket: Hashable,
-    request: types.SampleRequest,
-    adapter: Finished | None,
-    base: Base,
-    on_token: OnToken | None = None,
-) -> Job:
-    """Check a request against the model.
-
-    Raises:
-        ValueError: If the prompt is empty, too long or not of the model's vocabulary, or something
-            is asked for that this server does not do.
-    """
-    spec, params = base.spec, request.sampling_params
-    if request.prompt_alt_tokens_k or request.record_stability_info:
-        raise ValueError(
-            "prompt_alt_tokens_k and record_stability_info are not offered by this server; "
-            "leave them out."
-        )
-    prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
-    _check_prompt_scores(request, len(prompt), spec.vocab)
-    room = max(1, spec.context - len(prompt))  # the last token is never read again
-    stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
-    seed = params.seed
-    if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-    return Job(
-        ticket=ticket,
-        request=request,
-        adapter=adapter,
-        prompt=prompt,
-        limit=room if params.max_tokens is None else min(room, params.max_tokens),
-        stop_tokens=stop_tokens,
-        stop_strings=stop_strings,
-        keys=choosing.sequence_keys(seed, request.num_samples),
-        on_token=on_token,
-        sequences=[None] * request.num_samples,
-    )
-
-
-def _check_prompt(prompt: types.ModelInput, vocab: int, context: int) -> npt.NDArray[np.int32]:
-    tokens = prompt.tokens
-    if len(tokens) == 0:
-        raise ValueError("the prompt is empty; it needs at least one token.")
-    if int(tokens.max()) >= vocab:
-        raise ValueError(
-            f"the prompt holds token id {int(tokens.max())} at position {int(tokens.argmax())}, "
-            f"but the model's vocabulary has {vocab} tokens; encode it with the model's tokenizer."
-        )
-    if len(tokens) > context:
-        raise ValueError(
-            f"the prompt has {len(tokens)} tokens, but the model's context is {context}; "
-            "shorten the prompt."
-        )
-    return tokens
-
-
-def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) -> None:
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        if getattr(request, name) > vocab:
-            raise ValueError(
-                f"{name} = {getattr(request, name)} is more than the vocabulary's {vocab} tokens."
-            )
-    targets = request.target_prompt_logprobs
-    if targets is None:
-        return
-    if len(targets.shape) != 2 or targets.shape[0] != length - 1:
-        raise ValueError(
-            f"target_prompt_logprobs has shape {list(targets.shape)}; for a prompt of {length} "
-            f"tokens it must be [{length - 1}, K]."
-        )
-    values = targets.data
-    if values.dtype.kind == "f" or (values.size and not -1 <= values.min() <= values.max() < vocab):
-        raise ValueError(
-            f"target_prompt_logprobs must hold token ids below {vocab} (int64), or -1 to skip."
-        )
-
-
-def _stops(
-    stop: types.sampling.Stop, eos: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Token ids and strings that end a sequence."""
-    if stop is None:
-        return eos, ()
-    if isinstance(stop, str):
-        return (), (stop,)
-    tokens = tuple(item for item in stop if isinstance(item, int))
-    return tokens, tuple(item for item in stop if isinstance(item, str))
 
 
 class Rows:
@@ -487,7 +350,7 @@ class Sampler:
             for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
                 if job.scores is None:
                     job.scores = PromptScores(cached=len(job.prompt) if i else 0)
-                    if wants_scores(job.request):
+                    if job.wants_scores:
                         asked.setdefault(job.adapter, []).append((job, own))
         for adapter, jobs in asked.items():
             rows = sum(len(own) for _, own in jobs)
@@ -584,7 +447,7 @@ class Sampler:
             job = jobs[i]
             if job is not None:
                 k = job.request.topk_sample_logprobs
-                ids, logprobs = _topk(logits[i : i + 1], k)
+                ids, logprobs = topk_of(logits[i : i + 1], k)
                 self._rows.topk[int(rows[i])].append((ids, logprobs))
 
     def _completes_stop(self, row: int, job: Job) -> bool:
@@ -623,93 +486,3 @@ class Sampler:
         if not self._home:  # idle: give the memory back
             self._singles.clear()
             self._shared.clear()
-
-
-def _topk(logits: Tensor, k: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The k likeliest tokens of each row of logits (n, V), best first, and their logprobs."""
-    values, ids = logits.topk(k, dim=1)
-    logprobs = values - logits.logsumexp(dim=1, keepdim=True)
-    return ids.int().cpu().numpy(), logprobs.cpu().numpy()
-
-
-def wants_scores(request: types.SampleRequest) -> bool:
-    """Whether a request wants to know anything of its prompt."""
-    targets = request.target_prompt_logprobs
-    return bool(request.prompt_logprobs or request.topk_prompt_logprobs or targets is not None)
-
-
-def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: MixedLinears, vocab: int) -> None:
-    """Fill in the scores of jobs of one adapter.
-
-    Args:
-        jobs: each with the hidden states (length, d) of its prompt.
-    """
-    by_width: dict[int, list[tuple[Job, Tensor, npt.NDArray[np.int64]]]] = {}
-    for job, states in jobs:
-        wanted = _wanted(job)
-        k = job.request.topk_prompt_logprobs
-        states = states[len(states) - 1 - len(wanted) : -1]  # position t - 1 predicts token t
-        if k:
-            _set_scores(job, *_score_rows(states, wanted, linears, k, vocab))
-        else:
-            by_width.setdefault(wanted.shape[1], []).append((job, states, wanted))
-    for alike in by_width.values():
-        targets = torch.from_numpy(np.concatenate([wanted for *_, wanted in alike]))
-        hidden = torch.cat([states for _, states, _ in alike])
-        found, _ = head.target_logprobs(linears, hidden, targets.to(hidden.device), vocab)
-        ends = np.cumsum([len(wanted) for *_, wanted in alike])[:-1]
-        for (job, *_), scores in zip(alike, np.split(found.cpu().numpy(), ends)):
-            _set_scores(job, scores)
-
-
-def _wanted(job: Job) -> npt.NDArray[np.int64]:
-    """(n, K) tokens whose log-probabilities are asked for, of the last n positions."""
-    last, targets = job.request.prompt_logprobs_last_n, job.request.target_prompt_logprobs
-    wanted = job.prompt[1:, None].astype(np.int64)
-    if targets is not None:
-        wanted = np.concatenate([wanted, np.maximum(targets.to_numpy(), 0)], axis=1)
-    return wanted if last is None else wanted[max(0, len(wanted) - last) :]
-
-
-def _score_rows(
-    states: Tensor, wanted: npt.NDArray[np.int64], linears: MixedLinears, k: int, vocab: int
-) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs]:
-    """Log-probabilities of *wanted*, and the k likeliest tokens: they need whole rows of logits."""
-    scores = np.empty(wanted.shape, np.float32)
-    topk = types.TopkLogprobs(
-        np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
-    )
-    step = head.row_count(vocab)
-    for start in range(0, len(wanted), step):
-        rows = slice(start, start + step)
-        logits = linears.forward("head", states[rows]).float()
-        topk.token_ids[rows], topk.logprobs[rows] = _topk(logits, k)
-        chosen = torch.from_numpy(wanted[rows]).to(logits.device)
-        scores[rows] = head.softmax_(logits, chosen).cpu().numpy()
-    return scores, topk
-
-
-def _set_scores(
-    job: Job, scores: npt.NDArray[np.float32], topk: types.TopkLogprobs | None = None
-) -> None:
-    """Give a job its scores (n, K) of the last n positions; there are none of those before."""
-    request, before = job.request, len(job.prompt) - len(scores)
-    targets = request.target_prompt_logprobs
-    padded = np.pad(scores, ((before, 0), (0, 0)), constant_values=np.nan)
-    if topk is not None:
-        edge = ((before, 0), (0, 0))
-        topk = types.TopkLogprobs(
-            np.pad(topk.token_ids, edge),
-            np.pad(topk.logprobs, edge, constant_values=types.ABSENT_LOGPROB),
-        )
-    job.scores = PromptScores(
-        logprobs=padded[:, 0] if request.prompt_logprobs else None,
-        topk=topk,
-        targets=None if targets is None else _target_scores(targets, padded[1:, 1:]),
-        cached=0 if job.scores is None else job.scores.cached,
-    )
-
-
-def _target_scores(targets: types.TensorData, scores: npt.NDArray[np.float32]) -> types.TensorData:
-    """NaN where a target is -1."""
-    return types.TensorData(np.where(targets.to_numpy() < 0, np.nan, scores).astype(np.float32))
