@@ -60,9 +60,11 @@ def client_part(rounds: int) -> str:
         "",
         "![cost per operation against their number](growth.svg)",
         "",
-        "What stands in the way: of the processor time of 10,000 pipelined operations (py-spy) two "
-        "thirds are urllib3's and http.client's, a twentieth is requests' adapter's; they write "
-        "and read one request in some 0.2 ms, of which there are two for each operation.",
+        "What stands in the way: nobody can end 200 samples of 1,000 ms in less than a second "
+        "(the floor), so that beside what the official SDK takes the target is out of reach; what "
+        "comes on top of the second is in the row below. One exchange takes 55 us of processor "
+        "time in requests' adapter with the short way of `connections.py`; 190 us without it, "
+        "67 us in bare `http.client`, 8 us for the system calls alone.",
     ]
     return "\n".join(lines)
 
