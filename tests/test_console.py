@@ -124,7 +124,7 @@ def interrupted(tmp_path):
     output = str(tmp_path / "run")
     train = ["train", str(data), "--base-model", "fake", "--output", output, "--batch-size", "1"]
 
-    def interrupted(presses=1, **pace):
+    def interrupted(presses=1, number=signal.SIGINT, **pace):
         code = PROGRAM.format(tests=str(TESTS), **pace)
         process = subprocess.Popen(
             [sys.executable, "-c", code, *train],
@@ -135,7 +135,7 @@ def interrupted(tmp_path):
         assert "slow from here\n" == process.stdout.readline()
         begun = time.monotonic()
         for _ in range(presses):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             time.sleep(0.2)  # two signals at once are one
         _, err = process.communicate(timeout=20)
         return process.returncode, time.monotonic() - begun, err
@@ -143,10 +143,12 @@ def interrupted(tmp_path):
     return interrupted
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(interrupted, tmp_path):
-    status, seconds, err = interrupted(slow_from=20, seconds=0.05)
+@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(interrupted, tmp_path, number, expected):
+    """And so does SIGTERM, by which a job scheduler ends what has had its time."""
+    status, seconds, err = interrupted(number=number, slow_from=20, seconds=0.05)
 
-    assert 130 == status
+    assert expected == status
     assert seconds < 5
     assert f"Go on with:\n  tinkex train --resume --output {tmp_path / 'run'}\n" in err
     assert "Traceback" not in err
@@ -182,9 +184,10 @@ def test_deferred_ctrl_c_is_noted():
 
 
 def test_afterwards_ctrl_c_is_as_it_was():
-    was = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    was = [signal.getsignal(number) for number in numbers]
 
     with console.CtrlC():
         pass
 
-    assert was == signal.getsignal(signal.SIGINT)
+    assert was == [signal.getsignal(number) for number in numbers]

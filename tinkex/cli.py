@@ -171,8 +171,8 @@ def train(
     {"prompt": ..., "completion": ...}, or {"text": ...}. The assistant's messages, completions
     and texts are learnt.
 
-    Ctrl-C saves a checkpoint; --resume --output FOLDER goes on from it and ends in the same
-    weights as if nothing had happened. With --resume, what is left away is as it was.
+    Ctrl-C (or SIGTERM) saves a checkpoint; --resume --output FOLDER goes on from it and ends in the
+    same weights as if nothing had happened. With --resume, what is left away is as it was.
     """
     from . import ServiceClient, console, dataset, finetune
 
@@ -205,7 +205,7 @@ def train(
             raise
     if outcome.adapter is None:
         _say_how_to_go_on(output)
-        return INTERRUPTED
+        return ctrl_c.status
     _print_outcome(outcome, output)
     return 0
 

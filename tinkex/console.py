@@ -1,4 +1,4 @@
-"""How a run looks in a terminal, and what Ctrl-C does to it.
+"""How a run looks in a terminal, and what Ctrl-C and SIGTERM do to it.
 
 Progress goes to stderr; stdout is for results. Knows nothing of what is running.
 """
@@ -81,23 +81,31 @@ def _words(row: dict[str, float]) -> list[str]:
 
 
 class CtrlC:
-    """What Ctrl-C does while this context is entered.
+    """What Ctrl-C does while this context is entered, and SIGTERM: a job scheduler's Ctrl-C.
 
     Within `deferred` the first one is only noted, elsewhere it raises KeyboardInterrupt. The
     second one exits at once, and so does the time: `LAST_RESORT_SECONDS` after the first the
     process is gone, whatever it is waiting for.
+
+    Attributes:
+        status: what to exit with: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self) -> None:
+        self.status = INTERRUPTED
         self._is_deferred = self._is_pressed = False
         self._last_resort: threading.Timer | None = None
 
     def __enter__(self) -> CtrlC:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
         if self._last_resort is not None:
             self._last_resort.cancel()
 
@@ -113,9 +121,10 @@ class CtrlC:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # Nothing is printed here: the signal may have come in the middle of another print.
         if self._is_pressed:
-            os._exit(INTERRUPTED)
+            os._exit(self.status)
         self._is_pressed = True
-        self._last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, (INTERRUPTED,))
+        self.status = 128 + signum
+        self._last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, (self.status,))
         self._last_resort.daemon = True
         self._last_resort.start()
         if not self._is_deferred:
