@@ -430,23 +430,23 @@ def test_a_stream_comes_as_it_is_sent(server, kept):
         assert b"def" == response.raw.read()
 
 
-def test_a_connection_that_takes_too_long_is_told_as_requests_tells_it(kept, reference):
-    """Nobody takes connections here: the queue of those that wait is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        for adapter in (reference, kept):
-            with pytest.raises(requests.ConnectTimeout):
-                url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-                adapter.send(request(url), timeout=(0.2, 5))
+def test_a_connection_that_takes_too_long_is_told_as_requests_tells_it(
+    kept, reference, monkeypatch
+):
+    def too_long(*_, **__):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", too_long)
+    for adapter in (reference, kept):
+        with pytest.raises(requests.ConnectTimeout):
+            adapter.send(request("http://127.0.0.1:9/"), timeout=(0.2, 5))
 
 
-def test_a_host_that_is_not_known_is_told_as_requests_tells_it(kept):
+def test_a_host_that_is_not_known_is_told_as_requests_tells_it(kept, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", unknown)
     with pytest.raises(requests.ConnectionError, match="NameResolution"):
         kept.send(request("http://nowhere.invalid/"), timeout=5)
 
