@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: So many multiplications repay what asking oneDNN costs; so does any product with a LARGE matrix.
-WORTH_ASKING = 2**23
-LARGE = 2**19
+#: So many multiplications repay what oneDNN costs to prepare a product of a shape that was not
+#: there before, as micro-batches have. So does any product with a LARGE matrix, with which decoding
+#: multiplies again and again.
+WORTH_ASKING = 2**24
+LARGE = 2**18
 
 #: From how many columns on a result is wide: the CPU computes so many of them at a time, if rows
 #: are few, and fewer if they are many, so that a block stays in the cache.
@@ -24,8 +26,8 @@ BLOCK = 1024
 
 #: Up to so many rows MKL computes the result transposed: the large matrix then comes first in the
 #: product, which it spreads over the cores and reads once. Where the result is TALL times as wide
-#: as the rows, up to the second number. (4 times faster for 2 rows, a third for 16; slower where
-#: the matrix is not LARGE.)
+#: as the rows, up to the second number. (4 times faster for 2 rows, a third for 16; slower for
+#: matrices of less than twice LARGE.)
 FEW = 4
 TALL = 4
 FEW_OF_TALL = 16
@@ -54,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _onednn(_rows_together(x), _dense(weight), bias)
     is_wide = len(weight) >= WIDE
     is_tall = len(weight) >= TALL * x.shape[1]
-    is_few = 0 < len(x) <= (FEW_OF_TALL if is_tall else FEW) and weight.numel() >= LARGE
+    is_few = 0 < len(x) <= (FEW_OF_TALL if is_tall else FEW) and weight.numel() >= 2 * LARGE
     if x.device.type != "cpu" or not (is_wide or is_few):
         return F.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
