@@ -34,7 +34,7 @@ FLOORS = [
 
 #: The server's own house. It stands on the two lowest floors of the other.
 LOCAL_FLOORS = [
-    "__init__ refusals home limits archive choosing scheduler losses optim tiny products",
+    "__init__ refusals home limits archive choosing scheduler losses optim tiny products lanes",
     "lora model",
     "answers keys head kvcache loading checkpoints store",
     "passes jobs journal",

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from tinkex import types
-from tinkex.local import passes, tiny
+from tinkex.local import lanes, passes, tiny
 from tinkex.local.engine import Engine
+from tinkex.local.losses import LOSSES
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 
 
-def _engine(*models, **config):
-    engine = Engine(device="cpu", threads=1)
+def _engine(*models, threads=1, **config):
+    engine = Engine(device="cpu", threads=threads)
     engine.load_base("tiny")
     for i, model_id in enumerate(models):
         engine.create_model(model_id, "tiny", types.LoraConfig(rank=4, **config), seed=i)
@@ -59,9 +60,11 @@ def test_a_fresh_adapter_is_the_base_model():
     np.testing.assert_allclose(first, base, atol=1e-5)
 
 
-def test_two_runs_with_one_seed_are_bit_identical():
-    """Whatever else the server does in between."""
-    quiet, busy = _engine("m"), _engine("m", "other")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_runs_with_one_seed_are_bit_identical(threads, monkeypatch):
+    """Whatever else the server does in between, and whichever lane is done first."""
+    monkeypatch.setattr(lanes, "LEAST_SHARE", 1)
+    quiet, busy = _engine("m", threads=threads), _engine("m", "other", threads=threads)
     for i in range(3):
         _step(quiet, "m", _data(i))
     busy.open_sampler("s", "tiny")
@@ -77,10 +80,12 @@ def test_two_runs_with_one_seed_are_bit_identical():
     assert torch.equal(_weights(quiet, "m"), _weights(busy, "m"))
 
 
-def test_passes_of_two_models_may_alternate(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_passes_of_two_models_may_alternate(threads, monkeypatch):
     """Each micro-batch computes with its own weights, though the room for them is shared."""
     monkeypatch.setattr(passes, "tokens_per_batch", lambda *args: 64)
-    engine, reference = _engine("a", "b"), _engine("a", "b")
+    monkeypatch.setattr(lanes, "LEAST_SHARE", 1)
+    engine, reference = (_engine("a", "b", threads=threads) for _ in range(2))
     for one in (engine, reference):
         for model_id in "ab":
             _step(one, model_id, _data(3, (20, 20)))
@@ -160,6 +165,38 @@ def test_the_size_of_micro_batches_does_not_show(monkeypatch):
     torch.testing.assert_close(
         cut._models["m"].gradient, whole._models["m"].gradient, rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("loss_fn", list(LOSSES))
+@pytest.mark.parametrize("train_unembed", [True, False])
+def test_lanes_give_the_numbers_of_one_thread(loss_fn, train_unembed, monkeypatch):
+    """Losses, log-probabilities in the order of the data, and gradients."""
+    monkeypatch.setattr(lanes, "LEAST_SHARE", 1)
+    lengths = (200, 170, 90, 60, 40, 30, 20, 10)
+    rng = np.random.default_rng(0)
+    data = []
+    for length in lengths:
+        noise = rng.normal(0, 0.1, (2, length)).astype(np.float32)
+        known = {"logprobs": noise[0] - 6, "advantages": noise[1]}
+        known["sequence_ratio_mask"] = np.ones(length, np.float32)
+        given = {name: known[name] for name in types.LOSS_FUNCTIONS[loss_fn].inputs[1:]}
+        data.append(hf.datum(rng.integers(0, 256, length + 1), **given))
+    found = []
+    for threads in (1, 2, 3):
+        engine = _engine("m", threads=threads, train_unembed=train_unembed)
+        assert threads == len(engine._lanes.share_out(lengths))
+        engine._models["m"].weights.normal_(0, 0.05, generator=torch.manual_seed(1))
+        output = hf.drive(engine.forward_backward("m", data, loss_fn, None))
+        found.append((output, engine._models["m"].gradient))
+
+    (expected, gradient), *others = found
+    for output, other in others:
+        assert output.loss == pytest.approx(expected.loss, rel=1e-5)
+        for one, same in zip(output.loss_fn_outputs, expected.loss_fn_outputs):
+            for name in same:
+                np.testing.assert_allclose(one[name].to_numpy(), same[name].to_numpy(), atol=1e-4)
+        torch.testing.assert_close(other, gradient, rtol=1e-3, atol=1e-3)
+    assert gradient.any()
 
 
 def test_masked_positions_have_logprobs_but_no_gradient(tmp_path):

@@ -15,8 +15,12 @@ from tinkex.local.jobs import make_job
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
+    return _samplers(tmp_path_factory.mktemp("adapters"), threads=1)
+
+
+def _samplers(directory, threads):
     """Samplers of the bare tiny model ("base") and of two adapters ("a", "b") over it."""
-    engine = Engine(device="cpu", threads=1)
+    engine = Engine(device="cpu", threads=threads)
     engine.load_base("tiny")
     engine.open_sampler("base", "tiny")
     for name, config, seed in (
@@ -25,9 +29,9 @@ def engine(tmp_path_factory):
     ):
         engine.create_model(name, "tiny", config, seed=seed)
         engine._models[name].weights.uniform_(-0.1, 0.1, generator=torch.manual_seed(seed))
-        directory = tmp_path_factory.mktemp(name)
-        engine.save(name, directory, optimizer=False)
-        engine.open_sampler(name, "tiny", directory=directory)
+        (directory / name).mkdir(parents=True)
+        engine.save(name, directory / name, optimizer=False)
+        engine.open_sampler(name, "tiny", directory=directory / name)
     return engine
 
 
@@ -279,6 +283,31 @@ def test_max_tokens_is_cut_to_the_context(engine):
 
     assert [6, 1] == [len(response.sequences[0]) for response in responses]
     assert "length" == responses[0].sequences[0].stop_reason
+
+
+@pytest.mark.parametrize("samplers", [["base"], ["a"], ["a", "b", "base"]])
+@pytest.mark.parametrize("scores", [False, True])
+def test_prompts_computed_in_lanes_give_what_one_thread_gives(tmp_path, samplers, scores):
+    """Tokens, and what is said of the prompts; of one adapter or several, a prompt twice."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, n).tolist() for n in (300, 200, 150, 100, 60, 30, 3)]
+    prompts.append(prompts[1])
+    more = {"prompt_logprobs": True} if scores else {}
+    found = []
+    for threads in (1, 2):
+        engine = _samplers(tmp_path / str(threads), threads)
+        asked = [
+            (samplers[i % len(samplers)], request(prompt, num_samples=1 + i % 2, more=more))
+            for i, prompt in enumerate(prompts)
+        ]
+        found.append(ask(engine, *asked))
+
+    for expected, actual in zip(*found):
+        assert tokens_of(expected) == tokens_of(actual)
+        if scores:
+            np.testing.assert_allclose(
+                actual.prompt_logprobs_np, expected.prompt_logprobs_np, atol=1e-4
+            )
 
 
 # -- what is said of the prompt ------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 from tinkex import types
 from tinkex.local import checkpoints, lora, losses, optim, tiny
 from tinkex.local.jobs import OnToken, make_job
+from tinkex.local.lanes import Lanes
 from tinkex.local.loading import Loaded, load
 from tinkex.local.model import Base
 from tinkex.local.passes import Pass, prepare
@@ -97,7 +98,9 @@ class Engine:
 
     def __init__(self, *, device: str = "auto", threads: int | None = None) -> None:
         self._device = _device(device)
-        torch.set_num_threads(threads or _available_cores())
+        threads = threads or _available_cores()
+        torch.set_num_threads(threads)
+        self._lanes = Lanes(threads if self._device.type == "cpu" else 1)
         _keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
         self._models: dict[str, _Model] = {}
@@ -121,7 +124,8 @@ class Engine:
     def _describe(self, name: str, loaded: Loaded) -> _Loaded:
         spec = loaded.base.spec
         info = BaseInfo(name, loaded.architecture, loaded.tokenizer_id, spec.vocab, spec.context)
-        sampler = Sampler(loaded.base, loaded.load_decode, _sampling_memory(self._device))
+        memory = _sampling_memory(self._device)
+        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._lanes)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
 
     def base_info(self, base_model: str) -> BaseInfo:
@@ -220,7 +224,9 @@ class Engine:
             loaded.workspace if merges else None,
             (model, model.version),
         )
-        run = Pass(loaded.base, linears, inputs, loss_fn, config, forward_only=forward_only)
+        run = Pass(
+            loaded.base, linears, self._lanes, inputs, loss_fn, config, forward_only=forward_only
+        )
         for batch in run.batches:
             run.compute(batch)
             yield

@@ -8,7 +8,7 @@ nothing of layers, losses or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
@@ -204,11 +204,32 @@ class TrainedLinears:
         owner: object = None,
     ) -> None:
         self._linears = linears
+        self._layout = layout
+        self._flat = flat
+        self._gradient = gradient
         self._owner = owner
         self._scale = layout.shape.scale
         self._pairs = layout.pairs(flat)
         self._gradients = None if gradient is None else layout.pairs(gradient)
         self._workspace = workspace
+
+    def prepare(self) -> None:
+        """Do now what several threads would do at once when each first needs it."""
+        for key in self._pairs:
+            self._weight(key)
+
+    def twin(self) -> TrainedLinears:
+        """The same matrices with a gradient of its own, for another thread."""
+        gradient = None if self._gradient is None else torch.zeros_like(self._gradient)
+        return TrainedLinears(
+            self._linears, self._layout, self._flat, gradient, self._workspace, self._owner
+        )
+
+    def add_gradients(self, twins: Iterable[TrainedLinears]) -> None:
+        """Add what *twins* have gathered to this one's gradient."""
+        for twin in twins:
+            if self._gradient is not None and twin._gradient is not None:
+                self._gradient.add_(twin._gradient)
 
     def _weight(self, key: str) -> Tensor:
         """The matrix, merged if there is room to."""
@@ -378,6 +399,12 @@ class MixedLinears:
             self._single.add(key, y, x, linear)
         return y
 
+    def prepare(self) -> None:
+        """Do now what several threads would do at once when each first needs it."""
+        need = self._stack.get if self._is_mixed else self._whole
+        for key in self._linears:
+            need(key)
+
     def _grouped(self, x: Tensor) -> Tensor:
         """x (N, in) -> (adapters, most rows of one, in)."""
         grouped = x if self._places is None else x.index_select(0, self._members)
@@ -414,7 +441,7 @@ class MixedLinears:
             return
         for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
             # Not baddbmm into y: on columns of a wider matrix it multiplies adapter by adapter.
-            y[:, part.start : part.stop] += self._ungrouped(torch.bmm(columns, b))
+            y[:, part.start : part.stop].add_(self._ungrouped(torch.bmm(columns, b)))
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

@@ -139,16 +139,18 @@ class Rope:
     def __init__(self, inv_freq: Tensor, scaling: float = 1.0) -> None:
         self._inv_freq = inv_freq.float()
         self._scaling = scaling
-        self._cos = self._sin = torch.empty(0, len(inv_freq), device=inv_freq.device)
+        empty = torch.empty(0, len(inv_freq), device=inv_freq.device)
+        self._table = empty, empty  # replaced as one, since several threads read it
 
     def at(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """(N, 1, D / 2) cosines and sines at *positions* (N,), all below *longest*."""
-        if longest > len(self._cos):
+        cos, sin = self._table
+        if longest > len(cos):
             rows = 1 << max(longest - 1, 255).bit_length()
             steps = torch.arange(rows, device=self._inv_freq.device, dtype=torch.float32)
             angles = torch.outer(steps, self._inv_freq)
-            self._cos, self._sin = angles.cos() * self._scaling, angles.sin() * self._scaling
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+            cos, sin = self._table = angles.cos() * self._scaling, angles.sin() * self._scaling
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:

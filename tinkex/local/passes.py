@@ -7,6 +7,7 @@ depends on the request alone. Knows nothing of model ids or of other requests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import attrs
 import numpy as np
@@ -17,13 +18,15 @@ from torch import Tensor
 from tinkex import types
 from tinkex.local import losses
 from tinkex.local.head import Rows, target_logprobs
+from tinkex.local.lanes import Lanes
+from tinkex.local.lora import TrainedLinears
 from tinkex.local.model import Base, Linears, Packing, Training, kind_of
 
 #: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
 #: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
 #: faster.
 ACTIVATION_BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
-MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
+MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 #: Fewest tokens of a micro-batch, whatever they take.
 FEWEST_TOKENS = 256
@@ -119,10 +122,23 @@ def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> l
     return batches
 
 
+@attrs.frozen(eq=False)
+class _Outcome:
+    """What came of the datums *numbers*: loss, and arrays (N, K) of all their rows by name."""
+
+    numbers: Sequence[int]
+    packing: Packing
+    loss: float
+    arrays: Mapping[str, npt.NDArray[np.float32]]
+
+
 class Pass:
     """The computation of one request, micro-batch by micro-batch.
 
     Args:
+        linears: the matrices; the gradient is all there once every batch has been computed and
+            `output` was called.
+        lanes: where the shares of a micro-batch are computed.
         forward_only: take no gradients.
 
     Attributes:
@@ -132,7 +148,8 @@ class Pass:
     def __init__(
         self,
         base: Base,
-        linears: Linears,
+        linears: TrainedLinears,
+        lanes: Lanes,
         data: Sequence[Prepared],
         loss_fn: str,
         config: Mapping[str, float],
@@ -140,7 +157,8 @@ class Pass:
         forward_only: bool = False,
     ) -> None:
         self._base = base
-        self._linears = linears
+        self._lanes = lanes
+        self._linears = [linears]
         self._data = data
         self._loss_fn = loss_fn
         self._config = config
@@ -153,7 +171,20 @@ class Pass:
 
     def compute(self, batch: Sequence[int]) -> None:
         """Forward and backward of the datums numbered in *batch*."""
-        data, base = [self._data[i] for i in batch], self._base
+        shares = self._lanes.share_out([len(self._data[i]) for i in batch])
+        first = self._linears[0]
+        if len(shares) > 1:
+            first.prepare()
+            self._linears += [first.twin() for _ in range(len(shares) - len(self._linears))]
+        parts = [
+            partial(self._compute_share, [batch[i] for i in share], linears)
+            for share, linears in zip(shares, self._linears)
+        ]
+        for outcome in self._lanes.run(parts):
+            self._keep(outcome)
+
+    def _compute_share(self, numbers: Sequence[int], linears: Linears) -> _Outcome:
+        data, base = [self._data[i] for i in numbers], self._base
         packing = Packing([len(datum) for datum in data], base.device)
         tokens = self._pack([datum.tokens for datum in data])
         targets = self._pack([datum.targets for datum in data])
@@ -161,29 +192,34 @@ class Pass:
         sequence = torch.repeat_interleave(torch.tensor(packing.lengths)).to(base.device)
         inputs = losses.Inputs(arrays, self._config, sequence, len(data))
         recompute = packing.rows > self._most
-        training = Training(base, self._linears, packing, recompute=recompute)
+        training = Training(base, linears, packing, recompute=recompute)
         hidden = training.forward(tokens, save=not self._forward_only)
-        logprobs, values, dhidden = self._losses(hidden, targets, inputs)
+        logprobs, values, dhidden = self._losses(linears, hidden, targets, inputs)
         if dhidden is not None:
             training.backward(dhidden)
-        self._keep(batch, packing, logprobs, values)
+        return _Outcome(
+            numbers,
+            packing,
+            float(values.sum(dtype=torch.float64)),
+            {"logprobs": logprobs.cpu().numpy(), "elementwise_loss": values.cpu().numpy()},
+        )
 
     def _pack(self, arrays: Sequence[npt.NDArray]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(self._base.device)
 
     def _losses(
-        self, hidden: Tensor, targets: Tensor, inputs: losses.Inputs
+        self, linears: Linears, hidden: Tensor, targets: Tensor, inputs: losses.Inputs
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities and losses (N, K), and the gradient at *hidden* if it is wanted."""
         loss, vocab = losses.LOSSES[self._loss_fn], self._base.spec.vocab
         if self._forward_only or self._loss_fn in losses.WHOLE_SEQUENCE:
-            logprobs, _ = target_logprobs(self._linears, hidden, targets, vocab)
+            logprobs, _ = target_logprobs(linears, hidden, targets, vocab)
             values, slopes = loss(logprobs, inputs)
             if self._forward_only:
                 return logprobs, values, None
             live = slopes.any(dim=1)
             _, dhidden = target_logprobs(
-                self._linears, hidden, targets, vocab, lambda rows, _: slopes[rows], live
+                linears, hidden, targets, vocab, lambda rows, _: slopes[rows], live
             )
             return logprobs, values, dhidden
         values = torch.empty(targets.shape, device=hidden.device)
@@ -193,21 +229,22 @@ class Pass:
             return slopes
 
         live = inputs.live(self._loss_fn)
-        logprobs, dhidden = target_logprobs(self._linears, hidden, targets, vocab, slopes_of, live)
+        logprobs, dhidden = target_logprobs(linears, hidden, targets, vocab, slopes_of, live)
         return logprobs, values, dhidden
 
-    def _keep(
-        self, batch: Sequence[int], packing: Packing, logprobs: Tensor, values: Tensor
-    ) -> None:
-        self._loss += float(values.sum(dtype=torch.float64))
-        arrays = {"logprobs": logprobs.cpu().numpy(), "elementwise_loss": values.cpu().numpy()}
-        for i, start, length in zip(batch, packing.starts, packing.lengths):
-            for name, array in arrays.items():
+    def _keep(self, outcome: _Outcome) -> None:
+        packing = outcome.packing
+        self._loss += outcome.loss
+        for i, start, length in zip(outcome.numbers, packing.starts, packing.lengths):
+            for name, array in outcome.arrays.items():
                 own = array[start : start + length].reshape(self._data[i].shape)
                 self._outputs[i][name] = types.TensorData.from_numpy(own)
 
     def output(self) -> types.ForwardBackwardOutput:
         """The result, once every batch has been computed."""
+        first, *twins = self._linears
+        first.add_gradients(twins)
+        self._linears = [first]
         return types.ForwardBackwardOutput(
             loss_fn_outputs=self._outputs,
             metrics={"loss:sum": self._loss},

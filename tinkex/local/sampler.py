@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Union
 
 import attrs
@@ -21,6 +22,7 @@ from tinkex import types
 from tinkex.local import choosing
 from tinkex.local.jobs import Job, PromptScores
 from tinkex.local.kvcache import SharedPool, SinglePool
+from tinkex.local.lanes import Lanes
 from tinkex.local.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.local.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
 from tinkex.local.scores import score_prompts, topk_of
@@ -130,10 +132,14 @@ class Sampler:
     Args:
         load_decode: gives ids -> text; called when a stop string is first asked for.
         memory: bytes that keys and values may take; requests beyond that wait.
+        lanes: where shares of the prompts are computed.
     """
 
-    def __init__(self, base: Base, load_decode: Callable[[], Decode], memory: int) -> None:
+    def __init__(
+        self, base: Base, load_decode: Callable[[], Decode], memory: int, lanes: Lanes
+    ) -> None:
         self._base = base
+        self._lanes = lanes
         self._load_decode = load_decode
         self._decode: Decode | None = None
         self._memory = memory
@@ -217,11 +223,7 @@ class Sampler:
         rows = [[self._start(unit) for unit in group] for group in groups]
         begun = set(units)
         self._waiting = deque(unit for unit in self._waiting if unit not in begun)
-        hidden, packing = self._prefill(groups, rows, stack, adapters)
-        self._score_prompts(groups, hidden.split(packing.lengths))
-        ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
-        head_of = MixedLinears(self._base.linears, stack, adapters)
-        logits = head_of.forward("head", hidden[ends.to(hidden.device)]).float()
+        logits = self._compute_prompts(groups, self._places(groups, rows), stack, adapters)
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
         flat = [row for group in rows for unit_rows in group for row in unit_rows]
@@ -285,26 +287,73 @@ class Sampler:
             self._shared[longest, width] = SharedPool(spec, width, device, dtype)
         return self._shared[longest, width]
 
-    def _prefill(
+    def _compute_prompts(
         self,
         groups: Sequence[Sequence[Unit]],
-        rows: Sequence[Sequence[Sequence[int]]],
+        places: Sequence[Sequence[tuple[Pool, int]]],
         stack: Stack,
         adapters: npt.NDArray[np.int64],
-    ) -> tuple[Tensor, Packing]:
-        """Hidden states (N, d) of the groups' prompts; their keys and values go to the pools.
+    ) -> Tensor:
+        """Logits (groups, V) of what comes after each group's prompt.
 
         Args:
+            places: where each group's keys and values go.
             adapters: number of each group's adapter in the stack; sorted.
         """
+        sizes = [len(group[0].job.prompt) for group in groups]
+        is_single = len(stack.adapters) == 1
+        room = None
+        if is_single:
+            is_worth = sum(sizes) >= self._base.spec.width // 2
+            room = self._room(stack.adapters[0], is_worth)
+        shares = [list(range(len(groups)))]
+        wants_scores = any(unit.job.wants_scores for group in groups for unit in group)
+        if is_single or not wants_scores:  # scores of several adapters take turns in the workspace
+            shares = self._lanes.share_out(sizes)
+        if len(shares) > 1:
+            MixedLinears(self._base.linears, stack, adapters, room).prepare()
+        parts = [
+            partial(
+                self._compute_share,
+                [groups[i] for i in share],
+                [places[i] for i in share],
+                stack,
+                adapters[share],
+                room,
+            )
+            for share in shares
+        ]
+        logits = torch.cat(self._lanes.run(parts))
+        order = np.argsort(np.concatenate(shares))
+        return logits[torch.from_numpy(order).to(logits.device)]
+
+    def _compute_share(
+        self,
+        groups: Sequence[Sequence[Unit]],
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        stack: Stack,
+        adapters: npt.NDArray[np.int64],
+        room: Workspace | None,
+    ) -> Tensor:
+        """Prefill some groups' prompts, score them, and give their logits (groups, V)."""
+        packing = Packing([len(group[0].job.prompt) for group in groups], self._base.device)
+        linears = MixedLinears(self._base.linears, stack, adapters.repeat(packing.lengths), room)
+        hidden = self._prefill([group[0].job.prompt for group in groups], packing, places, linears)
+        self._score_prompts(groups, hidden.split(packing.lengths))
+        ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
+        head_of = MixedLinears(self._base.linears, stack, adapters)
+        return head_of.forward("head", hidden[ends.to(hidden.device)]).float()
+
+    def _prefill(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        packing: Packing,
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        linears: MixedLinears,
+    ) -> Tensor:
+        """Hidden states (N, d) of prompts; their keys and values go to their places."""
         base = self._base
-        prompts = [group[0].job.prompt for group in groups]
-        packing = Packing([len(prompt) for prompt in prompts], base.device)
         attention = PackedAttention(packing, base.spec)
-        places = self._places(groups, rows)
-        is_worth = packing.rows >= base.spec.width // 2
-        room = self._room(stack.adapters[0], is_worth) if len(stack.adapters) == 1 else None
-        linears = MixedLinears(base.linears, stack, adapters.repeat(packing.lengths), room)
         keys = base.spec.heads * base.spec.head_dim
         values = keys + base.spec.kv_heads * base.spec.head_dim
 
@@ -323,7 +372,7 @@ class Sampler:
         for i in range(base.spec.layers):
             x, _ = forward.layer(i, x)
         hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
-        return hidden, packing
+        return hidden
 
     def _places(
         self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
@@ -372,7 +421,7 @@ class Sampler:
         rows = np.concatenate([np.array(m, np.int64) for m in members])
         adapters = self._adapters(rows)
         to_pools = from_pools = None
-        if len(self._stack.adapters) > 1:  # their rows go together, so that each multiplies once
+        if (np.diff(adapters) < 0).any():  # rows of one go together, so that it multiplies once
             order = np.argsort(adapters, kind="stable")
             rows, adapters = rows[order], adapters[order]
             to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
@@ -390,7 +439,7 @@ class Sampler:
             out = outs[0] if len(outs) == 1 else torch.cat(outs)
             return (out if from_pools is None else out.index_select(0, from_pools)), None
 
-        single = self._stack.adapters[0] if to_pools is None else None
+        single = self._stack.adapters[0] if len(self._stack.adapters) == 1 else None
         room = self._room(single, len(rows) >= MERGE_ROWS)
         linears = MixedLinears(base.linears, self._stack, adapters, room)
         at = torch.from_numpy(positions).to(base.device)
