@@ -80,15 +80,17 @@ def engine_part(rounds: int) -> str:
         "Padded batches and `generate`, the same numbers on the same data, in a process of their "
         "own with torch's own settings. Ratio: how many times better ours is. Limit: what the "
         "machine could do at most, had it nothing to compute but the products with the model's "
-        "matrices, all at the speed of its best product.",
+        "matrices, all at the speed of its best product; and the ratio that this would be.",
         "",
-        "| case | model | unit | tinkex | instead | limit | ratio | target |",
-        "|---" * 8 + "|",
+        "| case | model | unit | tinkex | instead | limit | ratio | at the limit | target |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
-        limit = "" if row.limit is None else f"{row.limit:,.4g}"
+        limit, at_limit = "", ""
+        if row.limit is not None:
+            limit, at_limit = f"{row.limit:,.4g}", f"{row.limit / row.theirs:.2f}"
         cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}", limit]
-        lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", row.target]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", at_limit, row.target]) + " |")
     lines += ["", "![tokens a second against batch size and length](tokens.svg)"]
     return "\n".join(lines)
 

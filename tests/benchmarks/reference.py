@@ -72,12 +72,12 @@ class Loop:
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def parameters_used(self) -> int:
-        """Numbers that each token is multiplied with: of the layers and their adapters."""
+    def parameters_used(self, adapter: bool) -> int:
+        """Numbers that each token is multiplied with in the layers, and in their adapters."""
         return sum(
             p.numel()
             for name, p in self._model.named_parameters()
-            if "lora" in name or name.endswith("proj.base_layer.weight")
+            if name.endswith("proj.base_layer.weight") or (adapter and "lora" in name)
         )
 
     def step(self, texts: Sequence[np.ndarray], size: int) -> float:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tinkex.local import loading, lora
+from tinkex.local.model import Linear, Part
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,26 @@ def test_rows_of_several_adapters_are_each_multiplied_with_their_own(linears, co
         if which is not None and key in layouts[which].linears:
             weight = _dense(layouts[which], flats[which], key)
         torch.testing.assert_close(actual[i], weight @ x[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("widths", [(16, 8, 8), (8, 8, 16), (8, 16, 8), (8, 16)])
+def test_parts_of_any_widths_get_their_own_change(widths, counts):
+    """Fewer key and value heads than query heads: parts of one width are multiplied together."""
+    generator = torch.Generator().manual_seed(0)
+    stops = np.cumsum(widths).tolist()
+    parts = tuple(Part(f"p{i}", stop - w, stop) for i, (stop, w) in enumerate(zip(stops, widths)))
+    weight = torch.randn(stops[-1], 12, generator=generator)
+    layout = lora.Layout({"qkv": Linear(weight, None, parts, "attn")}, lora.Shape(4))
+    flats = [_flat(layout, seed) for seed in (1, 2)]
+    stack = lora.Stack([lora.Finished(layout, flat, torch.float32) for flat in flats])
+    x = torch.randn(4, 12, generator=generator)
+
+    rows = np.repeat([0, 1], counts)
+    actual = lora.MixedLinears(layout.linears, stack, rows).forward("qkv", x)
+
+    expected = [_dense(layout, flats[row], "qkv") @ x[i] for i, row in enumerate(rows)]
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("room", [None, lora.Workspace()])

@@ -7,6 +7,7 @@ nothing of layers, losses or files.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -313,31 +314,76 @@ class Finished:
             torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
 
 
+@attrs.frozen(eq=False)
+class Run:
+    """Neighbouring parts of a fused matrix that are of one width, for several adapters.
+
+    Attributes:
+        start: first of their rows in the fused matrix.
+        parts: how many.
+        b: (adapters * parts, rank, width); of each part scale B^T.
+    """
+
+    start: int
+    parts: int
+    b: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parts * self.b.shape[2]
+
+
+def _add_run(y: Tensor, inner: Tensor, run: Run) -> None:
+    """y (adapters * rows, parts * width), dense, += inner (adapters, rows, parts * rank) B."""
+    adapters, rows, _ = inner.shape
+    if run.parts == 1:
+        y.view(adapters, rows, -1).baddbmm_(inner, run.b)
+        return
+    each = inner.reshape(adapters, rows, run.parts, -1).transpose(1, 2).flatten(0, 1)
+    change = torch.bmm(each, run.b).view(adapters, run.parts, rows, -1).transpose(1, 2)
+    y.view(change.shape).add_(change)
+
+
+@attrs.frozen(eq=False)
+class Stacked:
+    """One fused matrix's thin ones of several adapters: A^T (adapters, in, parts * rank), and B."""
+
+    a: Tensor
+    runs: tuple[Run, ...]
+
+
 class Stack:
     """Several finished adapters (None: the bare base model), stacked when first multiplied with.
 
-    Lower ranks are filled up with zeros to the highest.
+    Lower ranks are filled up with zeros to the highest. Parts of one width are stacked like
+    adapters, so that they are multiplied with in one product.
     """
 
     def __init__(self, adapters: Sequence[Finished | None]) -> None:
         self.adapters = tuple(adapters)
         self.rank = max((a.rank for a in self.adapters if a is not None), default=0)
-        self._stacked: dict[str, Pair | None] = {}
+        self._stacked: dict[str, Stacked | None] = {}
 
-    def get(self, key: str) -> Pair | None:
-        """A^T (adapters, in, parts * rank); of each part scale B^T (adapters, rank, out)."""
+    def get(self, key: str) -> Stacked | None:
+        """The thin matrices of *key*; None if no adapter has any."""
         if key not in self._stacked:
             self._stacked[key] = self._stack(key)
         return self._stacked[key]
 
-    def _stack(self, key: str) -> Pair | None:
+    def _stack(self, key: str) -> Stacked | None:
         thin = [None if a is None else a.thin.get(key) for a in self.adapters]
         first = next((pair for pair in thin if pair is not None), None)
         if first is None:
             return None
         filled = [self._of_highest_rank(pair, first) for pair in thin]
-        a = torch.stack([pair.a for pair in filled])
-        return Pair(a, tuple(map(torch.stack, zip(*(pair.b for pair in filled)))))
+        runs, start = [], 0
+        every = range(len(first.b))
+        for width, parts in itertools.groupby(every, lambda i: first.b[i].shape[1]):
+            alike = list(parts)
+            b = torch.stack([pair.b[i] for pair in filled for i in alike])
+            runs.append(Run(start, len(alike), b))
+            start += len(alike) * width
+        return Stacked(torch.stack([pair.a for pair in filled]), tuple(runs))
 
     def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
         """*pair*, or nothing of the shape of *like*, with ranks filled up with zeros."""
@@ -394,7 +440,7 @@ class MixedLinears:
             return products.linear(x, whole, linear.bias)
         y = products.linear(x, linear.weight, linear.bias)
         if self._is_mixed:
-            self._add_mixed(key, y, x, linear)
+            self._add_mixed(key, y, x)
         elif self._single is not None:
             self._single.add(key, y, x, linear)
         return y
@@ -409,11 +455,6 @@ class MixedLinears:
         """x (N, in) -> (adapters, most rows of one, in)."""
         grouped = x if self._places is None else x.index_select(0, self._members)
         return grouped.view(len(self._stack.adapters), -1, x.shape[1])
-
-    def _ungrouped(self, y: Tensor) -> Tensor:
-        """The inverse."""
-        flat = y.flatten(0, 1)
-        return flat if self._places is None else flat.index_select(0, self._places)
 
     def _whole(self, key: str) -> Tensor | None:
         """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
@@ -431,17 +472,22 @@ class MixedLinears:
     def matrix(self, key: str) -> Tensor | None:
         return self._whole(key) if self._linears[key].bias is None else None
 
-    def _add_mixed(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
+    def _add_mixed(self, key: str, y: Tensor, x: Tensor) -> None:
         stacked = self._stack.get(key)
         if stacked is None:
             return
         inner = torch.bmm(self._grouped(x), stacked.a)
-        if len(stacked.b) == 1 and self._places is None:
-            y.view(*inner.shape[:2], -1).baddbmm_(inner, stacked.b[0])
+        if self._places is None and len(stacked.runs) == 1:
+            _add_run(y, inner, stacked.runs[0])
             return
-        for part, columns, b in zip(linear.parts, inner.split(self._stack.rank, dim=2), stacked.b):
-            # Not baddbmm into y: on columns of a wider matrix it multiplies adapter by adapter.
-            y[:, part.start : part.stop].add_(self._ungrouped(torch.bmm(columns, b)))
+        adapters, rows, _ = inner.shape
+        widths = [run.parts * self._stack.rank for run in stacked.runs]
+        for run, own in zip(stacked.runs, inner.split(widths, dim=2)):
+            change = y.new_zeros(adapters * rows, run.stop - run.start)
+            _add_run(change, own, run)
+            if self._places is not None:
+                change = change.index_select(0, self._places)
+            y[:, run.start : run.stop].add_(change)
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")
