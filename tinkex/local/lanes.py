@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
-_Tasks = queue.SimpleQueue[Callable[[], object] | None]
+
+#: What a lane is to compute, and where the result goes; None: nothing more.
+_Tasks = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
 
 #: More than these are not worth the interpreter that they share; each then has several cores.
 MOST_LANES = 4
@@ -72,40 +74,33 @@ class Lanes:
         return [sorted(share) for share in shares]
 
     def run(self, parts: Sequence[Callable[[], Result]]) -> list[Result]:
-        """What each part returns, the first lane's first. A single part is computed by the caller,
-        with all cores.
+        """What each part returns: as many as there are lanes, the first lane's first. Or a single
+        part, which the caller computes, with all cores.
 
-        Gradients are off, as they are for the caller. All parts have ended when this returns or
-        raises what the first of those that failed has raised.
+        Gradients are off in lanes. All parts have ended when this returns, or raises what the first
+        of those that failed has raised.
         """
         if len(parts) == 1:
             return [parts[0]()]
         futures: list[Future[Result]] = []
         for tasks, part in zip(self._tasks, parts, strict=True):
-            future: Future[Result] = Future()
-            tasks.put(lambda part=part, future=future: _fulfil(future, part))  # type: ignore[misc]
-            futures.append(future)
+            futures.append(Future())
+            tasks.put((part, futures[-1]))
         concurrent.futures.wait(futures)
         return [future.result() for future in futures]
-
-
-def _fulfil(future: Future[Any], part: Callable[[], Any]) -> None:
-    try:
-        future.set_result(part())
-    except BaseException as exc:  # raised where it is waited for
-        future.set_exception(exc)
 
 
 def _work(tasks: _Tasks, threads: int) -> None:
     """A lane's thread, until it is handed None."""
     torch.set_num_threads(threads)  # of this thread: each has its own number
     torch.set_grad_enabled(False)
-    while True:
-        task = tasks.get()
-        if task is None:
-            return
-        task()
-        del task  # or it would keep what it computed until the next one
+    while (task := tasks.get()) is not None:
+        part, future = task
+        try:
+            future.set_result(part())
+        except BaseException as exc:  # raised where it is waited for
+            future.set_exception(exc)
+        del task, part, future  # or what was computed would be kept until the next one
 
 
 def _end(lanes: Sequence[_Tasks]) -> None:

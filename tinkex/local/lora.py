@@ -334,19 +334,20 @@ class Run:
 
 
 def _add_run(y: Tensor, inner: Tensor, run: Run) -> None:
-    """y (adapters * rows, parts * width), dense, += inner (adapters, rows, parts * rank) B."""
-    adapters, rows, _ = inner.shape
+    """y (adapters * rows, parts * width), dense, += (B A x)^T of inner A x (adapters, parts * rank,
+    rows)."""
+    adapters, _, rows = inner.shape
+    each = inner.reshape(adapters * run.parts, -1, rows).transpose(1, 2)
     if run.parts == 1:
-        y.view(adapters, rows, -1).baddbmm_(inner, run.b)
+        y.view(adapters, rows, -1).baddbmm_(each, run.b)
         return
-    each = inner.reshape(adapters, rows, run.parts, -1).transpose(1, 2).flatten(0, 1)
     change = torch.bmm(each, run.b).view(adapters, run.parts, rows, -1).transpose(1, 2)
     y.view(change.shape).add_(change)
 
 
 @attrs.frozen(eq=False)
 class Stacked:
-    """One fused matrix's thin ones of several adapters: A^T (adapters, in, parts * rank), and B."""
+    """One fused matrix's thin ones of several adapters: A (adapters, parts * rank, in), and B."""
 
     a: Tensor
     runs: tuple[Run, ...]
@@ -383,7 +384,7 @@ class Stack:
             b = torch.stack([pair.b[i] for pair in filled for i in alike])
             runs.append(Run(start, len(alike), b))
             start += len(alike) * width
-        return Stacked(torch.stack([pair.a for pair in filled]), tuple(runs))
+        return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(runs))
 
     def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
         """*pair*, or nothing of the shape of *like*, with ranks filled up with zeros."""
@@ -476,13 +477,14 @@ class MixedLinears:
         stacked = self._stack.get(key)
         if stacked is None:
             return
-        inner = torch.bmm(self._grouped(x), stacked.a)
+        # A x rather than x^T A^T: where rows are few, A is then multiplied as it lies in memory.
+        inner = torch.bmm(stacked.a, self._grouped(x).transpose(1, 2))
         if self._places is None and len(stacked.runs) == 1:
             _add_run(y, inner, stacked.runs[0])
             return
-        adapters, rows, _ = inner.shape
-        widths = [run.parts * self._stack.rank for run in stacked.runs]
-        for run, own in zip(stacked.runs, inner.split(widths, dim=2)):
+        adapters, _, rows = inner.shape
+        ranks = [run.parts * self._stack.rank for run in stacked.runs]
+        for run, own in zip(stacked.runs, inner.split(ranks, dim=1)):
             change = y.new_zeros(adapters * rows, run.stop - run.start)
             _add_run(change, own, run)
             if self._places is not None:
