@@ -65,7 +65,7 @@ def client_part(rounds: int) -> str:
         "below; what comes on top of it has a row of its own. One exchange takes 55 us of "
         "processor time in requests' adapter with the short way of `connections.py`; 190 us "
         "without it, 67 us in bare `http.client`, 8 us for the system calls alone (measured once, "
-        "on a processor about twice as fast as the last run's).",
+        "not in this run).",
     ]
     return "\n".join(lines)
 

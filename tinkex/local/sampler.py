@@ -336,9 +336,10 @@ class Sampler:
         room: Workspace | None,
     ) -> Tensor:
         """Prefill some groups' prompts, score them, and give their logits (groups, V)."""
-        packing = Packing([len(group[0].job.prompt) for group in groups], self._base.device)
+        prompts = [group[0].job.prompt for group in groups]
+        packing = Packing([len(prompt) for prompt in prompts], self._base.device)
         linears = MixedLinears(self._base.linears, stack, adapters.repeat(packing.lengths), room)
-        hidden = self._prefill([group[0].job.prompt for group in groups], packing, places, linears)
+        hidden = self._prefill(prompts, packing, places, linears)
         self._score_prompts(groups, hidden.split(packing.lengths))
         ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
         head_of = MixedLinears(self._base.linears, stack, adapters)
