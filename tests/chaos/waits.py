@@ -34,13 +34,13 @@ def until(claim):
         time.sleep(0.005)
 
 
-# Each takes a service to where it is about to wait, and returns what then waits, and the words by
-# which the line in the log says what for.
+# Each takes a service to where it is about to wait, and returns what then waits, and a pattern of
+# how the line in the log says what for.
 
 
 def create(service):
     wait = partial(service.create_lora_training_client, "tiny", rank=2)
-    return wait, ("the server to accept create_model of tiny",)
+    return wait, "the server to accept create_model of tiny"
 
 
 def _training(service):
@@ -50,7 +50,7 @@ def _training(service):
 def submit(service):
     training = _training(service)
     words = f"the server to accept forward_backward on {training.model_id}"
-    return lambda: training.forward_backward([datum(5)], "cross_entropy").result(), (words,)
+    return lambda: training.forward_backward([datum(5)], "cross_entropy").result(), words
 
 
 def _never_done(service):
@@ -62,38 +62,39 @@ def _never_done(service):
 
 def result(service):
     training, future = _never_done(service)
-    return future.result, (f"forward_backward on {training.model_id}",)
+    return future.result, f"forward_backward on {training.model_id}"
 
 
 def save(service):
-    """Behind a batch, which has waited longer and is named first."""
+    """Behind a batch, which has waited longer: the save is named, or counted where both are due."""
     training, _ = _never_done(service)
     future = training.save_state("state")
     until(lambda: service._session.poller.in_flight(training.model_id) == 2)
-    return future.result, (f"forward_backward on {training.model_id}", "and 1 more")
+    model = training.model_id
+    return future.result, f"save_weights on {model}|forward_backward on {model}.* and 1 more"
 
 
 def submit_sample(service):
     sampler = service.create_sampling_client(base_model="tiny")
     words = f"the server to take sample from {sampler.sampling_session_id}"
-    return lambda: sampler.sample([5], 1, PARAMS).result(), (words,)
+    return lambda: sampler.sample([5], 1, PARAMS).result(), words
 
 
 def sample(service):
     sampler = service.create_sampling_client(base_model="tiny")
     future = sampler.sample([NEVER], 1, PARAMS)
     until(lambda: sampler._completions._waiting)
-    return future.result, (f"sample from {sampler.sampling_session_id}",)
+    return future.result, f"sample from {sampler.sampling_session_id}"
 
 
 def get_info(service):
-    return _training(service).get_info, ("/api/v1/get_info",)
+    return _training(service).get_info, "/api/v1/get_info"
 
 
 def download(service):
     path = _training(service).save_weights_for_sampler("final").result().path
     rest, folder = service.create_rest_client(), tempfile.mkdtemp()
-    return partial(rest.download_checkpoint, path, folder, force=True), ("/archive",)
+    return partial(rest.download_checkpoint, path, folder, force=True), "/archive"
 
 
 def close(service):
@@ -104,7 +105,7 @@ def close(service):
         training.optim_step(types.AdamParams())
         training.close()
 
-    return wait, (f"the server to accept optim_step on {training.model_id}",)
+    return wait, f"the server to accept optim_step on {training.model_id}"
 
 
 KINDS = [create, submit, result, save, submit_sample, sample, get_info, download, close]
