@@ -12,7 +12,7 @@ help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/local ## fine-tune the built-in model on the docstrings of your Python (offline, no key)
-	$(BIN)/python -m tinkex.demo build/demo
+	$(BIN)/python -m tinkex.cli.demo build/demo
 
 test: .venv/test ## run the tests
 	$(BIN)/python -m pytest --ignore tests/test_docs.py $(ARGS)
@@ -33,7 +33,7 @@ core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 th
 	$(BIN)/python tests/check_core_install.py build/core
 
 conformance: .venv/test ## try five versions of the official SDK on our server, write docs/compatibility.md
-	$(BIN)/python tests/conformance/run.py $(ARGS)
+	$(BIN)/python -m tests.official_sdk.run $(ARGS)
 
 bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks $(ARGS)

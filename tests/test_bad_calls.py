@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import tinkex
-from fake_server import FakeServer, datum, plugged_in, session, settings, transport
+from tests.support.fake_server import FakeServer, datum, plugged_in, session, settings, transport
 from tinkex import config, types
 from tinkex.rest import RestClient
-from tinkex.restoring import restore
+from tinkex.runtime.restore import restore
+from tinkex.runtime.session import Connection
 from tinkex.sampling import SamplingClient
-from tinkex.session import Connection
 from tinkex.training import TrainingClient
 
 NAN, INF = math.nan, math.inf

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import tinkex
-from tests.odd_servers import OddServer, Quirks
+from tests.support.odd_servers import OddServer, Quirks
 from tinkex import types, wire
 from tinkex.sampling import CLONE_BLOCK
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import tinkex
-from tests.odd_servers import KNOWN, MANAGEMENT, NEWER, SINGLE, OddServer, Quirks
+from tests.support.odd_servers import KNOWN, MANAGEMENT, NEWER, SINGLE, OddServer, Quirks
 from tinkex import errors, types
 
 #: A server that holds polls for five minutes has a client that gives them up after 45 s; here both

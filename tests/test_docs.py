@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tinkex import dataset
+from tinkex.data import records
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,7 +83,7 @@ def test_the_data_of_a_page_is_good_data(page, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(blocks(page, "jsonl")))
 
-    assert [] == dataset.read(path).bad
+    assert [] == records.read(path).bad
 
 
 @pytest.mark.parametrize("page", with_block("text"), ids=name)

@@ -7,10 +7,18 @@ from contextlib import closing
 import pytest
 
 import tinkex
-from fake_server import FakeServer, garbage, plugged_in, reset, settings, status, transport
+from tests.support.fake_server import (
+    FakeServer,
+    garbage,
+    plugged_in,
+    reset,
+    settings,
+    status,
+    transport,
+)
 from tinkex import errors, types
 from tinkex.rest import RestClient
-from tinkex.session import Connection
+from tinkex.runtime.session import Connection
 
 PATH = "tinker://run:train:0/weights/step-1"
 CHECKPOINT = "training_runs/run:train:0/checkpoints/weights/step-1"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tinkex
-from fake_server import (
+from tests.support.fake_server import (
     FakeServer,
     answer,
     blocked,
@@ -24,9 +24,10 @@ from fake_server import (
     timeout,
     try_again,
 )
-from tinkex import errors, pacing, types
+from tinkex import errors, types
 from tinkex.config import SamplingLimits
-from tinkex.retry import Retry
+from tinkex.runtime import rate_limit
+from tinkex.runtime.retry import Retry
 from tinkex.sampling import CLONE_BLOCK, SamplingClient
 
 PATH = "tinker://s0:train:0/sampler_weights/a"
@@ -35,8 +36,8 @@ PATH = "tinker://s0:train:0/sampler_weights/a"
 @pytest.fixture(autouse=True)
 def a_pace_of_its_own(monkeypatch):
     """Paces are shared by all samplers of a key, and run on the real clock."""
-    pacing._paces.clear()
-    monkeypatch.setattr(pacing, "SMALL_PAUSE", 0.01)
+    rate_limit._paces.clear()
+    monkeypatch.setattr(rate_limit, "SMALL_PAUSE", 0.01)
 
 
 @pytest.fixture(params=[False, True], ids=["poll each", "one poll for all"])
@@ -382,8 +383,8 @@ def test_statement_31_an_exception_in_any_stage_ends_in_the_future(client, monke
 
     target = {
         "submit": "tinkex.sampling.SamplingClient._take_number",
-        "poll": "tinkex.polling.Poller.ask",
-        "decode": "tinkex.polling.wire.decode_result",
+        "poll": "tinkex.runtime.polling.Poller.ask",
+        "decode": "tinkex.runtime.polling.wire.decode_result",
     }[stage]
     monkeypatch.setattr(target, broken)
 

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 import tinkex
-from fake_server import URL, FakeServer, answer, blocked, plugged_in, refused, status
-from tinkex import Patience, SamplingLimits, embedded, errors, pacing, types
+from tests.support.fake_server import URL, FakeServer, answer, blocked, plugged_in, refused, status
+from tinkex import Patience, SamplingLimits, errors, types
+from tinkex.runtime import embedded, rate_limit
 
 PATH = "tinker://run:train:0/weights/best"
 ADAM = types.AdamParams()
@@ -239,7 +240,7 @@ def test_with_nothing_named_the_embedded_engine_is_meant(monkeypatch, server, ca
 def test_limits_of_sampling_are_the_caller_s(monkeypatch, server):
     plugged_in(monkeypatch, server)
     with tinkex.ServiceClient(sampling=SamplingLimits(requests_in_dispatch=7)) as service:
-        pacing._paces.clear()
+        rate_limit._paces.clear()
         assert 7 == service.create_sampling_client(base_model="m").limit
 
 

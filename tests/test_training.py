@@ -6,7 +6,6 @@ import asyncio
 import gc
 import itertools
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -14,11 +13,12 @@ import textwrap
 import threading
 import time
 from concurrent.futures import CancelledError, as_completed, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fake_server import (
+from tests.support.fake_server import (
     MODEL,
     URL,
     FakeServer,
@@ -724,9 +724,9 @@ def test_statement_31_an_exception_in_any_stage_ends_in_the_future(
 
     target = {
         "worker": "tinkex.training.batching.split",
-        "encoder": "tinkex.session.wire.encode_request",
-        "poller": "tinkex.polling.Poller.ask",
-        "decoder": "tinkex.polling.wire.decode_result",
+        "encoder": "tinkex.runtime.session.wire.encode_request",
+        "poller": "tinkex.runtime.polling.Poller.ask",
+        "decoder": "tinkex.runtime.polling.wire.decode_result",
     }[stage]
     with monkeypatch.context() as patched:
         patched.setattr(target, broken)
@@ -1279,7 +1279,7 @@ def test_statement_30_closing_a_client_leaves_its_siblings_and_the_session_alive
     server, monkeypatch
 ):
     """Theirs takes the telemetry of the whole service with it. (statement 30)"""
-    monkeypatch.setattr("tinkex.telemetry.INTERVAL", 0.01)
+    monkeypatch.setattr("tinkex.runtime.telemetry.INTERVAL", 0.01)
     with session(server, telemetry=True) as s:
         one, two = TrainingClient(s, "a"), TrainingClient(s, "b")
         sampler = two.save_weights_and_get_sampling_client_sync()
@@ -1333,8 +1333,8 @@ def test_a_client_that_nobody_holds_any_more_is_not_kept_alive_by_the_session(se
 
 PROGRAM = """
 import threading, sys, os
-sys.path.insert(0, {tests!r})
-import fake_server
+sys.path.insert(0, {root!r})
+from tests.support import fake_server
 from tinkex import types
 server = fake_server.FakeServer()
 entered, release = threading.Event(), threading.Event()
@@ -1342,7 +1342,7 @@ entered, release = threading.Event(), threading.Event()
 
 
 def run(program, *, seconds=15):
-    code = PROGRAM.format(tests=os.path.dirname(__file__)) + textwrap.dedent(program)
+    code = PROGRAM.format(root=str(Path(__file__).parents[1])) + textwrap.dedent(program)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds
     )

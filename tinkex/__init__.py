@@ -8,18 +8,18 @@ A synchronous SDK for the Tinker training API, with a training engine of its own
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from tinkex._version import __version__
 
 if TYPE_CHECKING:
-    from . import errors, types
-    from .config import Config, Patience, SamplingLimits
-    from .errors import TinkexError
-    from .futures import OperationFuture
-    from .rest import RestClient
-    from .retry import Retry
-    from .sampling import SamplingClient
-    from .service import ServiceClient
-    from .training import ClientSpec, TrainingClient
+    from tinkex import errors, types
+    from tinkex.config import Config, Patience, SamplingLimits
+    from tinkex.errors import TinkexError
+    from tinkex.futures import OperationFuture
+    from tinkex.rest import RestClient
+    from tinkex.runtime.retry import Retry
+    from tinkex.sampling import SamplingClient
+    from tinkex.service import ServiceClient
+    from tinkex.training import ClientSpec, TrainingClient
 
 __all__ = [
     "ClientSpec",
@@ -45,7 +45,7 @@ _HOMES = {
     "OperationFuture": "futures",
     "Patience": "config",
     "RestClient": "rest",
-    "Retry": "retry",
+    "Retry": "runtime.retry",
     "SamplingClient": "sampling",
     "SamplingLimits": "config",
     "ServiceClient": "service",

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from . import download, errors, export, types, wire
-from .session import Connection, connect
+from tinkex import errors, types, wire
+from tinkex.checkpoints import download, export
+from tinkex.runtime.session import Connection, connect
 
 T = TypeVar("T")
 

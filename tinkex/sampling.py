@@ -20,14 +20,16 @@ import attrs
 import numpy as np
 import requests
 
-from . import batching, config, errors, pacing, tokenizer, types, wire
-from .answers import connection_error, error_detail
-from .completions import CompletionWatch
-from .futures import OperationFuture, fail, gather, succeed
-from .polling import check_timeout
-from .retry import ONCE, Retry, check_retry
-from .session import Session, connect, is_missing_route, not_offered
-from .waiting import Wait
+from tinkex import config, errors, types, wire
+from tinkex.futures import OperationFuture, fail, gather, succeed
+from tinkex.runtime import batching, rate_limit
+from tinkex.runtime.polling import check_timeout
+from tinkex.runtime.responses import connection_error, error_detail
+from tinkex.runtime.retry import ONCE, Retry, check_retry
+from tinkex.runtime.sample_watch import CompletionWatch
+from tinkex.runtime.session import Session, connect, is_missing_route, not_offered
+from tinkex.runtime.wait_log import Wait
+from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")
 
@@ -77,8 +79,8 @@ class SamplingClient:
         limits, features = session.config.sampling, session.features
         most = max(1, min(limits.bytes_in_dispatch, features.sample_dispatch_bytes_semaphore_size))
         limits = attrs.evolve(limits, bytes_in_dispatch=most)
-        self._pace = pacing.pace_of(session.config.base_url, session.config.api_key, limits)
-        self._places = pacing.Places(max(1, features.sample_max_concurrent_requests))
+        self._pace = rate_limit.pace_of(session.config.base_url, session.config.api_key, limits)
+        self._places = rate_limit.Places(max(1, features.sample_max_concurrent_requests))
         self._completions: CompletionWatch | None = None
         if features.sample_use_retrieve_futures:
             self._completions = CompletionWatch(session, sampling_session_id, clone)

@@ -11,14 +11,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from . import config, training, types, wire
-from .futures import OperationFuture
-from .rest import RestClient
-from .restoring import check_restore, restore
-from .retry import Retry
-from .sampling import SamplingClient, check_source
-from .session import HURRIED_TIMEOUT, Session, connect
-from .training import TrainingClient
+from tinkex import config, training, types, wire
+from tinkex.futures import OperationFuture
+from tinkex.rest import RestClient
+from tinkex.runtime.restore import check_restore, restore
+from tinkex.runtime.retry import Retry
+from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect
+from tinkex.sampling import SamplingClient, check_source
+from tinkex.training import TrainingClient
 
 
 class ServiceClient:

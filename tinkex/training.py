@@ -19,14 +19,16 @@ from typing import Any, Protocol, TypeVar
 
 import attrs
 
-from . import batching, config, custom_loss, errors, tokenizer, types, wire
-from .futures import OperationFuture, fail, gather, succeed
-from .polling import check_timeout as _check_poll_timeout
-from .retry import Retry, check_retry
-from .sampling import SamplingClient
-from .session import HURRIED_TIMEOUT, Session, connect, is_missing_route, not_offered
-from .waiting import Wait
-from .worker import OrderedWorker, Turn
+from tinkex import config, errors, types, wire
+from tinkex.futures import OperationFuture, fail, gather, succeed
+from tinkex.runtime import batching, custom_loss
+from tinkex.runtime.polling import check_timeout as _check_poll_timeout
+from tinkex.runtime.retry import Retry, check_retry
+from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect, is_missing_route, not_offered
+from tinkex.runtime.wait_log import Wait
+from tinkex.runtime.worker import OrderedWorker, Turn
+from tinkex.sampling import SamplingClient
+from tinkex.text import tokenizer
 
 T = TypeVar("T")
 

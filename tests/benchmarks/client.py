@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.rows import Row
-from tests.conformance import sdk
+from tests.official_sdk import sdk
 
 HERE = Path(__file__).parent
 OFFICIAL = "0.38.0"

@@ -9,7 +9,7 @@ mean nothing outside the run.
 from __future__ import annotations
 
 # isort: off
-from tinkex.local import tiny  # before torch: it sets how torch's threads wait for each other
+from tinkex.engine import tiny  # before torch: it sets how torch's threads wait for each other
 
 # isort: on
 import json
@@ -32,8 +32,8 @@ import transformers
 import tinkex
 from tests.benchmarks.reference import Reference, peak_memory
 from tinkex import types
-from tinkex.local import products
-from tinkex.local.engine import Engine
+from tinkex.engine import matmul
+from tinkex.engine.engine import Engine
 
 ROUNDS = 3
 RANK = 32
@@ -136,7 +136,7 @@ class Bench:
         """Floating-point operations a second of the fastest of some 1024^3 products, by either
         library."""
         a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        multiply = (torch.mm, products.product)
+        multiply = (torch.mm, matmul.product)
         return 2 * 1024**3 / min(_seconds(lambda f=f: f(a, b)) for f in multiply * 60)
 
     def used(self, *, adapter: bool) -> int:

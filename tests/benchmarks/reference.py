@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-#: What tinkex.local sets for the threads of its own process.
+#: What tinkex.engine sets for the threads of its own process.
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from tinkex import retry
+from tinkex.runtime import retry
 
 SEEDS = int(os.environ.get("SEEDS", "1"))
 SERVER_KILLS = int(os.environ.get("SERVER_KILLS", "4"))

@@ -32,7 +32,7 @@ import psutil
 import tinkex
 from tests.chaos.servers import Server
 from tinkex import types
-from tinkex.session import Session
+from tinkex.runtime.session import Session
 
 MIB = 2**20
 #: (datums, tokens of each) of a batch.

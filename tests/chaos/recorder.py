@@ -10,11 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from tinkex.local.answers import fingerprint
+from tinkex.server.results import fingerprint
 
 
 def recording_engine(path):
-    from tinkex.local.engine import Engine
+    from tinkex.engine.engine import Engine
 
     def note(*what):
         with path.open("a", encoding="utf-8") as file:
@@ -55,8 +55,8 @@ def digest(value):
 
 
 def main():
-    from tinkex.local import server
-    from tinkex.local.limits import Limits
+    from tinkex.server import app
+    from tinkex.server.limits import Limits
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
@@ -65,7 +65,7 @@ def main():
     parser.add_argument("--limits", type=json.loads, default={})
     given = parser.parse_args()
     sys.exit(
-        server.main(
+        app.main(
             port=given.port,
             home=given.home,
             limits=Limits(**given.limits),

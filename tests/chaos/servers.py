@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.local.processes import ROOT, free_port
+from tests.support.processes import ROOT, free_port
 
 #: What runs the server: as a user does, or with everything written down that the engine does.
 SERVE = ("-m", "tinkex", "serve")

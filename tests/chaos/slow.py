@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.local.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine
 
 #: A batch with this target, or a sample of this prompt, is never done.
 NEVER = 99
@@ -29,15 +29,15 @@ class Slow(FakeEngine):
 
 
 def main():
-    from tinkex.local import server
-    from tinkex.local.limits import Limits
+    from tinkex.server import app
+    from tinkex.server.limits import Limits
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--home", type=Path)
     given = parser.parse_args()
     limits = Limits(poll_seconds=0.5)  # shorter than the polls of an impatient client
-    sys.exit(server.main(port=given.port, home=given.home, engine=Slow, limits=limits))
+    sys.exit(app.main(port=given.port, home=given.home, engine=Slow, limits=limits))
 
 
 if __name__ == "__main__":

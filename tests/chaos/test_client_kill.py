@@ -17,7 +17,7 @@ import pytest
 import tinkex
 from tests.chaos.conftest import CLIENT_KILLS
 from tests.chaos.servers import Server, wait_for
-from tests.local.processes import ROOT
+from tests.support.processes import ROOT
 
 OPTIONS = ("--base-model", "tiny", "--rank", "4", "--batch-size", "2",
            "--learning-rate", "1e-2", "--seed", "3", "--save-every", "3", "--eval-every", "5",

@@ -12,8 +12,8 @@ import tinkex
 from tests.chaos import scenario
 from tests.chaos.servers import Server
 from tinkex import errors, types
-from tinkex.local.home import Home
-from tinkex.local.store import CheckpointRow, Store
+from tinkex.server.home import Home
+from tinkex.server.store import CheckpointRow, Store
 
 IMPATIENT = tinkex.Patience(no_answer=2.0, report_after=0.5)
 SIZE = 24 * 2**20

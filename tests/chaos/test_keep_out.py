@@ -1,6 +1,7 @@
 """Keep out: who has no business here gets nothing, and learns nothing.
 
-What a key may see: tests/local/test_users.py; what is too large: tests/local/test_bad_requests.py.
+What a key may see: tests/server/test_users.py.
+What is too large: tests/server/test_bad_requests.py.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import requests
 import tinkex
 from tests.chaos import scenario
 from tests.chaos.servers import Server
-from tests.local.fake_engine import FakeEngine
-from tests.local.processes import ROOT
-from tests.local.wire_client import WireClient
+from tests.support.fake_engine import FakeEngine
+from tests.support.processes import ROOT
+from tests.support.wire_client import WireClient
 from tinkex import errors, types
-from tinkex.local import keys
-from tinkex.local.limits import Limits
-from tinkex.local.refusals import Refusal
-from tinkex.local.server import LocalServer
+from tinkex.server import auth
+from tinkex.server.app import LocalServer
+from tinkex.server.http_errors import Refusal
+from tinkex.server.limits import Limits
 
 KEY, OTHER = "tml-alice-4d2f6c0b9e81", "tml-bob-77aa03e1c5d9"
 
@@ -105,8 +106,8 @@ def test_every_key_is_compared_and_in_constant_time(monkeypatch):
         compared.append((len(one), len(other)))
         return compare(one, other)
 
-    monkeypatch.setattr(keys.hmac, "compare_digest", noting)
-    known = keys.Keys.of_users(["first", "second", "third"], b"secret")
+    monkeypatch.setattr(auth.hmac, "compare_digest", noting)
+    known = auth.Keys.of_users(["first", "second", "third"], b"secret")
     known.owner("first")
     with pytest.raises(Refusal):
         known.owner("wrong and long" * 1000)

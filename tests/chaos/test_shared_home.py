@@ -9,7 +9,7 @@ import sys
 import tinkex
 from tests.chaos import scenario
 from tests.chaos.servers import Server
-from tests.local.processes import ROOT
+from tests.support.processes import ROOT
 
 STEPS = 6
 

@@ -20,7 +20,7 @@ import pytest
 import tinkex
 from tests.chaos import waits
 from tests.chaos.servers import Server, wait_for
-from tests.local.processes import ROOT
+from tests.support.processes import ROOT
 from tinkex import errors
 
 SLOW = ("-m", "tests.chaos.slow")

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .. import config
-from . import general, learning, order, sampling, storing
-from .asking import Asker
-from .checking import MARGIN, Check, Result, as_json, line, run, summary
-from .lab import Lab
+from tinkex import config
+from tinkex.conformance import general, learning, order, sampling, storing
+from tinkex.conformance.asking import Asker
+from tinkex.conformance.checking import MARGIN, Check, Result, as_json, line, run, summary
+from tinkex.conformance.lab import Lab
 
 #: Every check, in the order in which they are shown.
 CHECKS: tuple[Check, ...] = (

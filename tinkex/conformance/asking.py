@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import attrs
 import requests
 
-from .. import config, errors, wire
-from ..answers import Answer, error_detail
-from ..retry import ONCE
-from ..session import Connection
-from ..transport import Transport
+from tinkex import config, errors, wire
+from tinkex.runtime.responses import Answer, error_detail
+from tinkex.runtime.retry import ONCE
+from tinkex.runtime.session import Connection
+from tinkex.runtime.transport import Transport
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 import attrs
 
-from ..errors import TinkexError
-from .asking import Broken, NotOffered
-from .lab import Lab
+from tinkex.conformance.asking import Broken, NotOffered
+from tinkex.conformance.lab import Lab
+from tinkex.errors import TinkexError
 
 Outcome = Literal["pass", "fail", "not offered"]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .. import types
-from ..answers import Answer
-from .asking import Broken
-from .lab import Model
+from tinkex import types
+from tinkex.conformance.asking import Broken
+from tinkex.conformance.lab import Model
+from tinkex.runtime.responses import Answer
 
 #: Dwarfs the gradients of a sum over a dozen tokens.
 _EPS = 1e4

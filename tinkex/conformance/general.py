@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from urllib.parse import quote
 
-from .. import config, wire
-from ..answers import Answer
-from .asking import Broken, NotOffered, as_object, is_missing, said
-from .checking import Checks
-from .lab import Lab
+from tinkex import config, wire
+from tinkex.conformance.asking import Broken, NotOffered, as_object, is_missing, said
+from tinkex.conformance.checking import Checks
+from tinkex.conformance.lab import Lab
+from tinkex.runtime.responses import Answer
 
 CHECKS = Checks()
 

@@ -14,9 +14,17 @@ from urllib.parse import quote
 import attrs
 import numpy as np
 
-from .. import config, errors, types, wire
-from ..answers import Answer
-from .asking import Asker, Broken, NotOffered, as_object, request_id_of, said, zstd_frame
+from tinkex import config, errors, types, wire
+from tinkex.conformance.asking import (
+    Asker,
+    Broken,
+    NotOffered,
+    as_object,
+    request_id_of,
+    said,
+    zstd_frame,
+)
+from tinkex.runtime.responses import Answer
 
 #: Of the adapters that are made.
 RANK = 8

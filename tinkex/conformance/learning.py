@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import types, wire
-from .asking import Broken, NotOffered, said, zstd_bomb
-from .checking import Checks
-from .data import OTHERS, Slope, datum, distance
-from .lab import Lab, logprobs_of
+from tinkex import types, wire
+from tinkex.conformance.asking import Broken, NotOffered, said, zstd_bomb
+from tinkex.conformance.checking import Checks
+from tinkex.conformance.data import OTHERS, Slope, datum, distance
+from tinkex.conformance.lab import Lab, logprobs_of
 
 CHECKS = Checks()
 

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .. import errors, types, wire
-from ..answers import Answer
-from .asking import (
+from tinkex import errors, types, wire
+from tinkex.conformance.asking import (
     Broken,
     Ended,
     NotOffered,
@@ -18,9 +17,10 @@ from .asking import (
     request_id_of,
     said,
 )
-from .checking import Checks
-from .data import TOKENS, Slope, datum
-from .lab import Lab, Model
+from tinkex.conformance.checking import Checks
+from tinkex.conformance.data import TOKENS, Slope, datum
+from tinkex.conformance.lab import Lab, Model
+from tinkex.runtime.responses import Answer
 
 CHECKS = Checks()
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import errors, tokenizer, types, wire
-from .asking import Broken, NotOffered, as_object, said
-from .checking import Checks
-from .data import OTHERS, TOKENS, datum, distance
-from .lab import Lab, Sampler
+from tinkex import errors, types, wire
+from tinkex.conformance.asking import Broken, NotOffered, as_object, said
+from tinkex.conformance.checking import Checks
+from tinkex.conformance.data import OTHERS, TOKENS, datum, distance
+from tinkex.conformance.lab import Lab, Sampler
+from tinkex.text import tokenizer
 
 CHECKS = Checks()
 

@@ -6,12 +6,20 @@ import subprocess
 import time
 from urllib.parse import quote
 
-from .. import errors, types
-from ..answers import Answer
-from .asking import Asker, Broken, NotOffered, as_object, is_missing, request_id_of, said
-from .checking import Checks
-from .data import OTHERS, TOKENS, datum, distance
-from .lab import RANK, Lab, Model, logprobs_of
+from tinkex import errors, types
+from tinkex.conformance.asking import (
+    Asker,
+    Broken,
+    NotOffered,
+    as_object,
+    is_missing,
+    request_id_of,
+    said,
+)
+from tinkex.conformance.checking import Checks
+from tinkex.conformance.data import OTHERS, TOKENS, datum, distance
+from tinkex.conformance.lab import RANK, Lab, Model, logprobs_of
+from tinkex.runtime.responses import Answer
 
 CHECKS = Checks()
 

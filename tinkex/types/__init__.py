@@ -4,8 +4,8 @@ Frozen attrs classes over numpy arrays, grouped by subject. They hold data and c
 are made; they never send it. Imports nothing of tinkex.
 """
 
-from .checks import check_metadata, check_name, check_ttl
-from .data import (
+from tinkex.types.checks import check_metadata, check_name, check_ttl
+from tinkex.types.data import (
     Chunk,
     Datum,
     EncodedTextChunk,
@@ -14,8 +14,8 @@ from .data import (
     ModelInput,
     TensorData,
 )
-from .losses import LOSS_FUNCTIONS, LossFunction, check_config, check_data
-from .rest import (
+from tinkex.types.losses import LOSS_FUNCTIONS, LossFunction, check_config, check_data
+from tinkex.types.rest import (
     Checkpoint,
     CheckpointArchiveUrlResponse,
     CheckpointsListResponse,
@@ -27,7 +27,7 @@ from .rest import (
     TrainingRun,
     TrainingRunsResponse,
 )
-from .sampling import (
+from tinkex.types.sampling import (
     ABSENT_LOGPROB,
     CreateSamplingSessionRequest,
     CreateSamplingSessionResponse,
@@ -41,7 +41,7 @@ from .sampling import (
     SamplingParams,
     TopkLogprobs,
 )
-from .service import (
+from tinkex.types.service import (
     AuthTokenRequest,
     AuthTokenResponse,
     CancelFutureRequest,
@@ -60,7 +60,7 @@ from .service import (
     SessionHeartbeatRequest,
     SupportedModel,
 )
-from .training import (
+from tinkex.types.training import (
     AdamParams,
     CreateModelRequest,
     CreateModelResponse,

@@ -15,7 +15,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from . import checks
+from tinkex.types import checks
 
 DType = Literal["int64", "float32"]
 ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData

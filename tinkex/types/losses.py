@@ -1,6 +1,6 @@
 """The loss functions of the API: which inputs and settings each takes, and the check of both.
 
-A table and a check; what a loss computes is in `tinkex.local.losses`. In the formulas lp is the
+A table and a check; what a loss computes is in `tinkex.engine.losses`. In the formulas lp is the
 log-probability of the target under the current weights, q the `logprobs` input (the sampling
 policy), A the `advantages`, r = exp(lp - q), sg = stop-gradient; every loss is a plain sum over
 tokens and datums.
@@ -16,7 +16,7 @@ from typing import Union
 import attrs
 import numpy as np
 
-from .data import Datum
+from tinkex.types.data import Datum
 
 LossConfigValue = Union[float, str]
 

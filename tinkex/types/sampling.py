@@ -10,8 +10,8 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from . import checks
-from .data import ModelInput, TensorData, as_tokens, to_array
+from tinkex.types import checks
+from tinkex.types.data import ModelInput, TensorData, as_tokens, to_array
 
 StopReason = Literal["stop", "length"]
 Stop = Union[str, Sequence[str], Sequence[int], None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from . import checks
+from tinkex.types import checks
 
 
 @attrs.frozen

@@ -7,9 +7,9 @@ from typing import Any
 
 import attrs
 
-from . import checks
-from .data import Datum, TensorData
-from .losses import LossConfigValue
+from tinkex.types import checks
+from tinkex.types.data import Datum, TensorData
+from tinkex.types.losses import LossConfigValue
 
 #: Largest LoRA rank that makes sense on any model we know of.
 MAX_RANK = 4096

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from ..types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
-from .json_form import dumps, from_json, loads, resembles, to_json
-from .problems import DecodeError
-from .table import (
+from tinkex.types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from tinkex.wire.json_form import dumps, from_json, loads, resembles, to_json
+from tinkex.wire.problems import DecodeError
+from tinkex.wire.table import (
     AUTH_TOKEN,
     CANCEL_FUTURE,
     CAPABILITIES,
@@ -136,7 +136,7 @@ def encode_request(
     if not protobuf:
         endpoint = FORWARD if request.forward_only else FORWARD_BACKWARD
         return endpoint.path, JSON, None, dumps(to_json(request))
-    from . import proto
+    from tinkex.wire import proto
 
     body = proto.encode_request(request)
     packed = proto.zstd(body) if compress else None
@@ -155,7 +155,7 @@ def decode_request(content_type: str, body: bytes) -> ForwardBackwardRequest:
     if kind == JSON:
         return from_json(ForwardBackwardRequest, loads(body))
     if kind == PROTOBUF:
-        from . import proto
+        from tinkex.wire import proto
 
         return proto.decode_request(body)
     raise DecodeError(
@@ -170,7 +170,7 @@ def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
     """
     try:
         if content_type == PROTOBUF:
-            from . import proto
+            from tinkex.wire import proto
 
             return proto.place_of(body)
         payload = loads(body)
@@ -186,7 +186,7 @@ def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
 
 def encode_result(result: ForwardBackwardOutput | SampleResponse) -> bytes:
     """The result of forward, forward_backward or sample in protobuf."""
-    from . import proto
+    from tinkex.wire import proto
 
     return proto.encode_result(result)
 
@@ -197,7 +197,7 @@ def decode_result(cls: type[R], body: bytes) -> R:
     Raises:
         DecodeError: If the body is not such a result, saying where and why.
     """
-    from . import proto
+    from tinkex.wire import proto
 
     result: R = proto.decode_result(cls, body)
     return result

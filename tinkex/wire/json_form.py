@@ -22,11 +22,11 @@ from typing import Any, NoReturn, TypeVar, Union
 import attrs
 import numpy as np
 
-from .. import types
-from ..types.data import MAX_TOKEN_ID, Chunk
-from ..types.losses import LossConfigValue
-from ..types.sampling import Stop
-from .problems import DecodeError, Wrong, make, make_tensor, refuse, short
+from tinkex import types
+from tinkex.types.data import MAX_TOKEN_ID, Chunk
+from tinkex.types.losses import LossConfigValue
+from tinkex.types.sampling import Stop
+from tinkex.wire.problems import DecodeError, Wrong, make, make_tensor, refuse, short
 
 T = TypeVar("T")
 Reader = Callable[[Any], Any]

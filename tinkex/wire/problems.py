@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..types import TensorData
+from tinkex.types import TensorData
 
 #: Most cells of a tensor's dense form; a few bytes of a sparse one could stand for terabytes.
 MAX_DENSE_CELLS = 2**28

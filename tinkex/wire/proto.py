@@ -17,8 +17,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError as BrokenMessage
 from google.protobuf.message import Message
 
-from .. import types
-from .problems import DecodeError, Wrong, make, make_tensor, short
+from tinkex import types
+from tinkex.wire.problems import DecodeError, Wrong, make, make_tensor, short
 
 R = TypeVar("R")
 Output = dict[str, types.TensorData]

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from .. import types
+from tinkex import types
 
 T = TypeVar("T")
 

@@ -1,0 +1,164 @@
+"""A checkpoint for others: what is in the folder, whose base it names, and what is said first."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+
+import tinkex
+from tests.support.fake_server import FakeServer, plugged_in
+from tinkex import errors
+from tinkex.checkpoints import export
+
+PATH = "tinker://r1/sampler_weights/a"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def archive(**files):
+    """A tar of these files; `__` in a name is a slash."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name.replace("__", "/"))
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def adapter(folder="", **more):
+    """An adapter whose configuration names no base model, and other files."""
+    prefix = f"{folder}__" if folder else ""
+    own = {"adapter_config.json": b'{"r": 8, "base_model_name_or_path": null}', WEIGHTS: b"weights"}
+    return archive(**{prefix + name: content for name, content in own.items()}, **more)
+
+
+@pytest.fixture
+def server():
+    server = FakeServer()
+    url = "http://training.test/api/v1/a.tar"
+    server.stored["GET", "training_runs/r1/checkpoints/sampler_weights/a/archive"] = (
+        200,
+        {"url": url},
+    )
+    server.stored["POST", "weights_info"] = (200, {"base_model": "org/base", "lora_rank": 8})
+    server.files["a.tar"] = adapter()
+    return server
+
+
+@pytest.fixture
+def rest(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    with tinkex.RestClient() as rest:
+        server.requests.clear()
+        yield rest
+
+
+def base_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_the_folder_is_an_adapter_and_nothing_else(rest, server, tmp_path):
+    """The optimizer's state is several times as large, and nobody else can read it."""
+    server.files["a.tar"] = adapter(**{"optimizer.safetensors": b"m", "checkpoint.json": b"{}"})
+    folder = rest.export_checkpoint(PATH, tmp_path / "out")
+
+    assert ["adapter_config.json", WEIGHTS] == sorted(path.name for path in folder.iterdir())
+    assert b"weights" == (folder / WEIGHTS).read_bytes()
+    assert ["out"] == [path.name for path in tmp_path.iterdir()]
+
+
+def test_the_adapter_names_the_base_model_that_the_server_names(rest, tmp_path):
+    """PEFT loads the base by that name."""
+    assert "org/base" == base_of(rest.export_checkpoint(PATH, tmp_path / "out"))
+
+
+def test_another_base_model_may_be_named(rest, server, tmp_path):
+    """A folder of this machine, for example; then the server is not asked."""
+    folder = rest.export_checkpoint(PATH, tmp_path / "out", base_model="/models/base")
+
+    assert "/models/base" == base_of(folder)
+    assert [] == server.seen("weights_info")
+
+
+def test_where_the_server_does_not_say_the_adapter_s_own_word_stands(rest, server, tmp_path):
+    server.lacks.add("weights_info")
+    config = b'{"base_model_name_or_path": "its/own"}'
+    server.files["a.tar"] = archive(**{"adapter_config.json": config, WEIGHTS: b""})
+
+    assert "its/own" == base_of(rest.export_checkpoint(PATH, tmp_path / "out"))
+
+
+def test_a_folder_around_the_adapter_is_taken_off(rest, server, tmp_path):
+    """Some servers pack one."""
+    server.files["a.tar"] = adapter("checkpoint-1__adapter")
+
+    assert b"weights" == (rest.export_checkpoint(PATH, tmp_path / "o") / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (archive(**{"model.bin": b""}), "holds no PEFT adapter .* but model.bin"),
+        (archive(), "but nothing"),
+        (archive(**{"adapter_config.json": b"{}"}), "but adapter_config.json"),
+        (archive(**{"adapter_config.json": b"[]", WEIGHTS: b""}), "no adapter's configuration"),
+        (archive(**{"adapter_config.json": b"{", WEIGHTS: b""}), "no adapter's configuration"),
+    ],
+)
+def test_what_is_no_adapter_is_an_error_and_leaves_nothing(
+    rest, server, tmp_path, content, message
+):
+    server.files["a.tar"] = content
+
+    with pytest.raises(errors.DownloadError, match=message):
+        rest.export_checkpoint(PATH, tmp_path / "out")
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(rest, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="give another folder, or force"):
+        rest.export_checkpoint(PATH, tmp_path)
+    assert b"weights" == (
+        rest.export_checkpoint(PATH, tmp_path, force=True) / WEIGHTS
+    ).read_bytes()  # fmt: skip
+
+
+# Merging (that the numbers are right, local/test_checkpoints.py and test_command_line.py hold)
+
+
+def test_merging_without_the_extra_says_how_to_get_it(rest, server, tmp_path, monkeypatch):
+    """Before gigabytes are fetched."""
+    monkeypatch.setitem(sys.modules, "tinkex.engine.checkpoints", None)
+
+    with pytest.raises(errors.MissingExtraError, match=r"pip install 'tinkex\[local\]'"):
+        rest.export_checkpoint(PATH, tmp_path / "out", merge=True)
+    assert [] == server.seen("a.tar")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none", "a/b/c", ""])
+def test_a_base_model_that_is_nowhere_is_told(name):
+    """The server may know it by a folder of its own machine."""
+    with pytest.raises(ValueError, match=r"is no directory of this machine; say where it is"):
+        export.resolve(name)
+
+
+def test_a_hub_s_model_is_taken_from_its_cache(tmp_path, monkeypatch):
+    """Or fetched; here there is no hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--base" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--base" / "refs").mkdir()
+    (tmp_path / "models--org--base" / "refs" / "main").write_text("0123")
+
+    assert str(snapshot) == export.resolve("org/base")
+    with pytest.raises(ValueError, match=r"cannot be had from the hub .*say where it is"):
+        export.resolve("org/other")
+    assert "tiny" == export.resolve("tiny")
+    assert str(tmp_path) == export.resolve(str(tmp_path))

@@ -1,0 +1,239 @@
+"""Adapters as files: PEFT reads ours and we read PEFT's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.support import hf_reference as hf
+from tinkex import types
+from tinkex.engine import checkpoints, lora
+from tinkex.engine.engine import Engine
+
+TOKENS = np.arange(40) * 7 % hf.VOCAB
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def base(request, tmp_path_factory):
+    """A model with a head of its own, and one whose head is its embedding."""
+    return hf.make_base(tmp_path_factory.mktemp("base"), request.param)
+
+
+def _trained(base, config, *, steps=2):
+    """An engine with a model that has been trained for a few steps."""
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(base))
+    engine.create_model("m", str(base), config, seed=3)
+    for _ in range(steps):
+        hf.drive(engine.forward_backward("m", [hf.datum(TOKENS)], "cross_entropy", None))
+        engine.optim_step("m", types.AdamParams(learning_rate=1e-2))
+    return engine
+
+
+def _logprobs(engine, model_id="m"):
+    data = [hf.datum(TOKENS)]
+    output = hf.drive(
+        engine.forward_backward(model_id, data, "cross_entropy", None, forward_only=True)
+    )
+    return output.loss_fn_outputs[0]["logprobs"].to_numpy()
+
+
+def _saved(engine, directory, *, optimizer=False):
+    directory.mkdir()
+    engine.save("m", directory, optimizer=optimizer)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        types.LoraConfig(rank=32),
+        types.LoraConfig(rank=5, train_unembed=False),
+        types.LoraConfig(rank=8, train_mlp=False, train_unembed=False),
+        types.LoraConfig(rank=4, train_attn=False, train_mlp=False),
+    ],
+)
+def test_peft_loads_what_we_save(base, config, tmp_path):
+    """Without a change, and computes the same with it."""
+    engine = _trained(base, config)
+
+    directory = _saved(engine, tmp_path / "saved")
+
+    reference = hf.load_adapter(base, directory)
+    expected = hf.logprobs(reference, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(_logprobs(engine), expected, atol=2e-5)
+
+
+def test_we_load_what_peft_saves(base, tmp_path):
+    """Whatever alpha it has: ours is 32, so the difference goes into B."""
+    adapter = hf.make_adapter(base, tmp_path / "adapter", rank=4, lora_alpha=7)
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(base))
+
+    engine.create_model("m", str(base), types.LoraConfig(rank=4), seed=0, adapter=adapter)
+
+    reference = hf.load_adapter(base, adapter)
+    expected = hf.logprobs(reference, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(_logprobs(engine), expected, atol=2e-5)
+
+
+def test_an_adapter_of_fewer_modules_leaves_the_others_alone(base, tmp_path):
+    """PEFT's usual adapters are of q_proj and v_proj only."""
+    adapter = hf.make_adapter(base, tmp_path / "a", rank=4, target_modules=["q_proj", "v_proj"])
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(base))
+
+    engine.create_model("m", str(base), types.LoraConfig(rank=4), seed=0, adapter=adapter)
+
+    reference = hf.load_adapter(base, adapter)
+    expected = hf.logprobs(reference, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(_logprobs(engine), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [types.LoraConfig(rank=4), types.LoraConfig(4, None, False)])
+def test_a_merged_model_is_the_adapted_one(base, config, tmp_path):
+    """merge_adapter's directory needs neither PEFT nor us; a tied head that changed is untied."""
+    directory = _saved(_trained(base, config), tmp_path / "saved")
+
+    checkpoints.merge_adapter(str(base), directory, tmp_path / "merged")
+
+    reference = hf.load_adapter(base, directory)
+    merged = hf.load_base(tmp_path / "merged")
+    ids = torch.from_numpy(TOKENS)[None]
+    torch.testing.assert_close(merged(ids).logits, reference(ids).logits, atol=2e-5, rtol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").encode("a") == [97]
+
+
+def test_the_built_in_model_merges_too(tmp_path):
+    """So what was trained on it can leave."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved")
+
+    checkpoints.merge_adapter("tiny", directory, tmp_path / "merged")
+
+    merged = hf.load_base(tmp_path / "merged")
+    actual = hf.logprobs(merged, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(actual, _logprobs(engine), atol=2e-5)
+
+
+def test_merging_does_not_write_over_anything(tmp_path):
+    (tmp_path / "mine").write_text("")
+
+    with pytest.raises(ValueError, match="exists and is not an empty directory"):
+        checkpoints.merge_adapter("tiny", tmp_path, tmp_path)
+
+
+def test_save_load_forward_is_bit_identical(tmp_path):
+    """Nothing is lost on the way to the disk and back."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved")
+    engine.create_model("other", "tiny", types.LoraConfig(rank=4), seed=9)
+
+    engine.load("other", directory, optimizer=False)
+
+    assert np.array_equal(_logprobs(engine), _logprobs(engine, "other"))
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_undisturbed(tmp_path):
+    """With its optimizer: the same step from the same state gives the same bits."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved", optimizer=True)
+    engine.create_model("other", "tiny", types.LoraConfig(rank=4), seed=9)
+    engine.load("other", directory, optimizer=True)
+
+    for model_id in ("m", "other"):
+        hf.drive(engine.forward_backward(model_id, [hf.datum(TOKENS)], "cross_entropy", None))
+        engine.optim_step(model_id, types.AdamParams(learning_rate=1e-2))
+
+    assert np.array_equal(_logprobs(engine), _logprobs(engine, "other"))
+
+
+def test_a_snapshot_brings_everything_back_bit_by_bit(tmp_path):
+    """Weights, moments, step count and the gradient that has not been used yet."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    hf.drive(engine.forward_backward("m", [hf.datum(TOKENS)], "cross_entropy", None))
+    (tmp_path / "snapshot").mkdir()
+    engine.snapshot("m", tmp_path / "snapshot")
+    engine.optim_step("m", types.AdamParams(learning_rate=1e-2))
+    expected = _logprobs(engine)
+    again = Engine(device="cpu", threads=1)
+    again.load_base("tiny")
+
+    again.restore("m", tmp_path / "snapshot")
+    again.optim_step("m", types.AdamParams(learning_rate=1e-2))
+
+    assert np.array_equal(expected, _logprobs(again))
+
+
+def test_a_checkpoint_says_what_it_is_of(tmp_path):
+    """checkpoint.json, for the store and for weights_info."""
+    engine = _trained("tiny", types.LoraConfig(rank=4, train_unembed=False))
+
+    directory = _saved(engine, tmp_path / "saved")
+
+    info = checkpoints.read_info(directory)
+    assert checkpoints.Info("tiny", lora.Shape(4, True, True, False)) == info
+    written = json.loads((directory / "checkpoint.json").read_text())
+    assert (1, 32, "tiny") == (written["format"], written["alpha"], written["base_model"])
+
+
+def test_a_peft_adapter_says_what_it_is_of(base, tmp_path):
+    """Without our file, from its own modules."""
+    adapter = hf.make_adapter(base, tmp_path / "a", rank=4, target_modules=["q_proj", "down_proj"])
+
+    assert lora.Shape(4, True, True, False) == checkpoints.read_info(adapter).shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "is of type 'IA3'; only LORA can be read"),
+        ({"use_dora": True}, "has use_dora = True; only plain LoRA"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank_pattern"),
+        ({"r": 8}, "has rank 8, the model 4; create the model with rank 8"),
+    ],
+)
+def test_adapters_that_we_cannot_compute_are_refused(change, message, tmp_path):
+    """Rather than computed wrongly."""
+    engine = _trained("tiny", types.LoraConfig(rank=4), steps=0)
+    directory = _saved(engine, tmp_path / "saved")
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    with pytest.raises(ValueError, match=message):
+        engine.create_model("n", "tiny", types.LoraConfig(rank=4), seed=0, adapter=directory)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    """With what does not fit, and what to do."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved")
+    engine.create_model("other", "tiny", types.LoraConfig(rank=8), seed=0)
+    before = _logprobs(engine, "other")
+
+    with pytest.raises(ValueError, match="rank 4 on attn, mlp, unembed, the model of rank 8"):
+        engine.load("other", directory, optimizer=False)
+    with pytest.raises(ValueError, match="holds no optimizer state"):
+        engine.load("m", directory, optimizer=True)
+    with pytest.raises(ValueError, match=r"it lacks adapter_config\.json"):
+        engine.load("m", tmp_path, optimizer=False)
+    (directory / "checkpoint.json").write_text('{"format": 1, "base_model": "tiny"}')
+    with pytest.raises(ValueError, match="lacks 'rank'; it is not whole"):
+        engine.load("m", directory, optimizer=False)
+    (directory / "checkpoint.json").unlink()
+    (directory / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        engine.load("m", directory, optimizer=False)
+    assert np.array_equal(before, _logprobs(engine, "other"))
+
+
+def test_a_checkpoint_of_another_base_is_refused(base, tmp_path):
+    directory = _saved(_trained(base, types.LoraConfig(rank=4), steps=0), tmp_path / "saved")
+    engine = _trained("tiny", types.LoraConfig(rank=4), steps=0)
+
+    with pytest.raises(ValueError, match=r"is of the base model .*, not of 'tiny'"):
+        engine.load("m", directory, optimizer=False)

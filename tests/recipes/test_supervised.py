@@ -1,0 +1,376 @@
+"""
+The fine-tuning loop, against a model that really learns (fake_service.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from contextlib import contextmanager
+
+import attrs
+import numpy as np
+import pytest
+
+from tests.support.fake_service import ByteTokenizer, FakeService
+from tinkex import errors
+from tinkex.data import records
+from tinkex.recipes import supervised
+
+SETTINGS = supervised.Settings(
+    "fake", learning_rate=0.5, batch_size=4, epochs=2, eval_fraction=0.2, save_every=3, eval_every=4
+)
+
+
+class Silent:
+    """A Report that keeps what it is told."""
+
+    def __init__(self):
+        self.said, self.rows = [], []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def begin(self, step, total_steps):
+        pass
+
+    def row(self, row):
+        self.rows.append(row)
+
+    def end(self):
+        pass
+
+
+@pytest.fixture
+def data(tmp_path):
+    """25 examples: 20 to train on in 5 steps an epoch, 5 held out."""
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"{i}", "completion": "abab" * (i + 1)}) for i in range(25)]
+    path.write_text("\n".join(lines))
+    return records.read(path)
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):
+    """Run into tmp_path/<name>; going on from its state, if it has one."""
+    monkeypatch.setattr(supervised, "EVALUATED_AT_ONCE", 2)
+
+    def run(name="run", service=None, settings=SETTINGS, report=None, **options):
+        folder = tmp_path / name
+        state = supervised.load_state(folder)
+        service, report = service or FakeService(), report or Silent()
+        return supervised.run(service, data, settings, folder, report, state, **options)
+
+    return run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def adapter(folder):
+    return np.load(folder / "adapter" / "adapter_model.npy").tobytes()
+
+
+class Killed(BaseException):
+    """What kill -9 would do here: nothing after it runs, no except clause of ours sees it."""
+
+
+def killed_after(operations):
+    """A hook that ends the run, as hard as a test can, at the given operation."""
+    left = itertools.count(operations - 1, -1)
+
+    def on_operation(name):
+        if next(left) == 0:
+            raise Killed
+
+    return on_operation
+
+
+# A whole run
+
+
+def test_the_loss_falls_and_the_adapter_is_there(run, tmp_path):
+    outcome = run()
+
+    before, after = outcome.losses
+    assert after < before / 2
+    assert outcome.adapter == tmp_path / "run" / "adapter"
+    assert outcome.state.is_finished
+
+
+def test_metrics_have_one_object_a_step_and_evaluations_where_due(run, tmp_path):
+    """Step 0 is the evaluation before training: ln(258) nats for a model that knows nothing."""
+    run()
+
+    found = rows(tmp_path / "run")
+    assert list(range(11)) == [row["step"] for row in found]
+    assert [0, 4, 8, 10] == [row["step"] for row in found if "eval_loss" in row]
+    assert {"step": 0, "eval_loss": pytest.approx(np.log(258))} == found[0]
+    assert {"step", "train_loss", "tokens_per_second", "learning_rate"} == set(found[1])
+    assert pytest.approx(np.log(258)) == found[1]["train_loss"]
+
+
+def test_losses_are_per_counted_token(run, data, tmp_path):
+    """The step's loss does not depend on how long the examples are, nor how many."""
+    run(settings=supervised.Settings("fake", learning_rate=1e-9, batch_size=7, max_steps=3))
+
+    for row in rows(tmp_path / "run")[1:]:
+        assert pytest.approx(np.log(258)) == row["train_loss"]
+
+
+def test_the_next_step_is_submitted_before_the_last_is_awaited(run, monkeypatch):
+    """Else the server waits for us between any two steps."""
+    log = []
+    service = FakeService(on_operation=log.append)
+    result = supervised._result
+
+    def noting_result(future, is_stopped):
+        log.append("awaited")
+        return result(future, is_stopped)
+
+    monkeypatch.setattr(supervised, "_result", noting_result)
+
+    run(
+        service=service,
+        settings=supervised.Settings(
+            "fake", max_steps=3, eval_fraction=0.0, batch_size=4, save_every=9
+        ),
+    )
+
+    step, awaited = ["forward_backward", "optim_step"], ["awaited", "awaited"]
+    assert step + step + awaited + step == log[:8]
+
+
+def test_examples_held_out_are_never_trained_on(run, data, monkeypatch):
+    trained, evaluated = set(), set()
+
+    class Watching(FakeService):
+        def create_lora_training_client(self, *args, **kwargs):
+            training = super().create_lora_training_client(*args, **kwargs)
+            for name, seen in (("forward", evaluated), ("forward_backward", trained)):
+                method = getattr(training, name)
+
+                def watching(data, loss_fn, method=method, seen=seen):
+                    seen |= {tuple(d.model_input.to_ints()) for d in data}
+                    return method(data, loss_fn)
+
+                setattr(training, name, watching)
+            return training
+
+    run(service=Watching())
+
+    assert (20, 5) == (len(trained), len(evaluated))
+    assert not trained & evaluated
+
+
+def test_three_held_out_prompts_are_shown_before_and_after(run):
+    outcome = run()
+
+    assert 3 == len(outcome.shown)
+    assert {"\0" * 8} == {shown.before for shown in outcome.shown}
+    assert {"aaaaaaaa", "bbbbbbbb"} >= {shown.after for shown in outcome.shown}
+
+
+def test_nothing_held_out_is_fine(run):
+    outcome = run(settings=supervised.Settings("fake", eval_fraction=0.0))
+
+    assert (None, []) == (outcome.losses, list(outcome.shown))
+    assert outcome.state.is_finished
+
+
+def test_the_server_is_asked_for_what_the_settings_say(run):
+    service = FakeService()
+
+    run(service=service, settings=supervised.Settings("fake", rank=4, seed=9, train_mlp=False))
+
+    flags = {"train_mlp": False, "train_attn": True, "train_unembed": True}
+    assert [("fake", {"rank": 4, "seed": 9, **flags})] == service.created
+
+
+def test_what_happened_to_the_data_is_said(run):
+    report = Silent()
+
+    run(settings=supervised.Settings("fake", max_length=50), report=report)
+
+    assert ["24 examples to train on, 1 held out; 14 cut to --max-length 50 tokens."] == report.said
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rate_schedules(schedule, expected):
+    settings = supervised.Settings("fake", learning_rate=1.0, schedule=schedule, warmup_steps=2)
+
+    rates = [settings.learning_rate_at(step, total_steps=6) for step in range(1, 7)]
+
+    assert pytest.approx(expected, abs=1e-6) == rates
+
+
+# Stopping and going on
+
+
+@pytest.fixture
+def undisturbed(run, tmp_path):
+    run("undisturbed")
+    return tmp_path / "undisturbed"
+
+
+def stopping_at(count):
+    """A guard that says stop from its *count*-th question on."""
+
+    @contextmanager
+    def guard():
+        questions = itertools.count(1)
+        yield lambda: next(questions) >= count
+
+    return guard
+
+
+@pytest.mark.parametrize("questions", range(1, 27))
+def test_a_stopped_run_goes_on_to_the_same_weights(run, undisturbed, tmp_path, questions):
+    """Same data order, same optimizer state: as if nothing had been."""
+    service = FakeService()
+
+    stopped = run(service=service, guard=stopping_at(questions))
+    finished = run(service=service)
+
+    assert stopped.adapter is None
+    assert finished.adapter is not None
+    assert adapter(undisturbed) == adapter(tmp_path / "run")
+    assert without_speed(rows(undisturbed)) == without_speed(rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("operation", range(1, 39, 3))
+def test_a_killed_run_goes_on_from_the_last_checkpoint(run, undisturbed, tmp_path, operation):
+    """Rows beyond the checkpoint are cut off; they come again."""
+    service = FakeService(on_operation=killed_after(operation))
+
+    with pytest.raises(Killed):
+        run(service=service)
+    service.on_operation = lambda name: None
+    run(service=service)
+
+    assert adapter(undisturbed) == adapter(tmp_path / "run")
+    assert without_speed(rows(undisturbed)) == without_speed(rows(tmp_path / "run"))
+
+
+def test_half_a_row_left_by_a_kill_is_cut_off(run, tmp_path, undisturbed):
+    service = FakeService(on_operation=killed_after(30))
+    with pytest.raises(Killed):
+        run(service=service)
+    service.on_operation = lambda name: None
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "trai')
+
+    run(service=service)
+
+    assert without_speed(rows(undisturbed)) == without_speed(rows(tmp_path / "run"))
+
+
+def test_when_the_server_is_too_slow_to_save_the_last_checkpoint_stands(
+    run, tmp_path, monkeypatch, undisturbed
+):
+    """Whoever presses Ctrl-C wants the prompt back."""
+    monkeypatch.setattr(supervised, "STOP_SECONDS", 0.2)
+    service, report = FakeService(), Silent()
+
+    def hangs_when_saved(name):
+        service.hangs = "step-000006" in str(service.checkpoints)
+
+    service.on_operation = hangs_when_saved
+    stopped = run(service=service, report=report, guard=stopping_at(25))
+    service.hangs, service.on_operation = False, lambda name: None
+    run(service=service)
+
+    assert 6 == stopped.state.step
+    assert "the last checkpoint is of step 6" in report.said[-1]
+    assert adapter(undisturbed) == adapter(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [({"rank": 5}, "--rank is 5"), ({"learning_rate": 1.0}, "--learning-rate is 1.0")],
+)
+def test_a_run_does_not_go_on_as_another(run, tmp_path, changed, flag):
+    run()
+
+    with pytest.raises(ValueError, match=f"{flag}, but the run to resume has"):
+        run(settings=attrs.evolve(SETTINGS, **changed))
+
+
+def test_how_often_to_save_and_evaluate_may_change(run):
+    service = FakeService(on_operation=killed_after(30))
+    with pytest.raises(Killed):
+        run(service=service)
+    service.on_operation = lambda name: None
+
+    outcome = run(service=service, settings=attrs.evolve(SETTINGS, save_every=1, eval_every=1))
+
+    assert outcome.state.is_finished
+
+
+def test_a_run_does_not_go_on_with_other_data(run, data, tmp_path):
+    run()
+    data.path.write_text('{"text": "other"}')
+
+    with pytest.raises(ValueError, match="is not the data that the run to resume was started with"):
+        supervised.check_same(
+            supervised.load_state(tmp_path / "run"), SETTINGS, records.read(data.path)
+        )
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"settings": {"nonsense": 1}}', "[]"])
+def test_a_state_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+
+    with pytest.raises(ValueError, match=r"state.json is not a run's state"):
+        supervised.load_state(tmp_path)
+
+
+def test_the_model_is_closed_whatever_happens(run):
+    """Else a server keeps the memory of every run that failed."""
+    opened = []
+
+    class Failing(FakeService):
+        def create_lora_training_client(self, *args, **kwargs):
+            opened.append(super().create_lora_training_client(*args, **kwargs))
+            return opened[-1]
+
+        def create_rest_client(self):
+            raise errors.NotOfferedError("no archives here", status=404)
+
+    with pytest.raises(errors.NotOfferedError):
+        run(service=Failing())
+
+    assert opened[0].is_closed
+
+
+def test_the_fake_learns_as_its_gradient_says():
+    """The tests above stand on it: against finite differences."""
+    training = FakeService().create_lora_training_client("fake")
+    training.logits = np.random.default_rng(0).normal(size=258)
+    [example] = records.render([records.Text("hello")], ByteTokenizer(), 100).examples
+    datum = example.datum(0.7)
+
+    def loss():
+        out = training.forward([datum], "cross_entropy").result()
+        return 0.7 * supervised._loss_sum(out, [example])
+
+    training.forward_backward([datum], "cross_entropy")
+    for token in (*b"helo", 257, 0):
+        training.logits[token] += 1e-2
+        above = loss()
+        training.logits[token] -= 2e-2
+        below = loss()
+        training.logits[token] += 1e-2
+        assert pytest.approx((above - below) / 2e-2, abs=2e-3) == training.gradient[token]

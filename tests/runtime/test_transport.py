@@ -1,0 +1,228 @@
+"""One HTTP exchange: what is sent, with which key, and what closing does to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.support.fake_server import (
+    URL,
+    FakeServer,
+    after,
+    lost,
+    reset,
+    settings,
+    status,
+    transport,
+)
+from tinkex import config, errors, types, wire
+from tinkex.runtime.transport import Transport
+
+HEALTHZ = f"{URL}/api/v1/healthz"
+
+
+@pytest.fixture
+def server():
+    return FakeServer()
+
+
+@pytest.fixture
+def fresh(server):
+    """A transport whose server was never heard of."""
+    made = transport(server)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def established(fresh, server):
+    """A transport whose server has answered before."""
+    fresh.call(wire.HEALTHZ)
+    server.requests.clear()
+    return fresh
+
+
+# What is sent.
+
+
+def test_a_request_carries_the_headers_of_the_protocol(established, server):
+    established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
+    [seen] = server.requests
+
+    assert {"session_id": "s0", "type": "session_heartbeat"} == seen.body
+    assert "application/json" == seen.headers["Content-Type"]
+    assert "application/json" == seen.headers["Accept"]
+    assert config.PROTOCOL_VERSION == seen.headers["X-Stainless-Package-Version"]
+    assert "0" == seen.headers["x-stainless-retry-count"]
+    assert seen.headers["User-Agent"].startswith("tinkex/")
+    assert str(len(seen.raw)) == seen.headers["Content-Length"]
+
+
+def test_the_key_travels_in_its_header_and_is_not_sent_where_there_is_none(server):
+    with_key = transport(server, api_key="tml-secret")
+    with_key.call(wire.HEALTHZ)
+    transport(server).call(wire.HEALTHZ)
+    first, second = server.requests
+
+    assert "tml-secret" == first.headers["X-API-Key"]
+    assert "X-API-Key" not in second.headers
+
+
+def test_headers_of_the_configuration_go_with_every_request(server):
+    """Cloudflare Access, for one."""
+    way = transport(server, headers={"CF-Access-Client-Id": "me"})
+    way.call(wire.HEALTHZ)
+
+    assert "me" == server.requests[0].headers["CF-Access-Client-Id"]
+
+
+def test_a_resend_has_the_same_bytes_and_idempotency_key_and_counts_up(established, server):
+    """So that the server can know it for a resend."""
+    server.script("session_heartbeat", status(503), reset(), lost(), status(500))
+    established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
+
+    assert 5 == len(server.requests)
+    assert 1 == len({seen.raw for seen in server.requests})
+    assert 1 == len({seen.headers["X-Idempotency-Key"] for seen in server.requests})
+    assert ["0", "1", "2", "3", "4"] == [
+        seen.headers["x-stainless-retry-count"] for seen in server.requests
+    ]
+
+
+def test_two_requests_have_different_idempotency_keys(established, server):
+    for _ in range(2):
+        established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
+
+    assert 2 == len({seen.headers["X-Idempotency-Key"] for seen in server.requests})
+
+
+def test_a_forked_child_s_idempotency_keys_are_not_its_parent_s():
+    """A server would take its first request for a resend of the parent's."""
+    code = (
+        "import os; from tinkex.runtime.transport import _own_headers\n"
+        "pid = os.fork()\n"
+        "pid and os.waitpid(pid, 0)\n"
+        "print(_own_headers('POST', b'', None)['X-Idempotency-Key'], flush=True)"
+    )
+    keys = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+
+    assert 2 == len(set(keys))
+
+
+def test_a_get_needs_no_idempotency_key(established, server):
+    established.call(wire.HEALTHZ)
+
+    assert "X-Idempotency-Key" not in server.requests[0].headers
+
+
+def test_parameters_are_quoted_in_the_path_but_for_the_slash_and_colon_of_ids(established):
+    """`%2F` in a checkpoint's id is a 404 on the official service."""
+    url = established.url("training_runs/{run_id}/{id}", run_id="a:train:0", id="weights/a b?c#d")
+
+    assert f"{URL}/api/v1/training_runs/a:train:0/weights/a%20b%3Fc%23d" == url
+
+
+def test_query_parameters_arrive_and_empty_ones_are_left_out(established, server):
+    server.stored["GET", "sessions"] = (200, {"sessions": []})
+    established.call(wire.LIST_SESSIONS, query={"limit": 5, "offset": 0, "access_scope": None})
+
+    assert {"limit": "5", "offset": "0"} == server.requests[0].query
+
+
+def test_timeouts_are_those_of_the_configuration(established, server):
+    established.call(wire.HEALTHZ)
+    established.call(wire.HEALTHZ, timeout=2.0)
+    patience = established.config.patience
+
+    assert (patience.connect, patience.request) == server.requests[0].timeout
+    assert (2.0, 2.0) == server.requests[1].timeout
+
+
+def test_a_deleted_thing_may_be_answered_with_nothing(established, server):
+    """204 with an empty body is a success, not broken JSON. (statement 29)"""
+    server.stored["DELETE", "training_runs/r/checkpoints/weights/a"] = (204, None)
+
+    assert established.call(wire.DELETE_CHECKPOINT, run_id="r", checkpoint_id="weights/a")
+
+
+def test_json_that_cannot_be_sent_is_refused_before_it_is_sent(established, server):
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        established.call(
+            wire.CREATE_SESSION, types.CreateSessionRequest(user_metadata={"a": object()})
+        )
+    assert [] == server.requests
+
+
+# Tokens.
+
+
+def test_a_token_that_is_refused_is_replaced_and_the_request_replayed(established, server):
+    keys = iter(["old", "new"])
+    current = [next(keys)]
+    established.get_key = lambda: current[0]
+    established.refresh_key = lambda: bool(current.__setitem__(0, next(keys))) or True
+    server.script(
+        "healthz",
+        status(401, None, **{"WWW-Authenticate": 'Bearer error="invalid_token"'}),
+    )
+    established.call(wire.HEALTHZ)
+
+    assert ["old", "new"] == [seen.headers["X-API-Key"] for seen in server.requests]
+
+
+def test_a_401_that_is_not_about_a_token_is_not_replayed(established, server):
+    established.refresh_key = lambda: pytest.fail("asked for another token")
+    server.always("healthz", status(401, {"detail": "no such key"}))
+
+    with pytest.raises(errors.AuthenticationError):
+        established.call(wire.HEALTHZ)
+
+
+# Closing.
+
+
+def test_a_closed_transport_tries_nothing_again(established, server):
+    """Closing a client ends its threads; one that goes on for ten minutes would outlive it."""
+
+    def close(server, request, limits, behave):
+        established.close()
+        return server.response(request, 503)
+
+    server.script("healthz", close)
+
+    with pytest.raises(
+        errors.ClientClosedError, match=r"was closed; this was not sent again: .*503"
+    ):
+        established.call(wire.HEALTHZ)
+    assert 1 == len(server.requests)
+
+
+def test_closing_ends_a_pause_that_is_under_way(server):
+    """A Retry-After of minutes must not keep a thread."""
+    way = Transport(settings(), adapter=server)
+    way.call(wire.HEALTHZ)
+    server.script("healthz", status(503, None, retry_after=200))
+    threading.Timer(0.02, way.close).start()
+
+    with pytest.raises(errors.ClientClosedError):
+        way.call(wire.HEALTHZ)
+
+
+def test_a_long_exchange_is_reported(established, server, caplog):
+    """No wait is silent: the way to the server is waited for like everything else."""
+    lines = []
+
+    def look(server, request, limits, behave):
+        lines.append(established.waits.report())
+        return behave()
+
+    server.script("healthz", *[status(503, {"message": "busy"})] * 4, after(10, look))
+    established.call(wire.HEALTHZ)
+
+    assert 1 == len([line for line in lines if line])
+    assert (
+        f"for GET {HEALTHZ} (4 retries, the last after: {HEALTHZ} answered 503: busy)" in lines[0]
+    )

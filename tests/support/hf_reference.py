@@ -1,0 +1,181 @@
+"""An independent opinion: small Hugging Face models, and PEFT's LoRA on top of them.
+
+Made on the spot with random weights; what `tinkex.local` computes is held against them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tinkex import types
+from tinkex.engine import lora, tiny
+from tinkex.engine.engine import Engine
+
+VOCAB = 300
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 260,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+#: Configurations by name: every architecture, and what sets them apart.
+CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama-tied-biased": lambda: transformers.LlamaConfig(
+        **SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
+    "llama3-rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "yarn-rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=YARN_ROPE),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def make_base(directory: Path, kind: str = "llama") -> Path:
+    """A model with random weights, norms and biases, saved in *directory*, with a tokenizer."""
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+        else:
+            parameter.data.normal_(0, 0.15)
+    model.save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+    return directory
+
+
+def load_base(directory: Path) -> transformers.PreTrainedModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
+def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -> Path:
+    """A PEFT adapter with random A and B (so that A has a gradient too)."""
+    torch.manual_seed(2)
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": 32,
+        "target_modules": targets(types.LoraConfig()),
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+    }
+    with _peft_warnings_ignored():
+        model = peft.get_peft_model(load_base(base), peft.LoraConfig(**{**settings, **config}))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(0, 0.05)
+        model.save_pretrained(directory, save_embedding_layers=False)
+    return directory
+
+
+def targets(config: types.LoraConfig) -> list[str]:
+    """Names of the modules that a configuration trains."""
+    names: list[str] = []
+    if config.train_attn:
+        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if config.train_mlp:
+        names += ["gate_proj", "up_proj", "down_proj"]
+    return [*names, "lm_head"] if config.train_unembed else names
+
+
+def load_adapter(base: Path, directory: Path) -> Any:
+    """PEFT's model of an adapter directory, its LoRA matrices trainable."""
+    with _peft_warnings_ignored():
+        model = peft.PeftModel.from_pretrained(load_base(base), directory, is_trainable=True)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _peft_warnings_ignored() -> Iterator[None]:
+    """PEFT reads deprecated names of transformers, and warns of LoRA on tied heads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def logprobs(model: Any, tokens: Sequence[int], targets: np.ndarray) -> Tensor:
+    """The plain way: all logits, log_softmax, gather. targets (N,) or (N, K)."""
+    logits = model(input_ids=torch.tensor(np.asarray(tokens)[None], dtype=torch.long)).logits[0]
+    wanted = torch.from_numpy(np.asarray(targets, np.int64)).reshape(len(logits), -1)
+    found = logits.log_softmax(-1).gather(1, wanted)
+    return found.reshape(np.asarray(targets).shape)
+
+
+def peft_gradients(model: Any) -> dict[str, Tensor]:
+    """By name, as `gradients` has them."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            module, letter = name.removeprefix("base_model.model.").split(".lora_")
+            found[f"{module}.lora_{letter[0]}"] = parameter.grad.detach().clone()
+    return found
+
+
+def gradients(engine: Engine, model_id: str, directory: Path) -> dict[str, Tensor]:
+    """What the engine has accumulated, by name, read from a snapshot in *directory*."""
+    directory.mkdir()
+    engine.snapshot(model_id, directory)
+    flat = load_file(directory / "live.safetensors")["gradient"]
+    model = engine._models[model_id]
+    return lora.Layout(model.loaded.base.linears, model.layout.shape).tensors(flat)
+
+
+def drive(pass_: Generator[None, None, Any]) -> Any:
+    """Run a forward_backward to its end; give its result."""
+    while True:
+        try:
+            next(pass_)
+        except StopIteration as stop:
+            return stop.value
+
+
+def sample_all(engine: Engine) -> dict[Any, Any]:
+    """Step until nothing is left; results by ticket."""
+    results: dict[Any, Any] = {}
+    while engine.has_samples:
+        results.update(engine.sample_step())
+    return results
+
+
+def datum(tokens: Sequence[int], **inputs: Any) -> types.Datum:
+    """tokens[:-1] to read, tokens[1:] to predict."""
+    given = {"target_tokens": np.asarray(tokens)[1:], **inputs}
+    return types.Datum(types.ModelInput.from_ints(np.asarray(tokens)[:-1]), given)

@@ -1,0 +1,241 @@
+"""
+The structure of the package, executed: floors, borders, and no use of another's private names.
+
+A module imports only from floors below its own, wherever in the file the import stands. This is the
+table of docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tinkex"
+
+#: From the ground up. A name ending in "/" is a folder that is one floor as a whole: its modules
+#: may import one another, without cycles. Modules of one row do not import one another.
+FLOORS = [
+    "_version types/ errors",
+    "wire/ config futures text/ runtime/executor runtime/wait_log cli/progress cli/formatting",
+    "runtime/batching runtime/custom_loss runtime/http_adapter runtime/rate_limit "
+    "runtime/responses data/ cli/options",
+    "runtime/retry",
+    "runtime/transport",
+    "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
+    "runtime/session",
+    "runtime/sample_watch checkpoints/download",
+    "engine/",
+    "checkpoints/export server/",
+    "sampling rest",
+    "conformance/",
+    "training diagnostics",
+    "runtime/restore",
+    "service",
+    "recipes/",
+    "__init__",
+    "cli/",
+    "__main__",
+]
+
+#: The server and the client meet on the wire alone.
+ENGINE_MAY_USE = {"engine", "types", "errors"}
+SERVER_MAY_USE = {"server", "engine", "types", "errors", "wire", "text", "config", "_version"}
+
+#: Part of the extra `local`, or slow to import: never at the top of a module outside of engine/ and
+#: server/.
+HEAVY = {
+    "torch",
+    "transformers",
+    "safetensors",
+    "starlette",
+    "uvicorn",
+    "google",
+    "tokenizers",
+    "asyncio",
+}
+#: wire/proto.py is imported when it is first needed.
+HEAVY_ALLOWED = {"wire.proto": {"google"}}
+
+#: Private names of other packages, each in one module behind a check that has a way back.
+FOREIGN = {
+    "engine.matmul": {"_linear_pointwise"},
+    "runtime.http_adapter": {"_get_conn", "_put_conn"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+FLOOR = {name: number for number, row in enumerate(FLOORS) for name in row.split()}
+
+
+def place(module: str) -> str:
+    """The entry of the table that *module* belongs to: its own, or that of its folder."""
+    path = module.replace(".", "/")
+    if path in FLOOR:
+        return path
+    folder = f"{path.split('/')[0]}/"
+    return folder if folder in FLOOR else ""
+
+
+def imports(module: str, tree: ast.AST | None = None) -> set[str]:
+    """The modules of tinkex that *module* imports, anywhere in its file."""
+    found = set()
+    for node in ast.walk(tree or TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("tinkex.") for a in node.names if "tinkex." in a.name}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinkex":
+            base = (node.module or "").removeprefix("tinkex").removeprefix(".")
+            for alias in node.names:
+                full = f"{base}.{alias.name}".lstrip(".")
+                found.add(full if full in FILES else base or "__init__")
+    return found - {module}
+
+
+def is_package_of(folder: str, module: str) -> bool:
+    return module.startswith(f"{folder}.")
+
+
+every_module = pytest.mark.parametrize("module", FILES)
+
+
+@every_module
+def test_every_module_has_its_floor(module):
+    """An empty package file (a docstring alone) stands on no floor."""
+    is_marker = FILES[module].name == "__init__.py" and len(TREES[module].body) <= 1
+    assert place(module) or is_marker
+
+
+@every_module
+def test_a_module_imports_only_from_lower_floors(module):
+    """So that each can be read, and tested, knowing only what is below it."""
+    here = place(module)
+    above = {
+        used
+        for used in imports(module)
+        if place(used) and place(used) != here and FLOOR[place(used)] >= FLOOR.get(here, -1)
+    }
+
+    assert set() == above
+
+
+def test_no_module_imports_itself_by_a_detour():
+    """Inside a folder, too: a cycle makes two modules one."""
+    graph = {module: imports(module) & set(FILES) for module in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            raise AssertionError(f"import cycle: {' -> '.join((*path, module))}")
+        if module not in done:
+            for used in sorted(graph[module]):
+                # A module of a package may be imported by the package's own __init__.
+                if not is_package_of(used, module):
+                    visit(used, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@every_module
+def test_the_engine_and_the_server_do_not_use_the_client(module):
+    """Two programs that meet on the wire: neither can lean on the other's inside."""
+    allowed = {"engine": ENGINE_MAY_USE, "server": SERVER_MAY_USE}.get(module.split(".")[0])
+    if allowed is not None:
+        assert set() == {used for used in imports(module) if used.split(".")[0] not in allowed}
+
+
+@every_module
+def test_the_client_does_not_use_the_engine_or_the_server(module):
+    """It reaches them over HTTP. `tinkex serve` starts one, and merging weights is the engine's."""
+    if module.split(".")[0] not in ("engine", "server", "cli") and module != "checkpoints.export":
+        assert set() == {u for u in imports(module) if u.split(".")[0] in ("engine", "server")}
+
+
+@every_module
+def test_nothing_heavy_is_imported_at_the_top(module):
+    """`import tinkex` is quick, and works where the extras are not installed."""
+    if module.split(".")[0] in ("engine", "server"):
+        return
+    found = set()
+    for node in run_at_import(TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+
+    assert set() == (found & HEAVY) - HEAVY_ALLOWED.get(module, set())
+
+
+def run_at_import(tree):
+    """The statements that run when the module is imported: not those inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            yield from run_at_import(node)
+
+
+@every_module
+def test_no_module_touches_the_private_names_of_another(module):
+    """
+    What a module keeps to itself is its own to change.
+
+    `x._name` is allowed where this module itself defines `_name`: on `self`, in another instance of
+    its own class, in a subclass of its own.
+    """
+    tree = TREES[module]
+    own = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+    touched = {
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.endswith("__")
+        and node.attr not in own | FOREIGN.get(module, set())
+        and ast.unparse(node) != "os._exit"  # documented, whatever its name looks like
+    }
+    touched |= {
+        f"line {node.lineno}: from {node.module} import {alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tinkex")
+        for alias in node.names
+        if alias.name.startswith("_") and alias.name not in ("_version", "__version__")
+    }
+
+    assert set() == touched
+
+
+def test_no_folder_of_one_file():
+    """A folder is a border; a border around one module is none."""
+    folders = {path.parent for path in FILES.values()} - {PACKAGE}
+    lonely = [
+        folder.relative_to(PACKAGE).as_posix()
+        for folder in sorted(folders)
+        if len([*folder.glob("*.py")]) < 3 and (folder / "__main__.py") not in folder.iterdir()
+    ]
+
+    assert [] == lonely
+
+
+def test_the_top_level_is_what_a_user_holds():
+    assert 12 >= len(
+        [m for m in FILES if "." not in m and FILES[m].parent == PACKAGE and m[0] != "_"]
+    )

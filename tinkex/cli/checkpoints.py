@@ -1,0 +1,490 @@
+"""The command `tinkex checkpoint`: arguments in, `RestClient` called, text out.
+
+The clients are imported when a command runs, so that `tinkex --help` is quick.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import click
+
+from tinkex.cli import formatting
+from tinkex.cli.listing import (
+    PAGE,
+    first,
+    limit_option,
+    lora,
+    metadata_rows,
+    open_rest,
+    page_for,
+    say_how_many,
+)
+from tinkex.cli.options import Command, Duration, format_option, server_options
+
+if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+    from tinkex import types
+    from tinkex.rest import RestClient
+
+
+@click.group()
+def checkpoint() -> None:
+    """List, fetch, publish and delete checkpoints.
+
+    A PATH is tinker://RUN/weights/NAME, to go on training from, or
+    tinker://RUN/sampler_weights/NAME, to sample from.
+
+    Where several can be given it may be a pattern, with * ? [...]. With tinker:// it is one for the
+    whole path, without for its end: 'weights/step-*', or just 'step-*'. Quote it.
+    """
+
+
+def selection_options(command: Command) -> Command:
+    """--run-id, --type (told as *kind*) and --older-than (in seconds)."""
+    for option in (
+        click.option(
+            "--older-than",
+            type=Duration(),
+            metavar="TIME",
+            help="Only those made longer ago, like 12h, 30d or 8w.",
+        ),
+        click.option(
+            "--type", "kind", type=click.Choice(["training", "sampler"]), help="Only these."
+        ),
+        click.option("--run-id", metavar="RUN", help="Only those of this training run."),
+    ):
+        command = option(command)
+    return command
+
+
+paths_argument = click.argument("patterns", metavar="PATH...", nargs=-1, required=True)
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+
+
+@attrs.frozen
+class Selection:
+    """Which checkpoints: those that fit one of the patterns (if there are any) and all the rest.
+
+    Args:
+        patterns: see `tinkex checkpoint --help`.
+        older_than: seconds since they were made, at least.
+    """
+
+    patterns: tuple[str, ...] = ()
+    run_id: str | None = None
+    kind: str | None = None
+    older_than: int | None = None
+
+    @property
+    def is_filtered(self) -> bool:
+        return any(value is not None for value in (self.run_id, self.kind, self.older_than))
+
+    def fits(self, checkpoint: types.Checkpoint, now: datetime) -> bool:
+        patterns = self.patterns or ("tinker://*",)
+        return (
+            any(matches(checkpoint.tinker_path, pattern) for pattern in patterns)
+            and self.kind in (None, checkpoint.checkpoint_type)
+            and self._is_old_enough(checkpoint, now)
+        )
+
+    def _is_old_enough(self, checkpoint: types.Checkpoint, now: datetime) -> bool:
+        if self.older_than is None:
+            return True
+        made = formatting.moment(checkpoint.time)
+        return made is not None and now - made > timedelta(seconds=self.older_than)
+
+    def listed(self, rest: RestClient, page: int = PAGE) -> Iterator[types.Checkpoint]:
+        """Those on the server, the newest first."""
+        now = datetime.now(timezone.utc)
+        if self.run_id is None:
+            found = rest.iter_user_checkpoints(page=page)
+        else:
+            found = iter(newest_first(rest.list_checkpoints(self.run_id).checkpoints))
+        return (checkpoint for checkpoint in found if self.fits(checkpoint, now))
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether *pattern* is of *path*: of the whole with tinker://, else of its last segments."""
+    if pattern.startswith("tinker://"):
+        return fnmatch.fnmatchcase(path, pattern)
+    segments, wanted = path.removeprefix("tinker://").split("/"), pattern.split("/")
+    ends = segments[-len(wanted) :]
+    return len(ends) == len(wanted) and all(map(fnmatch.fnmatchcase, ends, wanted))
+
+
+def is_pattern(path: str) -> bool:
+    """Whether it may stand for several paths, or for the end of one."""
+    return not path.startswith("tinker://") or any(letter in path for letter in "*?[")
+
+
+def newest_first(checkpoints: Sequence[types.Checkpoint]) -> list[types.Checkpoint]:
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.time or "", reverse=True)
+
+
+@checkpoint.command("list")
+@click.argument("patterns", metavar="[PATH]...", nargs=-1)
+@selection_options
+@limit_option
+@format_option
+@server_options
+def list_checkpoints(
+    patterns: tuple[str, ...],
+    run_id: str | None,
+    kind: str | None,
+    older_than: int | None,
+    limit: int,
+    as_json: bool,
+    **server: str | None,
+) -> None:
+    """List checkpoints, the newest first: all, or those that fit."""
+    selection = Selection(patterns, run_id, kind, older_than)
+    page = PAGE if patterns or selection.is_filtered else page_for(limit)
+    with open_rest(**server) as rest:
+        found, more = first(selection.listed(rest, page), limit)
+    if as_json:
+        formatting.say_json({"checkpoints": [attrs.asdict(one) for one in found], "more": more})
+        return
+    say_how_many("checkpoint", len(found), more)
+    if found:
+        formatting.say(checkpoint_table(found))
+
+
+def checkpoint_table(checkpoints: Sequence[types.Checkpoint]) -> str:
+    rows = [
+        (
+            one.tinker_path,
+            one.checkpoint_type,
+            formatting.size(one.size_bytes),
+            "yes" if one.public else "no",
+            formatting.when(one.time),
+            formatting.when(one.expires_at, "never"),
+        )
+        for one in checkpoints
+    ]
+    return formatting.table(("Path", "Type", "Size", "Public", "Made", "Expires"), rows)
+
+
+@checkpoint.command("info")
+@click.argument("path")
+@format_option
+@server_options
+def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
+    """Show what a checkpoint is of."""
+    with open_rest(**server) as rest:
+        entry, info = _look_up(rest, path)
+    if as_json:
+        known = [attrs.asdict(part) for part in (entry, info) if part is not None]
+        formatting.say_json(
+            {"tinker_path": path, **{k: v for part in known for k, v in part.items()}}
+        )
+        return
+    rows = [("Path", path)]
+    if entry is not None:
+        rows += [
+            ("Type", entry.checkpoint_type),
+            ("Size", formatting.size(entry.size_bytes)),
+            ("Public", "yes" if entry.public else "no"),
+            ("Made", formatting.when(entry.time)),
+            ("Expires", formatting.when(entry.expires_at, "never")),
+            *metadata_rows(entry.user_metadata),
+        ]
+    if info is not None:
+        rows += [("Base model", info.base_model), ("LoRA", lora(info))]
+        for name in ("attn", "mlp", "unembed"):
+            trained = getattr(info, f"train_{name}")
+            rows += [] if trained is None else [(f"Train {name}", "yes" if trained else "no")]
+    formatting.say(formatting.facts(rows))
+
+
+def _look_up(
+    rest: RestClient, path: str
+) -> tuple[types.Checkpoint | None, types.WeightsInfoResponse | None]:
+    """Its entry in the list and what its weights are of, as far as the server offers both.
+
+    Raises:
+        NotFoundError: If there is no such checkpoint, or the server offers neither.
+    """
+    from tinkex import errors, types
+
+    parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    info: types.WeightsInfoResponse | None = None
+    entry: types.Checkpoint | None = None
+    refusal: errors.NotFoundError | None = None
+    try:
+        info = rest.get_weights_info_by_tinker_path(path)
+    except errors.NotOfferedError as exc:
+        refusal = exc
+    try:
+        listed = rest.list_checkpoints(parsed.training_run_id).checkpoints
+        entry = next((one for one in listed if one.checkpoint_id == parsed.checkpoint_id), None)
+    except errors.NotFoundError as exc:
+        refusal = refusal or exc
+    if info is None and entry is None:
+        raise refusal or errors.NotFoundError(f"there is no checkpoint {path}.", status=404)
+    return entry, info
+
+
+@checkpoint.command()
+@click.argument("path")
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--force", is_flag=True, help="Replace what is there, once the new one is complete.")
+@format_option
+@server_options
+def download(
+    path: str, folder: Path | None, force: bool, as_json: bool, **server: str | None
+) -> None:
+    """Fetch the files of a checkpoint, as the server has them, into FOLDER.
+
+    Without FOLDER, into a new one that is called after the checkpoint.
+    """
+    from tinkex import types
+
+    parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    if folder is None:
+        folder = Path(re.sub(r"[^\w.-]+", "_", f"{parsed.training_run_id}_{parsed.checkpoint_id}"))
+    with open_rest(**server) as rest, _download_bar() as progress:
+        rest.download_checkpoint(path, folder, force, progress)
+    _say_where(path, folder, as_json)
+
+
+@checkpoint.command()
+@click.argument("path")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Make a whole Hugging Face model: the base model with the adapter folded in. Needs the "
+    "base model, and pip install 'tinkex[local]'.",
+)
+@click.option(
+    "--base-model", help="A directory or hub id. Default: the name that the server has for it."
+)
+@click.option("--force", is_flag=True, help="Replace what is there, once the new one is complete.")
+@format_option
+@server_options
+def export(
+    path: str,
+    folder: Path,
+    merge: bool,
+    base_model: str | None,
+    force: bool,
+    as_json: bool,
+    **server: str | None,
+) -> None:
+    """Make FOLDER a PEFT adapter, or with --merge a whole model."""
+    with open_rest(**server) as rest, _download_bar() as progress:
+        rest.export_checkpoint(
+            path, folder, merge, base_model=base_model, force=force, progress=progress
+        )
+    _say_where(path, folder, as_json)
+
+
+@contextmanager
+def _download_bar() -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _say_where(path: str, folder: Path, as_json: bool) -> None:
+    if as_json:
+        formatting.say_json({"tinker_path": path, "folder": str(folder.absolute())})
+    else:
+        formatting.say(str(folder))
+
+
+@checkpoint.command()
+@paths_argument
+@yes_option
+@format_option
+@server_options
+def publish(patterns: tuple[str, ...], yes: bool, as_json: bool, **server: str | None) -> int:
+    """Let every key of the server read checkpoints."""
+    with open_rest(**server) as rest:
+        change = Change("Publish {}?", "Published {}", rest.publish_checkpoint_from_tinker_path)
+        return change.apply(rest, Selection(patterns), yes, as_json)
+
+
+@checkpoint.command()
+@paths_argument
+@yes_option
+@format_option
+@server_options
+def unpublish(patterns: tuple[str, ...], yes: bool, as_json: bool, **server: str | None) -> int:
+    """Keep published checkpoints to yourself again."""
+    with open_rest(**server) as rest:
+        action = rest.unpublish_checkpoint_from_tinker_path
+        change = Change("Keep {} to yourself?", "Unpublished {}", action)
+        return change.apply(rest, Selection(patterns), yes, as_json)
+
+
+@checkpoint.command("set-ttl")
+@paths_argument
+@click.option("--ttl", type=Duration(), metavar="TIME", help="From now, like 3600, 12h or 30d.")
+@click.option("--remove", is_flag=True, help="Let them never expire.")
+@yes_option
+@format_option
+@server_options
+def set_ttl(
+    patterns: tuple[str, ...],
+    ttl: int | None,
+    remove: bool,
+    yes: bool,
+    as_json: bool,
+    **server: str | None,
+) -> int:
+    """Let checkpoints expire, or never."""
+    if (ttl is None) is not remove:
+        raise click.UsageError("Give --ttl TIME or --remove, and not both.")
+    when = "never" if ttl is None else f"in {formatting.duration(ttl)}"
+    with open_rest(**server) as rest:
+        change = Change(
+            f"Let {{}} expire {when}?",
+            f"Expires {when}: {{}}",
+            lambda path: rest.set_checkpoint_ttl_from_tinker_path(path, ttl),
+        )
+        return change.apply(rest, Selection(patterns), yes, as_json)
+
+
+@checkpoint.command()
+@click.argument("patterns", metavar="[PATH]...", nargs=-1)
+@selection_options
+@yes_option
+@format_option
+@server_options
+def delete(
+    patterns: tuple[str, ...],
+    run_id: str | None,
+    kind: str | None,
+    older_than: int | None,
+    yes: bool,
+    as_json: bool,
+    **server: str | None,
+) -> int:
+    """Delete checkpoints: those that fit a PATH (if one is given) and the options.
+
+    `tinkex checkpoint list` with the same arguments shows which. Asks once, with all their names.
+    """
+    selection = Selection(patterns, run_id, kind, older_than)
+    if not patterns and not selection.is_filtered:
+        raise click.UsageError(
+            "Say which: PATH, --run-id, --type or --older-than ('tinker://*' is all)."
+        )
+    with open_rest(**server) as rest:
+        action = rest.delete_checkpoint_from_tinker_path
+        change = Change("Delete {}?", "Deleted {}", action, is_final=True)
+        return change.apply(rest, selection, yes, as_json)
+
+
+@attrs.frozen
+class Change:
+    """One thing to do to each of several checkpoints.
+
+    Args:
+        question, done: what is said before (of all) and after (of each).
+        action: does it to one path.
+        is_final: whether it cannot be taken back, and is asked about even for a single path.
+    """
+
+    question: str
+    done: str
+    action: Callable[[str], None]
+    is_final: bool = False
+
+    def apply(self, rest: RestClient, selection: Selection, yes: bool, as_json: bool) -> int:
+        """Find them, ask, do it to each, and say what was done; the exit status."""
+        paths, known = _chosen(rest, selection)
+        if not paths:
+            click.echo("There is no such checkpoint.", err=True)
+        is_exact = not any(map(is_pattern, selection.patterns))
+        must_ask = bool(paths) and not yes and (self.is_final or not is_exact)
+        if must_ask and not self._is_confirmed(paths, known):
+            click.echo("Nothing was changed.", err=True)
+            return 1
+        done: list[str] = []
+        failures: list[dict[str, str]] = []
+        try:
+            _each(self.action, paths, done, failures)
+        finally:  # what was done is said, whatever comes after it
+            self._say(done, failures, as_json)
+        # That nothing is old enough is no failure; that a name fits nothing is one.
+        found = bool(paths) or selection.is_filtered
+        return 0 if found and not failures else 1
+
+    def _is_confirmed(self, paths: Sequence[str], known: Sequence[types.Checkpoint]) -> bool:
+        """Asked on stderr; no answer is a no."""
+        others = set(paths) - {one.tinker_path for one in known}
+        listing = [checkpoint_table(known)] if known else []
+        click.echo("\n".join([*listing, *sorted(others)]), err=True)
+        what = formatting.plural(len(paths), "checkpoint")
+        bytes_known = [one.size_bytes for one in known if one.size_bytes is not None]
+        if bytes_known:
+            what += f" ({formatting.size(sum(bytes_known))})"
+        click.echo(f"{self.question.format(what)} [y/N] ", nl=False, err=True)
+        answer = sys.stdin.readline()
+        if not answer:
+            click.echo("\nNo answer; --yes says that you are sure.", err=True)
+        return answer.strip().lower() in ("y", "yes")
+
+    def _say(self, done: list[str], failures: list[dict[str, str]], as_json: bool) -> None:
+        for failure in failures:
+            click.echo(f"error: {failure['tinker_path']}: {failure['error']}", err=True)
+        if as_json:
+            formatting.say_json({"done": done, "failures": failures})
+        else:
+            for path in done:
+                formatting.say(self.done.format(path))
+
+
+def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[types.Checkpoint]]:
+    """The paths that are meant, and their entries where they had to be looked up.
+
+    Raises:
+        ValueError: For a path that is none.
+    """
+    from tinkex import types
+
+    exact = [path for path in selection.patterns if not is_pattern(path)]
+    for path in exact:
+        types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    if selection.patterns and len(exact) == len(selection.patterns) and not selection.is_filtered:
+        return list(dict.fromkeys(exact)), []
+    known = list(selection.listed(rest))
+    paths = [one.tinker_path for one in known]
+    # A pattern may fit nothing; who writes a path out means it, and hears if it is not there.
+    missing = [] if selection.is_filtered else [path for path in exact if path not in paths]
+    return [*paths, *missing], known
+
+
+def _each(
+    action: Callable[[str], None],
+    paths: Sequence[str],
+    done: list[str],
+    failures: list[dict[str, str]],
+) -> None:
+    """Do it to each path. What the server refuses for one does not keep it from the others."""
+    from tinkex import errors
+
+    for path in paths:
+        try:
+            action(path)
+            done.append(path)
+        except errors.NotOfferedError:
+            raise  # to none of them
+        except errors.APIStatusError as exc:
+            failures.append({"tinker_path": path, "error": exc.detail or str(exc)})

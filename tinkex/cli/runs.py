@@ -1,0 +1,179 @@
+"""The commands `tinkex run` and `tinkex session`: arguments in, `RestClient` called, text out.
+
+Those on checkpoints are in checkpoints.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import click
+
+from tinkex.cli import formatting
+from tinkex.cli.checkpoints import checkpoint_table, newest_first
+from tinkex.cli.listing import (
+    first,
+    limit_option,
+    lora,
+    metadata_rows,
+    open_rest,
+    page_for,
+    say_how_many,
+    scope_option,
+)
+from tinkex.cli.options import format_option, server_options
+
+if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+    from tinkex import types
+    from tinkex.rest import RestClient
+
+#: Sessions that are asked about at once.
+AT_ONCE = 8
+
+# run
+
+
+@click.group()
+def run() -> None:
+    """List training runs."""
+
+
+@run.command("list")
+@limit_option
+@scope_option
+@format_option
+@server_options
+def list_runs(limit: int, access_scope: Any, as_json: bool, **server: str | None) -> None:
+    """List training runs, the last used first."""
+    with open_rest(**server) as rest:
+        runs, more = first(rest.iter_training_runs(access_scope, page=page_for(limit)), limit)
+    if as_json:
+        formatting.say_json({"runs": [attrs.asdict(run) for run in runs], "more": more})
+        return
+    say_how_many("training run", len(runs), more)
+    if runs:
+        headings = ("Run", "Base model", "LoRA", "Status", "Last used", "Last checkpoint")
+        formatting.say(formatting.table(headings, [_run_row(run) for run in runs]))
+
+
+def _run_row(run: types.TrainingRun) -> tuple[str, ...]:
+    last = [c for c in (run.last_checkpoint, run.last_sampler_checkpoint) if c is not None]
+    newest = max(last, key=lambda checkpoint: checkpoint.time or "", default=None)
+    return (
+        run.training_run_id,
+        run.base_model,
+        lora(run),
+        _status(run),
+        formatting.when(run.last_request_time),
+        newest.checkpoint_id if newest else "none",
+    )
+
+
+def _status(run: types.TrainingRun) -> str:
+    return "broken" if run.corrupted else "good"
+
+
+@run.command("info")
+@click.argument("run_id", metavar="RUN")
+@scope_option
+@format_option
+@server_options
+def run_info(run_id: str, access_scope: Any, as_json: bool, **server: str | None) -> None:
+    """Show a training run and its checkpoints."""
+    from tinkex import errors
+
+    with open_rest(**server) as rest:
+        run = rest.get_training_run(run_id, access_scope)
+        try:
+            checkpoints = newest_first(rest.list_checkpoints(run_id).checkpoints)
+        except errors.NotOfferedError as exc:
+            click.echo(f"Without its checkpoints: {exc}", err=True)
+            checkpoints = []
+    if as_json:
+        listed = [attrs.asdict(checkpoint) for checkpoint in checkpoints]
+        formatting.say_json({**attrs.asdict(run), "checkpoints": listed})
+        return
+    rows = [
+        ("Run", run.training_run_id),
+        ("Base model", run.base_model),
+        ("Owner", run.model_owner),
+        ("LoRA", lora(run)),
+        ("Status", _status(run)),
+        ("Last used", formatting.when(run.last_request_time)),
+        *metadata_rows(run.user_metadata),
+    ]
+    formatting.say(formatting.facts(rows))
+    if checkpoints:
+        formatting.say(f"\n{checkpoint_table(checkpoints)}")
+
+
+# session
+
+
+@click.group()
+def session() -> None:
+    """List sessions."""
+
+
+@session.command("list")
+@limit_option
+@scope_option
+@format_option
+@server_options
+def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | None) -> None:
+    """List sessions, the newest first."""
+    from tinkex.runtime.executor import DaemonExecutor
+
+    with open_rest(**server) as rest:
+        ids, more = first(rest.iter_sessions(access_scope, page=page_for(limit)), limit)
+        with DaemonExecutor(AT_ONCE, "tinkex-lookup") as pool:
+            found = list(pool.map(lambda one: _session(rest, one, access_scope), ids))
+    if as_json:
+        formatting.say_json({"sessions": found, "more": more})
+        return
+    say_how_many("session", len(found), more)
+    if found:
+        rows = [
+            (
+                one["session_id"],
+                str(len(one.get("training_run_ids", []))),
+                str(len(one.get("sampler_ids", []))),
+                one.get("display_name") or "",
+                ", ".join(f"{k}={v}" for k, v in (one.get("user_metadata") or {}).items()),
+            )
+            for one in found
+        ]
+        formatting.say(formatting.table(("Session", "Runs", "Samplers", "Name", "Metadata"), rows))
+
+
+def _session(rest: RestClient, session_id: str, access_scope: Any) -> dict[str, Any]:
+    """What there is to know of it; its id alone if it has gone or the server does not say."""
+    from tinkex import errors
+
+    try:
+        return {
+            "session_id": session_id,
+            **attrs.asdict(rest.get_session(session_id, access_scope)),
+        }
+    except errors.NotFoundError:
+        return {"session_id": session_id}
+
+
+@session.command("info")
+@click.argument("session_id", metavar="SESSION")
+@scope_option
+@format_option
+@server_options
+def session_info(session_id: str, access_scope: Any, as_json: bool, **server: str | None) -> None:
+    """Show the training runs and samplers of a session."""
+    with open_rest(**server) as rest:
+        found = rest.get_session(session_id, access_scope)
+    if as_json:
+        formatting.say_json({"session_id": session_id, **attrs.asdict(found)})
+        return
+    rows = [("Session", session_id)]
+    rows += [("Name", found.display_name)] if found.display_name else []
+    rows += [("Run", run_id) for run_id in found.training_run_ids]
+    rows += [("Sampler", sampler_id) for sampler_id in found.sampler_ids]
+    formatting.say(formatting.facts([*rows, *metadata_rows(found.user_metadata)]))

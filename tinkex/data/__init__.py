@@ -1,0 +1,1 @@
+"""Training data: files -> checked records -> datums."""

@@ -1,0 +1,500 @@
+"""The engine: base models, the adapters that are trained on them, and samplers, by id.
+
+Knows nothing of HTTP, users, order numbers or what is kept where. Single-threaded: one thread makes
+all calls; only `base_info` may be asked from others. What the caller did wrong is a ValueError with
+a full sentence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import weakref
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkex import types
+from tinkex.engine import checkpoints, lora, losses, optim, tiny
+from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.loading import Loaded, load
+from tinkex.engine.model import Base
+from tinkex.engine.sample_requests import OnToken, make_job
+from tinkex.engine.sampler import Sampler
+from tinkex.engine.training_pass import Pass, prepare
+
+#: Part of the machine's memory that keys and values of running samples may take.
+SAMPLING_SHARE = 0.25
+
+
+@attrs.frozen
+class BaseInfo:
+    """What there is to say of a base model."""
+
+    name: str
+    architecture: str
+    tokenizer_id: str
+    vocab_size: int
+    max_context_length: int
+
+    @property
+    def supported_model(self) -> types.SupportedModel:
+        """The same in the words of get_server_capabilities."""
+        return types.SupportedModel(self.name, self.max_context_length)
+
+
+@attrs.define(eq=False)
+class _Loaded:
+    """A base model in memory and what is shared by all that use it."""
+
+    info: BaseInfo
+    base: Base
+    workspace: lora.Workspace
+    sampler: Sampler
+
+
+@attrs.define(eq=False)
+class _Model:
+    """An adapter in training.
+
+    Attributes:
+        can_merge: whether passes may fold it into copies of the base model's matrices.
+        version: counts changes of the weights.
+    """
+
+    loaded: _Loaded
+    layout: lora.Layout
+    weights: Tensor
+    gradient: Tensor
+    optimizer: optim.AdamW
+    can_merge: bool
+    version: int = 0
+
+    @property
+    def info(self) -> checkpoints.Info:
+        return checkpoints.Info(self.loaded.info.name, self.layout.shape)
+
+
+@attrs.frozen(eq=False)
+class _Adapter:
+    """A sampler: a base model and, unless it is the bare base, a finished adapter."""
+
+    loaded: _Loaded
+    finished: lora.Finished | None
+
+
+class Engine:
+    """Everything that is in memory.
+
+    Args:
+        device: "auto" (an accelerator if there is one), "cpu", "cuda", ...
+        threads: of the processor to compute with; None is all that the process may use.
+    """
+
+    def __init__(self, *, device: str = "auto", threads: int | None = None) -> None:
+        self._device = _device(device)
+        threads = threads or _available_cores()
+        torch.set_num_threads(threads)
+        self._lanes = Lanes(threads if self._device.type == "cpu" else 1)
+        _keep_freed_memory()
+        self._bases: dict[str, _Loaded] = {}
+        self._models: dict[str, _Model] = {}
+        self._samplers: dict[str, _Adapter] = {}
+        self._tickets: dict[Hashable, Sampler] = {}
+        self._adapters: weakref.WeakValueDictionary[tuple[str, str, int], lora.Finished]
+        self._adapters = weakref.WeakValueDictionary()
+
+    # -- base models -------------------------------------------------------------------------
+
+    def load_base(self, base_model: str) -> None:
+        """Load "tiny", a Hugging Face directory or a hub id; nothing if it is loaded already.
+
+        Raises:
+            ValueError: With what was tried and what to do, when it cannot be loaded.
+        """
+        name = _canonical(base_model)
+        if name not in self._bases:
+            self._bases[name] = self._describe(name, load(name, self._device))
+
+    def _describe(self, name: str, loaded: Loaded) -> _Loaded:
+        spec = loaded.base.spec
+        info = BaseInfo(name, loaded.architecture, loaded.tokenizer_id, spec.vocab, spec.context)
+        memory = _sampling_memory(self._device)
+        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._lanes)
+        return _Loaded(info, loaded.base, lora.Workspace(), sampler)
+
+    def base_info(self, base_model: str) -> BaseInfo:
+        """What there is to say of a loaded base model."""
+        return self._base(base_model).info
+
+    def _base(self, base_model: str) -> _Loaded:
+        loaded = self._bases.get(_canonical(base_model))
+        if loaded is None:
+            there = ", ".join(sorted(self._bases)) or "none"
+            raise ValueError(f"base model {base_model!r} is not loaded here; loaded are: {there}.")
+        return loaded
+
+    # -- models ------------------------------------------------------------------------------
+
+    def create_model(
+        self,
+        model_id: str,
+        base_model: str,
+        lora_config: types.LoraConfig,
+        *,
+        seed: int,
+        adapter: Path | None = None,
+    ) -> None:
+        """A new adapter: A from *seed*, B zero; or started from a PEFT *adapter* directory.
+
+        Raises:
+            ValueError: If the id is taken, or the adapter does not fit.
+        """
+        if model_id in self._models:
+            raise ValueError(f"there is a model {model_id!r} already; choose another id.")
+        shape = lora.Shape(
+            lora_config.rank,
+            lora_config.train_attn,
+            lora_config.train_mlp,
+            lora_config.train_unembed,
+        )
+        loaded = self._base(base_model)
+        layout = lora.Layout(loaded.base.linears, shape)
+        weights = lora.initialise(layout, seed, self._device)
+        if adapter is not None:
+            checkpoints.read_adapter(adapter, layout, weights)
+        self._models[model_id] = self._new_model(loaded, layout, weights)
+
+    def _new_model(self, loaded: _Loaded, layout: lora.Layout, weights: Tensor) -> _Model:
+        optimizer = optim.AdamW(layout.size, self._device)
+        can_merge = lora.can_merge(layout.linears)
+        return _Model(loaded, layout, weights, torch.zeros_like(weights), optimizer, can_merge)
+
+    def unload(self, model_id: str) -> None:
+        """Forget a model."""
+        self._model(model_id)
+        del self._models[model_id]
+
+    def _model(self, model_id: str) -> _Model:
+        model = self._models.get(model_id)
+        if model is None:
+            raise ValueError(
+                f"there is no model {model_id!r} on this server (any more); create one, or load "
+                "a checkpoint into a new one."
+            )
+        return model
+
+    # -- training ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[types.Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float | str] | None,
+        *,
+        forward_only: bool = False,
+    ) -> Generator[None, None, types.ForwardBackwardOutput]:
+        """Loss and log-probabilities of *data*; unless *forward_only*, add to the gradient.
+
+        A generator: it yields where other work may go first, and returns the result. If it fails
+        or is closed after the first yield, the gradient may be partial: `clear_gradients`.
+
+        Raises:
+            ValueError: Before the gradient is touched, naming the datum and the mend.
+        """
+        model = self._model(model_id)
+        config = losses.complete_config(loss_fn, loss_fn_config)
+        types.check_data(data, loss_fn)
+        _check_tokens(data, model.loaded.base)
+        inputs = prepare(data, loss_fn, config)
+        loaded = model.loaded
+        merges = model.can_merge and sum(map(len, inputs)) >= loaded.base.spec.width // 2
+        linears = lora.TrainedLinears(
+            loaded.base.linears,
+            model.layout,
+            model.weights,
+            None if forward_only else model.gradient,
+            loaded.workspace if merges else None,
+            (model, model.version),
+        )
+        run = Pass(
+            loaded.base, linears, self._lanes, inputs, loss_fn, config, forward_only=forward_only
+        )
+        for batch in run.batches:
+            run.compute(batch)
+            yield
+        return run.output()
+
+    def optim_step(self, model_id: str, params: types.AdamParams) -> types.OptimStepResponse:
+        """One AdamW step on the accumulated gradient, which is used up.
+
+        Raises:
+            ValueError: If the gradient is not finite; it is dropped and the weights stay.
+        """
+        model = self._model(model_id)
+        metrics = {}
+        norm = float(torch.linalg.vector_norm(model.gradient))
+        if not np.isfinite(norm):
+            model.gradient.zero_()
+            raise ValueError(
+                f"the accumulated gradient has norm {norm}; the step was not taken and the "
+                "gradient dropped. Look for extreme weights, advantages or logprobs in the data."
+            )
+        if params.grad_clip_norm > 0:
+            metrics["unclipped_grad_l2:mean"] = norm
+            optim.clip_(model.gradient, norm, params.grad_clip_norm)
+        model.optimizer.step(model.weights, model.gradient, params)
+        model.gradient.zero_()
+        model.version += 1
+        return types.OptimStepResponse(metrics)
+
+    def clear_gradients(self, model_id: str) -> None:
+        """Drop what was accumulated since the last step."""
+        self._model(model_id).gradient.zero_()
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def save(self, model_id: str, directory: Path, *, optimizer: bool) -> None:
+        """Write adapter (PEFT's format) and, if asked, optimizer into an empty directory."""
+        model = self._model(model_id)
+        checkpoints.write_adapter(directory, model.info, model.layout, model.weights)
+        if optimizer:
+            state = model.optimizer
+            checkpoints.write_optimizer(directory, state.m, state.v, state.steps)
+
+    def load(self, model_id: str, directory: Path, *, optimizer: bool) -> None:
+        """Take over a checkpoint's weights, and its optimizer's state or else a fresh one.
+
+        Raises:
+            ValueError: If it does not fit the model, or holds no optimizer state.
+        """
+        model = self._model(model_id)
+        info = checkpoints.read_info(directory)
+        if info.shape != model.layout.shape:
+            raise ValueError(
+                f"the checkpoint {str(directory)!r} is of {_words(info.shape)}, the model of "
+                f"{_words(model.layout.shape)}; create the model to match."
+            )
+        _check_base(info, model.loaded.info, directory)
+        weights = torch.zeros_like(model.weights)
+        checkpoints.read_adapter(directory, model.layout, weights)
+        fresh = optim.AdamW(model.layout.size, self._device)
+        if optimizer:
+            fresh.m, fresh.v, fresh.steps = self._optimizer_state(directory, model.layout.size)
+        model.weights, model.optimizer = weights, fresh
+        model.gradient.zero_()
+        model.version += 1
+
+    def _optimizer_state(self, directory: Path, size: int) -> tuple[Tensor, Tensor, int]:
+        m, v, steps = checkpoints.read_optimizer(directory)
+        if m.shape != (size,) or v.shape != (size,):
+            raise ValueError(
+                f"the optimizer state in {str(directory)!r} is of {m.numel()} parameters, the "
+                f"model has {size}."
+            )
+        return m.to(self._device), v.to(self._device), steps
+
+    def snapshot(self, model_id: str, directory: Path) -> None:
+        """Write everything live - weights, optimizer, gradient - into an empty directory."""
+        model = self._model(model_id)
+        state = model.optimizer
+        tensors = {
+            "weights": model.weights,
+            "gradient": model.gradient,
+            "m": state.m,
+            "v": state.v,
+            "steps": torch.tensor(state.steps),
+        }
+        checkpoints.write_live(directory, model.info, tensors)
+
+    def restore(self, model_id: str, directory: Path) -> None:
+        """Bring a model back to its snapshot; creates it if there is none."""
+        info, tensors = checkpoints.read_live(directory)
+        loaded = self._base(info.base_model)
+        layout = lora.Layout(loaded.base.linears, info.shape)
+        if tensors["weights"].shape != (layout.size,):
+            raise ValueError(f"the snapshot {str(directory)!r} is of another base model.")
+        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        model = self._new_model(loaded, layout, tensors["weights"])
+        model.gradient = tensors["gradient"]
+        model.optimizer.m, model.optimizer.v = tensors["m"], tensors["v"]
+        model.optimizer.steps = int(tensors["steps"])
+        self._models[model_id] = model
+
+    # -- sampling ----------------------------------------------------------------------------
+
+    def open_sampler(
+        self, sampler_id: str, base_model: str, *, directory: Path | None = None
+    ) -> None:
+        """A sampler of the adapter in *directory*, or of the bare base model.
+
+        Raises:
+            ValueError: If the id is taken, or the adapter cannot be read or does not fit.
+        """
+        if sampler_id in self._samplers:
+            raise ValueError(f"there is a sampler {sampler_id!r} already; choose another id.")
+        loaded = self._base(base_model)
+        finished = None if directory is None else self._finished(loaded, directory)
+        self._samplers[sampler_id] = _Adapter(loaded, finished)
+
+    def _finished(self, loaded: _Loaded, directory: Path) -> lora.Finished:
+        """The adapter in *directory*; one copy for all samplers of it."""
+        info = checkpoints.read_info(directory)
+        _check_base(info, loaded.info, directory)
+        file = (directory / checkpoints.ADAPTER).resolve()
+        key = (loaded.info.name, str(file), file.stat().st_mtime_ns)
+        finished = self._adapters.get(key)
+        if finished is None:
+            layout = lora.Layout(loaded.base.linears, info.shape)
+            flat = torch.zeros(layout.size, device=self._device)
+            checkpoints.read_adapter(directory, layout, flat)
+            finished = lora.Finished(layout, flat, loaded.base.dtype)
+            self._adapters[key] = finished
+        return finished
+
+    def close_sampler(self, sampler_id: str) -> None:
+        """Forget a sampler; what it was asked already is still answered."""
+        self._sampler(sampler_id)
+        del self._samplers[sampler_id]
+
+    def _sampler(self, sampler_id: str) -> _Adapter:
+        adapter = self._samplers.get(sampler_id)
+        if adapter is None:
+            raise ValueError(
+                f"there is no sampler {sampler_id!r} on this server (any more); create a new "
+                "sampling client."
+            )
+        return adapter
+
+    def submit_sample(
+        self,
+        ticket: Hashable,
+        sampler_id: str,
+        request: types.SampleRequest,
+        *,
+        on_token: OnToken | None = None,
+    ) -> None:
+        """Queue a request; `sample_step` returns *ticket* with its answer.
+
+        Args:
+            on_token: called with (sequence, token id, logprob) as tokens appear.
+
+        Raises:
+            ValueError: If the request does not fit the model.
+        """
+        adapter = self._sampler(sampler_id)
+        job = make_job(ticket, request, adapter.finished, adapter.loaded.base, on_token)
+        adapter.loaded.sampler.submit(job)
+        self._tickets[ticket] = adapter.loaded.sampler
+
+    def sample_step(self) -> list[tuple[Hashable, types.SampleResponse | Exception]]:
+        """Admit waiting requests and give every running sequence a token; give what finished."""
+        done = []
+        for loaded in self._bases.values():
+            if loaded.sampler.is_busy:
+                done += loaded.sampler.step()
+        for ticket, _ in done:
+            self._tickets.pop(ticket, None)
+        return done
+
+    def cancel_sample(self, ticket: Hashable) -> None:
+        """Forget a request; nothing happens if it is not there."""
+        sampler = self._tickets.pop(ticket, None)
+        if sampler is not None:
+            sampler.cancel(ticket)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether `sample_step` has something to do."""
+        return any(loaded.sampler.is_busy for loaded in self._bases.values())
+
+
+def _check_tokens(data: Sequence[types.Datum], base: Base) -> None:
+    """Token ids within the vocabulary, lengths within the context."""
+    spec = base.spec
+    for i, datum in enumerate(data):
+        tokens = datum.model_input.tokens
+        if len(tokens) > spec.context:
+            raise ValueError(
+                f"data[{i}] has {len(tokens)} tokens, but the model's context is {spec.context}; "
+                "cut it."
+            )
+        targets = datum.loss_fn_inputs["target_tokens"].data
+        for name, ids in (("model_input", tokens), ("target_tokens", targets)):
+            if ids.size and int(ids.max()) >= spec.vocab:
+                raise ValueError(
+                    f"data[{i}].{name} holds token id {int(ids.max())} at position "
+                    f"{int(ids.argmax())}, but the model's vocabulary has {spec.vocab} tokens; "
+                    "encode with the model's own tokenizer."
+                )
+
+
+def _check_base(info: checkpoints.Info, base: BaseInfo, directory: Path) -> None:
+    """Our own checkpoints name their base model; PEFT's may name it in any way."""
+    ours = (directory / checkpoints.CHECKPOINT).is_file()
+    if ours and info.base_model != base.name:
+        raise ValueError(
+            f"the checkpoint {str(directory)!r} is of the base model {info.base_model!r}, not of "
+            f"{base.name!r}."
+        )
+
+
+def _words(shape: lora.Shape) -> str:
+    return f"rank {shape.rank} on {', '.join(shape.groups)}"
+
+
+def _canonical(base_model: str) -> str:
+    """One name for one model: a directory's absolute path, or the name as it is."""
+    path = Path(base_model).expanduser()
+    is_directory = base_model != tiny.NAME and path.is_dir()
+    return str(path.resolve()) if is_directory else base_model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise ValueError(f'device {name!r} cannot be used here ({exc}); try "auto".') from exc
+    return device
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _sampling_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * SAMPLING_SHARE)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SAMPLING_SHARE)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc's malloc keep what torch frees, for the next tensor of that size.
+
+    By default it hands every large block back to the system and asks for a new one, whose pages
+    the system then fills with zeros one by one: for elementwise work that takes longer than the
+    work. One arena, so that what one thread frees serves the other.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # names and numbers of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(arena_max, 1)

@@ -1,0 +1,265 @@
+"""Keys and values of the sequences that are being sampled, and attention over them.
+
+Preallocated, grown by doubling, always dense: when a sequence ends, the last one takes its place.
+Samples of one prompt share the prompt's keys and values (`SharedPool`); single samples have prompt
+and continuation in one row (`SinglePool`). Sequences of similar prompt length form a pool, so that
+a step attends to all of them at once with little padding. Knows nothing of requests.
+
+Notation: n sequences, S samples of a prompt, H heads, G key/value heads, D head size, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinkex.engine.model import Spec
+
+Ints = npt.NDArray[np.int64]
+
+
+class Cache:
+    """Rows of keys and values for every layer, (layers, rows, G, T, D), grown as needed."""
+
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+        self._shape = (spec.layers, spec.kv_heads, spec.head_dim)
+        self.k = torch.empty(spec.layers, 0, spec.kv_heads, 0, spec.head_dim, device=device).to(
+            dtype
+        )
+        self.v = torch.empty_like(self.k)
+
+    def reserve(self, rows: int, positions: int) -> None:
+        """Make room for *rows* of *positions*."""
+        have_rows, have = self.k.shape[1], self.k.shape[3]
+        if rows <= have_rows and positions <= have:
+            return
+        new_rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
+        new = have if positions <= have else max(-(-positions // 64) * 64, 2 * have)
+        self.k, self.v = self._grown(self.k, new_rows, new), self._grown(self.v, new_rows, new)
+
+    def _grown(self, old: Tensor, rows: int, positions: int) -> Tensor:
+        layers, kv_heads, size = self._shape
+        # Zeros, not garbage: what lies beyond a sequence's end is multiplied by weight 0.
+        new = old.new_zeros(layers, rows, kv_heads, positions, size)
+        new[:, : old.shape[1], :, : old.shape[3]] = old
+        return new
+
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Row *target* becomes row *source*, of which *positions* are in use."""
+        for tensor in (self.k, self.v):
+            tensor[:, target, :, :positions] = tensor[:, source, :, :positions]
+
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        """Write a prompt's keys and values, (T, G, D) each, at the start of a row."""
+        self.k[layer, row, :, : len(k)] = k.transpose(0, 1)
+        self.v[layer, row, :, : len(v)] = v.transpose(0, 1)
+
+    def places(self, rows: Ints, positions: Ints) -> Tensor:
+        """Where the keys of some rows' positions lie, for `write`; true until it grows."""
+        _, _, kv_heads, size, _ = self.k.shape
+        first = (rows[:, None] * kv_heads + np.arange(kv_heads)) * size
+        return torch.from_numpy((first + positions[:, None]).reshape(-1)).to(self.k.device)
+
+    def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write keys and values, (n, G, D) each, at n places."""
+        size = k.shape[-1]
+        for cache, values in ((self.k, k), (self.v, v)):
+            cache[layer].view(-1, size).index_copy_(0, places, values.reshape(-1, size))
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+
+def _mask(lengths: Ints, positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n, positions): 0 where a position is below its row's length, else -inf."""
+    mask = np.where(np.arange(positions) < lengths[:, None], 0.0, -np.inf).astype(np.float32)
+    return torch.from_numpy(mask).to(device, dtype)
+
+
+class SinglePool:
+    """Sequences with a row each.
+
+    Attributes:
+        members: names of the sequences, in the order of their rows.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
+        self._spec = spec
+        self._cache = Cache(spec, device, dtype)
+        self.members: list[int] = []
+        self._lengths: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes
+
+    def add(self, member: int, prompt_length: int) -> int:
+        """Make room for a sequence; give its row, for `fill`."""
+        self.members.append(member)
+        self._lengths.append(prompt_length)
+        self._cache.reserve(len(self.members), prompt_length + 1)
+        return len(self.members) - 1
+
+    def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
+        self._cache.fill(layer, row, k, v)
+
+    def remove(self, member: int) -> None:
+        row, last = self.members.index(member), len(self.members) - 1
+        if row != last:
+            self._cache.move(last, row, self._lengths[last])
+            self.members[row], self._lengths[row] = self.members[last], self._lengths[last]
+        del self.members[last], self._lengths[last]
+
+    def begin_step(self) -> list[int]:
+        """Make room for one more position of every sequence; give them in row order."""
+        lengths = np.array(self._lengths, np.int64)
+        self._span = int(lengths.max()) + 1
+        self._cache.reserve(len(lengths), self._span)
+        device, dtype = self._cache.k.device, self._cache.k.dtype
+        groups = self._spec.kv_heads
+        mask = _mask(np.repeat(lengths + 1, groups), self._span, device, dtype)
+        self._bias = mask.unsqueeze(1)
+        self._ends = self._cache.places(np.arange(len(lengths)), lengths)
+        return list(self.members)
+
+    def end_step(self) -> None:
+        """The new position of every sequence has been written."""
+        self._lengths = [length + 1 for length in self._lengths]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k, v (n, G, D) of the new position; attend with q (n, H, D) -> (n, H D)."""
+        n, spec, span = len(q), self._spec, self._span
+        self._cache.write(layer, self._ends, k, v)
+        keys, values = self._cache.k[layer, :n], self._cache.v[layer, :n]
+        batch = n * spec.kv_heads
+        queries = q.reshape(batch, -1, spec.head_dim)
+        keys = keys[:, :, :span].reshape(batch, span, spec.head_dim)
+        values = values[:, :, :span].reshape(batch, span, spec.head_dim)
+        bias = self._bias.expand(-1, queries.shape[1], -1)
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=spec.head_dim**-0.5)
+        return torch.bmm(_softmax(scores), values).view(n, -1)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32."""
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
+class SharedPool:
+    """Groups of up to *width* samples; a group has its prompt once, a sample its continuation.
+
+    Attributes:
+        members: (groups, width) names of the sequences, -1 where there is none (any more).
+    """
+
+    def __init__(self, spec: Spec, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._spec = spec
+        self._width = width
+        self._prompts = Cache(spec, device, dtype)
+        self._own = Cache(spec, device, dtype)
+        self.members = np.empty((0, width), np.int64)
+        self._prompt_lengths: list[int] = []
+        self._own_lengths = np.empty((0, width), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return self._prompts.nbytes + self._own.nbytes
+
+    def add(self, members: Sequence[int], prompt_length: int) -> int:
+        """Make room for a group; give its number, for `fill`."""
+        group = np.full((1, self._width), -1, np.int64)
+        group[0, : len(members)] = members
+        self.members = np.concatenate([self.members, group])
+        self._own_lengths = np.concatenate([self._own_lengths, np.zeros_like(group)])
+        self._prompt_lengths.append(prompt_length)
+        self._prompts.reserve(len(self.members), prompt_length)
+        self._own.reserve(len(self.members) * self._width, 1)
+        return len(self.members) - 1
+
+    def fill(self, layer: int, group: int, k: Tensor, v: Tensor) -> None:
+        self._prompts.fill(layer, group, k, v)
+
+    def remove(self, member: int) -> None:
+        """Drop a sample; its group goes when it was the last."""
+        self.members[self.members == member] = -1
+        gone = np.flatnonzero((self.members < 0).all(axis=1))
+        for group in gone[::-1]:
+            self._remove_group(int(group))
+
+    def _remove_group(self, group: int) -> None:
+        last, width = len(self.members) - 1, self._width
+        if group != last:
+            self._prompts.move(last, group, self._prompt_lengths[last])
+            for i in range(width):
+                length = int(self._own_lengths[last, i])
+                self._own.move(last * width + i, group * width + i, length)
+            self.members[group] = self.members[last]
+            self._own_lengths[group] = self._own_lengths[last]
+            self._prompt_lengths[group] = self._prompt_lengths[last]
+        self.members, self._own_lengths = self.members[:last], self._own_lengths[:last]
+        del self._prompt_lengths[last]
+
+    def begin_step(self) -> list[int]:
+        """Make room for one more position of every sample; give the live ones in row order."""
+        self._live = self.members.reshape(-1) >= 0
+        prompts = np.array(self._prompt_lengths, np.int64)
+        own = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
+        self._prompt_span, self._own_span = int(prompts.max()), int(own.max())
+        self._own.reserve(len(own), self._own_span)
+        device, dtype = self._own.k.device, self._own.k.dtype
+        mask = np.concatenate(
+            [
+                np.arange(self._prompt_span) < np.repeat(prompts, self._width)[:, None],
+                np.arange(self._own_span) < own[:, None],
+            ],
+            axis=1,
+        )
+        bias = np.where(mask, 0.0, -np.inf).astype(np.float32)
+        shape = (len(prompts), 1, self._width, 1, self._prompt_span + self._own_span)
+        self._bias = torch.from_numpy(bias).to(device, dtype).view(shape)
+        rows = np.flatnonzero(self._live)
+        self._all_live = len(rows) == len(own)
+        self._rows = torch.from_numpy(rows).to(device)
+        self._ends = self._own.places(rows, own[rows] - 1)
+        members: list[int] = self.members.reshape(-1)[rows].tolist()
+        return members
+
+    def end_step(self) -> None:
+        """The new position of every live sample has been written."""
+        self._own_lengths += self._live.reshape(self._own_lengths.shape)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `SinglePool.attend`; q, k, v are of the live samples only."""
+        spec, groups, width = self._spec, len(self._prompt_lengths), self._width
+        rows, size = groups * width, spec.head_dim
+        self._own.write(layer, self._ends, k, v)
+        own_k, own_v = self._own.k[layer, :rows], self._own.v[layer, :rows]
+        if not self._all_live:
+            q = q.new_zeros(rows, *q.shape[1:]).index_copy_(0, self._rows, q)
+        # (groups, G, S, H / G, D): the samples of a group ask of its prompt together.
+        queries = q.reshape(groups, width, spec.kv_heads, -1, size).transpose(1, 2) * size**-0.5
+        per_head = queries.shape[3]
+        kept = groups * spec.kv_heads
+        prompt_k = self._prompts.k[layer, :groups, :, : self._prompt_span].reshape(kept, -1, size)
+        prompt_v = self._prompts.v[layer, :groups, :, : self._prompt_span].reshape(kept, -1, size)
+        own_k = own_k[:, :, : self._own_span].reshape(rows * spec.kv_heads, -1, size)
+        own_v = own_v[:, :, : self._own_span].reshape(rows * spec.kv_heads, -1, size)
+        ask_prompt = queries.reshape(kept, width * per_head, size)
+        ask_own = queries.transpose(1, 2).reshape(rows * spec.kv_heads, per_head, size)
+        shape = (groups, spec.kv_heads, width, per_head)
+        of_prompt = torch.bmm(ask_prompt, prompt_k.transpose(1, 2)).view(*shape, -1)
+        of_own = torch.bmm(ask_own, own_k.transpose(1, 2))
+        of_own = of_own.view(groups, width, spec.kv_heads, per_head, -1).transpose(1, 2)
+        weights = _softmax(torch.cat([of_prompt, of_own], dim=-1).add_(self._bias))
+        on_prompt = weights[..., : self._prompt_span].reshape(kept, width * per_head, -1)
+        on_own = weights[..., self._prompt_span :].transpose(1, 2)
+        on_own = on_own.reshape(rows * spec.kv_heads, per_head, -1)
+        out = torch.bmm(on_own, own_v).view(groups, width, spec.kv_heads, per_head, size)
+        out += torch.bmm(on_prompt, prompt_v).view(*shape, size).transpose(1, 2)
+        out = out.view(rows, -1)
+        return out if self._all_live else out.index_select(0, self._rows)

@@ -1,0 +1,161 @@
+"""The LM head: log-probabilities of wanted tokens, and the gradient at the hidden states.
+
+The logits of all positions are never held at once. A head that is one frozen matrix is read in
+blocks of columns with a running maximum and total, as flash attention reads its keys (Dao et al.
+2022): a block of logits stays in the processor's cache and is never kept. A head that is being
+trained is read in chunks of rows, since its own gradient needs every probability.
+
+Knows nothing of losses: it is handed their derivative.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from tinkex.engine import matmul
+from tinkex.engine.model import Linears, given, kind_of
+
+#: Rows and columns of the block of logits that is held at a time, by kind of device.
+ROWS = {"cpu": 640, "cuda": 8192}
+COLUMNS = {"cpu": 1024, "cuda": 8192}
+
+#: Where rows are held whole: this many numbers (floats) at a time, whatever the vocabulary.
+LOGIT_BUDGET = 8 * 2**20
+
+#: Fewest rows of whole logits at a time.
+LEAST_ROWS = 16
+
+Rows = Union[slice, Tensor]
+
+#: (rows of the batch, their log-probabilities (n, K)) -> dloss/dlogprob (n, K)
+Coefficients = Callable[[Rows, Tensor], Tensor]
+
+
+def target_logprobs(
+    linears: Linears,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab: int,
+    coefficients: Coefficients | None = None,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of target tokens.
+
+    Args:
+        hidden: (N, d), final norm applied.
+        targets: (N, K) token ids.
+        coefficients: the loss's derivative; called once for each row, many rows at a time.
+        live: (N,) where the derivative may be other than zero; None is everywhere.
+
+    Returns:
+        (N, K) float32 log-probabilities; (N, d) gradient at *hidden*, or None without coefficients.
+    """
+    logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    dhidden = None if coefficients is None else torch.zeros_like(hidden)
+    weight = linears.matrix("head")
+    most = row_count(vocab) if weight is None else ROWS[kind_of(hidden.device)]
+    for rows, is_live in _chunks(len(hidden), most, None if coefficients is None else live):
+        h, wanted = hidden[rows], targets[rows]
+        if weight is None:
+            probs = linears.forward("head", h).float()
+            logprobs[rows] = softmax_(probs, wanted)
+        else:
+            logprobs[rows], mean = _online(weight, h, wanted, is_live and dhidden is not None)
+        if coefficients is None or dhidden is None:
+            continue
+        slopes = coefficients(rows, logprobs[rows])
+        if not is_live:
+            continue
+        if weight is None:
+            dhidden[rows] = _backward(linears, h, wanted, probs, slopes)
+        else:
+            dhidden[rows] = _from_mean(weight, wanted, given(mean), slopes)
+    return logprobs, dhidden
+
+
+def _chunks(count: int, most: int, live: Tensor | None) -> Iterator[tuple[Rows, bool]]:
+    """At most *most* rows each, all about as many, and whether they are live."""
+    if count == 0:
+        return
+    if live is None or bool(live.all()):
+        parts = -(-count // most)
+        bounds = [count * i // parts for i in range(parts + 1)]
+        yield from ((slice(*pair), True) for pair in itertools.pairwise(bounds))
+        return
+    for is_live in (True, False):
+        where = (live == is_live).nonzero().squeeze(1)
+        for rows in where.chunk(-(-len(where) // most)) if len(where) else ():
+            yield rows, is_live
+
+
+# -- a frozen head: by columns -------------------------------------------------------------------
+
+
+def _online(
+    weight: Tensor, h: Tensor, wanted: Tensor, wants_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logprobs of *wanted* (n, K), and the mean of weight's rows (n, d) under the probabilities.
+
+    Online softmax (Milakov & Gimelshein 2018): what was summed so far shrinks when a block holds a
+    larger logit.
+    """
+    columns, n = COLUMNS[kind_of(h.device)], len(h)
+    chosen = torch.zeros(wanted.shape, device=h.device)
+    largest = torch.full((n, 1), -torch.inf, device=h.device)
+    total = torch.zeros(n, 1, device=h.device)
+    mean = torch.zeros(h.shape, device=h.device) if wants_mean else None
+    for start in range(0, len(weight), columns):
+        block = weight[start : start + columns]
+        logits = matmul.linear(h, block).float()
+        at = wanted - start
+        found = logits.gather(1, at.clamp(0, len(block) - 1))
+        chosen = torch.where((at >= 0) & (at < len(block)), found, chosen)
+        before, largest = largest, torch.maximum(largest, logits.amax(dim=1, keepdim=True))
+        parts = logits.sub_(largest).exp_()
+        shrink = before.sub_(largest).exp_()
+        total.mul_(shrink).add_(parts.sum(dim=1, keepdim=True))
+        if mean is None:
+            continue
+        mean.mul_(shrink)
+        matmul.add_product(mean, parts.to(weight.dtype), block)
+    logprobs = chosen.sub_(largest).sub_(total.log())
+    return logprobs, None if mean is None else mean.div_(total)
+
+
+def _from_mean(weight: Tensor, wanted: Tensor, mean: Tensor, slopes: Tensor) -> Tensor:
+    """Gradient at h (n, d) of sum(slopes * logprobs): slopes times (the target's row - *mean*)."""
+    dh = mean.mul_(-slopes.sum(dim=1, keepdim=True))
+    for k in range(wanted.shape[1]):
+        dh.addcmul_(weight[wanted[:, k]].float(), slopes[:, k : k + 1])
+    return dh.to(weight.dtype)
+
+
+# -- whole rows ----------------------------------------------------------------------------------
+
+
+def row_count(vocab: int) -> int:
+    """Rows of whole logits to hold at a time."""
+    return max(LEAST_ROWS, LOGIT_BUDGET // vocab)
+
+
+def softmax_(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Turn float32 logits (n, V) into probabilities in place; give logprobs of *wanted* (n, K).
+
+    The log-normaliser is had from the largest logit and its probability, so that the target's
+    log-probability is exact even where its probability underflows.
+    """
+    largest = logits.amax(dim=1, keepdim=True)
+    chosen = logits.gather(1, wanted)
+    torch.softmax(logits, dim=1, out=logits)
+    return chosen - largest + logits.amax(dim=1, keepdim=True).log_()
+
+
+def _backward(linears: Linears, h: Tensor, wanted: Tensor, probs: Tensor, slopes: Tensor) -> Tensor:
+    """Gradient at h (n, d) of sum(slopes * logprobs); overwrites *probs*."""
+    dlogits = probs.mul_(-slopes.sum(dim=1, keepdim=True)).scatter_add_(1, wanted, slopes)
+    return given(linears.backward("head", dlogits.to(h.dtype), h))

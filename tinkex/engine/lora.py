@@ -1,0 +1,495 @@
+"""LoRA: low-rank matrices beside the frozen ones (Hu et al. 2021), y = W x + (alpha / rank) B A x.
+
+An adapter is one flat float32 vector with a view for each matrix, so that the optimizer, clipping
+and snapshots are single operations on it. Knows the base model's matrices by their keys, and
+nothing of layers, losses or files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkex.engine import matmul
+
+#: alpha of every adapter, whatever its rank.
+ALPHA = 32
+
+#: Adapters are folded into copies of the matrices for training only up to this size, in bytes.
+MERGE_LIMIT = 2**30
+
+GROUPS = ("attn", "mlp", "unembed")
+
+
+class FusedPart(Protocol):
+    """Rows start..stop of a fused matrix, which are the module *name*."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+
+
+class FusedLinear(Protocol):
+    """A frozen matrix (out, in) of one or several modules."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def parts(self) -> Sequence[FusedPart]: ...
+    @property
+    def group(self) -> str: ...
+
+
+@attrs.frozen
+class Shape:
+    """Rank and reach of an adapter; two adapters of one base and one shape are interchangeable."""
+
+    rank: int
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+    @property
+    def scale(self) -> float:
+        """Factor on B A x."""
+        return ALPHA / self.rank
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        chosen = (self.train_attn, self.train_mlp, self.train_unembed)
+        return tuple(group for group, wanted in zip(GROUPS, chosen) if wanted)
+
+
+@attrs.frozen(eq=False)
+class Pair:
+    """The low-rank matrices of one fused matrix.
+
+    Attributes:
+        a: (parts * rank, in) view; the A of the parts, stacked.
+        b: for each part its (out, rank) view.
+    """
+
+    a: Tensor
+    b: tuple[Tensor, ...]
+
+
+class Layout:
+    """Where each adapter matrix lies in the flat vector."""
+
+    def __init__(self, linears: Mapping[str, FusedLinear], shape: Shape) -> None:
+        self.shape = shape
+        self.linears = {k: linear for k, linear in linears.items() if linear.group in shape.groups}
+        self.size = sum(
+            shape.rank * (len(linear.parts) * linear.weight.shape[1] + linear.weight.shape[0])
+            for linear in self.linears.values()
+        )
+
+    def pairs(self, flat: Tensor) -> dict[str, Pair]:
+        """Views of *flat* (size,) by key."""
+        rank, offset, pairs = self.shape.rank, 0, {}
+
+        def view(rows: int, columns: int) -> Tensor:
+            nonlocal offset
+            offset += rows * columns
+            return flat[offset - rows * columns : offset].view(rows, columns)
+
+        for key, linear in self.linears.items():
+            a = view(len(linear.parts) * rank, linear.weight.shape[1])
+            pairs[key] = Pair(a, tuple(view(p.stop - p.start, rank) for p in linear.parts))
+        return pairs
+
+    def tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of *flat* by name: "model.layers.0.self_attn.q_proj.lora_A", ..."""
+        rank, named = self.shape.rank, {}
+        for key, pair in self.pairs(flat).items():
+            for i, part in enumerate(self.linears[key].parts):
+                named[f"{part.name}.lora_A"] = pair.a[i * rank : (i + 1) * rank]
+                named[f"{part.name}.lora_B"] = pair.b[i]
+        return named
+
+
+def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
+    """A fresh adapter: A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform, a = sqrt(5)), B zero.
+
+    Drawn on the CPU, so that one seed gives one adapter on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.zeros(layout.size)
+    for pair in layout.pairs(flat).values():
+        bound = 1 / math.sqrt(pair.a.shape[1])
+        pair.a.uniform_(-bound, bound, generator=generator)
+    return flat.to(device)
+
+
+def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
+    """Write W + scale B A into *out* (out, in)."""
+    for i, part in enumerate(linear.parts):
+        rank = pair.b[i].shape[1]
+        a, rows = pair.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
+        torch.addmm(linear.weight[rows], pair.b[i], a, alpha=scale, out=out[rows])
+
+
+class Workspace:
+    """Room for one merged copy of a base model's matrices, used by one adapter at a time."""
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}
+        self._owner: object = None
+        self._merged: set[str] = set()
+
+    def belongs_to(self, owner: object) -> bool:
+        """Whether what is merged here is *owner*'s."""
+        return bool(owner == self._owner)
+
+    def merged(
+        self, owner: object, key: str, weight: Tensor, merge_into: Callable[[Tensor], object]
+    ) -> Tensor:
+        """*weight* with an adapter folded in.
+
+        Args:
+            owner: names the adapter and its version.
+            merge_into: computes it into a tensor; called only if it was not done just before.
+        """
+        if owner != self._owner:
+            self._owner = owner
+            self._merged.clear()
+        if key not in self._merged:
+            if key not in self._room:
+                self._room[key] = torch.empty_like(weight)
+            merge_into(self._room[key])
+            self._merged.add(key)
+        return self._room[key]
+
+
+def can_merge(linears: Mapping[str, FusedLinear]) -> bool:
+    """Whether folding adapters into copies of the matrices is exact enough and fits in memory."""
+    weights = [linear.weight for linear in linears.values()]
+    size = sum(w.numel() * w.element_size() for w in weights)
+    return size <= MERGE_LIMIT and all(w.dtype == torch.float32 for w in weights)
+
+
+class TrainedLinears:
+    """A base model's matrices with the adapter that is being trained.
+
+    With a workspace, W + scale B A is computed once and used for all rows, which costs less than
+    two thin products per row as soon as there are more rows than columns.
+
+    Args:
+        flat: (size,) the adapter.
+        gradient: (size,) what backward adds to; None for forward only.
+        workspace: where to merge; None for matrices too large, or rows too few.
+        owner: names the adapter and its version to the workspace.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, FusedLinear],
+        layout: Layout,
+        flat: Tensor,
+        gradient: Tensor | None,
+        workspace: Workspace | None = None,
+        owner: object = None,
+    ) -> None:
+        self._linears = linears
+        self._layout = layout
+        self._flat = flat
+        self._gradient = gradient
+        self._owner = owner
+        self._scale = layout.shape.scale
+        self._pairs = layout.pairs(flat)
+        self._gradients = None if gradient is None else layout.pairs(gradient)
+        self._workspace = workspace
+
+    def prepare(self) -> None:
+        """Do now what several threads would do at once when each first needs it."""
+        for key in self._pairs:
+            self._weight(key)
+
+    def twin(self) -> TrainedLinears:
+        """The same matrices with a gradient of its own, for another thread."""
+        gradient = None if self._gradient is None else torch.zeros_like(self._gradient)
+        return TrainedLinears(
+            self._linears, self._layout, self._flat, gradient, self._workspace, self._owner
+        )
+
+    def add_gradients(self, twins: Iterable[TrainedLinears]) -> None:
+        """Add what *twins* have gathered to this one's gradient."""
+        for twin in twins:
+            if self._gradient is not None and twin._gradient is not None:
+                self._gradient.add_(twin._gradient)
+
+    def _weight(self, key: str) -> Tensor:
+        """The matrix, merged if there is room to."""
+        if self._workspace is None or key not in self._pairs:
+            return self._linears[key].weight
+        linear, pair, scale = self._linears[key], self._pairs[key], self._scale
+        return self._workspace.merged(
+            self._owner, key, linear.weight, lambda out: merge_into(out, linear, pair, scale)
+        )
+
+    def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        y = matmul.linear(x, self._weight(key), linear.bias)
+        if key in self._pairs and self._workspace is None:
+            add_low_rank(y, x, linear, self._pairs[key], self._scale)
+        return y
+
+    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+        dx = matmul.product(dy, self._weight(key)) if wants_dx else None
+        if key not in self._pairs or self._gradients is None:
+            return dx
+        linear, pair, gradient = self._linears[key], self._pairs[key], self._gradients[key]
+        a = pair.a.to(x.dtype)
+        inner = matmul.linear(x, a)  # (N, parts * rank)
+        dinner = torch.empty_like(inner)
+        for i, part in enumerate(linear.parts):
+            rank = pair.b[i].shape[1]
+            dy_part, columns = dy[:, part.start : part.stop], slice(i * rank, (i + 1) * rank)
+            dinner[:, columns] = matmul.product(dy_part, pair.b[i].to(x.dtype))
+            matmul.add_product(gradient.b[i], dy_part.T, inner[:, columns], self._scale)
+        matmul.add_product(gradient.a, dinner.T, x, self._scale)
+        if dx is not None and self._workspace is None:
+            matmul.add_product(dx, dinner, a, self._scale)
+        return dx
+
+    def matrix(self, key: str) -> Tensor | None:
+        is_adapted = key in self._pairs
+        is_trained = is_adapted and self._gradients is not None
+        is_apart = is_adapted and self._workspace is None
+        if is_trained or is_apart or self._linears[key].bias is not None:
+            return None
+        return self._weight(key)
+
+
+def add_low_rank(y: Tensor, x: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
+    """y (N, out) += scale B A x (N, in)."""
+    inner = matmul.linear(x, pair.a.to(x.dtype))
+    for i, part in enumerate(linear.parts):
+        rank = pair.b[i].shape[1]
+        b = pair.b[i].to(x.dtype)
+        y[:, part.start : part.stop].addmm_(inner[:, i * rank : (i + 1) * rank], b.T, alpha=scale)
+
+
+class Finished:
+    """A finished adapter, to sample from: thin matrices ready to multiply with.
+
+    `thin[key]` is a `Pair` of A^T (in, parts * rank) and, part by part, scale B^T (rank, out).
+    """
+
+    def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
+        self.rank = layout.shape.rank
+        self.thin: dict[str, Pair] = {}
+        for key, pair in layout.pairs(flat).items():
+            b = tuple((m.T * layout.shape.scale).to(dtype).contiguous() for m in pair.b)
+            self.thin[key] = Pair(pair.a.T.to(dtype).contiguous(), b)
+
+    def add(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
+        """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
+        if key not in self.thin:
+            return
+        pair = self.thin[key]
+        inner = (x @ pair.a).split(self.rank, dim=1)
+        for part, columns, b in zip(linear.parts, inner, pair.b):
+            y[:, part.start : part.stop].addmm_(columns, b)
+
+    def merge_into(self, out: Tensor, key: str, linear: FusedLinear) -> None:
+        """Write W + scale B A into *out* (out, in)."""
+        pair = self.thin[key]
+        for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
+            rows = slice(part.start, part.stop)
+            torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
+
+
+@attrs.frozen(eq=False)
+class Run:
+    """Neighbouring parts of a fused matrix that are of one width, for several adapters.
+
+    Attributes:
+        start: first of their rows in the fused matrix.
+        parts: how many.
+        b: (adapters * parts, rank, width); of each part scale B^T.
+    """
+
+    start: int
+    parts: int
+    b: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parts * self.b.shape[2]
+
+
+def _add_run(y: Tensor, inner: Tensor, run: Run) -> None:
+    """y (adapters * rows, parts * width), dense, += (B A x)^T of inner A x (adapters, parts * rank,
+    rows)."""
+    adapters, _, rows = inner.shape
+    each = inner.reshape(adapters * run.parts, -1, rows).transpose(1, 2)
+    if run.parts == 1:
+        y.view(adapters, rows, -1).baddbmm_(each, run.b)
+        return
+    change = torch.bmm(each, run.b).view(adapters, run.parts, rows, -1).transpose(1, 2)
+    y.view(change.shape).add_(change)
+
+
+@attrs.frozen(eq=False)
+class Stacked:
+    """One fused matrix's thin ones of several adapters: A (adapters, parts * rank, in), and B."""
+
+    a: Tensor
+    runs: tuple[Run, ...]
+
+
+class Stack:
+    """Several finished adapters (None: the bare base model), stacked when first multiplied with.
+
+    Lower ranks are filled up with zeros to the highest. Parts of one width are stacked like
+    adapters, so that they are multiplied with in one product.
+    """
+
+    def __init__(self, adapters: Sequence[Finished | None]) -> None:
+        self.adapters = tuple(adapters)
+        self.rank = max((a.rank for a in self.adapters if a is not None), default=0)
+        self._stacked: dict[str, Stacked | None] = {}
+
+    def get(self, key: str) -> Stacked | None:
+        """The thin matrices of *key*; None if no adapter has any."""
+        if key not in self._stacked:
+            self._stacked[key] = self._stack(key)
+        return self._stacked[key]
+
+    def _stack(self, key: str) -> Stacked | None:
+        thin = [None if a is None else a.thin.get(key) for a in self.adapters]
+        first = next((pair for pair in thin if pair is not None), None)
+        if first is None:
+            return None
+        filled = [self._of_highest_rank(pair, first) for pair in thin]
+        runs, start = [], 0
+        every = range(len(first.b))
+        for width, parts in itertools.groupby(every, lambda i: first.b[i].shape[1]):
+            alike = list(parts)
+            b = torch.stack([pair.b[i] for pair in filled for i in alike])
+            runs.append(Run(start, len(alike), b))
+            start += len(alike) * width
+        return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(runs))
+
+    def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
+        """*pair*, or nothing of the shape of *like*, with ranks filled up with zeros."""
+        if pair is None:
+            pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
+        rank = len(pair.b[0])
+        if rank == self.rank:
+            return pair
+        more = self.rank - rank
+        a = F.pad(pair.a.reshape(len(pair.a), len(pair.b), rank), (0, more)).flatten(1)
+        return Pair(a, tuple(F.pad(m, (0, 0, 0, more)) for m in pair.b))
+
+
+class MixedLinears:
+    """A base model's matrices for rows that belong to different finished adapters.
+
+    Args:
+        rows: (N,) which of the stack's adapters each row belongs to; sorted.
+        workspace: where to merge an adapter that all rows belong to; None if not to.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, FusedLinear],
+        stack: Stack,
+        rows: npt.NDArray[np.int64],
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._linears = linears
+        self._workspace = workspace
+        self._stack = stack
+        self._single = stack.adapters[rows[0]]
+        self._is_mixed = bool(rows[0] != rows[-1])
+        if self._is_mixed:
+            self._group(rows, next(iter(linears.values())).weight.device)
+
+    def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
+        """Lay rows out as (adapters, most rows of one); nothing to do if all have as many."""
+        counts = np.bincount(rows, minlength=len(self._stack.adapters))
+        self._places: Tensor | None = None
+        if (counts == counts[0]).all():
+            return
+        rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = rows * counts.max() + rank
+        members = np.zeros(len(counts) * counts.max(), np.int64)
+        members[places] = np.arange(len(rows))
+        self._members = torch.from_numpy(members).to(device)
+        self._places = torch.from_numpy(places).to(device)
+
+    def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        whole = self._whole(key)
+        if whole is not None:
+            return matmul.linear(x, whole, linear.bias)
+        y = matmul.linear(x, linear.weight, linear.bias)
+        if self._is_mixed:
+            self._add_mixed(key, y, x)
+        elif self._single is not None:
+            self._single.add(key, y, x, linear)
+        return y
+
+    def prepare(self) -> None:
+        """Do now what several threads would do at once when each first needs it."""
+        need = self._stack.get if self._is_mixed else self._whole
+        for key in self._linears:
+            need(key)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (adapters, most rows of one, in)."""
+        grouped = x if self._places is None else x.index_select(0, self._members)
+        return grouped.view(len(self._stack.adapters), -1, x.shape[1])
+
+    def _whole(self, key: str) -> Tensor | None:
+        """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
+        linear, single = self._linears[key], self._single
+        if self._is_mixed:
+            return None
+        if single is None or key not in single.thin:
+            return linear.weight
+        if self._workspace is None:
+            return None
+        return self._workspace.merged(
+            single, key, linear.weight, lambda out: single.merge_into(out, key, linear)
+        )
+
+    def matrix(self, key: str) -> Tensor | None:
+        return self._whole(key) if self._linears[key].bias is None else None
+
+    def _add_mixed(self, key: str, y: Tensor, x: Tensor) -> None:
+        stacked = self._stack.get(key)
+        if stacked is None:
+            return
+        # A x rather than x^T A^T: where rows are few, A is then multiplied as it lies in memory.
+        inner = torch.bmm(stacked.a, self._grouped(x).transpose(1, 2))
+        if self._places is None and len(stacked.runs) == 1:
+            _add_run(y, inner, stacked.runs[0])
+            return
+        adapters, _, rows = inner.shape
+        ranks = [run.parts * self._stack.rank for run in stacked.runs]
+        for run, own in zip(stacked.runs, inner.split(ranks, dim=1)):
+            change = y.new_zeros(adapters * rows, run.stop - run.start)
+            _add_run(change, own, run)
+            if self._places is not None:
+                change = change.index_select(0, self._places)
+            y[:, run.start : run.stop].add_(change)
+
+    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+        raise RuntimeError("finished adapters are not trained.")

@@ -1,0 +1,165 @@
+"""A sample request, checked against the model, and what it has come to so far.
+
+Knows nothing of how tokens are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from tinkex import types
+from tinkex.engine import token_sampling
+from tinkex.engine.lora import Finished
+from tinkex.engine.model import Base
+
+#: (number of the sequence, token, its log-probability)
+OnToken = Callable[[int, int, float], None]
+
+
+@attrs.frozen(eq=False)
+class PromptScores:
+    """What a request wants to know of its prompt."""
+
+    logprobs: npt.NDArray[np.float32] | None = None
+    topk: types.TopkLogprobs | None = None
+    targets: types.TensorData | None = None
+    cached: int = 0
+
+
+@attrs.define(eq=False)
+class Job:
+    """A request, checked, and what it has come to so far.
+
+    Attributes:
+        limit: most tokens of a sequence.
+        stop_tokens: token ids that end a sequence.
+        stop_strings: strings that end a sequence.
+        sequences: finished ones; None where still running.
+    """
+
+    ticket: Hashable
+    request: types.SampleRequest
+    adapter: Finished | None
+    prompt: npt.NDArray[np.int32]
+    limit: int
+    stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    keys: token_sampling.Keys
+    on_token: OnToken | None
+    sequences: list[types.SampledSequence | None]
+    scores: PromptScores | None = None
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether anything of the prompt is asked for."""
+        asked = self.request
+        targets = asked.target_prompt_logprobs
+        return bool(asked.prompt_logprobs or asked.topk_prompt_logprobs or targets is not None)
+
+    @property
+    def is_done(self) -> bool:
+        return all(sequence is not None for sequence in self.sequences)
+
+    def response(self) -> types.SampleResponse:
+        scores = self.scores or PromptScores()
+        return types.SampleResponse(
+            sequences=[sequence for sequence in self.sequences if sequence is not None],
+            prompt_logprobs=scores.logprobs,
+            topk_prompt_logprobs=scores.topk,
+            target_prompt_logprobs=scores.targets,
+            prompt_cache_hit_tokens=scores.cached,
+        )
+
+
+def make_job(
+    ticket: Hashable,
+    request: types.SampleRequest,
+    adapter: Finished | None,
+    base: Base,
+    on_token: OnToken | None = None,
+) -> Job:
+    """Check a request against the model.
+
+    Raises:
+        ValueError: If the prompt is empty, too long or not of the model's vocabulary, or something
+            is asked for that this server does not do.
+    """
+    spec, params = base.spec, request.sampling_params
+    if request.prompt_alt_tokens_k or request.record_stability_info:
+        raise ValueError(
+            "prompt_alt_tokens_k and record_stability_info are not offered by this server; "
+            "leave them out."
+        )
+    prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
+    _check_prompt_scores(request, len(prompt), spec.vocab)
+    room = max(1, spec.context - len(prompt))  # the last token is never read again
+    stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
+    seed = params.seed
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    return Job(
+        ticket=ticket,
+        request=request,
+        adapter=adapter,
+        prompt=prompt,
+        limit=room if params.max_tokens is None else min(room, params.max_tokens),
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        keys=token_sampling.sequence_keys(seed, request.num_samples),
+        on_token=on_token,
+        sequences=[None] * request.num_samples,
+    )
+
+
+def _check_prompt(prompt: types.ModelInput, vocab: int, context: int) -> npt.NDArray[np.int32]:
+    tokens = prompt.tokens
+    if len(tokens) == 0:
+        raise ValueError("the prompt is empty; it needs at least one token.")
+    if int(tokens.max()) >= vocab:
+        raise ValueError(
+            f"the prompt holds token id {int(tokens.max())} at position {int(tokens.argmax())}, "
+            f"but the model's vocabulary has {vocab} tokens; encode it with the model's tokenizer."
+        )
+    if len(tokens) > context:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens, but the model's context is {context}; "
+            "shorten the prompt."
+        )
+    return tokens
+
+
+def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) -> None:
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if getattr(request, name) > vocab:
+            raise ValueError(
+                f"{name} = {getattr(request, name)} is more than the vocabulary's {vocab} tokens."
+            )
+    targets = request.target_prompt_logprobs
+    if targets is None:
+        return
+    if len(targets.shape) != 2 or targets.shape[0] != length - 1:
+        raise ValueError(
+            f"target_prompt_logprobs has shape {list(targets.shape)}; for a prompt of {length} "
+            f"tokens it must be [{length - 1}, K]."
+        )
+    values = targets.data
+    if values.dtype.kind == "f" or (values.size and not -1 <= values.min() <= values.max() < vocab):
+        raise ValueError(
+            f"target_prompt_logprobs must hold token ids below {vocab} (int64), or -1 to skip."
+        )
+
+
+def _stops(
+    stop: types.sampling.Stop, eos: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Token ids and strings that end a sequence."""
+    if stop is None:
+        return eos, ()
+    if isinstance(stop, str):
+        return (), (stop,)
+    tokens = tuple(item for item in stop if isinstance(item, int))
+    return tokens, tuple(item for item in stop if isinstance(item, str))

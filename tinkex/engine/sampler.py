@@ -1,0 +1,538 @@
+"""Sampling with continuous batching: requests join and leave the running batch at every step.
+
+A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
+once), then gives every running sequence one more token. One `Sampler` serves one base model and any
+number of adapters over it. Knows nothing of HTTP, of users, or of where adapters come from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Union
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinkex import types
+from tinkex.engine import token_sampling
+from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.kv_cache import SharedPool, SinglePool
+from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
+from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
+from tinkex.engine.prompt_logprobs import score_prompts, topk_of
+from tinkex.engine.sample_requests import Job, PromptScores
+
+#: Sequences that run at the same time.
+MOST_ROWS = 256
+
+#: Prompt tokens computed in one step (more only for a single longer prompt): what the sequences
+#: that are running have to wait for. Where none are running it may be as many times more.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
+ALONE = 4
+
+#: Samples of one prompt that share its keys and values; more form further groups.
+GROUP_WIDTH = 16
+
+#: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
+MERGE_ROWS = 16
+
+#: Longest prompts of the smallest pool; each further pool takes four times as long ones.
+FIRST_POOL = 128
+
+Decode = Callable[[Sequence[int]], str]
+Pool = Union[SinglePool, SharedPool]
+Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
+
+
+@attrs.frozen(eq=False)
+class Unit:
+    """Samples first..first+count of a job, which start together."""
+
+    job: Job
+    first: int
+    count: int
+
+
+class Rows:
+    """The running sequences: one row of numbers each, in arrays."""
+
+    def __init__(self) -> None:
+        self.job: list[Job | None] = [None] * MOST_ROWS
+        self.index = np.zeros(MOST_ROWS, np.int64)
+        self.length = np.zeros(MOST_ROWS, np.int64)
+        self.last = np.zeros(MOST_ROWS, np.int64)
+        self.keys = np.zeros(MOST_ROWS, np.uint64)
+        self.temperature = np.ones(MOST_ROWS, np.float32)
+        self.top_k = np.zeros(MOST_ROWS, np.int64)
+        self.top_p = np.ones(MOST_ROWS, np.float32)
+        self.limit = np.zeros(MOST_ROWS, np.int64)
+        self.prompt_length = np.zeros(MOST_ROWS, np.int64)
+        self.stops = np.full((MOST_ROWS, 1), -1, np.int64)
+        self.tokens = np.zeros((MOST_ROWS, 64), np.int32)
+        self.logprobs = np.zeros((MOST_ROWS, 64), np.float32)
+        self.topk: list[list[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]]
+        self.topk = [[] for _ in range(MOST_ROWS)]
+        self.free = list(range(MOST_ROWS - 1, -1, -1))
+
+    def take(self, job: Job, index: int) -> int:
+        """A row for sample *index* of *job*."""
+        row = self.free.pop()
+        params = job.request.sampling_params
+        self.job[row], self.index[row], self.length[row] = job, index, 0
+        self.keys[row] = job.keys[index]
+        self.temperature[row] = params.temperature
+        self.top_k[row], self.top_p[row] = max(params.top_k, 0), params.top_p
+        self.limit[row], self.prompt_length[row] = job.limit, len(job.prompt)
+        if len(job.stop_tokens) > self.stops.shape[1]:
+            missing = len(job.stop_tokens) - self.stops.shape[1]
+            self.stops = np.pad(self.stops, ((0, 0), (0, missing)), constant_values=-1)
+        self.stops[row] = -1
+        self.stops[row, : len(job.stop_tokens)] = job.stop_tokens
+        self.topk[row] = []
+        return row
+
+    def release(self, row: int) -> None:
+        self.job[row] = None
+        self.topk[row] = []
+        self.free.append(row)
+
+    def settings(self, rows: npt.NDArray[np.int64]) -> token_sampling.Settings:
+        return token_sampling.Settings(
+            self.keys[rows],
+            self.length[rows],
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+        )
+
+    def append(
+        self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray
+    ) -> npt.NDArray[np.bool_]:
+        """Add a token to each row; give which of them a stop token has ended."""
+        longest = int(self.length[rows].max()) + 1
+        if longest > self.tokens.shape[1]:
+            more = ((0, 0), (0, self.tokens.shape[1]))
+            self.tokens, self.logprobs = np.pad(self.tokens, more), np.pad(self.logprobs, more)
+        at = self.length[rows]
+        self.tokens[rows, at], self.logprobs[rows, at] = tokens, logprobs
+        self.last[rows] = tokens
+        self.length[rows] += 1
+        ended: npt.NDArray[np.bool_] = (self.stops[rows] == tokens[:, None]).any(axis=1)
+        return ended
+
+
+class Sampler:
+    """The running batch of one base model.
+
+    Args:
+        load_decode: gives ids -> text; called when a stop string is first asked for.
+        memory: bytes that keys and values may take; requests beyond that wait.
+        lanes: where shares of the prompts are computed.
+    """
+
+    def __init__(
+        self, base: Base, load_decode: Callable[[], Decode], memory: int, lanes: Lanes
+    ) -> None:
+        self._base = base
+        self._lanes = lanes
+        self._load_decode = load_decode
+        self._decode: Decode | None = None
+        self._memory = memory
+        self._waiting: deque[Unit] = deque()
+        self._rows = Rows()
+        self._singles: dict[int, SinglePool] = {}
+        self._shared: dict[tuple[int, int], SharedPool] = {}
+        self._home: dict[int, Pool] = {}
+        self._reserved: dict[int, int] = {}
+        self._stack = Stack([None])
+        self._workspace = Workspace() if can_merge(base.linears) else None
+        self._finished: list[Outcome] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._home or self._finished)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job made by `make_job`."""
+        if job.stop_strings and self._decode is None:
+            self._decode = self._load_decode()
+        count = len(job.sequences)
+        for first in range(0, count, GROUP_WIDTH):
+            self._waiting.append(Unit(job, first, min(GROUP_WIDTH, count - first)))
+
+    def cancel(self, ticket: Hashable) -> None:
+        """Forget a job; nothing is returned for it."""
+        self._drop(lambda job: job.ticket == ticket)
+
+    def _drop(self, matches: Callable[[Job], bool]) -> list[Hashable]:
+        dropped = [unit.job for unit in self._waiting if matches(unit.job)]
+        self._waiting = deque(unit for unit in self._waiting if not matches(unit.job))
+        for row in list(self._home):
+            job = self._rows.job[row]
+            if job is not None and matches(job):
+                dropped.append(job)
+                self._release(row)
+        return list(dict.fromkeys(job.ticket for job in dropped))
+
+    @torch.no_grad()
+    def step(self) -> list[Outcome]:
+        """Admit, then advance every running sequence by a token; give what is finished.
+
+        A failure in the middle ends every job that was running with that exception.
+        """
+        try:
+            self._admit()
+            if self._home:
+                self._advance()
+        except Exception as exc:  # handed to whoever waits for each job
+            self._fail_all(exc)
+        done, self._finished = self._finished, []
+        return done
+
+    def _fail_all(self, exc: Exception) -> None:
+        for ticket in self._drop(lambda job: True):
+            self._finished.append((ticket, exc))
+        self._singles.clear()
+        self._shared.clear()
+
+    # -- prompts -----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Start waiting units, as many as there is room for."""
+        units = self._choose_units()
+        if units:
+            self._begin(units)
+
+    def _begin(self, units: Sequence[Unit]) -> None:
+        """Compute the prompts of units, and give each sample its first token."""
+        stack = self._stack_with([unit.job.adapter for unit in units])
+        number = {adapter: i for i, adapter in enumerate(stack.adapters)}
+        prompts: dict[tuple[int, int, bytes], list[Unit]] = {}
+        for unit in units:
+            prompt = unit.job.prompt
+            key = number[unit.job.adapter], len(prompt), prompt.tobytes()
+            prompts.setdefault(key, []).append(unit)
+        # By adapter, so that each multiplies once; then by length, for attention.
+        groups = [prompts[key] for key in sorted(prompts)]
+        adapters = np.array([key[0] for key in sorted(prompts)])
+        rows = [[self._start(unit) for unit in group] for group in groups]
+        begun = set(units)
+        self._waiting = deque(unit for unit in self._waiting if unit not in begun)
+        logits = self._compute_prompts(groups, self._places(groups, rows), stack, adapters)
+        counts = [sum(unit.count for unit in group) for group in groups]
+        which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
+        flat = [row for group in rows for unit_rows in group for row in unit_rows]
+        self._take_tokens(np.array(flat), logits[which])
+
+    def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
+        """The stack of those that are running, if it has all these; else one of just these, which
+        will be that of those running if no others are."""
+        distinct = dict.fromkeys(adapters)
+        if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
+            return self._stack
+        stack = Stack(list(distinct))
+        if not self._home:
+            self._stack = stack
+        return stack
+
+    def _choose_units(self) -> list[Unit]:
+        """The head of the line: as much as is within the limits."""
+        chosen: list[Unit] = []
+        tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
+        most = PREFILL_TOKENS[kind_of(self._base.device)]
+        most *= 1 if self._home else ALONE
+        for unit in self._waiting:
+            alone = not chosen and not self._home
+            reserved += self._bytes(unit)
+            fits = reserved <= self._memory
+            tokens += len(unit.job.prompt)
+            if unit.count > rows or not (fits or alone) or (chosen and tokens > most):
+                break
+            rows -= unit.count
+            chosen.append(unit)
+        return chosen
+
+    def _bytes(self, unit: Unit) -> int:
+        """What a unit's keys and values may come to."""
+        spec = self._base.spec
+        numbers = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        positions = len(unit.job.prompt) + unit.count * unit.job.limit
+        return positions * numbers * self._base.embedding.element_size()
+
+    def _start(self, unit: Unit) -> list[int]:
+        """Rows for a unit's samples, and a place for them in a pool."""
+        rows = [self._rows.take(unit.job, unit.first + i) for i in range(unit.count)]
+        share = self._bytes(unit) // unit.count
+        for row in rows:
+            self._reserved[row] = share
+            self._home[row] = self._pool(unit)
+        return rows
+
+    def _pool(self, unit: Unit) -> Pool:
+        longest = FIRST_POOL
+        while longest < len(unit.job.prompt):
+            longest *= 4
+        spec, device, dtype = self._base.spec, self._base.device, self._base.dtype
+        if unit.count == 1:
+            if longest not in self._singles:
+                self._singles[longest] = SinglePool(spec, device, dtype)
+            return self._singles[longest]
+        width = 1 << (unit.count - 1).bit_length()
+        if (longest, width) not in self._shared:
+            self._shared[longest, width] = SharedPool(spec, width, device, dtype)
+        return self._shared[longest, width]
+
+    def _compute_prompts(
+        self,
+        groups: Sequence[Sequence[Unit]],
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        stack: Stack,
+        adapters: npt.NDArray[np.int64],
+    ) -> Tensor:
+        """Logits (groups, V) of what comes after each group's prompt.
+
+        Args:
+            places: where each group's keys and values go.
+            adapters: number of each group's adapter in the stack; sorted.
+        """
+        sizes = [len(group[0].job.prompt) for group in groups]
+        is_single = len(stack.adapters) == 1
+        room = None
+        if is_single:
+            is_worth = sum(sizes) >= self._base.spec.width // 2
+            room = self._room(stack.adapters[0], is_worth)
+        shares = [list(range(len(groups)))]
+        wants_scores = any(unit.job.wants_scores for group in groups for unit in group)
+        if is_single or not wants_scores:  # scores of several adapters take turns in the workspace
+            shares = self._lanes.share_out(sizes)
+        if len(shares) > 1:
+            MixedLinears(self._base.linears, stack, adapters, room).prepare()
+        parts = [
+            partial(
+                self._compute_share,
+                [groups[i] for i in share],
+                [places[i] for i in share],
+                stack,
+                adapters[share],
+                room,
+            )
+            for share in shares
+        ]
+        logits = torch.cat(self._lanes.run(parts))
+        order = np.argsort(np.concatenate(shares))
+        return logits[torch.from_numpy(order).to(logits.device)]
+
+    def _compute_share(
+        self,
+        groups: Sequence[Sequence[Unit]],
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        stack: Stack,
+        adapters: npt.NDArray[np.int64],
+        room: Workspace | None,
+    ) -> Tensor:
+        """Prefill some groups' prompts, score them, and give their logits (groups, V)."""
+        prompts = [group[0].job.prompt for group in groups]
+        packing = Packing([len(prompt) for prompt in prompts], self._base.device)
+        linears = MixedLinears(self._base.linears, stack, adapters.repeat(packing.lengths), room)
+        hidden = self._prefill(prompts, packing, places, linears)
+        self._score_prompts(groups, hidden.split(packing.lengths))
+        ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
+        head_of = MixedLinears(self._base.linears, stack, adapters)
+        return head_of.forward("head", hidden[ends.to(hidden.device)]).float()
+
+    def _prefill(
+        self,
+        prompts: Sequence[npt.NDArray[np.int32]],
+        packing: Packing,
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        linears: MixedLinears,
+    ) -> Tensor:
+        """Hidden states (N, d) of prompts; their keys and values go to their places."""
+        base = self._base
+        attention = PackedAttention(packing, base.spec)
+        keys = base.spec.heads * base.spec.head_dim
+        values = keys + base.spec.kv_heads * base.spec.head_dim
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            for i, start in enumerate(packing.starts):
+                own = qkv[start : start + packing.lengths[i]]
+                k = own[:, keys:values].view(len(own), -1, base.spec.head_dim)
+                v = own[:, values:].view(len(own), -1, base.spec.head_dim)
+                for pool, place in places[i]:
+                    pool.fill(layer, place, k, v)
+            return attention.forward(qkv)
+
+        tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
+        x = torch.nn.functional.embedding(tokens, base.embedding)
+        forward = Forward(base, linears, packing.positions, packing.longest, attend)
+        for i in range(base.spec.layers):
+            x, _ = forward.layer(i, x)
+        hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
+        return hidden
+
+    def _places(
+        self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[tuple[Pool, int]]]:
+        """Where the keys and values of each group's prompt go. Nowhere, if one token is all."""
+        places = []
+        for group, group_rows in zip(groups, rows):
+            found: list[tuple[Pool, int]] = []
+            for unit, unit_rows in zip(group, group_rows):
+                if unit.job.limit == 1:
+                    continue
+                pool, length = self._home[unit_rows[0]], len(unit.job.prompt)
+                if isinstance(pool, SinglePool):
+                    found.append((pool, pool.add(unit_rows[0], length)))
+                else:
+                    found.append((pool, pool.add(unit_rows, length)))
+            places.append(found)
+        return places
+
+    def _score_prompts(self, groups: Sequence[Sequence[Unit]], states: Sequence[Tensor]) -> None:
+        """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
+        asked: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
+        for group, own in zip(groups, states):
+            for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
+                if job.scores is None:
+                    job.scores = PromptScores(cached=len(job.prompt) if i else 0)
+                    if job.wants_scores:
+                        asked.setdefault(job.adapter, []).append((job, own))
+        for adapter, jobs in asked.items():
+            rows = sum(len(own) for _, own in jobs)
+            room = self._room(adapter, rows >= self._base.spec.width // 2)
+            one = Stack([adapter])
+            linears = MixedLinears(self._base.linears, one, np.zeros(1, np.int64), room)
+            score_prompts(jobs, linears, self._base.spec.vocab)
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """One more token for every running sequence."""
+        every: list[Pool] = [*self._singles.values(), *self._shared.values()]
+        pools = [pool for pool in every if len(pool.members)]
+        if not pools:
+            return
+        members = [pool.begin_step() for pool in pools]
+        bounds = np.cumsum([0, *(len(m) for m in members)])
+        rows = np.concatenate([np.array(m, np.int64) for m in members])
+        adapters = self._adapters(rows)
+        to_pools = from_pools = None
+        if (np.diff(adapters) < 0).any():  # rows of one go together, so that it multiplies once
+            order = np.argsort(adapters, kind="stable")
+            rows, adapters = rows[order], adapters[order]
+            to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
+            from_pools = torch.from_numpy(order).to(self._base.device)
+        base, spec, state = self._base, self._base.spec, self._rows
+        positions = state.prompt_length[rows] + state.length[rows] - 1
+        split = [spec.heads, spec.kv_heads, spec.kv_heads]
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            own = qkv if to_pools is None else qkv.index_select(0, to_pools)
+            heads = own.view(len(qkv), -1, spec.head_dim)
+            outs = []
+            for pool, start, stop in zip(pools, bounds, bounds[1:]):
+                outs.append(pool.attend(layer, *heads[start:stop].split(split, dim=1)))
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            return (out if from_pools is None else out.index_select(0, from_pools)), None
+
+        single = self._stack.adapters[0] if len(self._stack.adapters) == 1 else None
+        room = self._room(single, len(rows) >= MERGE_ROWS)
+        linears = MixedLinears(base.linears, self._stack, adapters, room)
+        at = torch.from_numpy(positions).to(base.device)
+        forward = Forward(base, linears, at, int(positions.max()) + 1, attend)
+        tokens = torch.from_numpy(state.last[rows]).to(base.device)
+        x = torch.nn.functional.embedding(tokens, base.embedding)
+        for i in range(spec.layers):
+            x, _ = forward.layer(i, x)
+        for pool in pools:
+            pool.end_step()
+        hidden, _ = rms_norm(x, base.final_norm, spec.norm_eps)
+        self._take_tokens(rows, linears.forward("head", hidden).float())
+
+    def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number of each row's adapter in the stack, which is made anew if it has not just these.
+
+        Its order is kept as long as the adapters are the same: stacking copies them all.
+        """
+        jobs = [self._rows.job[row] for row in rows]
+        adapters = [None if job is None else job.adapter for job in jobs]
+        distinct = list(dict.fromkeys(adapters))
+        if set(distinct) != set(self._stack.adapters):
+            self._stack = Stack(distinct)
+        number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
+        return np.array([number[adapter] for adapter in adapters], np.int64)
+
+    def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
+        """Where to merge an adapter, if that is worth it or has been done already."""
+        room = self._workspace
+        return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
+
+    def _take_tokens(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+        """Choose a token for each row, record it, and end the sequences that it ends."""
+        state = self._rows
+        self._record_topk(rows, logits)
+        tokens, logprobs = token_sampling.choose(logits, state.settings(rows))
+        stopped = state.append(rows, tokens, logprobs)
+        full = state.length[rows] >= state.limit[rows]
+        for i, row in enumerate(rows.tolist()):
+            job = state.job[row]
+            if job is None:
+                continue
+            if job.on_token is not None:
+                job.on_token(int(state.index[row]), int(tokens[i]), float(logprobs[i]))
+            if stopped[i] or (job.stop_strings and self._completes_stop(row, job)):
+                self._finish(row, job, "stop")
+            elif full[i]:
+                self._finish(row, job, "length")
+
+    def _record_topk(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+        jobs = [self._rows.job[row] for row in rows]
+        wanted = [i for i, job in enumerate(jobs) if job and job.request.topk_sample_logprobs]
+        for i in wanted:
+            job = jobs[i]
+            if job is not None:
+                k = job.request.topk_sample_logprobs
+                ids, logprobs = topk_of(logits[i : i + 1], k)
+                self._rows.topk[int(rows[i])].append((ids, logprobs))
+
+    def _completes_stop(self, row: int, job: Job) -> bool:
+        """Whether the last token has completed a stop string."""
+        if self._decode is None:
+            raise RuntimeError("a job with stop strings was queued without a decoder.")
+        longest = max(len(stop.encode()) for stop in job.stop_strings)
+        length = int(self._rows.length[row])
+        recent = self._rows.tokens[row, max(0, length - longest - 8) : length].tolist()
+        text, before = self._decode(recent), self._decode(recent[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in job.stop_strings)
+
+    def _finish(self, row: int, job: Job, reason: types.sampling.StopReason) -> None:
+        length = int(self._rows.length[row])
+        topk = self._rows.topk[row]
+        job.sequences[int(self._rows.index[row])] = types.SampledSequence(
+            tokens=self._rows.tokens[row, :length].copy(),
+            logprobs=self._rows.logprobs[row, :length].copy(),
+            stop_reason=reason,
+            topk_logprobs=types.TopkLogprobs(
+                np.concatenate([ids for ids, _ in topk]), np.concatenate([lp for _, lp in topk])
+            )
+            if topk
+            else None,
+        )
+        self._release(row)
+        if job.is_done:
+            self._finished.append((job.ticket, job.response()))
+
+    def _release(self, row: int) -> None:
+        pool = self._home.pop(row)
+        if row in np.asarray(pool.members):
+            pool.remove(row)
+        del self._reserved[row]
+        self._rows.release(row)
+        if not self._home:  # idle: give the memory back
+            self._singles.clear()
+            self._shared.clear()

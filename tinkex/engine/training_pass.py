@@ -1,0 +1,252 @@
+"""One forward_backward: the data cut into micro-batches, and what is computed of each.
+
+Micro-batches hold a bounded number of tokens, in sequences of similar length; how they are cut
+depends on the request alone. Knows nothing of model ids or of other requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tinkex import types
+from tinkex.engine import losses
+from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.lm_head import Rows, target_logprobs
+from tinkex.engine.lora import TrainedLinears
+from tinkex.engine.model import Base, Linears, Packing, Training, kind_of
+
+#: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
+#: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
+#: faster.
+ACTIVATION_BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+#: Fewest tokens of a micro-batch, whatever they take.
+FEWEST_TOKENS = 256
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """One datum as arrays.
+
+    Attributes:
+        tokens: (N,) int32.
+        targets: (N, K) int64; K = 1 unless the datum has several targets per token.
+        arrays: float inputs of the loss by name, (N, K) float32 each, defaults filled in.
+        shape: of target_tokens as they came.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int64]
+    arrays: Mapping[str, npt.NDArray[np.float32]]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def prepare(
+    data: Sequence[types.Datum], loss_fn: str, config: Mapping[str, float]
+) -> list[Prepared]:
+    """The inputs that *loss_fn* reads, of data that `types.check_data` has passed.
+
+    Raises:
+        ValueError: If an input has another shape than the targets.
+    """
+    known = types.LOSS_FUNCTIONS[loss_fn]
+    optional = [
+        name for name in known.optional if any(name in datum.loss_fn_inputs for datum in data)
+    ]
+    defaults = {"weights": 1.0, **config}
+    if loss_fn == "cross_entropy":
+        optional = ["weights"]
+    names = [name for name in (*known.inputs, *optional) if name != "target_tokens"]
+    return [_prepare_one(datum, i, names, defaults) for i, datum in enumerate(data)]
+
+
+def _prepare_one(
+    datum: types.Datum, i: int, names: Sequence[str], defaults: Mapping[str, float]
+) -> Prepared:
+    inputs = datum.loss_fn_inputs
+    shape = inputs["target_tokens"].shape
+    rows = (shape[0], shape[1] if len(shape) == 2 else 1)
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
+    for name in names:
+        if name not in inputs:
+            arrays[name] = np.full(rows, defaults[name], np.float32)
+            continue
+        if inputs[name].shape != shape:
+            raise ValueError(
+                f"data[{i}].loss_fn_inputs[{name!r}] has shape {list(inputs[name].shape)}, but "
+                f"target_tokens {list(shape)}; they must be the same."
+            )
+        arrays[name] = inputs[name].to_numpy().reshape(rows).astype(np.float32)
+    targets = inputs["target_tokens"].to_numpy().reshape(rows)
+    return Prepared(datum.model_input.tokens, targets, arrays, shape)
+
+
+def tokens_per_batch(base: Base) -> int:
+    """Tokens whose activations fit the budget."""
+    spec, kind = base.spec, kind_of(base.device)
+    attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
+    per_layer = 2 * spec.width + attention + 2 * spec.mlp
+    per_token = spec.layers * per_layer * base.embedding.element_size()
+    return max(FEWEST_TOKENS, min(MOST_TOKENS[kind], ACTIVATION_BUDGET[kind] // per_token))
+
+
+def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of the sequences of each micro-batch: at most *most* tokens, or one sequence.
+
+    Sorted by length, longest first, so that those of one batch are similar; a batch has one width
+    (targets per token).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (widths[i], -lengths[i], i))
+    total = sum(lengths)
+    even = -(-total // -(-total // most))  # as few batches as can be, all about as large
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in order:
+        full = not batches or widths[batches[-1][0]] != widths[i] or tokens >= even
+        if full or tokens + lengths[i] > most:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += lengths[i]
+    return batches
+
+
+@attrs.frozen(eq=False)
+class _Outcome:
+    """What came of the datums *numbers*: loss, and arrays (N, K) of all their rows by name."""
+
+    numbers: Sequence[int]
+    packing: Packing
+    loss: float
+    arrays: Mapping[str, npt.NDArray[np.float32]]
+
+
+class Pass:
+    """The computation of one request, micro-batch by micro-batch.
+
+    Args:
+        linears: the matrices; the gradient is all there once every batch has been computed and
+            `output` was called.
+        lanes: where the shares of a micro-batch are computed.
+        forward_only: take no gradients.
+
+    Attributes:
+        batches: what to give to `compute`, one after the other.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        linears: TrainedLinears,
+        lanes: Lanes,
+        data: Sequence[Prepared],
+        loss_fn: str,
+        config: Mapping[str, float],
+        *,
+        forward_only: bool = False,
+    ) -> None:
+        self._base = base
+        self._lanes = lanes
+        self._linears = [linears]
+        self._data = data
+        self._loss_fn = loss_fn
+        self._config = config
+        self._forward_only = forward_only
+        self._most = tokens_per_batch(base)
+        widths = [datum.targets.shape[1] for datum in data]
+        self.batches = micro_batches([len(datum) for datum in data], widths, self._most)
+        self._loss = 0.0
+        self._outputs: list[dict[str, types.TensorData]] = [{} for _ in data]
+
+    def compute(self, batch: Sequence[int]) -> None:
+        """Forward and backward of the datums numbered in *batch*."""
+        shares = self._lanes.share_out([len(self._data[i]) for i in batch])
+        first = self._linears[0]
+        if len(shares) > 1:
+            first.prepare()
+            self._linears += [first.twin() for _ in range(len(shares) - len(self._linears))]
+        parts = [
+            partial(self._compute_share, [batch[i] for i in share], linears)
+            for share, linears in zip(shares, self._linears)
+        ]
+        for outcome in self._lanes.run(parts):
+            self._keep(outcome)
+
+    def _compute_share(self, numbers: Sequence[int], linears: Linears) -> _Outcome:
+        data, base = [self._data[i] for i in numbers], self._base
+        packing = Packing([len(datum) for datum in data], base.device)
+        tokens = self._pack([datum.tokens for datum in data])
+        targets = self._pack([datum.targets for datum in data])
+        arrays = {name: self._pack([d.arrays[name] for d in data]) for name in data[0].arrays}
+        sequence = torch.repeat_interleave(torch.tensor(packing.lengths)).to(base.device)
+        inputs = losses.Inputs(arrays, self._config, sequence, len(data))
+        recompute = packing.rows > self._most
+        training = Training(base, linears, packing, recompute=recompute)
+        hidden = training.forward(tokens, save=not self._forward_only)
+        logprobs, values, dhidden = self._losses(linears, hidden, targets, inputs)
+        if dhidden is not None:
+            training.backward(dhidden)
+        return _Outcome(
+            numbers,
+            packing,
+            float(values.sum(dtype=torch.float64)),
+            {"logprobs": logprobs.cpu().numpy(), "elementwise_loss": values.cpu().numpy()},
+        )
+
+    def _pack(self, arrays: Sequence[npt.NDArray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(self._base.device)
+
+    def _losses(
+        self, linears: Linears, hidden: Tensor, targets: Tensor, inputs: losses.Inputs
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities and losses (N, K), and the gradient at *hidden* if it is wanted."""
+        loss, vocab = losses.LOSSES[self._loss_fn], self._base.spec.vocab
+        if self._forward_only or self._loss_fn in losses.WHOLE_SEQUENCE:
+            logprobs, _ = target_logprobs(linears, hidden, targets, vocab)
+            values, slopes = loss(logprobs, inputs)
+            if self._forward_only:
+                return logprobs, values, None
+            live = slopes.any(dim=1)
+            _, dhidden = target_logprobs(
+                linears, hidden, targets, vocab, lambda rows, _: slopes[rows], live
+            )
+            return logprobs, values, dhidden
+        values = torch.empty(targets.shape, device=hidden.device)
+
+        def slopes_of(rows: Rows, logprobs: Tensor) -> Tensor:
+            values[rows], slopes = loss(logprobs, inputs.rows(rows))
+            return slopes
+
+        live = inputs.live(self._loss_fn)
+        logprobs, dhidden = target_logprobs(linears, hidden, targets, vocab, slopes_of, live)
+        return logprobs, values, dhidden
+
+    def _keep(self, outcome: _Outcome) -> None:
+        packing = outcome.packing
+        self._loss += outcome.loss
+        for i, start, length in zip(outcome.numbers, packing.starts, packing.lengths):
+            for name, array in outcome.arrays.items():
+                own = array[start : start + length].reshape(self._data[i].shape)
+                self._outputs[i][name] = types.TensorData.from_numpy(own)
+
+    def output(self) -> types.ForwardBackwardOutput:
+        """The result, once every batch has been computed."""
+        first, *twins = self._linears
+        first.add_gradients(twins)
+        self._linears = [first]
+        return types.ForwardBackwardOutput(
+            loss_fn_outputs=self._outputs,
+            metrics={"loss:sum": self._loss},
+            loss_fn_output_type=losses.OUTPUT_TYPES[self._loss_fn],
+        )

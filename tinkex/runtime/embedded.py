@@ -1,0 +1,232 @@
+"""The embedded engine: a training server of our own, started as a child process.
+
+Starts it on a free port of the loopback interface, makes sure that what answers there is what was
+started, and ends it. Knows nothing of what it does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tinkex import config, errors
+
+logger = logging.getLogger("tinkex")
+
+#: Seconds from the start of the child to its first answer, at most.
+START_TIMEOUT = 120.0
+
+#: What it is made of: the extra `local`.
+NEEDED = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "zstandard")
+
+
+class EmbeddedEngine:
+    """A running child process that serves the API at `base_url` to whoever has `api_key`.
+
+    The child holds none of our pipes (its output goes to a file), ends when `close` is called or
+    this process does, even by kill -9, and never outlives it.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], base_url: str, api_key: str, log_path: Path
+    ) -> None:
+        self._process = process
+        self.base_url = base_url
+        self.api_key = api_key
+        self.log_path = log_path
+        self._key_file = config.engine_key_file(base_url)
+        _write_private(self._key_file, api_key)
+        atexit.register(self.close)
+
+    @classmethod
+    def start(cls, *, home: Path | None = None) -> EmbeddedEngine:
+        """Start the engine and wait until it answers.
+
+        Raises:
+            MissingExtraError: If the parts it needs are not installed.
+            EngineError: If it does not start; the message has the end of its log.
+        """
+        _check_installed()
+        home = home or config.home()
+        token = secrets.token_urlsafe(32)
+        with tempfile.TemporaryDirectory(prefix="tinkex-") as scratch:
+            announce = Path(scratch) / "announce.json"
+            log_path = _log_file(home)
+            logger.info("starting the embedded engine (home %s, log %s)", home, log_path)
+            process = _spawn(home, announce, log_path, token)
+            try:
+                base_url = _wait_for(announce, process, log_path)
+                engine = cls(process, base_url, token, log_path)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+        print(f"tinkex: embedded engine at {base_url} (home {home})", file=sys.stderr)
+        return engine
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def obituary(self) -> str | None:
+        """What to say of an engine that has died; None while it runs."""
+        if self.is_running:
+            return None
+        return (
+            f"the embedded engine has died (status {self._process.returncode}). What was saved is "
+            "safe: make a new ServiceClient, which starts another, and load the last checkpoint. "
+            f"The end of its log, {self.log_path}:\n{_tail(self.log_path)}"
+        )
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the child, by force if it takes more than *timeout* seconds; safe to call twice."""
+        atexit.unregister(self.close)
+        self._key_file.unlink(missing_ok=True)
+        if self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _check_installed() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise errors.MissingExtraError(
+            f"the embedded engine needs what is not installed: {', '.join(missing)}. Install it "
+            "with: pip install 'tinkex[local]'. To use a server instead, give ServiceClient a "
+            "base_url, or set TINKER_BASE_URL."
+        )
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only this user can read, for pickled clients in our other processes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(text)
+    except OSError as exc:
+        raise _unwritable(path.parent, exc) from exc
+
+
+def _log_file(home: Path) -> Path:
+    logs = home / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        old = sorted(logs.glob("embedded-*.log"), key=lambda p: p.stat().st_mtime)[:-20]
+    except OSError as exc:
+        raise _unwritable(home, exc) from exc
+    for path in old:
+        path.unlink(missing_ok=True)
+    return logs / f"embedded-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+
+
+def _unwritable(folder: Path, exc: OSError) -> errors.EngineError:
+    return errors.EngineError(
+        f"{folder} cannot be written ({exc.strerror}); set TINKEX_HOME to a folder of yours."
+    )
+
+
+def _spawn(home: Path, announce: Path, log_path: Path, token: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tinkex", "serve", "--host", "127.0.0.1", "--port", "0"]
+    command += ["--home", str(home), "--announce", str(announce), "--parent-pid", str(os.getpid())]
+    with open(log_path, "ab") as log:
+        os.chmod(log_path, 0o600)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=config.engine_environment(token),
+            # Ctrl-C in the terminal is for us; we then end the child in good order.
+            start_new_session=True,
+        )
+
+
+def _wait_for(announce: Path, process: subprocess.Popen[bytes], log_path: Path) -> str:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        told = _announced(announce)
+        if told is not None and told["pid"] == process.pid:
+            return str(told["url"])
+        if process.poll() is not None:
+            raise errors.EngineError(
+                f"the embedded engine ended with status {process.returncode} before it was ready. "
+                f"The end of its log, {log_path}:\n{_tail(log_path)}"
+            )
+        time.sleep(0.02)
+    raise errors.EngineError(
+        f"the embedded engine was not ready after {START_TIMEOUT:.0f} s. The end of its log, "
+        f"{log_path}:\n{_tail(log_path)}"
+    )
+
+
+def _announced(path: Path) -> dict[str, Any] | None:
+    """What the engine says of itself, when it has said it all."""
+    try:
+        told: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return told
+
+
+def _tail(path: Path, lines: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError as exc:
+        return f"(unreadable: {exc})"
+
+
+_shared: EmbeddedEngine | None = None
+_users = 0
+_shared_lock = threading.Lock()  # guards _shared and _users
+
+
+def acquire() -> EmbeddedEngine:
+    """The engine of this process: started for its first user. Pair with `release`."""
+    global _shared, _users
+    with _shared_lock:
+        if _shared is None or not _shared.is_running:
+            _shared, _users = EmbeddedEngine.start(), 0
+        _users += 1
+        return _shared
+
+
+def release(engine: EmbeddedEngine, timeout: float = 5.0) -> None:
+    """One user less; the last one ends the engine, within *timeout* seconds."""
+    global _shared, _users
+    with _shared_lock:
+        if engine is not _shared:
+            return  # it died, and another was started in its place
+        _users -= 1
+        last = _users == 0
+        if last:
+            _shared = None
+    if last:
+        engine.close(timeout)
+
+
+def forget_after_fork() -> None:
+    """In a forked child the engine is the parent's: neither used nor ended here."""
+    global _shared, _users, _shared_lock
+    if _shared is not None:
+        atexit.unregister(_shared.close)
+    _shared, _users, _shared_lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=forget_after_fork)

@@ -1,0 +1,533 @@
+"""Asking the server "done yet?" and resolving futures with what it answers.
+
+Polling means: again, because the answer was "not yet". Again because a request failed is retry, and
+lives in transport.py. Knows nothing of models or of the order of operations.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import logging
+import math
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+import attrs
+
+from tinkex import errors, wire
+from tinkex.futures import fail, succeed
+from tinkex.runtime.executor import ByteBudget, DaemonExecutor
+from tinkex.runtime.responses import Answer, error_detail
+from tinkex.runtime.retry import FEW_TRIES, ONCE
+from tinkex.runtime.transport import Transport
+from tinkex.runtime.wait_log import Wait
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tinkex")
+
+#: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
+LONG_POLL = 1.0  # seconds
+
+#: How often a promise that the server has lost is asked for again under the same number.
+MAX_RESUBMITS = 3
+
+
+@attrs.define(eq=False)
+class Promise(Generic[T]):
+    """An operation that the server has accepted and we wait for.
+
+    Attributes:
+        request_id: the server's handle.
+        operation: what it is.
+        future: to be resolved.
+        lane: promises of one lane are polled oldest first; see `Poller`.
+        deadline: on the poller's clock; None is never.
+        resubmit: sends the same request again (same seq_id) and returns the server's handle; for
+            a server that has lost the promise. None where that cannot be done.
+        on_queue_state: is told (state, reason) when the server says why it waits.
+    """
+
+    request_id: str
+    operation: wire.Operation[T]
+    future: Future[T]
+    lane: str = ""
+    deadline: float | None = None
+    resubmit: Callable[[], str] | None = None
+    on_queue_state: Callable[[str, str | None], None] | None = None
+    sequence_ids: list[str] | None = None
+
+    wait: Wait | None = None
+    iteration: int = 0
+    metadata_only: bool = True
+    resubmits: int = 0
+    strays: Counter[int] = attrs.field(factory=Counter)  # by status, as in FEW_TRIES
+    pauses: int = 0  # since something last changed
+    failing_since: float | None = None
+    last_error: BaseException | None = None
+    queue_state: tuple[str, str | None] = ("active", None)
+    reserved_bytes: int = 0
+
+
+class NotYet(Exception):
+    """The operation is not done; ask again after `pause` seconds."""
+
+    def __init__(self, pause: float) -> None:
+        super().__init__(pause)
+        self.pause = pause
+
+
+class Poller:
+    """Resolves promises by asking the server for their results, many at once.
+
+    Promises are polled by lanes. A lane of a model is ordered: its operations finish in order, so
+    the few oldest are polled and the rest wait their turn. In the unordered lane of a sampler all
+    are polled, as far as there are threads; then each goes to the back of the line after a "not
+    yet", so that a slow operation never keeps a finished one waiting for long.
+
+    States of a promise: queued in its lane -> asked -> (not yet -> asked)* -> resolved. Whatever is
+    raised on the way resolves its future; none is ever dropped.
+    """
+
+    ORDERED_WIDTH = 4
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        max_workers: int = 256,
+        max_response_bytes: int = 50 * 1024 * 1024,
+        sleep: Callable[[float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._pool = DaemonExecutor(max_workers, "tinkex-poll")
+        self._bytes = ByteBudget(max_response_bytes)
+        self._clock = clock
+        self._closed = threading.Event()
+        self._sleep = sleep or (lambda seconds: _void(self._closed.wait(seconds)))
+        self._lock = threading.Lock()  # guards _lanes, _asked and _open
+        self._lanes: dict[str, deque[Promise[Any]]] = {}
+        self._asked: dict[str, int] = {}
+        self._open: set[Promise[Any]] = set()
+        self._width = max_workers
+
+    def watch(self, promise: Promise[Any], *, ordered: bool = True) -> None:
+        """Resolve the promise's future with its result, when there is one."""
+        if promise.wait is None:
+            promise.wait = self.begin_wait(promise)
+        width = self.ORDERED_WIDTH if ordered else self._width
+        with self._lock:
+            if self._closed.is_set():
+                refused = True
+            else:
+                refused = False
+                self._open.add(promise)
+                self._lanes.setdefault(promise.lane, deque()).append(promise)
+                asked = self._asked.get(promise.lane, 0)
+                start = asked < width
+                if start:
+                    self._asked[promise.lane] = asked + 1
+        if refused:
+            self._resolve_error(promise, errors.ClientClosedError("The session is closed."))
+        elif start:
+            self._pool.start(self._run_lane, promise.lane, ordered)
+
+    def begin_wait(self, promise: Promise[Any]) -> Wait:
+        """Report the wait for *promise* from now on."""
+        return self._transport.waits.begin(_what(promise), promise.request_id)
+
+    def now(self) -> float:
+        """The time by the clock of deadlines, in seconds."""
+        return self._clock()
+
+    def in_flight(self, lane: str) -> int:
+        """How many promises of *lane* are not resolved yet."""
+        with self._lock:
+            return sum(p.lane == lane for p in self._open)
+
+    def drain(self, lane: str, timeout: float) -> None:
+        """Wait until nothing of *lane* is in flight, *timeout* seconds at most."""
+        concurrent.futures.wait([promise.future for promise in self._of(lane)], timeout)
+
+    def abandon(self, lane: str, exc: BaseException) -> None:
+        """Fail what of *lane* is not resolved, and ask for it no more."""
+        for promise in self._of(lane):
+            self._resolve_error(promise, exc)
+
+    def _of(self, lane: str) -> list[Promise[Any]]:
+        with self._lock:
+            return [promise for promise in self._open if promise.lane == lane]
+
+    def close(self) -> None:
+        """Fail what is not resolved, and take nothing more."""
+        self._closed.set()
+        with self._lock:
+            left = list(self._open)
+        for promise in left:
+            self._resolve_error(
+                promise,
+                errors.ClientClosedError(
+                    f"{_what(promise)} {promise.request_id} was not done when its session closed."
+                ),
+            )
+        self._pool.shutdown()
+
+    def _run_lane(self, lane: str, ordered: bool) -> None:
+        """Take promises from *lane* until it is empty. Runs on a pool thread."""
+        while True:
+            with self._lock:
+                queue = self._lanes.get(lane)
+                if not queue or self._closed.is_set():
+                    self._asked[lane] -= 1
+                    if not self._asked[lane]:
+                        del self._asked[lane]
+                        self._lanes.pop(lane, None)
+                    return
+                promise = queue.popleft()
+            self._ask_until_done(promise, queue, ordered)
+
+    def _ask_until_done(
+        self, promise: Promise[Any], queue: deque[Promise[Any]], ordered: bool
+    ) -> None:
+        while not self._closed.is_set() and not promise.future.done():
+            try:
+                self._succeed(promise, self.ask(promise))
+                return
+            except NotYet as not_yet:
+                if not_yet.pause:
+                    self._sleep(not_yet.pause)
+                # One that holds bytes keeps its thread: the others may all be waiting for them.
+                if not ordered and queue and not promise.reserved_bytes:
+                    with self._lock:
+                        queue.append(promise)
+                    return
+            except BaseException as exc:
+                self._resolve_error(promise, exc)
+                return
+        self._end(promise)
+
+    def _succeed(self, promise: Promise[T], result: T) -> None:
+        self._end(promise)
+        succeed(promise.future, result)
+
+    def _resolve_error(self, promise: Promise[Any], exc: BaseException) -> None:
+        self._end(promise)
+        fail(promise.future, exc)
+
+    def _end(self, promise: Promise[Any]) -> None:
+        if promise.wait is not None:
+            promise.wait.end()
+        self._release(promise)
+        with self._lock:
+            self._open.discard(promise)
+
+    def _release(self, promise: Promise[Any]) -> None:
+        with self._lock:  # closing may end a promise at the same time
+            held, promise.reserved_bytes = promise.reserved_bytes, 0
+        if held:
+            self._bytes.release(held)
+
+    # One question and what its answer means.
+
+    def ask(self, promise: Promise[T]) -> T:
+        """Ask once. Returns the result.
+
+        Raises:
+            NotYet: If it is not done.
+            TinkexError: If it failed, is lost, or the deadline has passed.
+        """
+        self._check_deadline(promise)
+        started = self._clock()
+        try:
+            answer = self._post(promise)
+            promise.iteration += 1
+            return self._read(promise, answer, self._clock() - started)
+        except errors.APIError as exc:
+            meant = self._meaning_of(promise, exc)
+            if meant is exc:
+                raise
+            raise meant from exc
+
+    def _meaning_of(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
+        """What to raise after a question that was answered with an error, or not at all."""
+        if isinstance(exc, errors.PromiseExpiredError):
+            return self._lost(promise, exc)
+        if isinstance(exc, errors.BadRequestError):
+            return self._bad_request(promise, exc)
+        if isinstance(exc, errors.APIResponseValidationError) or _is_bare_conflict(exc):
+            return self._stray(promise, exc)
+        body = getattr(exc, "body", None)
+        if isinstance(body, dict) and body.get("queue_state"):
+            self._note_queue_state(promise, body)
+        return self._failed_once(promise, exc) if exc.retryable else exc
+
+    def _post(self, promise: Promise[Any]) -> Answer:
+        binary = promise.operation in _IN_PROTOBUF
+        headers = {
+            "Accept": f"{wire.PROTOBUF}, {wire.JSON}" if binary else wire.JSON,
+            "X-Tinker-Request-Type": promise.operation.name,
+            "X-Tinker-Request-Iteration": str(promise.iteration),
+        }
+        body = {"request_id": promise.request_id, "allow_metadata_only": promise.metadata_only}
+        return self._transport.send(
+            "POST",
+            self._transport.url(wire.RETRIEVE_FUTURE.path),
+            json.dumps(body, separators=(",", ":")).encode(),
+            headers=headers,
+            timeout=self._poll_timeout(promise),
+            retry=ONCE,
+            accept=frozenset({408}),
+            parse=_itself,
+            wait=promise.wait,
+        )
+
+    def _poll_timeout(self, promise: Promise[Any]) -> float:
+        timeout = self._transport.config.patience.poll
+        if promise.deadline is not None:
+            timeout = min(timeout, max(0.05, promise.deadline - self._clock()))
+        return timeout
+
+    def _read(self, promise: Promise[T], answer: Answer, took: float) -> T:
+        """The result in *answer*, or NotYet, or the failure it tells."""
+        binary = promise.operation in _IN_PROTOBUF and answer.is_protobuf
+        if binary and answer.status == 200:
+            return self._decode_protobuf(promise, answer)
+        payload = _as_object(answer)
+        if answer.status == 408 or payload.get("type") == "try_again":
+            self._note_queue_state(promise, payload)
+            raise NotYet(self._pause(promise, took, payload))
+        status = payload.get("status")
+        if status == "pending":
+            raise NotYet(self._pause(promise, took, payload))
+        if status == "complete_metadata":
+            self._reserve(promise, payload)
+            raise NotYet(0)
+        if status == "failed" or payload.get("error") is not None:
+            raise self._failure(promise, payload)
+        if status == "completed" and "result" in payload:
+            payload = payload["result"]
+        result = self._transport.structure_result(promise.operation, payload, answer.url)
+        return _with_sequence_ids(result, promise.sequence_ids)
+
+    def _decode_protobuf(self, promise: Promise[T], answer: Answer) -> T:
+        try:
+            result = wire.decode_result(promise.operation.result, answer.content)  # type: ignore[type-var]
+        except ValueError as exc:
+            raise errors.APIResponseValidationError(
+                f"{answer.url} answered {_what(promise)} with an unreadable protobuf: {exc}",
+                url=answer.url,
+            ) from exc
+        return _with_sequence_ids(result, promise.sequence_ids)
+
+    def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
+        now = queue_state(payload)
+        promise.failing_since = None
+        if promise.wait is not None:
+            promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
+        if now == promise.queue_state:
+            return
+        promise.queue_state, promise.pauses = now, 0  # something has changed: ask sooner again
+        if promise.on_queue_state is not None:
+            tell(promise.on_queue_state, *now)
+
+    def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
+        """Seconds until the next question: none after a long poll, growing after short ones."""
+        promise.failing_since, promise.last_error = None, None
+        promise.strays.clear()
+        asked = payload.get("retry_after_ms")
+        if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
+            return self._clipped(promise, min(asked / 1000, 300.0))
+        if took >= LONG_POLL:
+            promise.pauses = 0
+            return 0.0
+        paused = promise.queue_state[0] in ("paused_rate_limit", "paused_capacity")
+        return self._backoff(promise, 1.0 if paused else 0.02, 1.0 if paused else 2.0)
+
+    def _backoff(self, promise: Promise[Any], first: float, longest: float) -> float:
+        step = min(first * 2 ** min(promise.pauses, 20), longest)
+        promise.pauses += 1
+        return self._clipped(promise, step * random.uniform(0.75, 1.0))
+
+    def _clipped(self, promise: Promise[Any], pause: float) -> float:
+        """No pause goes beyond the deadline."""
+        if promise.deadline is None:
+            return pause
+        return max(0.0, min(pause, promise.deadline - self._clock()))
+
+    def _reserve(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
+        """A large result is ready: wait for room, then ask for all of it."""
+        if not promise.metadata_only:
+            raise errors.APIResponseValidationError(
+                f"the server answered {_what(promise)} {promise.request_id} with the size of its "
+                "result again, though the result itself was asked for."
+            )
+        size = payload.get("response_payload_size")
+        size = size if isinstance(size, int) and size > 0 else 0
+        while not self._bytes.acquire(size, timeout=1.0):
+            if self._closed.is_set():
+                raise errors.ClientClosedError("The session is closed.")
+            self._check_deadline(promise)
+        promise.reserved_bytes = size
+        promise.metadata_only = False
+
+    def _failure(self, promise: Promise[Any], payload: dict[str, Any]) -> Exception:
+        error = payload.get("error")
+        nested = error if isinstance(error, dict) else {}
+        category = str(payload.get("category") or nested.get("category") or "unknown").lower()
+        told = error if isinstance(error, str) else error_detail(error)
+        detail = told or "the server gives no reason"
+        failure = errors.RequestFailedError(
+            f"{_what(promise)} failed on the server: {detail} (request {promise.request_id}, "
+            f"category {category})",
+            request_id=promise.request_id,
+            category=category if category in ("user", "server") else "unknown",  # type: ignore[arg-type]
+        )
+        if payload.get("status") == "failed" and category != "user":
+            # This older form says that the server may still bring it off.
+            return self._failed_once(promise, failure)
+        return failure
+
+    def _failed_once(self, promise: Promise[Any], exc: Exception) -> Exception:
+        """A question failed in a way that may pass: NotYet, or *exc* when patience is over."""
+        now = self._clock()
+        promise.last_error = exc
+        if promise.failing_since is None:
+            promise.failing_since, promise.pauses = now, 0
+        if promise.wait is not None:
+            promise.wait.failed_once(exc)
+        asked = getattr(exc, "retry_after", None)
+        pause = self._clipped(promise, asked) if asked else self._backoff(promise, 0.1, 10.0)
+        if now + pause - promise.failing_since >= self._transport.config.patience.no_answer:
+            return exc
+        return NotYet(pause)
+
+    def _bad_request(self, promise: Promise[Any], exc: errors.BadRequestError) -> Exception:
+        """A 400 with a sentence is a failure (some servers say it so); an empty one a glitch."""
+        if isinstance(exc.body, dict) and exc.detail:
+            category = exc.body.get("category", "unknown")
+            return errors.RequestFailedError(
+                f"{_what(promise)} failed on the server: {exc.detail} (request "
+                f"{promise.request_id}, status 400)",
+                request_id=promise.request_id,
+                category=category if category in ("user", "server") else "unknown",
+            )
+        return self._stray(promise, exc)
+
+    def _stray(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
+        """An answer that makes no sense: a proxy's, or a piece of one; but not time after time."""
+        status = getattr(exc, "status", 0)
+        promise.strays[status] += 1
+        if promise.strays[status] > FEW_TRIES[status]:
+            return exc
+        return self._failed_once(promise, exc)
+
+    def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
+        """410: the same request under the same number brings the promise back, or nothing does."""
+        if promise.resubmit is None or promise.resubmits >= MAX_RESUBMITS:
+            return errors.PromiseExpiredError(
+                f"Promise expired for request {promise.request_id}; submit a new request. "
+                f"({_what(promise)}: {exc.detail or 'the server gives no reason'})",
+                status=410,
+                detail=exc.detail,
+                body=exc.body,
+                method=exc.method,
+                url=exc.url,
+            )
+        promise.resubmits += 1
+        self._release(promise)
+        promise.request_id = promise.resubmit()
+        promise.metadata_only = True
+        return NotYet(self._backoff(promise, 0.05, 1.0))
+
+    def _check_deadline(self, promise: Promise[Any]) -> None:
+        if promise.deadline is None or self._clock() < promise.deadline:
+            return
+        if promise.last_error is not None:
+            raise promise.last_error
+        raise errors.APITimeoutError(
+            f"Timed out while polling future {promise.request_id} of {_what(promise)} (queue state "
+            f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."
+        )
+
+
+def check_timeout(poll_timeout: object) -> None:
+    """ValueError or TypeError unless it is None or so many seconds."""
+    if poll_timeout is None:
+        return
+    if not isinstance(poll_timeout, (int, float)) or isinstance(poll_timeout, bool):
+        raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
+    if not 0 < poll_timeout < math.inf:
+        raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
+
+
+def queue_state(payload: dict[str, Any]) -> tuple[str, str | None]:
+    """What an answer says of the queue: (state, reason in the server's words)."""
+    state = str(payload.get("queue_state") or "active").strip().lower()
+    reason = payload.get("queue_state_reason")
+    return state, reason if isinstance(reason, str) and reason else None
+
+
+def tell(observer: Callable[[str, str | None], None], state: str, reason: str | None) -> None:
+    """Call a queue state observer; whatever it raises is only logged."""
+    try:
+        observer(state, reason)
+    except Exception:
+        logger.exception("a queue state observer raised; waiting goes on")
+
+
+#: Operations whose results may come as protobuf.
+_IN_PROTOBUF = (wire.FORWARD, wire.FORWARD_BACKWARD, wire.SAMPLE)
+
+
+def _is_bare_conflict(exc: errors.APIError) -> bool:
+    """A 409 without a sentence, which no server has a reason to answer a question with."""
+    if not isinstance(exc, errors.ConflictError):
+        return False
+    return not (isinstance(exc.body, dict) and exc.detail)
+
+
+def _what(promise: Promise[Any]) -> str:
+    return getattr(promise.future, "what", None) or promise.operation.path
+
+
+def _itself(answer: Answer) -> Answer:
+    return answer
+
+
+def _as_object(answer: Answer) -> dict[str, Any]:
+    try:
+        payload = answer.json()
+    except errors.APIResponseValidationError:
+        if answer.status != 408:
+            raise
+        payload = {}
+    if answer.status == 408 and not isinstance(payload, dict):
+        payload = {}
+    if answer.status != 408 and not answer.content.strip():
+        raise errors.APIResponseValidationError(
+            f"{answer.url} answered {answer.status} with an empty body.", url=answer.url
+        )
+    if not isinstance(payload, dict):
+        raise errors.APIResponseValidationError(
+            f"{answer.url} answered with {type(payload).__name__}, not an object.", url=answer.url
+        )
+    return payload
+
+
+def _with_sequence_ids(result: Any, ids: list[str] | None) -> Any:
+    """Samples carry the names that the promise gave them."""
+    if not ids or not hasattr(result, "sequences"):
+        return result
+    named = [attrs.evolve(s, sequence_id=i) for s, i in zip(result.sequences, ids)]
+    return attrs.evolve(result, sequences=named + result.sequences[len(named) :])
+
+
+def _void(value: object) -> None:
+    """Drop *value*."""

@@ -1,0 +1,146 @@
+"""How much sampling goes on at once: by one sampler, and by everybody who samples with one key.
+
+A server that answers 429 is asked less often, by all samplers of that key at once, and gets the
+full speed back step by step. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tinkex.config import SamplingLimits
+
+#: A prompt of more bytes than this costs a longer pause after a 429.
+LARGE_PROMPT = 128 * 1024
+#: Seconds of pause after a 429 without Retry-After, for small and for large prompts.
+SMALL_PAUSE, LARGE_PAUSE = 1.0, 5.0
+#: Requests at a time right after a 429; each success then admits one more.
+THROTTLED = 10
+
+
+class Pace:
+    """Admits requests, so many and so many bytes at a time, and none while the server wants quiet.
+
+    The mutable state is how much is admitted, the current limit, and until when all must wait.
+    """
+
+    def __init__(
+        self, limits: SamplingLimits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._changed = threading.Condition()  # guards all below
+        self._requests = 0
+        self._bytes = 0
+        self._limit = limits.requests_in_dispatch
+        self._quiet_until = 0.0
+
+    @contextmanager
+    def admitted(
+        self, nbytes: int, cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Wait until a request of *nbytes* may go, and hold its place for the block's length."""
+        with self._changed:
+            while not cancelled() and not self._admits(nbytes):
+                pause = self._quiet_until - self._clock()
+                self._changed.wait(min(pause, 1.0) if pause > 0 else 1.0)
+            self._requests += 1
+            self._bytes += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._requests -= 1
+                self._bytes -= nbytes
+                self._changed.notify()
+
+    def throttled(self, nbytes: int, retry_after: float | None) -> float:
+        """The server said 429: everybody waits. Returns for how many seconds."""
+        pause = LARGE_PAUSE if nbytes > LARGE_PROMPT else SMALL_PAUSE
+        if retry_after is not None:
+            pause = max(retry_after, 0.01)
+        with self._changed:
+            # Never sooner than an earlier answer asked for.
+            self._quiet_until = max(self._quiet_until, self._clock() + pause)
+            self._limit = min(self._limit, max(THROTTLED, self._limit // 2))
+        return pause
+
+    def succeeded(self) -> None:
+        """The server took one: one more at a time, up to the full number."""
+        if self._limit < self._limits.requests_in_dispatch:
+            with self._changed:
+                self._limit += 1
+                self._changed.notify()
+
+    def wake(self) -> None:
+        """Let those that wait look again: somebody among them has given up."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def limit(self) -> int:
+        """How many requests are admitted at a time now."""
+        return self._limit
+
+    def _admits(self, nbytes: int) -> bool:
+        if self._clock() < self._quiet_until:
+            return False
+        if self._requests == 0:
+            return True  # a single larger one passes when nothing else is under way
+        fits = self._bytes + nbytes <= self._limits.bytes_in_dispatch
+        return fits and self._requests < self._limit
+
+
+class Places:
+    """So many samples at a time, from their start to their end; the rest stand in line.
+
+    No thread waits in it. Whoever takes a place calls `leave` when all is over, once.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._free = count
+        self._line: deque[Callable[[], None]] = deque()
+        self._calling = False
+
+    def enter(self, start: Callable[[], None]) -> None:
+        """Call *start* as soon as there is a place, from whatever thread."""
+        with self._lock:
+            self._line.append(start)
+        self._call_next()
+
+    def leave(self) -> None:
+        """A place is free."""
+        with self._lock:
+            self._free += 1
+        self._call_next()
+
+    def _call_next(self) -> None:
+        """Give out the free places. One thread at a time, in a loop: a sample that is over as soon
+        as it starts would otherwise start the next one inside itself, and so on."""
+        while True:
+            with self._lock:
+                if self._calling or not self._free or not self._line:
+                    return
+                self._free -= 1
+                self._calling = True
+                start = self._line.popleft()
+            try:
+                start()
+            finally:
+                with self._lock:
+                    self._calling = False
+
+
+_paces: dict[tuple[str, str], Pace] = {}
+_paces_lock = threading.Lock()  # guards _paces
+
+
+def pace_of(base_url: str, api_key: str, limits: SamplingLimits) -> Pace:
+    """The one pace of all who sample at *base_url* with *api_key* in this process."""
+    with _paces_lock:
+        return _paces.setdefault((base_url, api_key), Pace(limits))

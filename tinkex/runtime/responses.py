@@ -1,0 +1,186 @@
+"""What comes back from a server: an answer, or an error in our own words.
+
+Foreign exceptions (requests, urllib3) and error statuses are translated here and nowhere else.
+Sends nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import requests
+
+from tinkex import errors, wire
+from tinkex.runtime.wait_log import one_line
+
+#: Longest Retry-After that is believed, in seconds.
+MAX_RETRY_AFTER = 300.0
+
+
+@attrs.frozen
+class Answer:
+    """What came back: a success, or for `accept` statuses an error status."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+    url: str
+
+    @property
+    def place(self) -> str:
+        """The URL as it is shown in messages: without its query."""
+        return self.url.split("?")[0]
+
+    @property
+    def is_protobuf(self) -> bool:
+        return wire.PROTOBUF in self.headers.get("Content-Type", "")
+
+    def json(self) -> Any:
+        """The decoded body; {} where it is empty.
+
+        Raises:
+            APIResponseValidationError: If it is not JSON.
+        """
+        if not self.content.strip():
+            return {}
+        try:
+            return wire.loads(self.content)
+        except ValueError as exc:
+            start = self.content[:80].decode("utf-8", "replace")
+            raise errors.APIResponseValidationError(
+                f"{self.place} answered with something that is not JSON ({start!r}). Is base_url "
+                "the URL of a training server, without a proxy's login page before it?",
+                url=self.url,
+            ) from exc
+
+
+def check_whole(answer: Answer) -> None:
+    """Hold a body against its Content-Digest (RFC 9530), where there is one: half a protobuf may
+    read like a whole one.
+
+    Raises:
+        APIResponseValidationError: If it is another body.
+    """
+    algorithm, _, told = answer.headers.get("Content-Digest", "").partition("=")
+    if algorithm != "sha-256" or answer.headers.get("Content-Encoding", "identity") != "identity":
+        return
+    if told.strip(":") != base64.b64encode(hashlib.sha256(answer.content).digest()).decode():
+        raise errors.APIResponseValidationError(
+            f"{answer.url} answered with {len(answer.content)} bytes that are not those it says "
+            "they are (Content-Digest): they were cut or changed on the way.",
+            url=answer.url,
+        )
+
+
+def connection_error(
+    exc: requests.RequestException, method: str, url: str, timeout: float
+) -> errors.APIConnectionError:
+    """What went wrong on the way, in words, with the URL and the mend."""
+    shown = url.split("?")[0]
+    if isinstance(exc, requests.ConnectTimeout):
+        message = f"{shown}: no connection; is the host right, and reachable from here?"
+    elif isinstance(exc, requests.Timeout):
+        message = f"{shown}: no answer within {timeout:.0f} s."
+        return errors.APITimeoutError(message, method=method, url=url)
+    elif isinstance(exc, requests.exceptions.SSLError):
+        message = f"{shown}: the TLS certificate or handshake is not good: {_innermost(exc)}"
+    elif "refused" in str(exc):
+        message = f"{shown}: connection refused; is the server running, on this port?"
+    elif "NameResolution" in str(exc) or "getaddrinfo" in str(exc):
+        message = f"{shown}: the host name does not resolve; is base_url spelled right?"
+    else:
+        message = f"{shown}: the connection broke: {_innermost(exc)}"
+    return errors.APIConnectionError(message, method=method, url=url)
+
+
+def _innermost(exc: BaseException) -> str:
+    while exc.args and isinstance(exc.args[-1], BaseException):
+        exc = exc.args[-1]
+    reason = getattr(exc, "reason", None)
+    return one_line(reason if isinstance(reason, BaseException) else exc)
+
+
+def status_error(answer: Answer, method: str) -> errors.APIStatusError:
+    """The typed error for an answer with an error status; shows what the server said."""
+    try:
+        body = wire.loads(answer.content) if answer.content.strip() else None
+    except ValueError:
+        body = answer.content[:2000].decode("utf-8", "replace")
+    detail = error_detail(body)
+    location = answer.headers.get("Location")
+    if not detail and location and answer.status < 400:
+        detail = f"redirected to {location.split('?')[0]}; set base_url to where the server is"
+    said = detail or "nothing more"
+    return errors.status_error_class(answer.status)(
+        f"{answer.place} answered {answer.status}: {said}{_hint(answer.status)}",
+        status=answer.status,
+        detail=detail,
+        body=body,
+        retry_after=_retry_after(answer.headers),
+        should_retry={"true": True, "false": False}.get(
+            answer.headers.get("x-should-retry", "").lower()
+        ),
+        method=method,
+        url=answer.url,
+    )
+
+
+def _hint(status: int) -> str:
+    if status == 401:
+        return " (is TINKER_API_KEY, or api_key=, the right key for this server?)"
+    return ""
+
+
+def error_detail(body: Any) -> str:
+    """The server's own sentence, wherever in an error body it is."""
+    if isinstance(body, str):
+        return " ".join(body.split())[:300]
+    if not isinstance(body, dict):
+        return ""
+    for key in ("message", "error", "detail"):
+        value = body.get(key)
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, dict) and value:
+            return error_detail(value)
+        if isinstance(value, list) and value:
+            return "; ".join(_validation_item(item) for item in value[:5])
+    return ""
+
+
+def _validation_item(item: Any) -> str:
+    """One entry of a FastAPI validation error."""
+    if not isinstance(item, dict):
+        return str(item)
+    where = ".".join(str(part) for part in item.get("loc", ()))
+    return f"{where}: {item.get('msg', item)}" if where else str(item.get("msg", item))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds the server asks us to wait (retry-after-ms, retry-after), or None."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if not value:
+            continue
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            seconds = _seconds_until(value)
+        if seconds >= 0:
+            return min(seconds, MAX_RETRY_AFTER)
+    return None
+
+
+def _seconds_until(date: str) -> float:
+    """From now to an HTTP date; NaN where it is none."""
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(date).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return math.nan

@@ -1,0 +1,212 @@
+"""When a request that failed is sent again, as values and as tenacity's strategies.
+
+Retry means: the same request again, because it failed. Asking again because the answer was "not
+yet" is polling, and lives in polling.py. Sends nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import attrs
+import tenacity
+
+from tinkex import errors
+from tinkex.config import Config
+from tinkex.runtime.wait_log import Wait
+
+R = TypeVar("R")
+
+#: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
+#: that means it should be heard soon. By status; 0 is a success that cannot be read.
+FEW_TRIES = {0: 3, 400: 3, 409: 3}
+
+
+def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is None and attribute.name == "budget":
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"Retry: {attribute.name} must be seconds, got {value!r}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Retry: {attribute.name} must be seconds of at least 0, got {value!r}.")
+
+
+def _statuses(value: object) -> frozenset[int]:
+    if isinstance(value, (set, frozenset, list, tuple, range)) and all(
+        isinstance(status, int) and 400 <= status <= 599 for status in value
+    ):
+        return frozenset(value)
+    raise TypeError(f"Retry: pass_on must be a set of error statuses (400 to 599), got {value!r}.")
+
+
+@attrs.frozen
+class Retry:
+    """When a failed request is sent again.
+
+    Args:
+        budget: seconds after which no new try begins; 0 is a single try; None is patient with a
+            server that was heard of before, and brief with one that never was.
+        pass_on: error statuses that are raised at once, for the caller to deal with.
+        first, longest: seconds of the first and of the longest pause. A pause is drawn between half
+            of and the whole exponential step, unless the server names one (Retry-After).
+    """
+
+    budget: float | None = attrs.field(default=None, validator=_seconds)
+    pass_on: frozenset[int] = attrs.field(default=frozenset(), converter=_statuses)
+    first: float = attrs.field(default=0.25, validator=_seconds)
+    longest: float = attrs.field(default=10.0, validator=_seconds)
+
+    def pause(self, attempt: int, exc: BaseException | None = None) -> float:
+        """Seconds to wait after try number *attempt* (from 1) failed with *exc*."""
+        asked = getattr(exc, "retry_after", None)
+        if asked:  # "at once" is not believed: it would be a hot loop
+            return float(asked)
+        step = min(self.first * 2 ** min(attempt - 1, 20), self.longest)
+        return step * random.uniform(0.5, 1.0)
+
+
+ONCE = Retry(budget=0)
+
+
+def check_retry(retry_config: object) -> None:
+    """TypeError unless it is a Retry or None."""
+    if retry_config is not None and not isinstance(retry_config, Retry):
+        raise TypeError(f"retry_config must be a tinkex.Retry or None, got {retry_config!r}.")
+
+
+class Server(Protocol):
+    """What the tries need to know of the server they are made at."""
+
+    config: Config
+    #: Whether it was ever heard of; before, failures are told at once.
+    established: bool
+    clock: Callable[[], float]
+    #: What to say of it if it is known to be gone for good; None while it may answer.
+    obituary: Callable[[], str | None]
+
+    @property
+    def is_closed(self) -> bool: ...
+
+
+class Tries:
+    """One request's tries, one after another; the methods are tenacity's strategies.
+
+    *seen* is whether an earlier try may have reached the server: then a failure for good leaves it
+    unknown whether the request was carried out.
+    """
+
+    def __init__(self, server: Server, policy: Retry, wait: Wait) -> None:
+        self._server = server
+        self._policy = policy
+        self._wait = wait
+        self._clock = server.clock
+        self._started = self._clock()
+        self._pause = 0.0
+        self._number = 0
+        self._seen = False
+        self._few: dict[int, int] = {}
+        #: A failure that has happened already, for the strategies to judge.
+        self.replay: errors.APIError | None = None
+
+    def run(self, once: Callable[[int, float | None], R]) -> R:
+        if self.replay is not None:
+            failure, self.replay = self.replay, None
+            raise failure
+        if self._server.is_closed:
+            last = self._wait.last_error
+            raise errors.ClientClosedError(
+                f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
+            )
+        left = None
+        if not self._server.established:
+            left = max(1.0, self._budget() - self._elapsed())
+        self._number += 1
+        try:
+            return once(self._number - 1, left)
+        except errors.APIError as exc:
+            exc.attempts = self._number
+            if isinstance(exc, errors.APIConnectionError) and (died := self._server.obituary()):
+                raise errors.EngineError(died) from exc
+            if getattr(exc, "status", None) == 409 and self._seen:
+                raise _outcome_unknown(exc) from exc
+            self._seen = self._seen or _may_have_been_seen(exc)
+            exc.outcome_unknown = self._seen
+            raise
+
+    def may_help(self, state: tenacity.RetryCallState) -> bool:
+        exc = state.outcome.exception() if state.outcome else None
+        if not isinstance(exc, errors.APIError):
+            return False
+        self._pause = self._policy.pause(self._number, exc)
+        status = getattr(exc, "status", 0)
+        if status in self._policy.pass_on:
+            return False
+        if status in FEW_TRIES and _may_be_stray(exc):
+            self._few[status] = self._few.get(status, 0) + 1
+            return self._few[status] <= FEW_TRIES[status]
+        if not self._server.established and _is_hopeless(exc, self._elapsed()):
+            return False
+        return exc.retryable
+
+    def are_over(self, state: tenacity.RetryCallState) -> bool:
+        return self._elapsed() + self._pause >= self._budget()
+
+    def pause(self, state: tenacity.RetryCallState) -> float:
+        return self._pause
+
+    def note(self, state: tenacity.RetryCallState) -> None:
+        if state.outcome is not None:
+            self._wait.failed_once(state.outcome.exception())
+
+    def _elapsed(self) -> float:
+        return self._clock() - self._started
+
+    def _budget(self) -> float:
+        if self._policy.budget is not None:
+            return self._policy.budget
+        patience = self._server.config.patience
+        return patience.no_answer if self._server.established else patience.first_contact
+
+
+def _may_be_stray(exc: errors.APIError) -> bool:
+    """An unreadable success, a 409, or a 400 without the server's own sentence: a proxy between may
+    have made it."""
+    if not isinstance(exc, errors.APIStatusError):
+        return isinstance(exc, errors.APIResponseValidationError)
+    if exc.should_retry is False:
+        return False
+    return exc.status == 409 or not (isinstance(exc.body, dict) and exc.detail)
+
+
+def _outcome_unknown(exc: errors.APIError) -> errors.OutcomeUnknownError:
+    unknown = errors.OutcomeUnknownError(
+        f"outcome unknown: an earlier try got no answer, and the resend was refused ({exc}). "
+        "It may or may not have run; load the last checkpoint into a new client and go on there.",
+        status=409,
+        detail=getattr(exc, "detail", ""),
+        body=getattr(exc, "body", None),
+        method=exc.method,
+        url=exc.url,
+        attempts=exc.attempts,
+    )
+    unknown.outcome_unknown = True
+    return unknown
+
+
+def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
+    """On first contact: an unknown name, a bad certificate, a port where nobody listens."""
+    cause = str(exc.__cause__)
+    if any(word in cause for word in ("NameResolution", "getaddrinfo", "certificate", "SSLError")):
+        return True
+    return "refused" in cause and elapsed >= 2.0
+
+
+def _may_have_been_seen(exc: errors.APIError) -> bool:
+    """Whether the server may have carried the request out, for all we know."""
+    if isinstance(exc, errors.APIStatusError):
+        return exc.status >= 500 or exc.status == 408
+    cause = str(exc.__cause__)
+    return not any(word in cause for word in ("refused", "NameResolution", "ConnectTimeout"))

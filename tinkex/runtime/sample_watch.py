@@ -1,0 +1,211 @@
+"""One long poll for all of a sampling session's results, where the server offers retrieve_futures.
+
+Waits for completions and hands each finished promise to the poller, which fetches its result. Knows
+nothing of sampling but the session's id.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import Counter
+from typing import Any
+
+from tinkex import errors, types, wire
+from tinkex.futures import fail
+from tinkex.runtime.polling import LONG_POLL, Promise
+from tinkex.runtime.retry import FEW_TRIES, ONCE
+from tinkex.runtime.session import Session
+
+logger = logging.getLogger("tinkex")
+
+PAUSE = 0.5  # seconds after a poll that failed
+SHORTEST, LONGEST = 0.02, 2.0  # seconds after one that was no long poll, and found nothing
+LINGER = 5.0  # seconds that the thread stays when nothing is waited for
+DOUBT = 60.0  # seconds without news after which each sample is asked for by itself
+
+
+class CompletionWatch:
+    """Waits for many promises of one sampling session with one request at a time.
+
+    Its thread lives while something is waited for. After a failure the server is asked from the
+    start (cursor 0), so that nothing it said meanwhile is missed. A server that turns out not to
+    offer the endpoint is polled for each promise instead; and so is, for what waits then, one that
+    has had no news for long: it may know nothing of these any more, which only a poll brings out.
+    """
+
+    def __init__(self, session: Session, sampling_session_id: str, clone: int) -> None:
+        self._session = session
+        self._target = {
+            "type": "sampling_session",
+            "sampling_session_id": sampling_session_id,
+            "cloned_sampler_id": clone,
+        }
+        self._changed = threading.Condition()  # guards all below
+        self._waiting: dict[str, Promise[Any]] = {}
+        self._told: set[str] = set()  # done, says the server, and says it once
+        self._fetched: list[str] = []  # resolved, which it is to be told
+        self._thread: threading.Thread | None = None
+        self._offered = True
+        self._closed = False
+        # The thread's own:
+        self._in_vain = 0
+        self._news_at = 0.0
+        self._strays: Counter[int] = Counter()
+        session.dependents.add(self)
+
+    def watch(self, promise: Promise[Any]) -> None:
+        """Resolve the promise's future when the server says that it is done."""
+        promise.wait = self._session.poller.begin_wait(promise)
+        promise.future.add_done_callback(lambda _: self._done(promise))
+        with self._changed:
+            closed = self._closed
+            ready = promise.request_id in self._told or not self._offered
+            if not ready and not closed:
+                self._waiting[promise.request_id] = promise
+                self._changed.notify()
+                if self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._run, name="tinkex-completions", daemon=True
+                    )
+                    self._thread.start()
+        if closed:
+            fail(promise.future, errors.ClientClosedError("The sampling client is closed."))
+        elif ready:
+            self._session.poller.watch(promise, ordered=False)
+
+    def end(self) -> None:
+        """Fail what is waited for, and take nothing more. Safe to call twice."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+            self._changed.notify_all()
+        for promise in waiting:
+            fail(promise.future, errors.ClientClosedError("The sampling client was closed."))
+
+    def _done(self, promise: Promise[Any]) -> None:
+        """Its future is resolved. Unless it is called lost, the server may forget it."""
+        if promise.wait is not None:
+            promise.wait.end()
+        lost = not promise.future.cancelled() and isinstance(
+            promise.future.exception(), errors.PromiseExpiredError
+        )
+        with self._changed:
+            # By now a resend may wait under the same id.
+            if self._waiting.get(promise.request_id) is promise:
+                del self._waiting[promise.request_id]
+            if not lost:
+                self._fetched.append(promise.request_id)
+
+    def _run(self) -> None:
+        """Runs on the watch's thread."""
+        cursor, failing_since = 0, None
+        now, pause = self._session.poller.now, self._session.transport.sleep
+        self._news_at = now()
+        while True:
+            with self._changed:
+                if not self._waiting and not self._closed:
+                    self._changed.wait(LINGER)
+                if not self._waiting or self._session.is_closed:
+                    self._thread = None
+                    left = list(self._waiting.values())
+                    break
+                timeout = self._expire()
+            try:
+                cursor = self._ask(cursor, timeout)
+                failing_since = None
+                self._strays.clear()
+            except (errors.ClientClosedError, errors.EngineError) as exc:
+                self._fail_all(exc)
+            except errors.APIError as exc:
+                cursor, failing_since = 0, now() if failing_since is None else failing_since
+                self._note(exc)
+                if not (exc.retryable or self._may_be_stray(exc)):
+                    self._offered = False
+                    self._poll_each()
+                elif now() - failing_since >= self._session.config.patience.no_answer:
+                    self._fail_all(exc)
+                else:
+                    pause(PAUSE)
+            except BaseException as exc:  # whatever it is, nobody may wait for ever
+                logger.exception("waiting for samples failed")
+                self._fail_all(exc)
+        for promise in left:
+            fail(promise.future, errors.ClientClosedError("The session was closed."))
+
+    def _expire(self) -> float:
+        """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
+        now = self._session.poller.now()
+        limits = [p.deadline for p in self._waiting.values() if p.deadline is not None]
+        for promise in [p for p in self._waiting.values() if (p.deadline or now) < now]:
+            del self._waiting[promise.request_id]
+            self._session.poller.watch(promise, ordered=False)  # which raises the timeout
+        patience = self._session.config.patience.poll
+        return min([patience, *(max(limit - now, 0.05) for limit in limits)])
+
+    def _ask(self, cursor: int, timeout: float) -> int:
+        with self._changed:
+            fetched, self._fetched = self._fetched, []
+        began = self._session.poller.now()
+        request = types.RetrieveFuturesRequest(
+            self._target, cursor, retrieved_request_ids=sorted(fetched)
+        )
+        try:
+            answer = self._session.call(wire.RETRIEVE_FUTURES, request, retry=ONCE, timeout=timeout)
+        except BaseException:
+            with self._changed:
+                self._fetched += fetched
+            raise
+        now = self._session.poller.now()
+        if self._take([completion.request_id for completion in answer.completions], fetched):
+            self._in_vain, self._news_at = 0, now
+        elif now - self._news_at > DOUBT:
+            self._news_at = now
+            self._poll_each()
+        elif now - began < LONG_POLL:
+            step = min(SHORTEST * 2 ** min(self._in_vain, 20), LONGEST)
+            self._in_vain += 1
+            self._session.transport.sleep(step * random.uniform(0.75, 1.0))
+        return answer.cursor
+
+    def _note(self, exc: errors.APIError) -> None:
+        logger.debug("waiting for samples: %s", exc)
+        with self._changed:
+            waiting = list(self._waiting.values())
+        for promise in waiting:
+            if promise.wait is not None:
+                promise.wait.failed_once(exc)
+
+    def _may_be_stray(self, exc: errors.APIError) -> bool:
+        status = getattr(exc, "status", 0)
+        self._strays[status] += 1
+        return self._strays[status] <= FEW_TRIES.get(status, 0)
+
+    def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
+        """Hand what is finished to the poller. Whether there was anything new.
+
+        *forgotten*: what the server will tell of no more.
+        """
+        with self._changed:
+            new = set(request_ids) - self._told
+            self._told = (self._told | new) - set(forgotten)
+            ready = [self._waiting.pop(id) for id in request_ids if id in self._waiting]
+        for promise in ready:
+            self._session.poller.watch(promise, ordered=False)
+        return bool(new)
+
+    def _poll_each(self) -> None:
+        with self._changed:
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for promise in waiting:
+            self._session.poller.watch(promise, ordered=False)
+
+    def _fail_all(self, exc: BaseException) -> None:
+        with self._changed:
+            waiting = list(self._waiting.values())
+            self._waiting.clear()
+        for promise in waiting:
+            fail(promise.future, exc)

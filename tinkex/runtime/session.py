@@ -1,0 +1,519 @@
+"""What the clients of one server session share: connection, poller, heartbeat, numbers, features.
+
+Knows nothing of what the operations are for.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from tinkex import config, errors, types, wire
+from tinkex.futures import OperationFuture, fail, succeed
+from tinkex.runtime import auth, embedded, telemetry
+from tinkex.runtime.executor import DaemonExecutor
+from tinkex.runtime.polling import Poller, Promise, queue_state, tell
+from tinkex.runtime.responses import Answer
+from tinkex.runtime.retry import ONCE, Retry
+from tinkex.runtime.transport import Transport
+from tinkex.runtime.wait_log import Wait
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tinkex")
+
+#: Seconds that the end of a session takes at most; after Ctrl-C, when nobody wants to wait.
+CLOSE_TIMEOUT, HURRIED_TIMEOUT = 4.0, 0.3
+
+
+class Dependent(Protocol):
+    """Something with threads of its own that are of no use without the session."""
+
+    def end(self) -> None:
+        """Take nothing more and end soon; returns at once."""
+
+
+class Numbers:
+    """Hands out 0, 1, 2, ...; a number that was given back is handed out again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards both below
+        self._next = 0
+        self._returned: list[int] = []
+
+    def take(self) -> int:
+        with self._lock:
+            if self._returned:
+                return heapq.heappop(self._returned)
+            self._next += 1
+            return self._next - 1
+
+    def give_back(self, number: int) -> None:
+        with self._lock:
+            heapq.heappush(self._returned, number)
+
+
+class Connection:
+    """A server, reached with one key; enough for lookups. A `Session` is more.
+
+    Attributes:
+        features: what the server said of itself at client/config.
+        protobuf: whether forward_backward requests go as protobuf; None until that is known.
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        transport: Transport | None = None,
+        engine: embedded.EmbeddedEngine | None = None,
+    ) -> None:
+        self.config = settings
+        self.transport = transport or Transport(settings)
+        self.engine = engine
+        if engine is not None:
+            self.transport.obituary = engine.obituary
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards the setting of _closed
+        self._closed = threading.Event()
+        try:
+            self.features = self._learn_features()
+        except BaseException:
+            Connection.close(self)
+            raise
+        self.protobuf: bool | None = self.features.proto_write_fwdbwd
+        auth.install(self.transport, self.features)
+
+    def call(
+        self,
+        endpoint: wire.Endpoint[T],
+        request: Any = None,
+        *,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        query: dict[str, Any] | None = None,
+        **parameters: str,
+    ) -> T:
+        """Ask an endpoint that answers at once.
+
+        Raises:
+            NotOfferedError: If this server does not have the endpoint.
+        """
+        self.check_usable()
+        try:
+            return self.transport.call(
+                endpoint, request, retry=retry, timeout=timeout, query=query, **parameters
+            )
+        except errors.APIStatusError as exc:
+            if is_missing_route(exc):
+                raise not_offered(exc, endpoint.path) from exc
+            raise
+
+    def check_usable(self) -> None:
+        """ClientClosedError if it is closed, or belongs to the process this one was forked from."""
+        if self._closed.is_set():
+            raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
+        if os.getpid() != self._pid:
+            raise errors.ClientClosedError(
+                f"This client belongs to process {self._pid}, of which this one ({os.getpid()}) is "
+                "a fork: its threads and connections are not here. Make a new client here."
+            )
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    def _learn_features(self) -> types.ClientConfig:
+        request = types.ClientConfigRequest(config.PROTOCOL_VERSION)
+        try:
+            return self.transport.call(wire.CLIENT_CONFIG, request)
+        except errors.APIStatusError as exc:
+            if exc.status != 422 and not is_missing_route(exc):
+                raise
+            logger.debug("the server has no client/config; the protocol's defaults are assumed")
+            return types.ClientConfig()
+
+    def close(self) -> None:
+        """Close the connections, and the embedded engine if this was its last user."""
+        if self._begin_closing():
+            self._let_go()
+
+    def _begin_closing(self) -> bool:
+        """Take nothing more. Whether this is the first to say so."""
+        with self._lock:
+            first = not self._closed.is_set()
+            self._closed.set()
+        return first
+
+    def _let_go(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        self.transport.close()
+        if self.engine is not None and os.getpid() == self._pid:
+            embedded.release(self.engine, timeout)
+
+
+def connect(
+    base_url: str | None = None,
+    api_key: str | None = None,
+    *,
+    project_id: str | None = None,
+    patience: config.Patience | None = None,
+    sampling: config.SamplingLimits | None = None,
+) -> tuple[config.Config, embedded.EmbeddedEngine | None]:
+    """The configuration to connect with; where nothing names a server, of the embedded engine."""
+    options: dict[str, Any] = {
+        "project_id": project_id,
+        "patience": patience,
+        "sampling": sampling,
+    }
+    if not config.wants_embedded(base_url, api_key):
+        return config.load(base_url, api_key, **options), None
+    config.load("http://127.0.0.1", "", **options)  # what is wrong is told before a child starts
+    engine = embedded.acquire()
+    try:
+        return config.load(engine.base_url, engine.api_key, **options), engine
+    except BaseException:
+        embedded.release(engine)
+        raise
+
+
+class Session(Connection):
+    """A session on the server, kept alive by a heartbeat.
+
+    States: open (from the constructor, which creates or joins it on the server) -> closed.
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        session_id: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        transport: Transport | None = None,
+        engine: embedded.EmbeddedEngine | None = None,
+        poller: Poller | None = None,
+        heartbeat: bool = True,
+    ) -> None:
+        super().__init__(settings, transport=transport, engine=engine)
+        self.poller = poller or Poller(
+            self.transport,
+            max_workers=settings.sampling.connections,
+            max_response_bytes=self.features.inflight_response_bytes_semaphore_size,
+        )
+        self.model_numbers = Numbers()
+        #: Shared by create_sampling_session and unnamed save_weights_for_sampler.
+        self.sampler_numbers = Numbers()
+        #: Whether the server creates a model from a checkpoint in one request; None: not known yet.
+        self.restores_at_once: bool | None = None
+        self._background = DaemonExecutor(16, "tinkex-background")
+        #: Submits samples.
+        self.sample_pool = DaemonExecutor(settings.sampling.connections, "tinkex-sample")
+        #: What the clients of the session have started: it ends with the session.
+        self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
+        self._owns_session = session_id is None
+        try:
+            self.session_id = session_id or self._create(user_metadata)
+        except BaseException:
+            Connection.close(self)
+            raise
+        self.telemetry = telemetry.start(self.transport, self.session_id)
+        self._heart = threading.Thread(
+            target=self._beat, name=f"tinkex-heartbeat-{self.session_id}", daemon=True
+        )
+        if heartbeat:
+            self._heart.start()
+
+    def _create(self, user_metadata: dict[str, Any] | None) -> str:
+        created = self.transport.call(
+            wire.CREATE_SESSION,
+            types.CreateSessionRequest(
+                tags=list(self.config.tags) or ["tinkex"],
+                user_metadata=user_metadata,
+                sdk_version=config.PROTOCOL_VERSION,
+                project_id=self.config.project_id,
+            ),
+        )
+        for level, message in (
+            (logging.INFO, created.info_message),
+            (logging.WARNING, created.warning_message),
+            (logging.ERROR, created.error_message),
+        ):
+            if message:
+                logger.log(level, "the server says: %s", message)
+        return created.session_id
+
+    # Operations.
+
+    def start(
+        self,
+        operation: wire.Operation[T],
+        send: Callable[[Wait], T | types.Promise],
+        future: Any,
+        *,
+        lane: str,
+        ordered: bool = True,
+        poll_timeout: float | None = None,
+        on_queue_state: Callable[[str, str | None], None] | None = None,
+        watcher: Callable[[Promise[Any]], None] | None = None,
+        wait: Wait | None = None,
+    ) -> None:
+        """Send one operation, and have *future* resolved with its result.
+
+        *send* posts the request and returns the server's promise, or the result itself from servers
+        that answer at once. What it raises is raised here: then the operation was not accepted.
+        *watcher* waits for the promise instead of the poller; it then sees to lost promises, too.
+        *wait* is told of failures; None begins one of its own.
+        """
+        self.check_usable()
+        own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
+        with nullcontext(own) if wait else own as wait:
+            if on_queue_state is not None:
+                wait.on_failure = partial(tell_of_queue, on_queue_state)
+            try:
+                answer = send(wait)
+            except errors.APIStatusError as exc:
+                if is_missing_route(exc):
+                    raise not_offered(exc, operation.path) from exc
+                raise
+        if not isinstance(answer, types.Promise):
+            succeed(future, answer)
+            return
+        deadline = None if poll_timeout is None else self.poller.now() + poll_timeout
+        promise = Promise(
+            answer.request_id,
+            operation,
+            future,
+            lane=lane,
+            deadline=deadline,
+            resubmit=partial(self._resubmit, send) if ordered else None,
+            on_queue_state=on_queue_state,
+            sequence_ids=answer.sample_sequence_ids,
+        )
+        if watcher is not None:
+            watcher(promise)
+        else:
+            self.poller.watch(promise, ordered=ordered)
+
+    def _resubmit(self, send: Callable[[Wait], Any]) -> str:
+        with self.transport.waits.begin("the server to find a lost operation again") as wait:
+            answer = send(wait)
+        if not isinstance(answer, types.Promise):
+            raise errors.APIResponseValidationError("a resend was answered without a request_id")
+        return answer.request_id
+
+    def post(
+        self,
+        operation: wire.Operation[T],
+        request: Any,
+        wait: Wait,
+        *,
+        retry: Retry | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> T | types.Promise:
+        """Post *request* as JSON; the server's promise, or its result if it answers at once."""
+        return self.transport.send(
+            operation.method,
+            self.transport.url(operation.path),
+            wire.dumps(wire.to_json(request, operation.tag)),
+            headers=headers,
+            retry=retry,
+            parse=partial(self._promise_or_result, operation),
+            wait=wait,
+        )
+
+    def post_batch(
+        self, request: types.ForwardBackwardRequest, wait: Wait
+    ) -> types.ForwardBackwardOutput | types.Promise:
+        """Post a batch in the dialect the server takes; the first one finds out which that is."""
+        if self.protobuf is False:
+            return self._post_batch(request, wait, protobuf=False)
+        try:
+            answer = self._post_batch(request, wait, protobuf=True)
+        except errors.APIStatusError as exc:
+            if self.protobuf or exc.status not in JSON_ONLY:
+                raise
+            answer = self._post_batch(request, wait, protobuf=False)
+            logger.info("%s takes JSON only; protobuf is not tried again", self.config.base_url)
+            self.protobuf = False
+            return answer
+        self.protobuf = True
+        return answer
+
+    def _post_batch(
+        self, request: types.ForwardBackwardRequest, wait: Wait, *, protobuf: bool
+    ) -> types.ForwardBackwardOutput | types.Promise:
+        path, content_type, encoding, body = wire.encode_request(
+            request, protobuf, compress=protobuf and self.features.proto_compress_fwdbwd
+        )
+        headers = {"Content-Type": content_type}
+        if encoding:
+            headers["Content-Encoding"] = encoding
+        # Known once: whether it is taken. Until then, such a refusal is what we want to hear of.
+        probing = protobuf and self.protobuf is None
+        return self.transport.send(
+            "POST",
+            self.transport.url(path),
+            body,
+            headers=headers,
+            retry=Retry(pass_on=JSON_ONLY) if probing else None,
+            parse=partial(self._promise_or_result, wire.FORWARD_BACKWARD),
+            wait=wait,
+        )
+
+    def _promise_or_result(self, operation: wire.Operation[T], answer: Answer) -> T | types.Promise:
+        payload = answer.json()
+        if isinstance(payload, dict) and isinstance(payload.get("request_id"), (str, int)):
+            payload = {**payload, "request_id": str(payload["request_id"])}
+            return self.transport.structure(types.Promise, payload, answer.url)
+        if not payload and operation is not wire.UNLOAD_MODEL:
+            raise errors.APIResponseValidationError(
+                f"Invalid {operation.path} response: {answer.url} gave neither a request_id nor a "
+                "result.",
+                url=answer.url,
+            )
+        return self.transport.structure_result(operation, payload, answer.url)
+
+    def in_background(self, function: Callable[[], T], what: str) -> OperationFuture[T]:
+        """Run *function*, which waits for the server, on a thread; the future of its result."""
+        self.check_usable()
+        future: OperationFuture[T] = OperationFuture(what)
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                succeed(future, function())
+            except BaseException as exc:
+                fail(future, exc)
+
+        closed = errors.ClientClosedError(f"{what} was not begun: the session was closed.")
+        self._background.start(run, dropped=lambda: fail(future, closed))
+        return future
+
+    # Heartbeat.
+
+    def _beat(self) -> None:
+        """Tell the server that we live. Runs on the heartbeat's thread."""
+        interval = self.config.patience.heartbeat
+        now = self.transport.waits.now
+        missed, warned, heard = 0, -math.inf, now()
+        known = False  # a beat has got through: the server has this endpoint
+        while not self._closed.wait(interval / 4 if missed else interval):
+            try:
+                self._beat_once()
+                missed, heard, known = 0, now(), True
+                continue
+            except errors.PromiseExpiredError:
+                if not self._closed.is_set():
+                    logger.warning("the server has ended session %s", self.session_id)
+                return
+            except Exception as exc:  # whatever it is, the next beat may get through
+                if not known and isinstance(exc, errors.NotFoundError) and is_missing_route(exc):
+                    logger.debug("the server knows no heartbeats; none are sent")
+                    return
+                problem = exc
+            missed += 1
+            if missed >= 2 and now() - warned >= 60 and not self._closed.is_set():
+                warned = now()
+                logger.warning(
+                    "no heartbeat has reached the server for %.0f s (session %s): %s",
+                    now() - heard,
+                    self.session_id,
+                    problem,
+                )
+
+    def _beat_once(self) -> None:
+        request = types.SessionHeartbeatRequest(self.session_id)
+        self.transport.call(wire.SESSION_HEARTBEAT, request, retry=ONCE, timeout=10.0)
+
+    def close(
+        self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
+    ) -> None:
+        """End the session: tell the server (once), stop the threads. Safe to call twice.
+
+        Args:
+            reason: "success", "errored" or "interrupted".
+            timeout: seconds that it takes at most.
+        """
+        if not self._begin_closing():
+            return
+        started = time.monotonic()
+        if os.getpid() == self._pid:
+            for dependent in list(self.dependents):
+                dependent.end()
+            self.poller.close()
+            self._background.shutdown()
+            self.sample_pool.shutdown()
+            self._say_goodbye(reason, detail, timeout)
+        left = timeout - (time.monotonic() - started)
+        self._let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
+
+    def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
+        """The last telemetry, and that the session is over; on a thread, as a server may hang."""
+
+        def run() -> None:
+            if self.telemetry is not None:
+                self.telemetry.close()
+            if self._owns_session:
+                self._finish(reason, detail)
+
+        last = threading.Thread(target=run, name="tinkex-goodbye", daemon=True)
+        last.start()
+        last.join(max(timeout, 0))
+
+    def _finish(self, reason: str, detail: str | None) -> None:
+        request = types.FinishSessionRequest({"type": reason}, detail)
+        try:
+            self.transport.call(
+                wire.FINISH_SESSION, request, retry=ONCE, timeout=2.0, session_id=self.session_id
+            )
+        except errors.TinkexError as exc:
+            logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
+
+
+def tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:
+    """A refusal (429, 503) may say why the server is paused."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and body.get("queue_state"):
+        tell(observer, *queue_state(body))
+
+
+def is_missing_route(exc: errors.APIStatusError) -> bool:
+    """Whether the server does not have the endpoint, rather than the thing: 404 in no words of its
+    own, or 405 (another method is there) or 501."""
+    if exc.status in (405, 501):
+        return True
+    if exc.status != 404:
+        return False
+    sentence = exc.detail.strip().lower().rstrip(".")
+    return (
+        sentence in ("", "not found")
+        or "does not offer" in sentence
+        or not isinstance(exc.body, dict)
+    )
+
+
+def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError:
+    """The error that names the feature a server lacks."""
+    error = errors.NotOfferedError(
+        f"this server does not offer {path} ({exc.status} on {exc.url.split('?')[0]})",
+        status=exc.status,
+        detail=exc.detail,
+        body=exc.body,
+        method=exc.method,
+        url=exc.url,
+    )
+    error.outcome_unknown = exc.outcome_unknown
+    return error
+
+
+#: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.
+JSON_ONLY = frozenset({400, 415, 422, 500})

@@ -1,0 +1,336 @@
+"""One HTTP exchange: authentication, headers, time limits.
+
+Connections are connections.py's, when to send again is retry.py's, what an answer means
+answers.py's. Knows nothing of operations or their order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import requests
+import tenacity
+
+from tinkex import errors, wire
+from tinkex._version import __version__
+from tinkex.config import PROTOCOL_VERSION, Config
+from tinkex.runtime.http_adapter import KeptConnections
+from tinkex.runtime.responses import Answer, check_whole, connection_error, status_error
+from tinkex.runtime.retry import Retry, Tries
+from tinkex.runtime.wait_log import Wait, WaitLog, one_line
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Transport:
+    """Sends requests and returns answers. Safe to share between threads.
+
+    Args:
+        config: where to, as whom, how patiently.
+        waits: is told of every exchange that takes long.
+        adapter: sends prepared requests; another one may be given in tests.
+        sleep, clock: replaceable in tests.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        waits: WaitLog | None = None,
+        adapter: requests.adapters.BaseAdapter | None = None,
+        sleep: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self._closed = threading.Event()
+        self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
+        self._prefix = config.base_url + wire.PREFIX
+        self._adapter = adapter or KeptConnections(
+            pool_connections=4, pool_maxsize=2 * config.sampling.connections + 64
+        )
+        #: Waits for so many seconds, or until this transport is closed.
+        self.sleep = sleep or self._closed.wait
+        self.clock = clock
+        self._headers = {
+            "User-Agent": f"tinkex/{__version__} Python/{platform.python_version()}",
+            "Accept-Encoding": "gzip, deflate",
+            "Connection": "keep-alive",
+            "X-Stainless-Package-Version": PROTOCOL_VERSION,
+            "X-Stainless-OS": platform.system(),
+            "X-Stainless-Runtime": sys.implementation.name,
+            **config.headers,
+        }
+        #: Gives the key to send; replaced where a server wants keys exchanged for tokens.
+        self.get_key: Callable[[], str] = lambda: config.api_key
+        #: Called once when a token is refused as invalid; True asks for the request to be replayed.
+        self.refresh_key: Callable[[], bool] = lambda: False
+        #: What to say of a server that is known to be gone for good; None while it may answer.
+        self.obituary: Callable[[], str | None] = lambda: None
+        #: Whether this server was ever heard of; before, failures are told at once.
+        self.established = False
+        environment = requests.Session().merge_environment_settings(
+            config.base_url, {}, None, None, None
+        )
+        self._settings: dict[str, Any] = {k: environment[k] for k in ("proxies", "verify", "cert")}
+
+    def url(self, path: str, **parameters: str) -> str:
+        """The URL of *path* with its {parameters} filled in (quoted, but for ':' and '/')."""
+        filled = path.format(**{k: quote(v, safe=":/") for k, v in parameters.items()})
+        return self._prefix + filled
+
+    def call(
+        self,
+        endpoint: wire.Endpoint[T],
+        request: Any = None,
+        *,
+        retry: Retry | None = None,
+        query: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **parameters: str,
+    ) -> T:
+        """Send *request* to an endpoint that answers at once, and return its typed answer."""
+        return self.send(
+            endpoint.method,
+            self.url(endpoint.path, **parameters),
+            wire.dumps(wire.to_json(request, endpoint.tag)) if request is not None else b"",
+            retry=retry,
+            query=query,
+            timeout=timeout,
+            parse=partial(self.decode, endpoint.result),
+        )
+
+    def decode(self, result: type[T], answer: Answer) -> T:
+        """The body of *answer* as a *result*."""
+        if result is wire.Nothing:
+            return result()
+        return self.structure(result, answer.json(), answer.place)
+
+    def structure(self, result: type[T], payload: Any, url: str = "") -> T:
+        """Decoded JSON as a *result*. APIResponseValidationError if it does not fit."""
+        try:
+            return wire.from_json(result, payload)
+        except ValueError as exc:
+            raise errors.APIResponseValidationError(
+                f"{url or 'the server'} answered with an unusable {result.__name__}: {exc}", url=url
+            ) from exc
+
+    def structure_result(self, operation: wire.Operation[T], payload: Any, url: str) -> T:
+        """Decoded JSON as the result of *operation*. APIResponseValidationError if it is none."""
+        if isinstance(payload, dict) and not wire.resembles(operation.result, payload):
+            raise errors.APIResponseValidationError(
+                f"{url} answered with {one_line(payload)}, in which there is nothing of a "
+                f"{operation.result.__name__}. Is a proxy between?",
+                url=url,
+            )
+        return self.structure(operation.result, payload, url)
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        body: bytes = b"",
+        *,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        accept: frozenset[int] = frozenset(),
+        parse: Callable[[Answer], R],
+        wait: Wait | None = None,
+    ) -> R:
+        """Send one request, again where that may help, and return what its answer parses to.
+
+        Args:
+            timeout: seconds for the answer to begin.
+            retry: the policy; None is patient with a server that was heard of before, and gives
+                up within `patience.first_contact` on one that was not.
+            accept: error statuses that are answers, too, rather than errors.
+            parse: makes the result of the answer; a retryable APIError it raises is tried again.
+            wait: is told of failures; None begins one of its own.
+
+        Raises:
+            APIError: Its subclasses tell what went wrong; the message has the URL.
+        """
+        if query:
+            given = {k: v for k, v in query.items() if v is not None}
+            url += "?" + urlencode(given, doseq=False) if given else ""
+        once = partial(
+            self._once,
+            method,
+            url,
+            body,
+            {**(headers or {}), **_own_headers(method, body, headers)},
+            timeout,
+            accept,
+            parse,
+        )
+        if wait is not None:
+            return self._with_retries(once, retry, wait)
+        with self.waits.begin(f"{method} {url.split('?')[0]}") as own:
+            return self._with_retries(once, retry, own)
+
+    def _with_retries(
+        self, once: Callable[[int, float | None], R], retry: Retry | None, wait: Wait
+    ) -> R:
+        tries = Tries(self, retry or Retry(), wait)
+        try:
+            return tries.run(once)  # nearly always the only one, and cheaper without the machinery
+        except errors.APIError as exc:
+            tries.replay = exc
+        retrying = tenacity.Retrying(
+            retry=tries.may_help,
+            stop=tries.are_over,
+            wait=tries.pause,
+            sleep=self.sleep,  # type: ignore[arg-type]
+            before_sleep=tries.note,
+            reraise=True,
+        )
+        return retrying(tries.run, once)
+
+    def _once(
+        self,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: dict[str, str],
+        timeout: float | None,
+        accept: frozenset[int],
+        parse: Callable[[Answer], R],
+        number: int,
+        left: float | None,
+    ) -> R:
+        timeout = timeout or self.config.patience.request
+        if left is not None:
+            timeout = min(timeout, left)
+        answer = self._exchange(method, url, body, headers, timeout, number)
+        invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
+        if answer.status == 401 and invalid and self.refresh_key():
+            answer = self._exchange(method, url, body, headers, timeout, number)
+        self.waits.heard()
+        if answer.status < 300 or answer.status in accept:
+            check_whole(answer)
+            parsed = parse(answer)
+            self.established = True
+            return parsed
+        raise status_error(answer, method)
+
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: dict[str, str],
+        timeout: float,
+        number: int,
+    ) -> Answer:
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = method, url, body or None
+        request.hooks = {"response": []}
+        request.headers = requests.structures.CaseInsensitiveDict(
+            {**self._headers, **headers, "x-stainless-retry-count": str(number)}
+        )
+        key = self.get_key()
+        if key:
+            request.headers["X-API-Key"] = key
+        try:
+            response = self._adapter.send(
+                request,
+                timeout=(min(self.config.patience.connect, timeout), timeout),
+                **self._settings,
+            )
+            content = response.content
+        except requests.RequestException as exc:
+            raise connection_error(exc, method, url, timeout) from exc
+        return Answer(response.status_code, response.headers, content, url)
+
+    def open_stream(
+        self,
+        method: str,
+        url: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> requests.Response:
+        """Send one request and return the response with its body still to be read.
+
+        The caller closes it. Error statuses raise; foreign URLs (of archives) get no key.
+        """
+        request = requests.PreparedRequest()
+        request.method, request.url, request.body = method, url, body or None
+        request.hooks = {"response": []}
+        request.headers = requests.structures.CaseInsensitiveDict(
+            {**self._headers, **(headers or {})}
+        )
+        if body:
+            request.headers["Content-Length"] = str(len(body))
+        if self.is_ours(url) and self.get_key():
+            request.headers["X-API-Key"] = self.get_key()
+        elif not self.is_ours(url):
+            for name in self.config.headers:
+                request.headers.pop(name, None)
+        limit = timeout or self.config.patience.request
+        try:
+            response = self._adapter.send(
+                request,
+                stream=True,
+                timeout=(self.config.patience.connect, limit),
+                **self._settings,
+            )
+            if response.status_code < 300:
+                return response
+            answer = Answer(response.status_code, response.headers, response.content, url)
+        except requests.RequestException as exc:
+            raise connection_error(exc, method, url, limit) from exc
+        raise status_error(answer, method)
+
+    def is_ours(self, url: str) -> bool:
+        """Whether *url* is on the server that the key is for."""
+        ours, other = urlsplit(self.config.base_url), urlsplit(url)
+        return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
+
+    def close(self) -> None:
+        """Close the idle connections and try nothing again; those in use close as they end."""
+        self._closed.set()
+        self._adapter.close()
+        self.waits.close()
+
+
+#: Names each request: a random part for the process and a count, which costs less than a uuid each.
+_PROCESS = uuid.uuid4().hex
+_REQUESTS = itertools.count()
+
+
+def _another_process() -> None:
+    """A forked child counts on from the same number: its keys must not be its parent's."""
+    global _PROCESS
+    _PROCESS = uuid.uuid4().hex
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_another_process)
+
+
+def _own_headers(method: str, body: bytes, given: Mapping[str, str] | None) -> dict[str, str]:
+    """What every request carries beyond the fixed headers; the same over its retries."""
+    own = {"Accept": wire.JSON} if not given or "Accept" not in given else {}
+    if method != "GET":
+        own["X-Idempotency-Key"] = f"tinkex-{_PROCESS}-{next(_REQUESTS)}"
+        own["Content-Length"] = str(len(body))
+    if body and (not given or "Content-Type" not in given):
+        own["Content-Type"] = wire.JSON
+    return own

@@ -1,0 +1,250 @@
+"""The ordered worker: one thread that makes calls in the order they were put.
+
+Knows nothing of HTTP, nor of what a call means: it is handed callables.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import attrs
+
+from tinkex import errors
+from tinkex.futures import OperationFuture, fail
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tinkex")
+
+
+class Turn:
+    """A call's turn to send. Each send gets the next seq_id; a refused one gives it back."""
+
+    def __init__(self, worker: OrderedWorker) -> None:
+        self._worker = worker
+        #: The numbers of the sends that were accepted in this turn.
+        self.accepted: list[int] = []
+
+    def send(self, function: Callable[[int], T]) -> T:
+        """Call *function* with the next seq_id. If it raises, nothing more is sent in this turn."""
+        seq_id = self._worker._seq_id + 1
+        try:
+            result = function(seq_id)
+        except BaseException as exc:
+            raise SubmitFailed(exc, self.accepted) from exc
+        self._worker._seq_id = seq_id
+        self.accepted.append(seq_id)
+        return result
+
+    def wait_for(self, future: OperationFuture[T]) -> T:
+        """The result of something sent earlier in this turn. Ends with the worker."""
+        while not concurrent.futures.wait([future], timeout=0.5).done:
+            if self._worker._abandon.is_set():
+                raise errors.ClientClosedError(
+                    "The client was closed before this call's second pass."
+                )
+        return future.result()
+
+
+class SubmitFailed(Exception):
+    """A send failed for good; `cause` says how, and is what the caller sees."""
+
+    def __init__(self, cause: BaseException, accepted: list[int]) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.accepted = accepted
+
+
+@attrs.define(eq=False)
+class _Call:
+    """A call in line.
+
+    Attributes:
+        run: makes the call's sends, and sees to it that the future is resolved.
+        seen: how many failures had been delivered when it was put.
+    """
+
+    run: Callable[[Turn, OperationFuture[Any]], None]
+    future: OperationFuture[Any]
+    seen: int
+
+
+class OrderedWorker:
+    """Makes calls one at a time, in the order they were put.
+
+    The place in line is taken on the caller's thread, inside put(): what a caller puts first is
+    sent first. seq_ids belong to the worker thread and are contiguous from 1.
+
+    States:
+        open     -> failed   when a call raises: a send failed for good, or its own work did
+        failed   -> open     when that failure has been delivered: raised to the caller by result()
+                             or exception() of the failed call or of one that failed with it.
+                             Only calls put after that are sent; those before fail, too.
+        failed   -> broken   instead, when the server may have taken the lost send: then the next
+                             number is not known, and every later call fails.
+        any      -> closed   by close()
+    """
+
+    def __init__(self, name: str, *, first_seq_id: int = 1) -> None:
+        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._seq_id = first_seq_id - 1
+        self._name = name
+        self._lock = threading.Lock()  # guards _closed, _delivered, _queued and the order of puts
+        self._closed = False
+        self._delivered = 0
+        self._queued = 0
+        self._failure: BaseException | None = None  # the worker thread's own
+        self._failed_at = 0
+        self._broken: BaseException | None = None
+        self._abandon = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def put(self, run: Callable[[Turn, OperationFuture[T]], None], what: str) -> OperationFuture[T]:
+        """Take the next place in line, and return the future at once.
+
+        Raises:
+            ClientClosedError: After close().
+        """
+        future: OperationFuture[T] = OperationFuture(what)
+        with self._lock:
+            if self._closed:
+                raise errors.ClientClosedError(
+                    f"{what} was not sent: the client is closed. Make a new one."
+                )
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._drain, name=self._name, daemon=True)
+                self._thread.start()
+            self._queued += 1
+            self._queue.put(_Call(run, future, self._delivered))
+        return future
+
+    @property
+    def queued(self) -> int:
+        """How many calls wait for their turn."""
+        return self._queued
+
+    @property
+    def seq_id(self) -> int:
+        """The number of the last accepted send; 0 before the first."""
+        return self._seq_id
+
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
+        """Take no more calls; make those that wait (or cancel them), then end the thread.
+
+        Returns whether the thread has ended within *timeout* seconds. When it has not, what still
+        waits is failed. Safe to call twice, and from a future's callback.
+        """
+        if cancel:
+            self._abandon.set()
+        self.end()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout)
+        if thread.is_alive():
+            self._abandon.set()
+            self._fail_waiting()
+        return not thread.is_alive()
+
+    def end(self) -> None:
+        """Take no more calls, and end the thread after those that wait; returns at once."""
+        with self._lock:
+            first = not self._closed
+            self._closed = True
+        if first:
+            self._queue.put(None)
+
+    def _drain(self) -> None:
+        """Runs on the worker thread."""
+        while (call := self._queue.get()) is not None:
+            self._taken()
+            if self._abandon.is_set():
+                _drop(call)
+            elif call.future.set_running_or_notify_cancel():
+                self._make(call)
+            del call
+
+    def _make(self, call: _Call) -> None:
+        root = self._failure_before(call)
+        if root is not None:
+            self._fail(call, _prior(root, self._broken is not None), root)
+            return
+        try:
+            call.run(Turn(self), call.future)
+        except BaseException as exc:
+            cause = _cause(exc)
+            self._failure, self._failed_at = cause, self._delivered
+            if isinstance(exc, SubmitFailed) and getattr(cause, "outcome_unknown", False):
+                self._broken = cause
+            self._fail(call, cause, cause)
+
+    def _failure_before(self, call: _Call) -> BaseException | None:
+        if self._broken is not None:
+            return self._broken
+        if self._failure is not None and call.seen > self._failed_at:
+            self._failure = None  # put after the caller had been told
+        return self._failure
+
+    def _fail(self, call: _Call, exc: BaseException, root: BaseException) -> None:
+        call.future.on_delivered = lambda _: self._deliver(root)
+        fail(call.future, exc)
+
+    def _deliver(self, root: BaseException) -> None:
+        """The caller has been told of *root*. Runs on the caller's thread."""
+        with self._lock:
+            if self._failure is root and self._delivered == self._failed_at:
+                self._delivered += 1
+
+    def _fail_waiting(self) -> None:
+        while True:
+            try:
+                call = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if call is not None:
+                self._taken()
+                _drop(call)
+        self._queue.put(None)
+
+    def _taken(self) -> None:
+        with self._lock:
+            self._queued -= 1
+
+
+def _drop(call: _Call) -> None:
+    if not call.future.cancel():
+        what = f"{call.future.what} was not sent: the client was closed."
+        fail(call.future, errors.ClientClosedError(what))
+
+
+def _prior(root: BaseException, broken: bool) -> errors.PriorOperationFailedError:
+    mend = (
+        "Whether the server carried that operation out is not known, so this client cannot go on: "
+        "load the last checkpoint into a new training client."
+        if broken
+        else "Look at that failure's result(); then call again."
+    )
+    error = errors.PriorOperationFailedError(
+        f"Not sent: an operation before it failed ({type(root).__name__}: {root}). {mend}"
+    )
+    error.__cause__ = root
+    return error
+
+
+def _cause(exc: BaseException) -> BaseException:
+    """What the caller sees: the call's own exception (of a user's loss function, say) as it is; of
+    a send, its cause, which says what had been accepted before it."""
+    if not isinstance(exc, SubmitFailed):
+        return exc
+    if exc.accepted and isinstance(exc.cause, errors.TinkexError):
+        numbers = ", ".join(map(str, exc.accepted))
+        exc.cause.args = (
+            f"{exc.cause} ({len(exc.accepted)} part(s) before it were accepted, as seq_id "
+            f"{numbers}; they took effect on the server.)",
+        )
+    return exc.cause

@@ -1,0 +1,1 @@
+"""The training server: HTTP, keys, storage, scheduling. Needs the extra `local`."""

@@ -1,0 +1,399 @@
+"""The training server: a port, a home, and everything between them put together.
+
+    socket -> uvicorn -> routes -> ledger -> scheduler -> engine
+                            |         +----> journal
+                            +-> store
+
+`main` runs it in the foreground until it is told to stop; `LocalServer` is the same for tests and
+for whoever wants it inside a program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tinkex._version import __version__
+from tinkex.server.auth import LOOPBACK, Keys
+from tinkex.server.home import Home, HomeError, ServerFolder
+from tinkex.server.http_errors import Refusal
+from tinkex.server.journal import Journal
+from tinkex.server.ledger import Ledger
+from tinkex.server.limits import Limits
+from tinkex.server.request_context import Site, refuse
+from tinkex.server.routes import routes
+from tinkex.server.scheduler import Scheduler
+from tinkex.server.store import Store
+
+logger = logging.getLogger(__name__)
+
+Dialect = Literal["both", "json"]
+
+#: Holds the key of an embedded server, which only the process that started it knows.
+TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
+#: Where the home is, unless it is said otherwise.
+HOME_VARIABLE = "TINKEX_HOME"
+#: Seconds between two looks at whether the parent process lives.
+_PARENT_SECONDS = 0.5
+#: Seconds that a shutdown may take before the process ends regardless.
+_SHUTDOWN_SECONDS = 1.5
+
+
+def make_engine() -> Any:
+    """The real engine. Imports torch and transformers, which takes seconds."""
+    from tinkex.engine.engine import Engine
+
+    return Engine()
+
+
+class LocalServer:
+    """A server on a port. `start` runs it on a thread of its own, `serve` on the caller's.
+
+    Args:
+        home: see `Home`; port: 0 takes a free one, and then nothing live outlives the server.
+        base_models: loaded at the start; "tiny" is always offered.
+        engine: makes the engine, on the compute thread.
+        on_failure: called there if that fails. Until somebody stops the server, it then answers
+            every operation with why.
+
+    Raises:
+        HomeError: If the home or the port cannot be used.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        base_models: Sequence[str] = (),
+        keys: Callable[[Home], Keys] = lambda home: Keys.of_one(None),
+        dialect: Dialect = "both",
+        limits: Limits | None = None,
+        engine: Callable[[], Any] = make_engine,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        limits = limits or Limits()
+        self._home = Home.open(home)
+        self._socket = _listen(host, port)
+        try:
+            self._folder = self._home.claim(port)
+        except HomeError:
+            self._socket.close()
+            raise
+        self.store = Store(self._home)
+        self._clean_up()
+        # Nobody can come back to a port that was free by chance: no need to remember for them.
+        self._journal = Journal(self._folder.journal) if self._folder.lasting else None
+        self._on_failure = on_failure
+        self.scheduler = Scheduler(engine, self._engine_failed)
+        self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)
+        for base_model in base_models:
+            self.scheduler.put_chore(partial(self._load, base_model))
+        site = Site(
+            self.ledger,
+            self.store,
+            keys(self._home),
+            limits,
+            tuple(dict.fromkeys(["tiny", *base_models])),
+            dialect == "both",
+            __version__,
+        )
+        self.app = make_app(site)
+        config = uvicorn.Config(
+            self.app,
+            http="h11",  # which limits how long a head may be
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=limits.connections,
+            backlog=2048,
+            timeout_keep_alive=300,  # longer than clients pause: closing first loses requests
+            timeout_graceful_shutdown=1,
+            lifespan="on",
+        )
+        self._uvicorn = _Uvicorn(config, self.ledger.stop)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _engine_failed(self) -> None:
+        self.ledger.shared.on_loop(self.ledger.release)
+        self._on_failure()
+
+    def _load(self, base_model: str, engine: Any) -> None:
+        self.ledger.workshop.load_base(engine, base_model)
+
+    def _clean_up(self) -> None:
+        """What dead servers left that nobody takes over."""
+        for name in self._home.purge_dead(self.store.bury_server):
+            logger.info("Removed what the dead server %s left.", name)
+        self.store.delete_expired()
+        self.store.delete_orphans()
+
+    def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Answer until told to stop; `on_ready` is called when the first answer can be given."""
+        _allow_many_connections()
+        asyncio.run(self._serve(on_ready))
+        self._close()
+
+    async def _serve(self, on_ready: Callable[[], None]) -> None:
+        ready = asyncio.ensure_future(self._when_started(on_ready))
+        try:
+            await self._uvicorn.serve([self._socket])
+        finally:
+            ready.cancel()
+
+    async def _when_started(self, on_ready: Callable[[], None]) -> None:
+        while not self._uvicorn.started:
+            await asyncio.sleep(0.005)
+        on_ready()
+
+    def stop(self) -> None:
+        """Ask it to stop; from any thread."""
+        self._uvicorn.should_exit = True
+
+    def start(self) -> None:
+        """Serve on a thread; returns when it answers."""
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self.serve, args=(ready.set,), name="tinkex-server", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+
+    def close(self) -> None:
+        """Stop, and wait for the end."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _close(self) -> None:
+        computing = not self.scheduler.close(0.5)
+        if self._journal is not None:
+            self._journal.close()
+        if not computing:
+            self.store.close()
+        self._folder.release()
+        self._socket.close()
+
+    def __enter__(self) -> LocalServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Lets waiting polls go before it waits for them, and takes SIGTERM for an orderly end."""
+
+    def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_shutdown = before_shutdown
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._before_shutdown()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def make_app(site: Site) -> Starlette:
+    """The application; its ledger and scheduler live as long as it does."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        site.ledger.start()
+        site.ledger.shared.scheduler.start()
+        yield
+
+    app = Starlette(
+        routes=routes(),
+        lifespan=lifespan,
+        exception_handlers={404: _no_such_endpoint, 405: _wrong_method},
+    )
+    app.router.redirect_slashes = False
+    app.state.site = site
+    return app
+
+
+async def _no_such_endpoint(request: Request, exc: Exception) -> Response:
+    sentence = f"this server does not offer {request.method} {request.url.path[:200]!r}."
+    return refuse(Refusal(404, sentence))
+
+
+async def _wrong_method(request: Request, exc: Exception) -> Response:
+    headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
+    allowed = headers.get("Allow", "another method")
+    sentence = f"{request.url.path[:200]!r} takes {allowed}, not {request.method}."
+    return refuse(Refusal(405, sentence, headers))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, OverflowError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        raise HomeError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port (0 takes a free "
+            "one) or --host."
+        ) from exc
+    # Inherited by its connections. asyncio does this only where it knows the protocol; without it
+    # an answer, which is written in two pieces, takes 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _allow_many_connections() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    home: Path | None = None,
+    base_models: Sequence[str] = (),
+    api_keys: Sequence[str] = (),
+    dialect: Dialect = "both",
+    announce: Path | None = None,
+    parent_pid: int | None = None,
+    limits: Limits | None = None,
+    engine: Callable[[], Any] = make_engine,
+) -> int:
+    """Run a server until SIGTERM, Ctrl-C, or the end of the parent process.
+
+    Args:
+        home: default TINKEX_HOME, else ~/.tinkex.
+        api_keys: each is a user of its own. Without any, whoever comes on loopback is "local";
+            on another address a key is made up and printed once.
+        announce: a file to write {"url", "pid", "version"} to when the server answers.
+        parent_pid: the process to end with, even if that is killed.
+
+    Returns:
+        The exit code: 0, or 1 if the server could not start (stderr says why).
+    """
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    os.umask(0o077)  # files 0600, folders 0700: training data and weights are nobody else's
+    sys.setswitchinterval(0.001)  # the event loop waits this long for a busy compute thread
+    made_up = _made_up_key(host, api_keys)
+    try:
+        server = LocalServer(
+            home or Path(os.environ.get(HOME_VARIABLE) or "~/.tinkex"),
+            host=host,
+            port=port,
+            base_models=base_models,
+            keys=lambda home: _keys(home, api_keys, made_up),
+            dialect=dialect,
+            limits=limits,
+            engine=engine,
+            on_failure=lambda: server.stop(),
+        )
+    except (HomeError, OSError) as exc:
+        print(f"tinkex serve: {exc}", file=sys.stderr)
+        return 1
+    if parent_pid is not None:
+        watch = threading.Thread(
+            target=_end_with, args=(parent_pid, server), name="tinkex-parent", daemon=True
+        )
+        watch.start()
+
+    def ready() -> None:
+        if announce is not None:
+            _announce(announce, server.url)
+        print(server.url, flush=True)
+        if made_up is not None:
+            print(f"API key, shown this once: {made_up}", flush=True)
+
+    server.serve(ready)
+    failure = server.scheduler.failure
+    if failure is not None:
+        print(f"tinkex serve: the engine does not run: {failure}", file=sys.stderr)
+    return _leave(server, 0 if failure is None else 1, at_once=parent_pid is not None)
+
+
+def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
+    if host in LOOPBACK or api_keys or os.environ.get(TOKEN_VARIABLE):
+        return None
+    return f"tml-{secrets.token_urlsafe(24)}"
+
+
+def _keys(home: Home, api_keys: Sequence[str], made_up: str | None) -> Keys:
+    if api_keys:
+        return Keys.of_users(api_keys, home.secret())
+    # Out of the environment: nothing that this process starts or prints needs it.
+    return Keys.of_one(os.environ.pop(TOKEN_VARIABLE, None) or made_up)
+
+
+def _announce(path: Path, url: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps({"url": url, "pid": os.getpid(), "version": __version__})
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _end_with(parent_pid: int, server: LocalServer) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_SECONDS)
+    server.stop()
+    time.sleep(_SHUTDOWN_SECONDS)
+    os._exit(0)
+
+
+def _leave(server: LocalServer, code: int, *, at_once: bool) -> int:
+    """Return, unless the compute thread is in the middle of something: it cannot be interrupted,
+    and the interpreter would wait for it or crash under it. *at_once*: in any case do not let
+    torch take its half second for tidying up; the parent waits."""
+    if at_once or not server.scheduler.close(0):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+__all__ = ["HomeError", "LocalServer", "ServerFolder", "main", "make_app"]

@@ -1,0 +1,97 @@
+"""Who is asking: API keys, and the owners they stand for. Keeps no key longer than it must.
+
+An owner is a name that says nothing of the key: things are stored under it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from tinkex.server.http_errors import Refusal, shown
+
+#: The owner on a server that is one person's.
+LOCAL = "local"
+#: Names of this machine that nobody else's lead to.
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Keys:
+    """The keys a server takes; with none it takes whoever comes, as the owner "local"."""
+
+    def __init__(self, owners: dict[bytes, str]) -> None:
+        self._owners = owners  # digest of the key -> owner
+
+    @classmethod
+    def of_users(cls, keys: Iterable[str], secret: bytes) -> Keys:
+        """Each key is an owner of its own; *secret* keeps the owners' names from telling keys."""
+        return cls(
+            {
+                _digest(key): "key-" + hmac.new(secret, key.encode(), "sha256").hexdigest()[:16]
+                for key in keys
+            }
+        )
+
+    @classmethod
+    def of_one(cls, key: str | None) -> Keys:
+        """One key for the one user of this machine, or no key at all."""
+        return cls({} if key is None else {_digest(key): LOCAL})
+
+    @property
+    def several_users(self) -> bool:
+        """Whether what one user names (a path on this machine) may be another's."""
+        return any(owner != LOCAL for owner in self._owners.values())
+
+    def check_visitor(self, host: str, origin: str | None) -> None:
+        """Where no key is wanted, keep out the web pages that a browser of this machine shows: they
+        say where they are from, or come under a name that was made to lead here.
+
+        Raises:
+            Refusal: 403.
+        """
+        if self._owners:
+            return
+        for url in (f"//{host}", origin or "//localhost"):
+            name = _host_name(url)
+            if name not in LOOPBACK:
+                raise Refusal(
+                    403,
+                    f"this server wants no key, so it is only for this machine, and the request is "
+                    f"for or from {shown(name)}; use 127.0.0.1 or localhost, or start the server "
+                    "with --api-key.",
+                )
+
+    def owner(self, key: str | None) -> str:
+        """Raises Refusal (401)."""
+        if not self._owners:
+            return LOCAL
+        if not key:
+            raise Refusal(
+                401, "this server wants an API key: set TINKER_API_KEY, or send it as X-API-Key."
+            )
+        given, found = _digest(key), None
+        for digest, owner in self._owners.items():  # all of them, in constant time
+            if hmac.compare_digest(digest, given):
+                found = owner
+        if found is None:
+            raise Refusal(
+                401, "this server does not know the API key that was sent; check TINKER_API_KEY."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        return f"<Keys of {len(self._owners)} users>"
+
+
+def _host_name(url: str) -> str:
+    """Of a URL; "" if it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,310 @@
+"""The journal of one server: what it accepted and how that ended, so that a restart can go on.
+
+One thread writes, in groups: what is handed in while a transaction is being written goes into the
+next. An operation is accepted when its row is written; its result follows; a snapshot of a model
+makes the bodies of the operations before it superfluous. Knows nothing of what operations mean,
+beyond which of them change a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tinkex.server.home import HomeError
+from tinkex.server.results import Answer
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS operations (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
+    owner TEXT NOT NULL, session_id TEXT NOT NULL, target TEXT NOT NULL, seq INTEGER NOT NULL,
+    in_line INTEGER NOT NULL, changes_model INTEGER NOT NULL, content_type TEXT NOT NULL, body BLOB,
+    extra TEXT NOT NULL, fingerprint BLOB NOT NULL, form TEXT, answer BLOB,
+    forgotten INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS operations_by_target ON operations (target, seq);
+CREATE TABLE IF NOT EXISTS models (
+    model_id TEXT PRIMARY KEY, info TEXT NOT NULL, snapshot TEXT,
+    snapshot_seq INTEGER NOT NULL DEFAULT -1, spoilt TEXT);
+"""
+#: Seconds until a write that failed is tried again.
+_RETRY_SECONDS = 1.0
+
+
+@attrs.frozen
+class OperationRow:
+    """One accepted operation.
+
+    Attributes:
+        target: the model or sampler it is for; seq: its number there.
+        in_line: it is one of a model's numbered operations, which have no gaps.
+        changes_model: it must run again, after a restart, to make the model what it was.
+        body: as received, decompressed; None when it is no longer needed.
+        extra: JSON; what was decided at acceptance (seeds drawn).
+        ended: None while it has not; else "failure" or the form of the result.
+        answer: how it ended; None if it has not, or if it is forgotten.
+        forgotten: the client has the result; the row is here for its body or its place only.
+    """
+
+    request_id: str
+    name: str
+    owner: str
+    session_id: str
+    target: str
+    seq: int
+    in_line: bool = attrs.field(converter=bool)
+    changes_model: bool = attrs.field(converter=bool)
+    content_type: str
+    body: bytes | None = attrs.field(repr=False)
+    extra: str
+    fingerprint: bytes
+    ended: str | None = None
+    answer: Answer | None = None
+    forgotten: bool = attrs.field(default=False, converter=bool)
+
+
+@attrs.frozen
+class ModelRow:
+    """A live model.
+
+    Attributes:
+        info: JSON; what it is.
+        snapshot: the folder of the newest one, or None; snapshot_seq: the last operation in it.
+        spoilt: why the gradients in the snapshot must not be stepped with, or None.
+    """
+
+    model_id: str
+    info: str
+    snapshot: str | None
+    snapshot_seq: int
+    spoilt: str | None
+
+
+@attrs.frozen
+class _Write:
+    statements: list[tuple[str, tuple[Any, ...]]]
+    written: Future[None] | None = None
+    afterwards: Callable[[], None] | None = None
+
+
+class Journal:
+    """Use from any thread. `close` writes what is left."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # A killed process loses nothing; a power cut may lose the last moments, in order.
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, _VERSION):
+                raise HomeError(
+                    f"the journal {path} was written by another version of tinkex (format "
+                    f"{version}, this one writes {_VERSION}); restart that version, or delete it."
+                )
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={_VERSION}")
+        except sqlite3.Error as exc:
+            raise HomeError(
+                f"the journal {path} cannot be used: {exc}; delete it to start without what was "
+                "live (checkpoints are not in it), or choose another --home."
+            ) from exc
+        self._changed = threading.Condition()  # guards the two below
+        self._queue: list[_Write] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="tinkex-journal", daemon=True)
+        self._thread.start()
+
+    def accept(self, row: OperationRow, *, new_model: str | None = None) -> Future[None]:
+        """Resolves when the operation is written; with sqlite3.Error if it cannot be.
+
+        *new_model*: the info of the model that the operation creates.
+        """
+        statements: list[tuple[str, tuple[Any, ...]]] = [
+            (
+                "INSERT INTO operations (request_id, name, owner, session_id, target, seq, "
+                "in_line, changes_model, content_type, body, extra, fingerprint) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    row.request_id,
+                    row.name,
+                    row.owner,
+                    row.session_id,
+                    row.target,
+                    row.seq,
+                    row.in_line,
+                    row.changes_model,
+                    row.content_type,
+                    row.body,
+                    row.extra,
+                    row.fingerprint,
+                ),
+            )
+        ]
+        if new_model is not None:
+            statements.append(
+                ("INSERT INTO models (model_id, info) VALUES (?, ?)", (row.target, new_model))
+            )
+        written: Future[None] = Future()
+        self._put(_Write(statements, written))
+        return written
+
+    def finish(self, request_id: str, answer: Answer) -> None:
+        """An operation has ended. One that changes no model needs its body no more."""
+        self._put(
+            _Write(
+                [
+                    (
+                        "UPDATE operations SET form = ?, answer = ?, "
+                        "body = CASE WHEN changes_model THEN body END WHERE request_id = ?",
+                        (answer.form, answer.body, request_id),
+                    )
+                ]
+            )
+        )
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """The clients have these results; what a restart does not need of them goes.
+
+        An operation in a model's line is needed, if only to fill its place, until a snapshot
+        holds it or the model is gone.
+        """
+        statements: list[tuple[str, tuple[Any, ...]]] = []
+        for request_id in request_ids:
+            statements += [
+                (
+                    "DELETE FROM operations WHERE request_id = ? AND (NOT in_line OR seq <= "
+                    "COALESCE((SELECT snapshot_seq FROM models WHERE model_id = target), seq))",
+                    (request_id,),
+                ),
+                (
+                    "UPDATE operations SET forgotten = 1, "
+                    "answer = CASE WHEN form = 'failure' THEN answer END WHERE request_id = ?",
+                    (request_id,),
+                ),
+            ]
+        self._put(_Write(statements))
+
+    def snapshot(
+        self, model_id: str, directory: Path, seq: int, spoilt: str | None, replaces: Path | None
+    ) -> None:
+        """The model as it was after operation *seq* is in *directory*, complete and synced; the
+        snapshot that it *replaces* is deleted when that is certain."""
+        statements: list[tuple[str, tuple[Any, ...]]] = [
+            (
+                "UPDATE models SET snapshot = ?, snapshot_seq = ?, spoilt = ? WHERE model_id = ?",
+                (str(directory), seq, spoilt, model_id),
+            ),
+            (
+                "DELETE FROM operations WHERE target = ? AND seq <= ? AND forgotten",
+                (model_id, seq),
+            ),
+            ("UPDATE operations SET body = NULL WHERE target = ? AND seq <= ?", (model_id, seq)),
+        ]
+
+        def afterwards() -> None:
+            # The old one may go only when the switch to the new one survives a power cut.
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if replaces is not None:
+                shutil.rmtree(replaces, ignore_errors=True)
+
+        self._put(_Write(statements, afterwards=afterwards))
+
+    def remove_model(self, model_id: str, snapshot: Path | None) -> None:
+        """The model is unloaded: nothing of it needs to run again, and its snapshot goes."""
+        statements: list[tuple[str, tuple[Any, ...]]] = [
+            ("DELETE FROM models WHERE model_id = ?", (model_id,)),
+            ("DELETE FROM operations WHERE target = ? AND forgotten", (model_id,)),
+            (
+                "UPDATE operations SET body = NULL WHERE target = ? AND form IS NOT NULL",
+                (model_id,),
+            ),
+        ]
+
+        def afterwards() -> None:
+            if snapshot is not None:
+                shutil.rmtree(snapshot, ignore_errors=True)
+
+        self._put(_Write(statements, afterwards=afterwards))
+
+    def models(self) -> list[ModelRow]:
+        rows = self._db.execute("SELECT model_id, info, snapshot, snapshot_seq, spoilt FROM models")
+        return [ModelRow(*row) for row in rows]
+
+    def operations(self) -> list[OperationRow]:
+        """All that is in the journal, in the order of acceptance."""
+        rows = self._db.execute(
+            "SELECT request_id, name, owner, session_id, target, seq, in_line, changes_model, "
+            "content_type, body, extra, fingerprint, form AS ended, answer AS kept, forgotten "
+            "FROM operations ORDER BY number"
+        )
+        return [_operation(row) for row in rows]
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        self._db.close()
+
+    def _put(self, write: _Write) -> None:
+        with self._changed:
+            self._queue.append(write)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing:
+                    self._changed.wait()
+                group, self._queue = self._queue, []
+                if not group:
+                    return
+            self._write(group)
+
+    def _write(self, group: list[_Write]) -> None:
+        try:
+            self._db.execute("BEGIN")
+            for write in group:
+                for sql, values in write.statements:
+                    self._db.execute(sql, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as exc:
+            self._could_not_write(group, exc)
+            return
+        for write in group:
+            if write.written is not None:
+                write.written.set_result(None)
+            if write.afterwards is not None:
+                write.afterwards()
+
+    def _could_not_write(self, group: list[_Write], exc: sqlite3.Error) -> None:
+        """Whoever waits is told; what nobody waits for is tried again later, in its order."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        logger.error("The journal cannot be written: %s", exc)
+        again = [write for write in group if write.written is None]
+        for write in group:
+            if write.written is not None:
+                write.written.set_exception(exc)
+        with self._changed:
+            if again and not self._closing:
+                self._queue[:0] = again
+                self._changed.wait(_RETRY_SECONDS)
+
+
+def _operation(found: sqlite3.Row) -> OperationRow:
+    values = dict(found)
+    form, kept = values["ended"], values.pop("kept")
+    return OperationRow(answer=None if kept is None else Answer(form, kept), **values)

@@ -1,0 +1,291 @@
+"""Models as clients see them: operations are accepted by number, and handed on in any order."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from functools import partial
+from typing import Any
+
+import attrs
+
+from tinkex import types, wire
+from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger.ranges import Numbers
+from tinkex.server.ledger.records import Record, Records
+from tinkex.server.ledger.sessions import Session, Sessions, Shared, check_number
+from tinkex.server.operations import LiveModel, Refused, Work, Workshop
+from tinkex.server.results import Answer, answer
+from tinkex.server.scheduler import Job
+
+#: The content type, in the journal, of what fills the place of a refused request.
+REFUSED = "application/x-tinkex-refused"
+#: Refused numbers that are remembered for one model.
+MAX_REFUSED = 1000
+#: A refused request may come again after so many seconds.
+RETRY_LATER = {"Retry-After": "1"}
+
+
+@attrs.define(eq=False)
+class ModelPlace:
+    """A model.
+
+    Attributes:
+        used: the numbers that were accepted.
+        waiting, waiting_bytes: operations that have not ended, and their bodies.
+        closing: it is being unloaded and takes nothing more.
+        refused: numbers whose requests were refused, with what they were and why.
+    """
+
+    live: LiveModel
+    used: Numbers = attrs.field(factory=Numbers)
+    waiting: int = 0
+    waiting_bytes: int = 0
+    closing: bool = False
+    refused: dict[int, tuple[str, str]] = attrs.field(factory=dict)
+
+
+class Models:
+    """The living models of this server."""
+
+    def __init__(
+        self, shared: Shared, sessions: Sessions, records: Records, workshop: Workshop
+    ) -> None:
+        self._shared = shared
+        self._sessions = sessions
+        self._records = records
+        self._workshop = workshop
+        self._by_id: dict[str, ModelPlace] = {}
+        self._touched: dict[str, float] = {}
+
+    def get(self, model_id: str) -> ModelPlace | None:
+        return self._by_id.get(model_id)
+
+    def of_owner(self, model_id: str, owner: str) -> ModelPlace:
+        """Raises Refusal (404)."""
+        place = self._by_id.get(model_id)
+        if place is None or place.live.owner != owner:
+            raise Refusal(
+                404,
+                f"model {shown(model_id)} is not known to this server: it was never created "
+                "here, was unloaded, or its session has ended.",
+            )
+        return place
+
+    async def create(
+        self, name: str, model_seq_id: int, live: LiveModel, request: Any, body: bytes
+    ) -> Record:
+        """Accept operation 0 of a new model: its creation, from nothing or from a checkpoint.
+        A repeat gets the first one's record."""
+        session = await self._sessions.live(live.session_id, live.owner)
+        check_number("model_seq_id", model_seq_id)
+        record = Record.of(name, live.owner, live.session_id, live.model_id, 0, request, body)
+        self._free_failed_creation(session, model_seq_id, record)
+        known = await self._records.known(record)
+        if known is not None:
+            return known
+        if model_seq_id in session.created:  # its creation was fetched and forgotten
+            return record
+        work = Work(name, live, 0, request, secrets.randbelow(2**31), size=len(body))
+        session.created.add(model_seq_id)
+        try:
+            await self._records.accept(
+                record, body, wire.JSON, work.seed, in_line=True, new_model=live.info
+            )
+        except BaseException:
+            session.created.discard(model_seq_id)
+            raise
+        place = self.enter(live, first=0)
+        place.used.add(0)
+        self.put(place, record, work)
+        if self._sessions.get(live.session_id) is None:  # it ended this very moment
+            self.put_unload(place)
+        return record
+
+    def _free_failed_creation(self, session: Session, model_seq_id: int, record: Record) -> None:
+        """A creation that failed leaves its number to another one; a resend gets its failure."""
+        known, place = self._records.get(record.request_id), self.get(record.target)
+        if known is None or place is None or known.fingerprint == record.fingerprint:
+            return
+        if known.answer is None or not known.answer.failed or place.waiting or 1 in place.used:
+            return
+        self._records.forget([known])
+        self.remove(place.live)
+        self._shared.scheduler.drop_line(record.target)
+        session.created.discard(model_seq_id)
+        self._records.remove_model(record.target)
+
+    def enter(self, live: LiveModel, first: int) -> ModelPlace:
+        """A model whose next operation is number *first*."""
+        place = ModelPlace(live)
+        self._by_id[live.model_id] = place
+        session = self._sessions.get(live.session_id)
+        if session is not None:
+            session.models.add(live.model_id)
+            session.created.add(int(live.model_id.rsplit(":", 1)[1]))
+        self._shared.scheduler.open_line(live.model_id, first)
+        return place
+
+    async def submit(
+        self, owner: str, name: str, request: Any, body: bytes, content_type: str = wire.JSON
+    ) -> Record:
+        """Accept a numbered operation. A repeat gets the first one's record."""
+        place = self.of_owner(request.model_id, owner)
+        live, seq = place.live, request.seq_id
+        check_number("seq_id", seq, lowest=1)  # 0 is the creation
+        record = Record.of(name, owner, live.session_id, live.model_id, seq, request, body)
+        known = await self._records.known(record)
+        if known is not None or seq in place.used:
+            return known or record
+        self._check_room(place, record)
+        session = await self._sessions.live(live.session_id, owner)
+        work = Work(name, live, seq, request, size=len(body))
+        if _makes_sampler(request):
+            session.claim_sampler(request.sampling_session_seq_id, f"save:{work.origin}")
+        place.used.add(seq)
+        try:
+            await self._records.accept(record, body, content_type, 0, in_line=True)
+        except BaseException:
+            place.used.discard(seq)
+            self._release_sampler(work)
+            raise
+        self.put(place, record, work)
+        place.refused.pop(seq, None)
+        await self._fail_refused(place)
+        return record
+
+    async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
+        """
+        Note that the request with this number was refused. Its client may send a good one under the
+        same number. Or it goes on with the next number, as the official SDK does, which would wait
+        for this one for ever: then this one fails in its place.
+        """
+        place = self._by_id.get(model_id)
+        if place is None or place.live.owner != owner or not 1 <= seq < 2**31:
+            return
+        if seq not in place.used and len(place.refused) < MAX_REFUSED:
+            place.refused[seq] = name, sentence
+            await self._fail_refused(place)
+
+    async def _fail_refused(self, place: ModelPlace) -> None:
+        """Fill the places of refused requests that later ones wait for."""
+        for seq in sorted(place.refused):
+            if seq > place.used.highest:
+                return
+            name, sentence = place.refused.pop(seq)
+            request = Refused(place.live.model_id, seq, sentence)
+            body = wire.dumps(wire.to_json(request))
+            try:
+                await self.submit(place.live.owner, name, request, body, REFUSED)
+            except Refusal:  # no room at the moment: the next operation tries again
+                place.refused[seq] = name, sentence
+                return
+
+    def _check_room(self, place: ModelPlace, record: Record) -> None:
+        limits = self._shared.limits
+        if place.closing:
+            raise Refusal(
+                404, f"model {record.target} is being unloaded and takes no more operations."
+            )
+        full = (
+            place.waiting >= limits.model_queue
+            or place.waiting_bytes + record.size > limits.model_queue_bytes
+        )
+        # What all others wait for is taken however full it is, or it would never get emptier.
+        if full and place.waiting and record.seq != self._shared.scheduler.next_seq(record.target):
+            raise Refusal(
+                429,
+                f"model {record.target} has {place.waiting} operations "
+                f"({place.waiting_bytes} bytes) waiting; wait for results before sending more.",
+                RETRY_LATER,
+            )
+
+    def put(self, place: ModelPlace, record: Record, work: Work) -> None:
+        """Hand an accepted operation to the scheduler."""
+        place.waiting += 1
+        place.waiting_bytes += record.size
+        self._touched[record.target] = time.time()
+
+        def ended(outcome: Any) -> None:
+            result = answer(outcome, work.title)
+            if not work.ended:  # else it ran to make the model what it was before a restart
+                self._records.journal(record, result)
+            self._shared.on_loop(self._ended, place, record, work, result)
+
+        job = Job(
+            steps=partial(self._workshop.steps, work),
+            finish=ended,
+            after=partial(self._workshop.after, work),
+        )
+        self._shared.scheduler.put(record.target, record.seq, job)
+
+    def _ended(self, place: ModelPlace, record: Record, work: Work, result: Answer) -> None:
+        place.waiting -= 1
+        place.waiting_bytes -= record.size
+        if work.ended:
+            return
+        if result.failed:
+            self._release_sampler(work)
+        self._records.end(record, result)
+
+    def _release_sampler(self, work: Work) -> None:
+        session = self._sessions.get(work.model.session_id)
+        if session is not None and _makes_sampler(work.request):
+            session.release_sampler(work.request.sampling_session_seq_id, f"save:{work.origin}")
+
+    def unload(self, owner: str, model_id: str) -> Record:
+        """Unload the model when what was accepted for it is done. It has no number."""
+        known = self._records.get(f"{model_id}:unload")
+        if known is not None and known.owner == owner:
+            return known
+        return self.put_unload(self.of_owner(model_id, owner))
+
+    def put_unload(self, place: ModelPlace) -> Record:
+        live = place.live
+        known = self._records.get(f"{live.model_id}:unload")
+        if known is not None:
+            return known
+        place.closing = True
+        record = Record(
+            f"{live.model_id}:unload",
+            "UnloadModel",
+            live.owner,
+            live.session_id,
+            live.model_id,
+            -1,
+        )
+        self._records.enter(record)
+        work = Work("UnloadModel", live, -1, None)
+
+        def ended(outcome: Any) -> None:
+            self._shared.on_loop(self._records.end, record, answer(outcome, "UnloadModel"))
+
+        job = Job(steps=partial(self._workshop.steps, work), finish=ended)
+        self._shared.scheduler.put_last(live.model_id, job)
+        return record
+
+    def unload_all(self, session: Session) -> None:
+        for model_id in list(session.models):
+            place = self._by_id.get(model_id)
+            if place is not None:
+                self.put_unload(place)
+
+    def remove(self, live: LiveModel) -> None:
+        """It is unloaded."""
+        self._by_id.pop(live.model_id, None)
+        session = self._sessions.get(live.session_id)
+        if session is not None:
+            session.models.discard(live.model_id)
+
+    def of_dead_sessions(self) -> list[ModelPlace]:
+        return [p for p in self._by_id.values() if self._sessions.get(p.live.session_id) is None]
+
+    async def write_touched(self) -> None:
+        """When each run was last used, for the lists."""
+        touched, self._touched = self._touched, {}
+        if touched:
+            await self._shared.in_pool(self._shared.store.touch_runs, touched)
+
+
+def _makes_sampler(request: Any) -> bool:
+    return isinstance(request, types.SaveWeightsForSamplerRequest) and request.path is None

@@ -1,0 +1,157 @@
+"""Reading back, after a restart, what the predecessor had accepted: the ledger is as it was, and
+what had not ended runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tinkex import types, wire
+from tinkex.server.journal import Journal, ModelRow, OperationRow
+from tinkex.server.ledger.models import REFUSED, Models
+from tinkex.server.ledger.records import Record, Records
+from tinkex.server.ledger.samplers import Samplers, name_sequences
+from tinkex.server.ledger.sessions import Sessions, Shared
+from tinkex.server.operations import LiveModel, LiveSampler, Refused, Work, Workshop
+from tinkex.server.results import answer
+
+logger = logging.getLogger(__name__)
+
+
+class Restart:
+    """`run` once, before anything is accepted."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        sessions: Sessions,
+        models: Models,
+        samplers: Samplers,
+        records: Records,
+        workshop: Workshop,
+    ) -> None:
+        self._shared = shared
+        self._sessions = sessions
+        self._models = models
+        self._samplers = samplers
+        self._records = records
+        self._workshop = workshop
+        self._snapshots: dict[str, int] = {}  # model id -> last operation in its snapshot
+
+    def run(self, journal: Journal) -> None:
+        self._read_store()
+        for model in journal.models():
+            self._read_model(model)
+        for operation in journal.operations():
+            try:
+                self._read_operation(operation)
+            except Exception:
+                logger.exception("Operation %s could not be read back.", operation.request_id)
+        for place in self._models.of_dead_sessions():
+            self._models.put_unload(place)
+
+    def _read_store(self) -> None:
+        store, server = self._shared.store, self._shared.server
+        for session_row in store.live_sessions(server):
+            self._sessions.enter(session_row)
+        for row in store.live_samplers(server):
+            directory = None if row.directory is None else Path(row.directory)
+            live = LiveSampler(
+                row.sampler_id, row.session_id, row.owner, row.base_model, row.model_path, directory
+            )
+            self._samplers.enter(live, row.clones)
+            session = self._sessions.get(row.session_id)
+            if session is not None:
+                session.origins[int(row.sampler_id.rsplit(":", 1)[1])] = row.origin
+
+    def _read_model(self, row: ModelRow) -> None:
+        live = LiveModel.from_info(row.model_id, row.info)
+        live.snapshot = None if row.snapshot is None else Path(row.snapshot)
+        live.spoilt, live.done_seq = row.spoilt, row.snapshot_seq
+        place = self._models.enter(live, first=row.snapshot_seq + 1)
+        for seq in range(row.snapshot_seq + 1):
+            place.used.add(seq)
+        self._snapshots[row.model_id] = row.snapshot_seq
+        self._shared.scheduler.put_chore(lambda engine: self._workshop.restore(engine, live))
+
+    def _read_operation(self, row: OperationRow) -> None:
+        record = Record(
+            row.request_id,
+            row.name,
+            row.owner,
+            row.session_id,
+            row.target,
+            row.seq,
+            row.fingerprint,
+            len(row.body or b""),
+            answer=row.answer,
+        )
+        request = None if row.body is None else decode(row.name, row.content_type, row.body)
+        if not row.forgotten:
+            self._records.enter(record)
+        if row.in_line and row.seq > self._snapshots.get(row.target, row.seq):
+            self._put_work(row, record, request)
+        elif row.name == "Sample":
+            self._put_sample(row, record, request)
+        elif row.ended is None:
+            self._fail(record)
+
+    def _put_work(self, row: OperationRow, record: Record, request: Any) -> None:
+        place = self._models.of_owner(row.target, row.owner)
+        work = Work(
+            row.name,
+            place.live,
+            row.seq,
+            request,
+            json.loads(row.extra)["seed"],
+            ended=row.ended is not None,
+            failure=None if row.answer is None else row.answer.sentence,
+            size=record.size,
+        )
+        session = self._sessions.get(row.session_id)
+        if session is not None and isinstance(request, types.SaveWeightsForSamplerRequest):
+            number = request.sampling_session_seq_id
+            if number is not None and not work.ended:
+                session.origins[number] = f"save:{work.origin}"
+        place.used.add(row.seq)
+        self._models.put(place, record, work)
+
+    def _put_sample(self, row: OperationRow, record: Record, request: Any) -> None:
+        place = self._samplers.get(row.target)
+        if place is None:
+            if row.ended is None:
+                self._fail(record)
+            return
+        if ":once-" not in row.request_id:
+            place.used.add(row.seq)
+        if row.ended is None:
+            name_sequences(record, request.num_samples)
+            self._samplers.put(place, record, request, json.loads(row.extra)["seed"])
+        elif not row.forgotten:
+            self._samplers.add_completion(place, record)
+
+    def _fail(self, record: Record) -> None:
+        """What it was for is gone."""
+        gone = ValueError("it did not run before the server was restarted; send it again.")
+        result = answer(gone, record.name)
+        self._records.journal(record, result)
+        self._records.end(record, result)
+
+
+#: What each operation's JSON body is decoded to.
+_REQUESTS: dict[str, type[Any]] = {
+    name: operation.request
+    for name, operation in wire.OPERATIONS.items()
+    if operation.request is not None
+}
+
+
+def decode(name: str, content_type: str, body: bytes) -> Any:
+    """The request of an operation. Raises DecodeError."""
+    if content_type == REFUSED:
+        return wire.from_json(Refused, wire.loads(body))
+    if name in ("Forward", "ForwardBackward"):
+        return wire.decode_request(content_type, body)
+    return wire.from_json(_REQUESTS[name], wire.loads(body))

@@ -1,0 +1,269 @@
+"""Sampling sessions as clients see them: samples come in no order and end in no order."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+
+from tinkex import types, wire
+from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger.models import RETRY_LATER
+from tinkex.server.ledger.ranges import Numbers
+from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
+from tinkex.server.ledger.sessions import Session, Sessions, Shared
+from tinkex.server.operations import LiveSampler, Workshop
+from tinkex.server.results import Answer, answer, fingerprint
+from tinkex.server.scheduler import SampleJob
+from tinkex.server.store import SamplerRow
+
+#: Sequence numbers of the clones of a sampling client begin at multiples of this.
+CLONE_SPAN = 10**9
+
+
+@attrs.define(eq=False)
+class SamplerPlace:
+    """A sampling session.
+
+    Attributes:
+        used: the numbers of samples that were accepted.
+        clones: how many clones of the client have joined.
+        running: samples that have not ended, by request id.
+        ended: samples that have, in the order of their cursors, until they are forgotten.
+        waiters: polls that wait for the next one to end.
+    """
+
+    live: LiveSampler
+    used: Numbers = attrs.field(factory=Numbers)
+    clones: int = 0
+    running: dict[str, Record] = attrs.field(factory=dict)
+    ended: dict[str, Record] = attrs.field(factory=dict)
+    waiters: Waiters = attrs.field(factory=list)
+
+
+class Samplers:
+    """The sampling sessions of this server."""
+
+    def __init__(
+        self, shared: Shared, sessions: Sessions, records: Records, workshop: Workshop
+    ) -> None:
+        self._shared = shared
+        self._sessions = sessions
+        self._records = records
+        self._workshop = workshop
+        self._by_id: dict[str, SamplerPlace] = {}
+        self._running = 0
+        self._last_cursor = 0
+
+    def get(self, sampler_id: str) -> SamplerPlace | None:
+        return self._by_id.get(sampler_id)
+
+    def of_owner(self, sampler_id: str, owner: str) -> SamplerPlace:
+        """Raises Refusal (404)."""
+        place = self._by_id.get(sampler_id)
+        if place is None or place.live.owner != owner:
+            raise Refusal(
+                404,
+                f"sampling session {shown(sampler_id)} is not known to this server: it was never "
+                "created here, or its session has ended.",
+            )
+        return place
+
+    async def create(self, request: types.CreateSamplingSessionRequest, live: LiveSampler) -> None:
+        """A repeat changes nothing."""
+        session = await self._sessions.live(request.session_id, live.owner)
+        seq = request.sampling_session_seq_id
+        origin = f"create:{fingerprint(request).hex()}"
+        repeated = session.origins.get(seq) == origin
+        session.claim_sampler(seq, origin)
+        row = SamplerRow(
+            live.sampler_id,
+            live.session_id,
+            live.owner,
+            self._shared.server,
+            live.base_model,
+            live.model_path,
+            None if live.directory is None else str(live.directory),
+            origin,
+        )
+        try:
+            await self._shared.in_pool(self._shared.store.add_sampler, row)
+        except BaseException:
+            if not repeated:
+                session.release_sampler(seq, origin)
+            raise
+        self.enter(live)
+
+    def enter(self, live: LiveSampler, clones: int = 0) -> None:
+        self._by_id.setdefault(live.sampler_id, SamplerPlace(live, clones=clones))
+        session = self._sessions.get(live.session_id)
+        if session is not None:
+            session.samplers.add(live.sampler_id)
+
+    def remove_all(self, session: Session) -> None:
+        """Of a session that has ended; what runs is taken back."""
+        for sampler_id in list(session.samplers):
+            place = self._by_id.pop(sampler_id)
+            for request_id in place.running:
+                self._shared.scheduler.cancel_sample(request_id)
+            wake(place.waiters)
+
+    async def join(self, owner: str, sampler_id: str) -> int:
+        """The number of a new clone of the sampling client, from 1."""
+        place = self.of_owner(sampler_id, owner)
+        place.clones += 1
+        number = place.clones
+        await self._shared.in_pool(self._shared.store.set_clones, sampler_id, number)
+        return number
+
+    async def sample(
+        self, place: SamplerPlace, request: types.SampleRequest, body: bytes
+    ) -> Record:
+        """Accept a sample. A repeat of its number gets the first one's record; without a number
+        there are no repeats."""
+        live, seq = place.live, request.seq_id
+        if seq is not None and not 0 <= seq < 2**62:
+            raise Refusal(400, f"seq_id must be from 0 to 2**62 - 1, got {seq}.")
+        record = Record.of(
+            "Sample", live.owner, live.session_id, live.sampler_id, seq or 0, request, body
+        )
+        if seq is None:
+            record.request_id = f"{live.sampler_id}:once-{uuid.uuid4()}"
+        name_sequences(record, request.num_samples)
+        known = await self._records.known(record)
+        if known is not None or (seq is not None and seq in place.used):
+            return known or record
+        if self._running >= self._shared.limits.sample_queue:
+            raise Refusal(
+                429, f"{self._running} samples are waiting; send more later.", RETRY_LATER
+            )
+        self._sessions.heard_of(live.session_id)
+        seed = secrets.randbelow(2**31)
+        if seq is not None:
+            place.used.add(seq)
+        try:
+            await self._records.accept(record, body, wire.JSON, seed, in_line=False)
+        except BaseException:
+            if seq is not None:
+                place.used.discard(seq)
+            raise
+        self.put(place, record, request, seed)
+        return record
+
+    def put(
+        self, place: SamplerPlace, record: Record, request: types.SampleRequest, seed: int
+    ) -> None:
+        """Hand an accepted sample to the scheduler."""
+        place.running[record.request_id] = record
+        self._running += 1
+
+        def ended(outcome: Any) -> None:
+            result = answer(outcome, "Sample")
+            self._records.journal(record, result)
+            self._shared.on_loop(self._ended, place, record, result)
+
+        self._submit(place.live, record.request_id, _seeded(request, seed), ended)
+
+    def _submit(
+        self,
+        live: LiveSampler,
+        ticket: str,
+        request: types.SampleRequest,
+        ended: Callable[[Any], None],
+        on_token: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        workshop = self._workshop
+        self._shared.scheduler.put_sample(
+            SampleJob(
+                ticket,
+                submit=lambda engine: workshop.submit_sample(
+                    engine, ticket, live, request, on_token
+                ),
+                finish=ended,
+                after=lambda engine: workshop.sample_ended(engine, live),
+            )
+        )
+
+    def _ended(self, place: SamplerPlace, record: Record, result: Answer) -> None:
+        place.running.pop(record.request_id, None)
+        self._running -= 1
+        self._records.end(record, result)
+        self.add_completion(place, record)
+
+    def add_completion(self, place: SamplerPlace, record: Record) -> None:
+        """Tell the polls of the session that this one has ended."""
+        # Microseconds, so that cursors grow over a restart too: what ended before it is told again.
+        self._last_cursor = max(self._last_cursor + 1, time.time_ns() // 1000)
+        record.cursor = self._last_cursor
+        place.ended[record.request_id] = record
+        wake(place.waiters)
+
+    def stream(
+        self,
+        place: SamplerPlace,
+        request: types.SampleRequest,
+        on_token: Callable[[int, int, float], None],
+        on_end: Callable[[Any], None],
+    ) -> Callable[[], None]:
+        """Sample with every token told as it comes; both callbacks run on the event loop.
+
+        Returns what takes it back. It has no number, and a restart ends it.
+        """
+        shared = self._shared
+        ticket = f"{place.live.sampler_id}:stream-{uuid.uuid4()}"
+        self._submit(
+            place.live,
+            ticket,
+            _seeded(request, secrets.randbelow(2**31)),
+            lambda outcome: shared.on_loop(on_end, outcome),
+            lambda index, token, logprob: shared.on_loop(on_token, index, token, logprob),
+        )
+        return lambda: shared.scheduler.cancel_sample(ticket)
+
+    async def completions(
+        self, place: SamplerPlace, clone: int, after: int, seconds: float
+    ) -> list[Record]:
+        """The samples of one clone that ended after the given cursor; waits for one."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = []
+            for record in reversed(place.ended.values()):
+                if record.cursor <= after:
+                    break
+                if record.seq // CLONE_SPAN == clone:
+                    found.append(record)
+            left = deadline - time.monotonic()
+            if found or left <= 0 or self._shared.stopping:
+                return found[::-1]
+            await sleep_among(place.waiters, left)
+
+    def acknowledge(self, place: SamplerPlace, request_ids: Iterable[str]) -> None:
+        """The client has these results for good."""
+        ours = [place.ended.get(request_id) for request_id in request_ids]
+        self._records.forget([record for record in ours if record is not None])
+
+    def forgotten(self, record: Record) -> None:
+        place = self._by_id.get(record.target)
+        if place is not None:
+            place.ended.pop(record.request_id, None)
+
+    def release(self) -> None:
+        """Let every waiting poll go."""
+        for place in self._by_id.values():
+            wake(place.waiters)
+
+
+def name_sequences(record: Record, num_samples: int) -> None:
+    """Give the sequences of a sample the names that its promise tells."""
+    record.sample_sequence_ids = [f"{record.request_id}:{i}" for i in range(num_samples)]
+
+
+def _seeded(request: types.SampleRequest, seed: int) -> types.SampleRequest:
+    """The request with a seed of its own, so that it gives the same if it must run again."""
+    if request.sampling_params.seed is not None:
+        return request
+    return attrs.evolve(request, sampling_params=attrs.evolve(request.sampling_params, seed=seed))

@@ -1,0 +1,526 @@
+"""What each operation does with the engine and the store, on the compute thread.
+
+An operation is a generator that yields where other models may go first. What it knows of its model
+lasts in a `LiveModel`; after it, a snapshot may be taken. Knows nothing of HTTP, of order (the
+scheduler's) or of who waits for the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tinkex import types, wire
+from tinkex.server.home import ServerFolder, move_into_place, sync_tree
+from tinkex.server.journal import Journal
+from tinkex.server.limits import Limits
+from tinkex.server.results import explained
+from tinkex.server.scheduler import Steps
+from tinkex.server.store import CheckpointRow, RunRow, SamplerRow, Store
+
+logger = logging.getLogger(__name__)
+
+#: A snapshot is taken when repeating the work since the last one would take this much longer
+#: than taking it, so that snapshots cost a few percent at most.
+_SNAPSHOT_RATIO = 20.0
+
+
+@attrs.define(eq=False)
+class LiveModel:
+    """A model in the engine.
+
+    Attributes:
+        adapter: a PEFT adapter directory that it starts from, or None.
+        broken: why it could not be created, or None.
+        spoilt: why the accumulated gradients must not be stepped with, or None.
+        done_seq: the last operation done.
+        seconds, size: computing time and bodies since the last snapshot.
+        snapshot: folder of the last snapshot; snapshot_seconds: how long that took.
+    """
+
+    model_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    lora: types.LoraConfig
+    user_metadata: dict[str, Any] | None = None
+    created: bool = False
+    broken: str | None = None
+    spoilt: str | None = None
+    done_seq: int = -1
+    seconds: float = 0.0
+    size: int = 0
+    snapshot: Path | None = None
+    snapshot_seconds: float = 0.0
+
+    @property
+    def info(self) -> str:
+        """What a restart must know of it, in JSON."""
+        fields = ("session_id", "owner", "base_model", "user_metadata")
+        info = {name: getattr(self, name) for name in fields}
+        return wire.dumps(info | {"lora": wire.to_json(self.lora)}).decode()
+
+    @classmethod
+    def from_info(cls, model_id: str, info: str) -> LiveModel:
+        known = wire.loads(info.encode())
+        lora = wire.from_json(types.LoraConfig, known.pop("lora"))
+        return cls(model_id=model_id, lora=lora, **known)
+
+
+@attrs.define(eq=False)
+class LiveSampler:
+    """What a sampling session samples from: a base model, or a checkpoint's or its own folder."""
+
+    sampler_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    model_path: str | None
+    directory: Path | None
+
+    @property
+    def engine_id(self) -> str:
+        """Samplers of the same weights share them."""
+        return f"base:{self.base_model}" if self.directory is None else str(self.directory)
+
+
+@attrs.frozen
+class Work:
+    """One operation on a model.
+
+    Attributes:
+        name: as in wire's table; request: decoded; None if only its place must be filled.
+        seed: drawn for it at acceptance, where the request names none.
+        ended: whether it ended before a restart; failure: with what sentence, if it failed.
+        size: bytes of its body.
+    """
+
+    name: str
+    model: LiveModel
+    seq: int
+    request: Any
+    seed: int = 0
+    ended: bool = False
+    failure: str | None = None
+    size: int = 0
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return f"{self.name} (operation {self.seq})"
+
+    @property
+    def origin(self) -> str:
+        """Its name among everything that is saved."""
+        return f"{self.model.model_id}:{self.seq}"
+
+
+@attrs.frozen
+class Refused:
+    """In the place of a request that was refused: it fails in its turn, with the same sentence."""
+
+    model_id: str
+    seq_id: int
+    sentence: str
+
+
+#: Operations that must run again after a restart to make a model what it was.
+CHANGES_MODEL = frozenset({"CreateModel", "ForwardBackward", "OptimStep", "LoadWeights"})
+
+
+class Workshop:
+    """Turns works into what the scheduler runs.
+
+    `on_sampler` is called (on the compute thread) with each sampling session that an unnamed
+    save_weights_for_sampler makes; `on_unloaded` with each model that is gone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: ServerFolder,
+        journal: Journal | None,
+        limits: Limits,
+        *,
+        on_sampler: Callable[[LiveSampler], None],
+        on_unloaded: Callable[[LiveModel], None],
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._journal = journal
+        self._limits = limits
+        self._on_sampler = on_sampler
+        self._on_unloaded = on_unloaded
+        self._open: OrderedDict[str, int] = OrderedDict()  # engine_id -> samples in flight
+        #: What is known of base models that have been loaded, by name.
+        self.bases: dict[str, Any] = {}
+
+    # Operations on models.
+
+    def steps(self, work: Work, engine: Any) -> Steps:
+        """Run one operation in its model's turn; the result is its return value."""
+        model = work.model
+        started = time.perf_counter()
+        try:
+            if work.failure is not None:
+                self._fail_again(work, work.failure, engine)
+                return None
+            if work.ended and work.name not in CHANGES_MODEL:
+                return None
+            if model.broken is not None:
+                raise ValueError(f"there is no model {model.model_id} ({model.broken})")
+            if isinstance(work.request, Refused):
+                self._fail_again(work, f"{work.title}: {work.request.sentence}", engine)
+                raise ValueError(work.request.sentence)
+            steps = self._operation(work, engine)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    return stop.value
+                model.seconds += time.perf_counter() - started
+                yield
+                started = time.perf_counter()
+        finally:
+            model.done_seq = max(model.done_seq, work.seq)
+            model.seconds += time.perf_counter() - started
+            model.size += work.size
+
+    def _operation(self, work: Work, engine: Any) -> Steps:
+        operations: dict[str, Callable[[Work, Any], Steps]] = {
+            "CreateModel": self._create_model,
+            "Forward": self._forward,
+            "ForwardBackward": self._forward_backward,
+            "OptimStep": self._optim_step,
+            "SaveWeights": self._save_weights,
+            "SaveWeightsForSampler": self._save_weights_for_sampler,
+            "LoadWeights": self._load_weights,
+            "UnloadModel": self._unload_model,
+        }
+        return operations[work.name](work, engine)
+
+    def _fail_again(self, work: Work, failure: str, engine: Any) -> None:
+        """What a failure before the restart did to the model."""
+        if work.name == "ForwardBackward":
+            self._spoil(work, engine, failure)
+        elif work.name == "OptimStep":
+            engine.clear_gradients(work.model.model_id)
+            work.model.spoilt = None
+        elif work.seq == 0:
+            work.model.broken = failure
+
+    def load_base(self, engine: Any, base_model: str) -> None:
+        engine.load_base(base_model)
+        self.bases[base_model] = engine.base_info(base_model)
+
+    def _create_model(self, work: Work, engine: Any) -> Steps:
+        request: types.CreateModelRequest = work.request
+        model = work.model
+        adapter = None if request.adapter is None else Path(request.adapter)
+        seed = work.seed if request.lora_config.seed is None else request.lora_config.seed
+        try:
+            self.load_base(engine, model.base_model)
+            yield
+            engine.create_model(
+                model.model_id, model.base_model, model.lora, seed=seed, adapter=adapter
+            )
+        except Exception as exc:
+            model.broken = f"{work.title}: {explained(exc)[0]}"
+            raise
+        if adapter is not None:
+            model.seconds = math.inf  # the files may be gone when a restart would read them
+        self._enter_run(model)
+        return types.CreateModelResponse(model.model_id)
+
+    def _enter_run(self, model: LiveModel) -> None:
+        model.created = True
+        now = time.time()
+        self._store.add_run(
+            RunRow(
+                model.model_id,
+                model.session_id,
+                model.owner,
+                model.base_model,
+                model.lora.rank,
+                model.lora.train_mlp,
+                model.lora.train_attn,
+                model.lora.train_unembed,
+                model.user_metadata,
+                now,
+                now,
+            )
+        )
+
+    def _forward(self, work: Work, engine: Any) -> Steps:
+        request: types.ForwardBackwardRequest = work.request
+        result = yield from engine.forward_backward(
+            work.model.model_id,
+            request.data,
+            request.loss_fn,
+            request.loss_fn_config,
+            forward_only=True,
+        )
+        return result
+
+    def _forward_backward(self, work: Work, engine: Any) -> Steps:
+        request: types.ForwardBackwardRequest = work.request
+        try:
+            result = yield from engine.forward_backward(
+                work.model.model_id, request.data, request.loss_fn, request.loss_fn_config
+            )
+        except Exception as exc:
+            self._spoil(work, engine, f"{work.title}: {explained(exc)[0]}")
+            raise
+        return result
+
+    def _spoil(self, work: Work, engine: Any, failure: str) -> None:
+        engine.clear_gradients(work.model.model_id)
+        if work.model.spoilt is None:
+            work.model.spoilt = failure
+
+    def _optim_step(self, work: Work, engine: Any) -> Steps:
+        model = work.model
+        yield from ()
+        if model.spoilt is not None:
+            reason, model.spoilt = model.spoilt, None
+            engine.clear_gradients(model.model_id)
+            raise ValueError(
+                f"no step was taken, because the gradients are not whole ({reason}) They are "
+                "cleared now; send the batch again and step again."
+            )
+        try:
+            return engine.optim_step(model.model_id, work.request.adam_params)
+        except Exception:
+            engine.clear_gradients(model.model_id)
+            raise
+
+    def _save_weights(self, work: Work, engine: Any) -> Steps:
+        request: types.SaveWeightsRequest = work.request
+        yield from ()
+        path = self._save(
+            work, engine, "weights", request.path, request, overwrite=request.overwrite
+        )
+        return types.SaveWeightsResponse(path)
+
+    def _save_weights_for_sampler(self, work: Work, engine: Any) -> Steps:
+        request: types.SaveWeightsForSamplerRequest = work.request
+        yield from ()
+        if request.path is not None:
+            path = self._save(work, engine, "sampler_weights", request.path, request)
+            return types.SaveWeightsForSamplerResponse(path=path)
+        model = work.model
+        sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
+        place = self._folder.samplers / sampler_id.replace(":", "_")
+        shutil.rmtree(place, ignore_errors=True)  # of this very operation, before a restart
+        self._write(engine, model, place, optimizer=False)
+        sampler = LiveSampler(
+            sampler_id, model.session_id, model.owner, model.base_model, None, place
+        )
+        self._store.add_sampler(
+            SamplerRow(
+                sampler_id,
+                model.session_id,
+                model.owner,
+                self._folder.name,
+                model.base_model,
+                None,
+                str(place),
+                f"save:{work.origin}",
+            )
+        )
+        self._on_sampler(sampler)
+        return types.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
+
+    def _save(
+        self,
+        work: Work,
+        engine: Any,
+        segment: str,
+        name: str,
+        request: types.SaveWeightsRequest | types.SaveWeightsForSamplerRequest,
+        *,
+        overwrite: bool = False,
+    ) -> str:
+        """Save under a name; the tinker path."""
+        model = work.model
+        training = segment == "weights"
+        path = f"tinker://{model.model_id}/{segment}/{types.check_name(name)}"
+        there = self._store.checkpoint_named(path)
+        if there is not None and there.origin == work.origin:
+            return path  # saved just before the server was killed
+        if there is not None and not overwrite:
+            mend = "overwrite it (overwrite=True), " if training else ""
+            raise ValueError(
+                f"there is a checkpoint {path} already; choose another name, {mend}or delete it "
+                "first."
+            )
+        now = time.time()
+        ttl = request.ttl_seconds
+        row = CheckpointRow(
+            path=path,
+            run_id=model.model_id,
+            checkpoint_id=f"{segment}/{name}",
+            kind="training" if training else "sampler",
+            owner=model.owner,
+            base_model=model.base_model,
+            rank=model.lora.rank,
+            train_mlp=model.lora.train_mlp,
+            train_attn=model.lora.train_attn,
+            train_unembed=model.lora.train_unembed,
+            directory="",
+            size_bytes=0,
+            created_at=now,
+            expires_at=None if ttl is None else now + ttl,
+            public=False,
+            user_metadata=request.user_metadata,
+            origin=work.origin,
+        )
+        draft = self._folder.draft()
+        try:
+            engine.save(model.model_id, draft, optimizer=training)
+            self._store.add_checkpoint(draft, row)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return path
+
+    def _write(self, engine: Any, model: LiveModel, place: Path, *, optimizer: bool) -> None:
+        draft = self._folder.draft()
+        try:
+            engine.save(model.model_id, draft, optimizer=optimizer)
+            move_into_place(draft, place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _load_weights(self, work: Work, engine: Any) -> Steps:
+        request: types.LoadWeightsRequest = work.request
+        model = work.model
+        try:
+            row = self._store.checkpoint(request.path, model.owner)
+            if work.seq == 0:
+                self.load_base(engine, model.base_model)
+                yield
+                engine.create_model(model.model_id, model.base_model, model.lora, seed=work.seed)
+            self._load(work, engine, Path(row.directory))
+        except Exception as exc:
+            if work.seq == 0:
+                model.broken = f"{work.title}: {explained(exc)[0]}"
+            raise
+        if work.seq == 0:
+            self._enter_run(model)
+        model.spoilt = None
+        model.seconds = math.inf  # the checkpoint may be gone when a restart would read it
+        return types.LoadWeightsResponse(request.path, model.model_id)
+
+    def _load(self, work: Work, engine: Any, directory: Path) -> None:
+        """A model that was made for a checkpoint which does not fit goes again."""
+        try:
+            engine.load(work.model.model_id, directory, optimizer=work.request.optimizer)
+        except Exception:
+            if work.seq == 0:
+                engine.unload(work.model.model_id)
+            raise
+
+    def _unload_model(self, work: Work, engine: Any) -> Steps:
+        yield from ()
+        if work.model.created:
+            engine.unload(work.model.model_id)
+        if self._journal is not None:
+            self._journal.remove_model(work.model.model_id, work.model.snapshot)
+        self._on_unloaded(work.model)
+        return types.UnloadModelResponse(work.model.model_id)
+
+    # Snapshots.
+
+    def after(self, work: Work, engine: Any) -> None:
+        """Take a snapshot of the model, if it is time."""
+        model = work.model
+        due = model.seconds > max(
+            self._limits.snapshot_seconds, _SNAPSHOT_RATIO * model.snapshot_seconds
+        )
+        if self._journal is None or not model.created or work.name == "UnloadModel":
+            return
+        if due or model.size > self._limits.snapshot_bytes:
+            try:
+                self._take_snapshot(self._journal, model, engine)
+            except Exception:
+                # The journal still has all that is needed; the next operation tries again.
+                logger.exception("No snapshot of %s could be taken.", model.model_id)
+
+    def _take_snapshot(self, journal: Journal, model: LiveModel, engine: Any) -> None:
+        started = time.perf_counter()
+        place = self._folder.snapshots / f"{model.model_id.replace(':', '_')}_{model.done_seq}"
+        shutil.rmtree(place, ignore_errors=True)
+        draft = self._folder.draft()
+        try:
+            engine.snapshot(model.model_id, draft)
+            sync_tree(draft)
+            move_into_place(draft, place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        journal.snapshot(model.model_id, place, model.done_seq, model.spoilt, model.snapshot)
+        model.snapshot = place
+        model.seconds, model.size = 0.0, 0
+        model.snapshot_seconds = time.perf_counter() - started
+
+    def restore(self, engine: Any, model: LiveModel) -> None:
+        """Put a model back as its snapshot has it, after a restart."""
+        if model.snapshot is None:
+            return
+        try:
+            self.load_base(engine, model.base_model)
+            engine.restore(model.model_id, model.snapshot)
+            model.created = True
+        except Exception as exc:
+            logger.exception("Model %s could not be restored.", model.model_id)
+            model.broken = f"it could not be restored after a restart ({exc})"
+
+    # Sampling.
+
+    def submit_sample(
+        self,
+        engine: Any,
+        ticket: str,
+        sampler: LiveSampler,
+        request: types.SampleRequest,
+        on_token: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        """Hand a sample to the engine; whoever does must call `sample_ended` when it has ended."""
+        engine_id = sampler.engine_id
+        if engine_id not in self._open:
+            if sampler.directory is not None and not sampler.directory.is_dir():
+                raise ValueError(
+                    f"the checkpoint {sampler.model_path} of sampling session "
+                    f"{sampler.sampler_id} has been deleted or has expired; save the weights "
+                    "again and make a new sampling client."
+                )
+            self.load_base(engine, sampler.base_model)
+            engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
+            self._open[engine_id] = 0
+        engine.submit_sample(ticket, engine_id, request, on_token=on_token)
+        self._open[engine_id] += 1
+        self._open.move_to_end(engine_id)
+
+    def sample_ended(self, engine: Any, sampler: LiveSampler) -> None:
+        """One of its samples is no longer at the engine; idle samplers beyond the limit close."""
+        if sampler.engine_id in self._open:
+            self._open[sampler.engine_id] -= 1
+        idle = [engine_id for engine_id, samples in self._open.items() if samples == 0]
+        for engine_id in idle[: max(0, len(self._open) - self._limits.open_samplers)]:
+            del self._open[engine_id]
+            engine.close_sampler(engine_id)
+
+    def close_session_samplers(self, engine: Any, session_id: str) -> None:
+        """A session has ended: its samplers' rows go, and the snapshots that are theirs alone."""
+        prefix = str(self._folder.samplers / f"{session_id}_sample_")
+        for engine_id in [i for i in self._open if i.startswith(prefix)]:
+            del self._open[engine_id]
+            engine.close_sampler(engine_id)
+        self._store.remove_samplers(session_id)

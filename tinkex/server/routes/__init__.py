@@ -1,0 +1,36 @@
+"""The endpoints of the server, one module per subject, collected as Starlette's routes."""
+
+from __future__ import annotations
+
+from starlette.routing import Route
+
+from tinkex import wire
+from tinkex.server.request_context import guarded
+from tinkex.server.routes import (
+    archives,
+    futures,
+    sampling,
+    sessions,
+    stored,
+    training,
+    unsupported,
+)
+
+#: The busiest first: they are looked through in order.
+_MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.ENDPOINTS)
+#: A path with a slash in it fits many patterns: the longer ones come first.
+_MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, stored.ENDPOINTS)
+
+
+def routes() -> list[Route]:
+    found = [Route("/", guarded(sessions.about, public=True), methods=["GET"])]
+    for endpoints, public in (
+        *((endpoints, False) for endpoints in _MODULES),
+        (sessions.PUBLIC, True),
+        (archives.PUBLIC, True),
+        *((endpoints, False) for endpoints in _MANAGEMENT),
+    ):
+        for method, path, handler in endpoints:
+            endpoint = guarded(handler, public=public)
+            found.append(Route(wire.PREFIX + path, endpoint, methods=[method]))
+    return found

@@ -1,0 +1,99 @@
+"""Results: asking for one, for all of a sampling session, and taking a request back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from typing import Any
+
+from starlette.responses import Response
+
+from tinkex import types, wire
+from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger import Record
+from tinkex.server.request_context import Call, reply
+from tinkex.server.results import Answer
+
+
+async def retrieve_future(call: Call) -> Response:
+    """A long poll: the result, or 408 with what it waits for."""
+    request, _ = await call.read(types.RetrieveFutureRequest)
+    ledger = call.site.ledger
+    record = ledger.records.of_owner(request.request_id, call.owner)
+    ledger.sessions.heard_of(record.session_id)
+    if record.answer is None:
+        ledger.shared.check_running()
+    result = await ledger.records.wait(record, call.site.limits.poll_seconds)
+    if result is None:
+        return _not_yet(call, record)
+    if request.allow_metadata_only and len(result.body) > call.site.limits.metadata_bytes:
+        size = len(result.body)
+        return reply({"status": "complete_metadata", "response_payload_size": size})
+    response = await _result(call, result)
+    ledger.records.fetched(record)
+    return response
+
+
+async def _result(call: Call, result: Answer) -> Response:
+    if not result.has_protobuf:
+        return reply(result.body)
+    if call.wants_protobuf:
+        # Half a protobuf may read like a whole one; by this the client can tell.
+        digest = await call.decoded(lambda: hashlib.sha256(result.body).digest(), result.body)
+        headers = {"Content-Digest": f"sha-256=:{base64.b64encode(digest).decode()}:"}
+        return Response(result.body, headers=headers, media_type=wire.PROTOBUF)
+    return reply(await call.decoded(result.as_json, result.body))
+
+
+def _not_yet(call: Call, record: Record) -> Response:
+    ledger = call.site.ledger
+    ledger.shared.check_running()
+    payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
+    if record.name == "Sample":
+        payload["queue_state_reason"] = "the sample is in the queue or running"
+    else:
+        position, reason = ledger.shared.scheduler.place(record.target, record.seq)
+        payload |= {"queue_position": position, "queue_state_reason": reason}
+    return reply(payload, 408)
+
+
+async def retrieve_futures(call: Call) -> Response:
+    """One long poll for all samples of one clone of a sampling client."""
+    request, _ = await call.read(types.RetrieveFuturesRequest)
+    target = request.target
+    sampler_id, clone = target.get("sampling_session_id"), target.get("cloned_sampler_id", 0)
+    if target.get("type") != "sampling_session" or not isinstance(sampler_id, str):
+        raise Refusal(
+            400,
+            'target must be {"type": "sampling_session", "sampling_session_id": ...}, got '
+            f"{shown(target)}.",
+        )
+    if not isinstance(clone, int) or isinstance(clone, bool):
+        raise Refusal(400, f"cloned_sampler_id must be a whole number, got {shown(clone)}.")
+    ledger = call.site.ledger
+    place = ledger.samplers.of_owner(sampler_id, call.owner)
+    ledger.samplers.acknowledge(place, request.retrieved_request_ids)
+    longest = call.site.limits.poll_seconds
+    seconds = longest if request.timeout is None else min(max(request.timeout, 0.0), longest)
+    found = await ledger.samplers.completions(place, clone, request.prev_cursor, seconds)
+    cursor = found[-1].cursor if found else request.prev_cursor
+    return reply(types.RetrieveFuturesResponse([_completion(record) for record in found], cursor))
+
+
+def _completion(record: Record) -> types.Completion:
+    if record.answer is None or record.answer.failed:
+        return types.Completion("failed", record.request_id)
+    return types.Completion("finished", record.request_id, len(record.answer.body))
+
+
+async def cancel_future(call: Call) -> Response:
+    request, _ = await call.read(types.CancelFutureRequest)
+    call.site.ledger.cancel(call.owner, request.request_id)
+    return reply({})
+
+
+ENDPOINTS: list[tuple[str, str, Any]] = [
+    ("POST", "retrieve_future", retrieve_future),
+    ("POST", "retrieve_futures", retrieve_futures),
+    ("POST", "cancel_future", cancel_future),
+]

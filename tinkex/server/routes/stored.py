@@ -1,0 +1,140 @@
+"""What is stored: training runs and checkpoints."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import attrs
+from starlette.responses import Response
+
+from tinkex import types
+from tinkex.server.request_context import Call, reply
+from tinkex.server.routes.training import check_ttl
+
+
+async def list_runs(call: Call) -> Response:
+    limit, offset = call.number("limit", 20, 1000), call.number("offset", 0, 10**12)
+    pool, store = call.site.in_pool, call.site.store
+    rows, total = await pool(store.runs, call.owner, limit, offset)
+    runs = [await pool(store.training_run, row) for row in rows]
+    return reply(types.TrainingRunsResponse(runs, types.Cursor(offset, limit, total)))
+
+
+async def get_run(call: Call) -> Response:
+    pool, store = call.site.in_pool, call.site.store
+    row = await pool(store.run, call.parameter("run_id"), call.owner)
+    return reply(await pool(store.training_run, row))
+
+
+async def run_checkpoints(call: Call) -> Response:
+    rows = await call.site.in_pool(
+        call.site.store.run_checkpoints, call.parameter("run_id"), call.owner
+    )
+    return reply(types.CheckpointsListResponse([row.public_form() for row in rows]))
+
+
+async def list_checkpoints(call: Call) -> Response:
+    limit, offset = call.number("limit", 100, 1000), call.number("offset", 0, 10**12)
+    rows, total = await call.site.in_pool(call.site.store.checkpoints, call.owner, limit, offset)
+    listed = [row.public_form() for row in rows]
+    return reply(types.CheckpointsListResponse(listed, types.Cursor(offset, limit, total)))
+
+
+def checkpoint_path(call: Call) -> str:
+    """The tinker path of the checkpoint that the URL names; its id holds a slash."""
+    run_id, checkpoint_id = call.parameter("run_id"), call.parameter("checkpoint_id")
+    return f"tinker://{run_id}/{checkpoint_id}"
+
+
+async def delete_checkpoint(call: Call) -> Response:
+    await call.site.in_pool(call.site.store.delete_checkpoint, checkpoint_path(call), call.owner)
+    return reply({})
+
+
+async def publish(call: Call) -> Response:
+    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, True)
+    return reply({})
+
+
+async def unpublish(call: Call) -> Response:
+    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, False)
+    return reply({})
+
+
+async def set_ttl(call: Call) -> Response:
+    request, _ = await call.read(types.SetTtlRequest)
+    check_ttl(request.ttl_seconds)
+    await call.site.in_pool(
+        call.site.store.set_ttl, checkpoint_path(call), call.owner, request.ttl_seconds
+    )
+    return reply({})
+
+
+async def weights_info(call: Call) -> Response:
+    request, _ = await call.read(types.WeightsInfoRequest)
+    row = await call.site.in_pool(call.site.store.checkpoint, request.tinker_path, call.owner)
+    return reply(
+        types.WeightsInfoResponse(
+            base_model=row.base_model,
+            lora_rank=row.rank,
+            train_unembed=row.train_unembed,
+            train_mlp=row.train_mlp,
+            train_attn=row.train_attn,
+        )
+    )
+
+
+@attrs.frozen
+class CopyRequest:
+    """Copy a checkpoint to a run of one's own: a model of a session, or of no session."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = None
+
+
+async def copy_weights(call: Call) -> Response:
+    """A repeat with the same session and number makes no second copy."""
+    request, _ = await call.read(CopyRequest)
+    check_ttl(request.ttl_seconds)
+    ledger, store = call.site.ledger, call.site.store
+    if request.session_id is None or request.model_seq_id is None:
+        # The client's key stays the same over its resends of this request, and only of this one.
+        key = call.request.headers.get("x-idempotency-key") or str(uuid.uuid4())
+        run = uuid.uuid5(uuid.NAMESPACE_OID, f"{call.owner} {key}")
+        run_id, session_id = f"copy-{run}:train:0", ""
+    else:
+        session = await ledger.sessions.live(request.session_id, call.owner)
+        session_id = session.session_id
+        run_id = f"{session_id}:train:{request.model_seq_id}"
+        session.claim_model(request.model_seq_id, f"copy:{request.source_path}")
+    path = await call.site.in_pool(
+        store.copy_checkpoint,
+        request.source_path,
+        call.owner,
+        run_id,
+        session_id,
+        request.ttl_seconds,
+    )
+    return reply({"tinker_path": path})
+
+
+_RUN = "training_runs/{run_id}"
+#: The id of a checkpoint holds a slash.
+CHECKPOINT = f"{_RUN}/checkpoints/{{checkpoint_id:path}}"
+
+ENDPOINTS: list[tuple[str, str, Any]] = [
+    ("GET", "training_runs", list_runs),
+    ("GET", f"{_RUN}/checkpoints", run_checkpoints),
+    ("POST", f"{CHECKPOINT}/publish", publish),
+    ("DELETE", f"{CHECKPOINT}/publish", unpublish),
+    ("PUT", f"{CHECKPOINT}/ttl", set_ttl),
+    ("DELETE", CHECKPOINT, delete_checkpoint),
+    ("GET", _RUN, get_run),
+    ("GET", "checkpoints", list_checkpoints),
+    ("POST", "weights_info", weights_info),
+    ("POST", "copy_weights", copy_weights),
+]

@@ -1,0 +1,42 @@
+"""What the protocol has and this server does not offer: each is refused in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from tinkex.server.http_errors import not_offered
+from tinkex.server.request_context import Call, Handler
+from tinkex.server.routes.stored import CHECKPOINT
+
+
+def _absent(what: str, instead: str = "") -> Handler:
+    async def refused(call: Call) -> Response:
+        raise not_offered(what, instead)
+
+    return refused
+
+
+_billing = _absent("billing", "It costs nothing.")
+_audit = _absent("an audit log")
+_external = _absent("external weights", "Download the checkpoint's archive instead.")
+
+ENDPOINTS: list[tuple[str, str, Any]] = [
+    ("GET", "billing/{rest:path}", _billing),
+    ("POST", "billing/{rest:path}", _billing),
+    ("GET", "audit", _audit),
+    ("GET", "audit/{rest:path}", _audit),
+    ("POST", "save_weights_external", _external),
+    ("GET", f"{CHECKPOINT}/external_weights_urls", _external),
+    ("GET", "sessions/{session_id}/trace_export", _absent("traces of sessions")),
+    ("DELETE", "auth/apikey/me", _absent("revoking keys", "Restart it without that key.")),
+    (
+        "POST",
+        "create_custom_loss",
+        _absent(
+            "losses that run on the server",
+            "forward_backward_custom computes them on the client.",
+        ),
+    ),
+]

@@ -1,0 +1,374 @@
+"""Loading and caching the tokenizer of a model.
+
+Which tokenizer a model has is the server's word first, then a few known rules. Knows nothing of
+clients: it is given names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinkex import errors
+
+#: The tokenizer of the built-in model, kept inside the package.
+BUILT_IN = {"tinkex/tiny": "tiny", "tiny": "tiny"}
+
+LLAMA_3 = "thinkingmachineslabinc/meta-llama-3-tokenizer"
+KIMI_K2 = "moonshotai/Kimi-K2-Thinking"
+KIMI_K2_REVISION = "612681931a8c906ddb349f8ad0f582cb552189cd"
+
+#: Loads something with encode(text) and decode(ids) for a tokenizer's id.
+LoadFunction = Callable[[str], Any]
+
+FALLBACK_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+class Tokenizer:
+    """Text to token ids and back, with the model's special tokens and chat template.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        settings: of the model's tokenizer_config.json.
+    """
+
+    def __init__(self, backend: Any, settings: dict[str, Any] | None = None) -> None:
+        self._backend = backend
+        self._settings = settings or {}
+        #: A Jinja template of a conversation, or None.
+        self.chat_template: str | None = _template(self._settings.get("chat_template"))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of *text*."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}.")
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        if isinstance(ids, np.ndarray):
+            ids = ids.tolist()
+        if not isinstance(ids, Sequence) or not all(
+            isinstance(i, (int, np.integer)) and not isinstance(i, bool) and i >= 0 for i in ids
+        ):
+            shown = repr(ids)
+            raise TypeError(
+                "ids must be a list of token ids (integers >= 0), got "
+                f"{shown if len(shown) <= 60 else shown[:57] + '...'}."
+            )
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, or None."""
+        return self._special("eos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, or None."""
+        return self._special("bos_token")
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+    ) -> str:
+        """A conversation as the text that the model was trained on.
+
+        Raises:
+            ValueError: If the model has no chat template, or the template does not take these.
+            MissingExtraError: If Jinja is not installed.
+        """
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; write the conversation as text.")
+        return _render(
+            self.chat_template,
+            messages=list(messages),
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._text_of("bos_token"),
+            eos_token=self._text_of("eos_token"),
+        )
+
+    def _text_of(self, name: str) -> str:
+        value = self._settings.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        return value or ""
+
+    def _special(self, name: str) -> int | None:
+        text = self._text_of(name)
+        return self._backend.token_to_id(text) if text else None
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.vocab_size} tokens>"
+
+
+def _template(value: Any) -> str | None:
+    """A chat template, however the file holds it."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _render(template: str, **values: Any) -> str:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as exc:
+        raise errors.MissingExtraError(
+            "chat templates need jinja2, which is not installed: pip install jinja2."
+        ) from exc
+
+    def raise_exception(message: str) -> None:
+        raise ValueError(f"the chat template refuses these messages: {message}")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+    try:
+        return environment.from_string(template).render(**values)
+    except TemplateError as exc:
+        raise ValueError(f"the chat template cannot be used: {exc}") from exc
+
+
+def tokenizer_id(model_name: str, told: str | None = None) -> str:
+    """The id of a model's tokenizer: what the server *told*, or what the model's name means.
+
+    A ":suffix" is cut off; Llama 3 has an ungated mirror; `org/model/variant` is `org/model`.
+    """
+    if not isinstance(model_name, str) or not model_name:
+        raise TypeError(f"model_name must be a non-empty str, got {model_name!r}.")
+    if model_name in BUILT_IN:
+        return model_name  # it is in the package, wherever the server has it
+    if told:
+        return told if Path(told).is_absolute() else told.split(":", 1)[0]
+    if Path(model_name).is_dir():
+        return model_name
+    name = model_name.split(":", 1)[0]
+    if name.startswith("meta-llama/Llama-3"):
+        return LLAMA_3
+    parts = name.split("/")
+    return "/".join(parts[:2]) if len(parts) == 3 and all(parts) else name
+
+
+_cache: dict[tuple[str, str | None, LoadFunction | None], Any] = {}
+_locks: dict[tuple[str, str | None, LoadFunction | None], threading.Lock] = {}
+_guard = threading.Lock()  # guards _cache and _locks
+
+
+def check_load_fn(load_fn: object) -> None:
+    """TypeError unless it can load a tokenizer, or is None."""
+    if load_fn is not None and not callable(load_fn):
+        raise TypeError(f"load_fn must be a function of a tokenizer's id, got {load_fn!r}.")
+
+
+def load(
+    identifier: str, *, revision: str | None = None, load_fn: LoadFunction | None = None
+) -> Any:
+    """The tokenizer *identifier*, loaded once for each (identifier, revision, load_fn).
+
+    Args:
+        load_fn: loads it instead of us; what it returns needs encode(text) and decode(ids).
+
+    Raises:
+        TokenizerError: With what was tried and what to do.
+    """
+    check_load_fn(load_fn)
+    key = (identifier, revision, load_fn)
+    with _guard:
+        if key in _cache:
+            return _cache[key]
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:  # loading may take long: only those who want the same wait
+        with _guard:
+            if key in _cache:
+                return _cache[key]
+        tokenizer = _load(identifier, revision, load_fn)
+        with _guard:
+            _cache[key] = tokenizer
+            _locks.pop(key, None)
+        return tokenizer
+
+
+def _load(identifier: str, revision: str | None, load_fn: LoadFunction | None) -> Any:
+    if load_fn is not None:
+        try:
+            return load_fn(identifier)
+        except Exception as exc:
+            raise errors.TokenizerError(
+                f"load_fn could not load the tokenizer {identifier}: {exc}"
+            ) from exc
+    if identifier in BUILT_IN:
+        return from_directory(Path(__file__).parents[1] / "engine" / BUILT_IN[identifier])
+    if Path(identifier).is_dir():
+        return from_directory(Path(identifier))
+    if identifier == KIMI_K2:
+        return _from_kimi(revision or KIMI_K2_REVISION)
+    return _from_hub(identifier, revision)
+
+
+def from_directory(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory (tokenizer.json, tokenizer_config.json)."""
+    import tokenizers  # 20 ms that only text users pay
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise errors.TokenizerError(
+            f"{directory} has no tokenizer.json; save the model's fast tokenizer there "
+            "(transformers: tokenizer.save_pretrained)."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as exc:  # the library raises bare Exception
+        raise errors.TokenizerError(f"{path} is not a usable tokenizer: {exc}") from exc
+    return Tokenizer(backend, _settings(directory))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    path = directory / "tokenizer_config.json"
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as exc:
+            raise errors.TokenizerError(f"{path} is not JSON: {exc}") from exc
+        if not isinstance(settings, dict):
+            raise errors.TokenizerError(f"{path} holds a {type(settings).__name__}, not an object.")
+    template = directory / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    return settings
+
+
+def _from_hub(identifier: str, revision: str | None) -> Tokenizer:
+    """Through the hub's own library where it is installed: it knows caches, tokens and gates."""
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        return _from_hub_by_tokenizers(identifier, revision)
+    directory = None
+    for name in files:
+        try:
+            path = Path(hf_hub_download(identifier, name, revision=revision))
+            directory = path.parent
+        except Exception as exc:
+            if name == "tokenizer.json":
+                raise _unloadable(identifier, exc) from exc
+    if directory is None:
+        raise _unloadable(identifier, ValueError("no files"))
+    return from_directory(directory)
+
+
+def _from_hub_by_tokenizers(identifier: str, revision: str | None) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_pretrained(identifier, revision=revision or "main")
+    except Exception as exc:  # the library raises bare Exception
+        raise _unloadable(identifier, exc) from exc
+    return Tokenizer(backend)
+
+
+def _unloadable(identifier: str, exc: BaseException) -> errors.TokenizerError:
+    reason = " ".join(str(exc).split())[:300]
+    return errors.TokenizerError(
+        f"Failed to load tokenizer {identifier} from the hub: {reason}. Is this machine online, "
+        "the name right, and (for a gated model) HF_TOKEN set? Offline, give a model directory "
+        "as base_model, or load_fn=."
+    )
+
+
+def _from_kimi(revision: str) -> Any:
+    """Kimi K2 has no fast tokenizer: its tiktoken file is read by the library of that name."""
+    if importlib.util.find_spec("tiktoken") is None:
+        raise errors.MissingExtraError(
+            f"the tokenizer of {KIMI_K2} needs tiktoken, which is not installed: "
+            "pip install 'tinkex[kimi]'."
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+
+        model = Path(hf_hub_download(KIMI_K2, "tiktoken.model", revision=revision))
+        settings = Path(hf_hub_download(KIMI_K2, "tokenizer_config.json", revision=revision))
+    except Exception as exc:
+        raise _unloadable(KIMI_K2, exc) from exc
+    return kimi_tokenizer(model, settings)
+
+
+#: How Kimi K2 cuts text into words before byte pairs are merged (from its published tokenizer).
+KIMI_PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+class _TiktokenBackend:
+    """A tiktoken Encoding behind the few calls that `Tokenizer` makes of its backend."""
+
+    class _Encoded:
+        def __init__(self, ids: list[int]) -> None:
+            self.ids = ids
+
+    def __init__(self, encoding: Any, special: dict[str, int]) -> None:
+        self._encoding = encoding
+        self._special = special
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> _TiktokenBackend._Encoded:
+        return self._Encoded(self._encoding.encode(text, allowed_special="all"))
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        if skip_special_tokens:
+            special = set(self._special.values())
+            ids = [i for i in ids if i not in special]
+        text: str = self._encoding.decode(ids)
+        return text
+
+    def token_to_id(self, text: str) -> int | None:
+        return self._special.get(text)
+
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+        size: int = self._encoding.n_vocab
+        return size
+
+
+def kimi_tokenizer(model: Path, settings_file: Path) -> Tokenizer:
+    """A tokenizer of a tiktoken.model file and the tokenizer_config.json beside it."""
+    import tiktoken  # type: ignore[import-not-found,unused-ignore]
+    from tiktoken.load import (  # type: ignore[import-not-found,unused-ignore]
+        load_tiktoken_bpe,
+    )
+
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    ranks = load_tiktoken_bpe(str(model))
+    added = settings.get("added_tokens_decoder", {})
+    special = {entry["content"]: int(number) for number, entry in added.items()}
+    encoding = tiktoken.Encoding(
+        name="kimi-k2",
+        pat_str=KIMI_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens=special,
+    )
+    return Tokenizer(_TiktokenBackend(encoding, special), settings)
