@@ -72,7 +72,7 @@ def test_evaluations_and_the_end_always_have_a_line(clock, capsys):
 
 def test_in_a_terminal_there_is_a_bar_with_loss_speed_and_time_left():
     program = """
-        from tinkex import console
+        from tinkex.cli import progress
         bar = progress.Progress()
         bar.begin(3, 10)
         for step in range(4, 11):
