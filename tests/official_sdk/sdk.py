@@ -157,7 +157,7 @@ def scenario(
 ) -> tuple[list[dict[str, str]], str]:
     """What the scenario says of each feature (or of those whose names hold one of *features*), and
     what the SDK printed for its user on stderr."""
-    tokenizer = ROOT / "tinkex" / "local" / "tiny" / "tokenizer.json"
+    tokenizer = ROOT / "tinkex" / "engine" / "tiny" / "tokenizer.json"
     done = subprocess.run(
         [str(python_of(version)), str(HERE / "scenario.py"), url, str(tokenizer), *features],
         capture_output=True,

@@ -243,7 +243,7 @@ def test_of_one_that_died_is_said_how_and_what_to_do(engine):
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from tinkex import embedded
+from tinkex.runtime import embedded
 engine = embedded.acquire()
 print(engine._process.pid, flush=True)
 """

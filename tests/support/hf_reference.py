@@ -1,6 +1,6 @@
 """An independent opinion: small Hugging Face models, and PEFT's LoRA on top of them.
 
-Made on the spot with random weights; what `tinkex.local` computes is held against them.
+Made on the spot with random weights; what `tinkex.engine` computes is compared with them.
 """
 
 from __future__ import annotations
