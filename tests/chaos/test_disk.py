@@ -12,8 +12,9 @@ import tinkex
 from tests.chaos import scenario
 from tests.chaos.servers import Server
 from tinkex import errors, types
+from tinkex.server.database import CheckpointRow
 from tinkex.server.home import Home
-from tinkex.server.store import CheckpointRow, Store
+from tinkex.server.store import Store
 
 IMPATIENT = tinkex.Patience(no_answer=2.0, report_after=0.5)
 SIZE = 24 * 2**20
@@ -124,7 +125,7 @@ def test_a_checkpoint_is_on_disk_before_it_is_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", noting(os.fsync, "sync", lambda fd: name_of(fd, tmp_path)))
     monkeypatch.setattr(os, "rename", noting(os.rename, "rename", lambda old, new: new.name))
     monkeypatch.setattr(store, "_change", noting(store._change, "row", lambda *_: None))
-    store.add_checkpoint(draft, ROW)
+    store.checkpoints.add(draft, ROW)
     store.close()
 
     assert [

@@ -8,9 +8,10 @@ import time
 import attrs
 import pytest
 
+from tinkex.server.database import CheckpointRow
 from tinkex.server.home import Home, HomeError
 from tinkex.server.http_errors import Refusal
-from tinkex.server.store import CheckpointRow, Store
+from tinkex.server.store import Store
 
 PATH = "tinker://s:train:0/weights/a"
 ROW = CheckpointRow(
@@ -73,8 +74,8 @@ def draft(folder, text="weights"):
 
 
 def test_a_checkpoint_is_there_with_its_files_and_its_row(store, folder):
-    store.add_checkpoint(draft(folder), ROW)
-    row = store.checkpoint(PATH, "local")
+    store.checkpoints.add(draft(folder), ROW)
+    row = store.checkpoints.find(PATH, "local")
 
     assert 7 == row.size_bytes
     assert {"epoch": 3} == row.user_metadata
@@ -88,10 +89,10 @@ def test_files_without_a_row_are_no_checkpoint_and_are_cleaned_up_later(store, f
     orphan.mkdir(parents=True)
     young = store.home.checkpoints / "s_train_0" / "weights" / "young"
     young.mkdir()
-    store.add_checkpoint(draft(folder), ROW)
+    store.checkpoints.add(draft(folder), ROW)
     clock.now = time.time()
     os.utime(orphan, (clock.now - 7200, clock.now - 7200))
-    deleted = store.delete_orphans()
+    deleted = store.checkpoints.delete_orphans()
 
     assert [orphan] == deleted
     assert young.exists()
@@ -128,33 +129,33 @@ def test_a_living_servers_folder_is_not_purged(home):
 
 def test_a_checkpoint_whose_row_cannot_be_written_leaves_no_files(store, folder):
     """The disk is not filled by what nobody can find."""
-    store._db.execute("PRAGMA query_only=1")
+    store._db._db.execute("PRAGMA query_only=1")
     files = draft(folder)
     with pytest.raises(Exception, match="readonly"):
-        store.add_checkpoint(files, ROW)
-    store._db.execute("PRAGMA query_only=0")
+        store.checkpoints.add(files, ROW)
+    store._db._db.execute("PRAGMA query_only=0")
 
     assert [] == [p for p in store.home.checkpoints.rglob("*") if p.is_file()]
     with pytest.raises(Refusal):
-        store.checkpoint(PATH, "local")
+        store.checkpoints.find(PATH, "local")
 
 
 def test_overwriting_switches_from_one_whole_to_another(store, folder):
-    old = store.add_checkpoint(draft(folder, "old"), ROW)
-    new = store.add_checkpoint(draft(folder, "newer"), attrs.evolve(ROW, origin="s:train:0:2"))
+    old = store.checkpoints.add(draft(folder, "old"), ROW)
+    new = store.checkpoints.add(draft(folder, "newer"), attrs.evolve(ROW, origin="s:train:0:2"))
 
     assert old.directory != new.directory
     assert not os.path.exists(old.directory)
-    assert 5 == store.checkpoint(PATH, "local").size_bytes
+    assert 5 == store.checkpoints.find(PATH, "local").size_bytes
 
 
 def test_what_expires_is_gone_at_once_and_its_files_with_the_next_clean_up(store, folder, clock):
-    row = store.add_checkpoint(draft(folder), attrs.evolve(ROW, expires_at=2010.0))
+    row = store.checkpoints.add(draft(folder), attrs.evolve(ROW, expires_at=2010.0))
     clock.now = 2011.0
     with pytest.raises(Refusal):
-        store.checkpoint(PATH, "local")
+        store.checkpoints.find(PATH, "local")
     there = os.path.exists(row.directory)
-    deleted = store.delete_expired()
+    deleted = store.checkpoints.delete_expired()
 
     assert there
     assert [PATH] == deleted
@@ -164,5 +165,5 @@ def test_what_expires_is_gone_at_once_and_its_files_with_the_next_clean_up(store
 def test_names_that_are_paths_are_refused(store):
     for path in ("x", "tinker://s/weights/../a", "tinker:///weights/a", "tinker://s/weights/a/b"):
         with pytest.raises(Refusal) as refused:
-            store.checkpoint(path, "local")
+            store.checkpoints.find(path, "local")
         assert 400 == refused.value.status

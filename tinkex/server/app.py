@@ -151,8 +151,8 @@ class LocalServer:
         """What dead servers left that nobody takes over."""
         for name in self._home.purge_dead(self.store.bury_server):
             logger.info("Removed what the dead server %s left.", name)
-        self.store.delete_expired()
-        self.store.delete_orphans()
+        self.store.checkpoints.delete_expired()
+        self.store.checkpoints.delete_orphans()
 
     def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Answer until told to stop; `on_ready` is called when the first answer can be given."""

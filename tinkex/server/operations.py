@@ -16,124 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import attrs
-
-from tinkex import types, wire
+from tinkex import types
+from tinkex.server.database import CheckpointRow, RunRow, SamplerRow
 from tinkex.server.home import ServerFolder, move_into_place, sync_tree
 from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
+from tinkex.server.live import CHANGES_MODEL, LiveModel, LiveSampler, Refused, Work
 from tinkex.server.results import explained
 from tinkex.server.scheduler import Steps
-from tinkex.server.store import CheckpointRow, RunRow, SamplerRow, Store
+from tinkex.server.store import Store
 
 logger = logging.getLogger(__name__)
 
 #: A snapshot is taken when repeating the work since the last one would take this much longer
 #: than taking it, so that snapshots cost a few percent at most.
 _SNAPSHOT_RATIO = 20.0
-
-
-@attrs.define(eq=False)
-class LiveModel:
-    """A model in the engine.
-
-    Attributes:
-        adapter: a PEFT adapter directory that it starts from, or None.
-        broken: why it could not be created, or None.
-        spoilt: why the accumulated gradients must not be stepped with, or None.
-        done_seq: the last operation done.
-        seconds, size: computing time and bodies since the last snapshot.
-        snapshot: folder of the last snapshot; snapshot_seconds: how long that took.
-    """
-
-    model_id: str
-    session_id: str
-    owner: str
-    base_model: str
-    lora: types.LoraConfig
-    user_metadata: dict[str, Any] | None = None
-    created: bool = False
-    broken: str | None = None
-    spoilt: str | None = None
-    done_seq: int = -1
-    seconds: float = 0.0
-    size: int = 0
-    snapshot: Path | None = None
-    snapshot_seconds: float = 0.0
-
-    @property
-    def info(self) -> str:
-        """What a restart must know of it, in JSON."""
-        fields = ("session_id", "owner", "base_model", "user_metadata")
-        info = {name: getattr(self, name) for name in fields}
-        return wire.dumps(info | {"lora": wire.to_json(self.lora)}).decode()
-
-    @classmethod
-    def from_info(cls, model_id: str, info: str) -> LiveModel:
-        known = wire.loads(info.encode())
-        lora = wire.from_json(types.LoraConfig, known.pop("lora"))
-        return cls(model_id=model_id, lora=lora, **known)
-
-
-@attrs.define(eq=False)
-class LiveSampler:
-    """What a sampling session samples from: a base model, or a checkpoint's or its own folder."""
-
-    sampler_id: str
-    session_id: str
-    owner: str
-    base_model: str
-    model_path: str | None
-    directory: Path | None
-
-    @property
-    def engine_id(self) -> str:
-        """Samplers of the same weights share them."""
-        return f"base:{self.base_model}" if self.directory is None else str(self.directory)
-
-
-@attrs.frozen
-class Work:
-    """One operation on a model.
-
-    Attributes:
-        name: as in wire's table; request: decoded; None if only its place must be filled.
-        seed: drawn for it at acceptance, where the request names none.
-        ended: whether it ended before a restart; failure: with what sentence, if it failed.
-        size: bytes of its body.
-    """
-
-    name: str
-    model: LiveModel
-    seq: int
-    request: Any
-    seed: int = 0
-    ended: bool = False
-    failure: str | None = None
-    size: int = 0
-
-    @property
-    def title(self) -> str:
-        """Its name in a sentence."""
-        return f"{self.name} (operation {self.seq})"
-
-    @property
-    def origin(self) -> str:
-        """Its name among everything that is saved."""
-        return f"{self.model.model_id}:{self.seq}"
-
-
-@attrs.frozen
-class Refused:
-    """In the place of a request that was refused: it fails in its turn, with the same sentence."""
-
-    model_id: str
-    seq_id: int
-    sentence: str
-
-
-#: Operations that must run again after a restart to make a model what it was.
-CHANGES_MODEL = frozenset({"CreateModel", "ForwardBackward", "OptimStep", "LoadWeights"})
 
 
 class Workshop:
@@ -353,7 +250,7 @@ class Workshop:
         model = work.model
         training = segment == "weights"
         path = f"tinker://{model.model_id}/{segment}/{types.check_name(name)}"
-        there = self._store.checkpoint_named(path)
+        there = self._store.checkpoints.named(path)
         if there is not None and there.origin == work.origin:
             return path  # saved just before the server was killed
         if there is not None and not overwrite:
@@ -386,7 +283,7 @@ class Workshop:
         draft = self._folder.draft()
         try:
             engine.save(model.model_id, draft, optimizer=training)
-            self._store.add_checkpoint(draft, row)
+            self._store.checkpoints.add(draft, row)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return path
@@ -403,7 +300,7 @@ class Workshop:
         request: types.LoadWeightsRequest = work.request
         model = work.model
         try:
-            row = self._store.checkpoint(request.path, model.owner)
+            row = self._store.checkpoints.find(request.path, model.owner)
             if work.seq == 0:
                 self.load_base(engine, model.base_model)
                 yield

@@ -115,7 +115,7 @@ class Ledger:
                 logger.info("Session %s says nothing any more and ends.", session.session_id)
                 await self.end_session(session, "failed", "no sign of life")
         await self.models.write_touched()
-        await self.shared.in_pool(self.shared.store.delete_expired)
+        await self.shared.in_pool(self.shared.store.checkpoints.delete_expired)
 
     def _is_busy(self, session: Session) -> bool:
         """Whether something runs; what waits for an operation that never comes does not."""

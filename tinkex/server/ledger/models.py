@@ -14,7 +14,8 @@ from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.ledger.records import Record, Records
 from tinkex.server.ledger.sessions import Session, Sessions, Shared, check_number
-from tinkex.server.operations import LiveModel, Refused, Work, Workshop
+from tinkex.server.live import LiveModel, Refused, Work
+from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer
 from tinkex.server.scheduler import Job
 

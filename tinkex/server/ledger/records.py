@@ -19,7 +19,7 @@ from tinkex import types
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.journal import Journal, OperationRow
 from tinkex.server.limits import Limits
-from tinkex.server.operations import CHANGES_MODEL
+from tinkex.server.live import CHANGES_MODEL
 from tinkex.server.results import Answer, fingerprint
 
 Waiters = list["asyncio.Future[None]"]

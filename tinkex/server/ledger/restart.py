@@ -14,7 +14,8 @@ from tinkex.server.ledger.models import REFUSED, Models
 from tinkex.server.ledger.records import Record, Records
 from tinkex.server.ledger.samplers import Samplers, name_sequences
 from tinkex.server.ledger.sessions import Sessions, Shared
-from tinkex.server.operations import LiveModel, LiveSampler, Refused, Work, Workshop
+from tinkex.server.live import LiveModel, LiveSampler, Refused, Work
+from tinkex.server.operations import Workshop
 from tinkex.server.results import answer
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,16 @@ from typing import Any
 import attrs
 
 from tinkex import types, wire
+from tinkex.server.database import SamplerRow
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger.models import RETRY_LATER
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
 from tinkex.server.ledger.sessions import Session, Sessions, Shared
-from tinkex.server.operations import LiveSampler, Workshop
+from tinkex.server.live import LiveSampler
+from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer, fingerprint
 from tinkex.server.scheduler import SampleJob
-from tinkex.server.store import SamplerRow
 
 #: Sequence numbers of the clones of a sampling client begin at multiples of this.
 CLONE_SPAN = 10**9

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import attrs
 
 from tinkex import types
+from tinkex.server.database import SessionRow
 from tinkex.server.http_errors import Refusal
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.limits import Limits
 from tinkex.server.scheduler import Scheduler
-from tinkex.server.store import SessionRow, Store
+from tinkex.server.store import Store
 
 logger = logging.getLogger(__name__)
 

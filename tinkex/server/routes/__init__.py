@@ -8,10 +8,10 @@ from tinkex import wire
 from tinkex.server.request_context import guarded
 from tinkex.server.routes import (
     archives,
+    checkpoints,
     futures,
     sampling,
     sessions,
-    stored,
     training,
     unsupported,
 )
@@ -19,7 +19,7 @@ from tinkex.server.routes import (
 #: The busiest first: they are looked through in order.
 _MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.ENDPOINTS)
 #: A path with a slash in it fits many patterns: the longer ones come first.
-_MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, stored.ENDPOINTS)
+_MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, checkpoints.ENDPOINTS)
 
 
 def routes() -> list[Route]:

@@ -15,10 +15,10 @@ from starlette.responses import Response, StreamingResponse
 
 from tinkex import wire
 from tinkex.server.archive import Archive
+from tinkex.server.database import CheckpointRow, iso
 from tinkex.server.http_errors import Refusal, not_found, shown
 from tinkex.server.request_context import Call, reply
-from tinkex.server.routes.stored import CHECKPOINT, checkpoint_path
-from tinkex.server.store import CheckpointRow, iso
+from tinkex.server.routes.checkpoints import CHECKPOINT, checkpoint_path
 
 #: Seconds that a download may begin (or be resumed) after the ticket was given.
 TICKET_SECONDS = 3600
@@ -32,7 +32,9 @@ class Ticket:
 
 async def give_ticket(call: Call) -> Response:
     """302 to a URL that needs no key, and the same in JSON."""
-    row = await call.site.in_pool(call.site.store.checkpoint, checkpoint_path(call), call.owner)
+    row = await call.site.in_pool(
+        call.site.store.checkpoints.find, checkpoint_path(call), call.owner
+    )
     now = time.time()
     tickets = call.site.tickets
     for token in [token for token, ticket in tickets.items() if ticket.expires_at < now]:
@@ -96,7 +98,7 @@ def _open(row: CheckpointRow) -> Archive:
 
 def _hash(call: Call, archive: Archive, row: CheckpointRow) -> str:
     digest = archive.sha256()
-    call.site.store.set_sha256(row.path, row.directory, digest)
+    call.site.store.checkpoints.set_sha256(row.path, row.directory, digest)
     for token, ticket in list(call.site.tickets.items()):
         if ticket.row.directory == row.directory:
             known = attrs.evolve(ticket.row, sha256=digest)

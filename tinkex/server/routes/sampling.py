@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from tinkex import types, wire
 from tinkex.server.http_errors import Refusal
 from tinkex.server.ledger import SamplerPlace
-from tinkex.server.operations import LiveSampler
+from tinkex.server.live import LiveSampler
 from tinkex.server.request_context import Call, reply
 from tinkex.server.results import answer
 from tinkex.server.routes.training import check_base_model, promise
@@ -46,7 +46,7 @@ async def _sampler_of(
             )
         check_base_model(call, base_model)
         return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)
-    row = await call.site.in_pool(call.site.store.checkpoint, model_path, call.owner)
+    row = await call.site.in_pool(call.site.store.checkpoints.find, model_path, call.owner)
     return LiveSampler(
         sampler_id, session_id, call.owner, row.base_model, model_path, Path(row.directory)
     )

@@ -8,9 +8,9 @@ import attrs
 from starlette.responses import Response
 
 from tinkex import types, wire
+from tinkex.server.database import SessionRow, iso
 from tinkex.server.http_errors import Refusal, not_offered, shown
 from tinkex.server.request_context import Call, reply
-from tinkex.server.store import SessionRow, iso
 
 #: What a finished session's status says of the client's reason.
 _REASONS = ("success", "errored", "interrupted")
@@ -185,7 +185,7 @@ def _status(row: SessionRow) -> dict[str, Any]:
 
 
 def _summary(call: Call, row: SessionRow) -> dict[str, Any]:
-    count, size = call.site.store.checkpoint_totals(row.session_id)
+    count, size = call.site.store.checkpoints.session_totals(row.session_id)
     return {
         "session_id": row.session_id,
         "created_at": iso(row.created_at),

@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from tinkex import types, wire
 from tinkex.engine import tiny
+from tinkex.server.checkpoint_store import check_path
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger import Record
-from tinkex.server.operations import LiveModel
+from tinkex.server.live import LiveModel
 from tinkex.server.request_context import Call, Handler, reply
-from tinkex.server.store import check_path
 
 
 async def create_model(call: Call) -> Response:
@@ -180,7 +180,7 @@ async def _create_from_checkpoint(
     if known is not None and known.live.owner == call.owner:
         live = known.live  # a repeat: the checkpoint may be gone by now
     else:
-        row = await call.site.in_pool(call.site.store.checkpoint, request.path, call.owner)
+        row = await call.site.in_pool(call.site.store.checkpoints.find, request.path, call.owner)
         if request.base_model not in (None, row.base_model):
             raise Refusal(
                 400,

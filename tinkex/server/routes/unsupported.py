@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from tinkex.server.http_errors import not_offered
 from tinkex.server.request_context import Call, Handler
-from tinkex.server.routes.stored import CHECKPOINT
+from tinkex.server.routes.checkpoints import CHECKPOINT
 
 
 def _absent(what: str, instead: str = "") -> Handler:

@@ -29,14 +29,16 @@ async def get_run(call: Call) -> Response:
 
 async def run_checkpoints(call: Call) -> Response:
     rows = await call.site.in_pool(
-        call.site.store.run_checkpoints, call.parameter("run_id"), call.owner
+        call.site.store.checkpoints.of_run, call.parameter("run_id"), call.owner
     )
     return reply(types.CheckpointsListResponse([row.public_form() for row in rows]))
 
 
 async def list_checkpoints(call: Call) -> Response:
     limit, offset = call.number("limit", 100, 1000), call.number("offset", 0, 10**12)
-    rows, total = await call.site.in_pool(call.site.store.checkpoints, call.owner, limit, offset)
+    rows, total = await call.site.in_pool(
+        call.site.store.checkpoints.of_owner, call.owner, limit, offset
+    )
     listed = [row.public_form() for row in rows]
     return reply(types.CheckpointsListResponse(listed, types.Cursor(offset, limit, total)))
 
@@ -48,17 +50,21 @@ def checkpoint_path(call: Call) -> str:
 
 
 async def delete_checkpoint(call: Call) -> Response:
-    await call.site.in_pool(call.site.store.delete_checkpoint, checkpoint_path(call), call.owner)
+    await call.site.in_pool(call.site.store.checkpoints.delete, checkpoint_path(call), call.owner)
     return reply({})
 
 
 async def publish(call: Call) -> Response:
-    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, True)
+    await call.site.in_pool(
+        call.site.store.checkpoints.publish, checkpoint_path(call), call.owner, True
+    )
     return reply({})
 
 
 async def unpublish(call: Call) -> Response:
-    await call.site.in_pool(call.site.store.publish, checkpoint_path(call), call.owner, False)
+    await call.site.in_pool(
+        call.site.store.checkpoints.publish, checkpoint_path(call), call.owner, False
+    )
     return reply({})
 
 
@@ -66,14 +72,14 @@ async def set_ttl(call: Call) -> Response:
     request, _ = await call.read(types.SetTtlRequest)
     check_ttl(request.ttl_seconds)
     await call.site.in_pool(
-        call.site.store.set_ttl, checkpoint_path(call), call.owner, request.ttl_seconds
+        call.site.store.checkpoints.set_ttl, checkpoint_path(call), call.owner, request.ttl_seconds
     )
     return reply({})
 
 
 async def weights_info(call: Call) -> Response:
     request, _ = await call.read(types.WeightsInfoRequest)
-    row = await call.site.in_pool(call.site.store.checkpoint, request.tinker_path, call.owner)
+    row = await call.site.in_pool(call.site.store.checkpoints.find, request.tinker_path, call.owner)
     return reply(
         types.WeightsInfoResponse(
             base_model=row.base_model,
@@ -112,7 +118,7 @@ async def copy_weights(call: Call) -> Response:
         run_id = f"{session_id}:train:{request.model_seq_id}"
         session.claim_model(request.model_seq_id, f"copy:{request.source_path}")
     path = await call.site.in_pool(
-        store.copy_checkpoint,
+        store.checkpoints.copy,
         request.source_path,
         call.owner,
         run_id,

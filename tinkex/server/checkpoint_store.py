@@ -1,0 +1,270 @@
+"""Checkpoints on disk: saving, finding, copying, publishing, expiring and deleting them.
+
+A checkpoint exists when its row does. The row is added after its files are complete and on disk,
+and removed before they are deleted. Does not know what the files contain.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+
+from tinkex import types
+from tinkex.server.database import CheckpointRow, Database, RunRow
+from tinkex.server.home import Home, move_into_place, tree_bytes
+from tinkex.server.http_errors import Refusal, not_found, shown
+
+#: A checkpoint folder without a row that is older than this was left by a server that died.
+_ORPHAN_SECONDS = 3600.0
+
+
+class Checkpoints:
+    """The checkpoints of a home. Safe to share between threads."""
+
+    def __init__(
+        self, home: Home, database: Database, now: Callable[[], float] = time.time
+    ) -> None:
+        self._home = home
+        self._db = database
+        self._now = now
+
+    def add(self, draft: Path, row: CheckpointRow) -> CheckpointRow:
+        """Move the complete files in *draft* to their place and enter them; `directory` and
+        `size_bytes` of *row* are filled in. A checkpoint of that path is replaced as a whole."""
+        old = self._db.one(CheckpointRow, "SELECT * FROM checkpoints WHERE path = ?", row.path)
+        row = attrs.evolve(row, size_bytes=tree_bytes(draft), directory=str(self._place(row)))
+        move_into_place(draft, Path(row.directory))
+        try:
+            self._db.replace("checkpoints", row)
+        except BaseException:
+            shutil.rmtree(row.directory, ignore_errors=True)
+            raise
+        if old is not None:
+            shutil.rmtree(old.directory, ignore_errors=True)
+        return row
+
+    def _place(self, row: CheckpointRow) -> Path:
+        """A folder that a person can find, and that no other checkpoint has or had."""
+        place = self._home.checkpoints / row.run_id.replace(":", "_") / row.checkpoint_id
+        free, n = place, 1
+        while free.exists():
+            n += 1
+            free = place.with_name(f"{place.name}~{n}")  # no checkpoint's name has a "~"
+        return free
+
+    def find(self, path: str, owner: str, *, own: bool = False) -> CheckpointRow:
+        """A checkpoint that *owner* may read (or with *own*: change).
+
+        Raises:
+            Refusal: 400 for a path that is none, 404 if there is no such checkpoint for them.
+        """
+        check_path(path)
+        row = self._db.one(
+            CheckpointRow,
+            "SELECT * FROM checkpoints WHERE path = ? AND (owner = ? OR public AND NOT ?) "
+            "AND (expires_at IS NULL OR expires_at > ?)",
+            path,
+            owner,
+            own,
+            self._now(),
+        )
+        if row is None:
+            raise Refusal(
+                404,
+                f"there is no checkpoint {shown(path, 300)}: it was never saved, has expired, was "
+                "deleted, or belongs to another key.",
+            )
+        return row
+
+    def named(self, path: str) -> CheckpointRow | None:
+        """The living checkpoint of that path, whoever owns it."""
+        return self._db.one(
+            CheckpointRow,
+            "SELECT * FROM checkpoints WHERE path = ? AND (expires_at IS NULL OR expires_at > ?)",
+            path,
+            self._now(),
+        )
+
+    def of_run(self, run_id: str, owner: str) -> list[CheckpointRow]:
+        """Of one run, oldest first; of another owner's run the published ones.
+
+        Raises:
+            Refusal: 404 if the run is another's and has published none, or is not there.
+        """
+        rows = self._db.all(
+            CheckpointRow,
+            "SELECT * FROM checkpoints WHERE run_id = ? AND (owner = ? OR public) "
+            "AND (expires_at IS NULL OR expires_at > ?) ORDER BY created_at, path",
+            run_id,
+            owner,
+            self._now(),
+        )
+        if not rows:
+            found = self._db.select(
+                "SELECT 1 FROM runs WHERE run_id = ? AND owner = ?", run_id, owner
+            )
+            if not found:
+                raise not_found("training run", run_id)
+        return rows
+
+    def of_owner(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRow], int]:
+        """Of all the owner's runs, newest first, and how many there are in all."""
+        where = "owner = ? AND (expires_at IS NULL OR expires_at > ?)"
+        rows = self._db.all(
+            CheckpointRow,
+            f"SELECT * FROM checkpoints WHERE {where} ORDER BY created_at DESC, path "
+            "LIMIT ? OFFSET ?",
+            owner,
+            self._now(),
+            limit,
+            offset,
+        )
+        total = self._db.count(
+            f"SELECT COUNT(*) FROM checkpoints WHERE {where}", owner, self._now()
+        )
+        return rows, total
+
+    def copy(
+        self, source: str, owner: str, run_id: str, session_id: str, ttl_seconds: int | None
+    ) -> str:
+        """A checkpoint that *owner* may read, as one of their own in *run_id*; the new path.
+        A repeat makes no second one.
+
+        Raises:
+            Refusal: 400, 404.
+        """
+        row = self.find(source, owner)
+        path, now = f"tinker://{run_id}/{row.checkpoint_id}", self._now()
+        there = self.named(path)
+        if there is not None and there.origin == f"copy:{source}":
+            return path
+        draft = self._home.checkpoints / f".copy-{secrets.token_hex(8)}"
+        shutil.copytree(row.directory, draft)
+        try:
+            self._db.insert(
+                "runs",
+                RunRow(
+                    run_id,
+                    session_id,
+                    owner,
+                    row.base_model,
+                    row.rank,
+                    row.train_mlp,
+                    row.train_attn,
+                    row.train_unembed,
+                    None,
+                    now,
+                    now,
+                ),
+                "ON CONFLICT DO NOTHING",
+            )
+            copied = attrs.evolve(
+                row,
+                path=path,
+                run_id=run_id,
+                owner=owner,
+                created_at=now,
+                expires_at=None if ttl_seconds is None else now + ttl_seconds,
+                public=False,
+                origin=f"copy:{source}",
+            )
+            self.add(draft, copied)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return path
+
+    def delete(self, path: str, owner: str) -> None:
+        """Raises Refusal (404)."""
+        row = self.find(path, owner, own=True)
+        self._db.change("DELETE FROM checkpoints WHERE path = ?", path)
+        shutil.rmtree(row.directory, ignore_errors=True)
+
+    def publish(self, path: str, owner: str, public: bool) -> None:
+        """Raises Refusal (404)."""
+        self.find(path, owner, own=True)
+        self._db.change("UPDATE checkpoints SET public = ? WHERE path = ?", public, path)
+
+    def set_ttl(self, path: str, owner: str, ttl_seconds: int | None) -> None:
+        """From now; None is never. Raises Refusal (404)."""
+        self.find(path, owner, own=True)
+        expires_at = None if ttl_seconds is None else self._now() + ttl_seconds
+        self._db.change("UPDATE checkpoints SET expires_at = ? WHERE path = ?", expires_at, path)
+
+    def set_sha256(self, path: str, directory: str, sha256: str) -> None:
+        """Remember the hash of a checkpoint's archive."""
+        self._db.change(
+            "UPDATE checkpoints SET sha256 = ? WHERE path = ? AND directory = ?",
+            sha256,
+            path,
+            directory,
+        )
+
+    def delete_expired(self) -> Sequence[str]:
+        """Delete what has outlived its TTL, files and all. The paths."""
+        rows = self._db.all(
+            CheckpointRow, "SELECT * FROM checkpoints WHERE expires_at <= ?", self._now()
+        )
+        for row in rows:
+            gone = self._db.change(
+                "DELETE FROM checkpoints WHERE path = ? AND expires_at <= ?", row.path, self._now()
+            )
+            if gone:
+                shutil.rmtree(row.directory, ignore_errors=True)
+        return [row.path for row in rows]
+
+    def delete_orphans(self) -> Sequence[Path]:
+        """Delete checkpoint folders without a row, left by a server that died between moving
+        the files and entering them, or between a delete and its clean-up."""
+        known = {row[0] for row in self._db.select("SELECT directory FROM checkpoints")}
+        drafts = self._home.checkpoints.glob(".copy-*")
+        orphans = [
+            path
+            for path in [*self._home.checkpoints.glob("*/*/*"), *drafts]
+            if str(path) not in known and path.stat().st_mtime < self._now() - _ORPHAN_SECONDS
+        ]
+        for path in orphans:
+            shutil.rmtree(path, ignore_errors=True)
+        return orphans
+
+    def last_of_run(self, run_id: str, kind: str) -> types.Checkpoint | None:
+        row = self._db.one(
+            CheckpointRow,
+            "SELECT * FROM checkpoints WHERE run_id = ? AND kind = ? "
+            "AND (expires_at IS NULL OR expires_at > ?) ORDER BY created_at DESC LIMIT 1",
+            run_id,
+            kind,
+            self._now(),
+        )
+        return None if row is None else row.public_form()
+
+    def session_totals(self, session_id: str) -> tuple[int, int]:
+        """How many checkpoints a session's runs have, and their bytes."""
+        [(count, size)] = self._db.select(
+            "SELECT COUNT(*), COALESCE(SUM(size_bytes), 0) FROM checkpoints "
+            "WHERE run_id IN (SELECT run_id FROM runs WHERE session_id = ?)",
+            session_id,
+        )
+        return count, size
+
+
+def check_path(path: str) -> None:
+    """Hold a path to the form that our own have; clients take shorter ones of other servers, too.
+
+    Raises:
+        Refusal: 400.
+    """
+    try:
+        parsed = types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+    except ValueError as exc:
+        raise Refusal(400, str(exc)) from exc
+    if "/" not in parsed.checkpoint_id:
+        raise Refusal(
+            400,
+            f"Invalid checkpoint path: {shown(path, 200)} (expected tinker://<training run>/"
+            "<weights or sampler_weights>/<name>).",
+        )
