@@ -425,9 +425,11 @@ TRAINING = [
     ),
     (lambda c: c.forward_backward_custom([datum()], max, framework=5), ValueError, "5", "torch"),
     # steps
-    (lambda c: c.optim_step(None), TypeError, "NoneType", "types.AdamParams"),
+    (lambda c: c.optim_step(None), TypeError, "None", "types.AdamParams", "learning_rate=1e-4"),
     (lambda c: c.optim_step(1e-3), TypeError, "float", "types.AdamParams"),
-    (lambda c: c.optim_step({"learning_rate": 1e-3}), TypeError, "dict", "types.AdamParams"),
+    (lambda c: c.optim_step({"lr": 1e-3}), TypeError, "'lr'", "learning_rate, beta1"),
+    (lambda c: c.optim_step({"learning_rate": "x"}), TypeError, "'x'", "learning_rate"),
+    (lambda c: c.optim_step(learning_rate=-1.0), ValueError, "-1.0", "learning_rate"),
     # names and paths
     *[
         (lambda c, v=v, f=f: getattr(c, f)(v), kind, shown, "name")
@@ -514,7 +516,6 @@ SAMPLING = [
     (lambda c: c.sample([1], -1), ValueError, "num_samples", "-1"),
     (lambda c: c.sample([1], 1.5), TypeError, "num_samples", "1.5"),
     (lambda c: c.sample([1], "2"), TypeError, "num_samples", "'2'"),
-    (lambda c: c.sample([1], 1, {"max_tokens": 5}), TypeError, "dict", "types.SamplingParams"),
     (lambda c: c.sample([1], 1, 5), TypeError, "int", "types.SamplingParams"),
     (lambda c: c.sample([1], include_prompt_logprobs="yes"), TypeError, "prompt_logprobs", "'yes'"),
     (lambda c: c.sample([1], topk_prompt_logprobs=-1), ValueError, "topk_prompt_logprobs", "-1"),
@@ -541,6 +542,10 @@ SAMPLING = [
         "int64",
     ),
     (lambda c: c.sample([1], poll_timeout=0), ValueError, "poll_timeout", "0"),
+    (lambda c: c.sample([1], max_tokens=0), ValueError, "max_tokens", "0"),
+    (lambda c: c.sample([1], 1, {"max_token": 3}), TypeError, "'max_token'", "max_tokens"),
+    (lambda c: c.sample_stream([1], temperature=-1), ValueError, "temperature", "-1"),
+    (lambda c: c.sample_stream([1], tokens=1), TypeError, "tokens"),
     (lambda c: c.compute_logprobs([]), ValueError, "prompt is empty"),
     (lambda c: c.compute_logprobs([1], prompt_logprobs_last_n="x"), TypeError, "last_n", "'x'"),
     (lambda c: c.sample_many("abc"), TypeError, "'abc'", "prompts must be a list"),
@@ -622,10 +627,10 @@ START = [
     (lambda: TrainingClient.start(model_id="m", seq_id="7"), ValueError, "seq_id", "'7'"),
     (lambda: TrainingClient.start("tiny", model_seq_id=-1), ValueError, "model_seq_id", "-1"),
     (
-        lambda: TrainingClient.start("tiny", lora_config={"rank": 8}),
+        lambda: TrainingClient.start("tiny", lora_config={"r": 8}),
         TypeError,
-        "LoraConfig",
-        "rank",
+        "'r'",
+        "LoraConfig takes rank",
     ),
     (lambda: TrainingClient.start("tiny", user_metadata=5), TypeError, "user_metadata", "5"),
     (lambda: TrainingClient.start("tiny", queue_state_observer=5), TypeError, "observer", "5"),

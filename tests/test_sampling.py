@@ -94,6 +94,39 @@ def test_a_request_carries_what_was_asked_for(client, server):
     assert {"1"} == {s.headers["X-Tinker-Sampling-Backpressure"] for s in server.seen("asample")}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 2, "temperature": 0.5, "stop": "x", "seed": 3},
+        {"sampling_params": {"max_tokens": 2, "temperature": 0.5, "stop": "x", "seed": 3}},
+        {
+            "sampling_params": types.SamplingParams(max_tokens=9, stop="x", seed=3),
+            "max_tokens": 2,
+            "temperature": 0.5,
+        },
+    ],
+    ids=["keywords", "a dict", "keywords over an object"],
+)
+def test_sampling_parameters_may_come_in_any_form(client, server, options):
+    """At a prompt nobody wants to write types.SamplingParams(max_tokens=3)."""
+    assert [[3, 2]] == tokens(client.sample([1, 2, 3], **options).result(10))
+    list(client.sample_many([[1]], **options))
+
+    for body in server.bodies("asample"):
+        params = body["sampling_params"]
+        sent = [params[k] for k in ("max_tokens", "temperature", "stop", "seed")]
+        assert [2, 0.5, "x", 3] == sent
+
+
+def test_decode_can_omit_special_tokens(client):
+    """Among them the token that ends a text."""
+    ids = client.encode("hi")
+    end = client.get_tokenizer().eos_token_id
+
+    assert "hi" == client.decode([*ids, end], skip_special_tokens=True)
+    assert "hi" != client.decode([*ids, end])
+
+
 def test_statement_24_nulls_are_never_sent(client, server):
     """prompt_logprobs: null is refused by servers. (statement 24)"""
     client.sample([1]).result(10)

@@ -40,6 +40,7 @@ from tests.support.fake_server import (
     training,
     try_again,
 )
+from tests.support.fake_service import ByteTokenizer
 from tinkex import errors, types
 from tinkex.config import Patience
 from tinkex.training import ClientSpec, TrainingClient
@@ -138,7 +139,7 @@ BAD = {
     "name": lambda c: c.save_weights_for_sampler("../a"),
     "path": lambda c: c.load_state("weights/a"),
     "no data": lambda c: c.forward([], "cross_entropy"),
-    "adam": lambda c: c.optim_step({"learning_rate": 1}),
+    "adam": lambda c: c.optim_step({"rate": 1}),
     "custom": lambda c: c.forward_backward_custom([datum()], "mse"),
 }
 
@@ -281,6 +282,40 @@ def test_optim_step_sends_the_parameters(client, server):
             "grad_clip_norm": 1.0,
         },
     } == server.bodies("optim_step")[0]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda c: c.optim_step({"learning_rate": 0.5, "beta1": 0.8}),
+        lambda c: c.optim_step(learning_rate=0.5, beta1=0.8),
+        lambda c: c.optim_step(types.AdamParams(learning_rate=9.0, beta1=0.8), learning_rate=0.5),
+    ],
+    ids=["a dict", "keywords", "keywords over an object"],
+)
+def test_optim_step_takes_its_parameters_in_any_form(client, server, call):
+    """At a prompt nobody wants to write types.AdamParams(learning_rate=...)."""
+    call(client).result(10)
+
+    sent = server.bodies("optim_step")[0]["adam_params"]
+    assert (0.5, 0.8, 0.95) == (sent["learning_rate"], sent["beta1"], sent["beta2"])
+
+
+def test_a_step_without_a_gradient_warns(client, caplog):
+    """Nothing was accumulated: most likely a forward_backward was forgotten."""
+    client.forward_backward([datum()], "cross_entropy")
+    client.optim_step(ADAM).result(10)
+    assert "" == caplog.text
+
+    client.optim_step(ADAM).result(10)
+
+    assert "no forward_backward was called since the last step" in caplog.text
+
+
+def test_decode_can_omit_special_tokens(client):
+    options = {"load_fn": lambda identifier: ByteTokenizer()}
+
+    assert "ab" == client.decode([97, 98, 257], skip_special_tokens=True, **options)
 
 
 def test_save_state_gives_the_path_to_load_it_from(client, server):

@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Union
@@ -34,6 +34,8 @@ from tinkex.text import tokenizer
 logger = logging.getLogger("tinkex")
 
 Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
+#: How to choose tokens: an object, or a dict of its fields.
+Params = Union[types.SamplingParams, Mapping[str, Any], None]
 
 #: A clone of a client (unpickled) numbers its samples from a block of its own.
 CLONE_BLOCK = 1_000_000_000
@@ -126,10 +128,16 @@ class SamplingClient:
         self,
         prompt: Prompt,
         num_samples: int = 1,
-        sampling_params: types.SamplingParams | None = None,
+        sampling_params: Params = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: types.Stop = None,
+        seed: int | None = None,
         topk_sample_logprobs: int = 0,
         target_prompt_logprobs: types.TensorData | None = None,
         prompt_logprobs_last_n: int | None = None,
@@ -140,7 +148,10 @@ class SamplingClient:
         Args:
             prompt: a ModelInput, token ids (list or array), or text (encoded by the model's
                 tokenizer).
-            sampling_params: by default temperature 1, to the end of text or the context's end.
+            sampling_params: a SamplingParams, or a dict of its fields; by default temperature 1,
+                to the end of text or the context's end.
+            max_tokens, temperature, top_k, top_p, stop, seed: single fields of SamplingParams, as
+                in `sample(prompt, max_tokens=3)`; they replace those of *sampling_params*.
             include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs,
             target_prompt_logprobs, prompt_logprobs_last_n: see `types.SampleRequest`.
             poll_timeout: seconds until the future fails with APITimeoutError; None is never.
@@ -150,7 +161,17 @@ class SamplingClient:
         """
         request = types.SampleRequest(
             prompt=self._as_input(prompt),
-            sampling_params=_as_params(sampling_params),
+            sampling_params=types.as_params(
+                types.SamplingParams,
+                sampling_params,
+                "sampling_params",
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stop=stop,
+                seed=seed,
+            ),
             num_samples=num_samples,
             sampling_session_id=self.sampling_session_id,
             prompt_logprobs=include_prompt_logprobs,
@@ -191,7 +212,7 @@ class SamplingClient:
         self,
         prompts: Iterable[Prompt],
         num_samples: int = 1,
-        sampling_params: types.SamplingParams | None = None,
+        sampling_params: Params = None,
         *,
         in_flight: int = 2000,
         progress: bool = False,
@@ -222,7 +243,7 @@ class SamplingClient:
         self,
         prompts: Iterable[Prompt],
         num_samples: int,
-        sampling_params: types.SamplingParams | None,
+        sampling_params: Params,
         in_flight: int,
         progress: bool,
         options: dict[str, Any],
@@ -250,9 +271,14 @@ class SamplingClient:
         self,
         prompt: Prompt,
         num_samples: int = 1,
-        sampling_params: types.SamplingParams | None = None,
+        sampling_params: Params = None,
+        **fields: Any,
     ) -> Iterator[types.SampleStreamChunk]:
-        """Sample, yielding each token as the server finds it.
+        """Sample, yielding each token as the server generates it.
+
+        Args:
+            sampling_params: a SamplingParams, or a dict of its fields.
+            fields: single fields of SamplingParams, as for `sample`.
 
         Raises:
             NotOfferedError: From a server that does not stream.
@@ -260,7 +286,9 @@ class SamplingClient:
         """
         request = types.SampleRequest(
             prompt=self._as_input(prompt),
-            sampling_params=_as_params(sampling_params),
+            sampling_params=types.as_params(
+                types.SamplingParams, sampling_params, "sampling_params", **fields
+            ),
             num_samples=num_samples,
             sampling_session_id=self.sampling_session_id,
         )
@@ -320,9 +348,14 @@ class SamplingClient:
         ids: list[int] = self.get_tokenizer().encode(text)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, by the model's tokenizer."""
-        text: str = self.get_tokenizer().decode(ids)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids, by the model's tokenizer.
+
+        Args:
+            skip_special_tokens: omit special tokens, such as the one that ends a text.
+        """
+        settings = {"skip_special_tokens": True} if skip_special_tokens else {}
+        text: str = self.get_tokenizer().decode(ids, **settings)
         return text
 
     def _as_input(self, prompt: Prompt) -> types.ModelInput:
@@ -537,17 +570,6 @@ def check_source(model_path: object, base_model: object, retry_config: object = 
     check_retry(retry_config)
 
 
-def _as_params(sampling_params: object) -> types.SamplingParams:
-    if sampling_params is None:
-        return types.SamplingParams()
-    if not isinstance(sampling_params, types.SamplingParams):
-        raise TypeError(
-            "sampling_params must be types.SamplingParams(...), got "
-            f"{type(sampling_params).__name__}."
-        )
-    return sampling_params
-
-
 def _prompt_logprobs(response: types.SampleResponse) -> list[float | None]:
     logprobs = response.prompt_logprobs
     if logprobs is None:
@@ -595,9 +617,9 @@ class _ProgressBar:
     def __init__(self, total: int | None, show: bool) -> None:
         self._bar: Any = None
         if show:
-            import tqdm
+            from tqdm.auto import tqdm  # a widget in a notebook
 
-            self._bar = tqdm.tqdm(total=total, unit="sample")
+            self._bar = tqdm(total=total, unit="sample")
 
     def update(self) -> None:
         if self._bar is not None:

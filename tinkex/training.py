@@ -107,6 +107,9 @@ class TrainingClient:
         self._ended = ""
         self._unloaded = False
         self._pause_logged = -math.inf
+        #: True if a gradient may be accumulated on the server; a model that was attached to may
+        #: have one from before.
+        self._has_gradient = first_seq_id > 1
 
     # Starting.
 
@@ -116,7 +119,7 @@ class TrainingClient:
         base_model: str | None = None,
         *,
         model_id: str | None = None,
-        lora_config: types.LoraConfig | None = None,
+        lora_config: types.LoraConfig | Mapping[str, Any] | None = None,
         user_metadata: dict[str, Any] | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
@@ -133,7 +136,7 @@ class TrainingClient:
         Args:
             base_model: of the new model; needed without model_id.
             model_id: attach to this model; nothing is created.
-            lora_config: of the new model's adapter.
+            lora_config: of the new model's adapter; a LoraConfig, or a dict of its fields.
             base_url, api_key: of the server; without both (and TINKER_*) the embedded engine.
             session_id: use this session of the server instead of a new one.
             model_seq_id: number of the new model in the session; by default the next one.
@@ -305,21 +308,68 @@ class TrainingClient:
                 future,
             )
 
-        return self._put(run, what)
+        future = self._put(run, what)
+        self._note_gradient(True)
+        return future
 
     def optim_step(
-        self, adam_params: types.AdamParams, *, poll_timeout: float | None = None
+        self,
+        adam_params: types.AdamParams | Mapping[str, float] | None = None,
+        *,
+        learning_rate: float | None = None,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        grad_clip_norm: float | None = None,
+        poll_timeout: float | None = None,
     ) -> OperationFuture[types.OptimStepResponse]:
-        """Apply the accumulated gradients by one AdamW step, and clear them."""
-        if not isinstance(adam_params, types.AdamParams):
+        """Apply the accumulated gradients by one AdamW step, and clear them.
+
+        Logs a warning if no `forward_backward` was called since the last step: then there is no
+        gradient to apply. The embedded engine also sets the metric "no_gradient" in the result.
+
+        Args:
+            adam_params: an AdamParams, or a dict of its fields.
+            learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm: single fields of
+                AdamParams, as in `optim_step(learning_rate=1e-4)`; they replace those of
+                *adam_params*.
+
+        Raises:
+            ValueError, TypeError: For values that AdamParams does not take; nothing is sent.
+        """
+        fields = {
+            "learning_rate": learning_rate,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "grad_clip_norm": grad_clip_norm,
+        }
+        if adam_params is None and all(value is None for value in fields.values()):
             raise TypeError(
-                f"adam_params must be types.AdamParams(...), got {type(adam_params).__name__}."
+                "adam_params must be types.AdamParams(...) or a dict of its fields, got None; "
+                "or give single fields: optim_step(learning_rate=1e-4)."
             )
-        return self._operation(
+        params = types.as_params(types.AdamParams, adam_params, "adam_params", **fields)
+        future = self._operation(
             wire.OPTIM_STEP,
-            lambda seq_id: types.OptimStepRequest(self.model_id, seq_id, adam_params),
+            lambda seq_id: types.OptimStepRequest(self.model_id, seq_id, params),
             poll_timeout,
         )
+        if not self._note_gradient(False):
+            logger.warning(
+                "optim_step on %s: no forward_backward was called since the last step, so there "
+                "is no gradient to apply",
+                self.model_id,
+            )
+        return future
+
+    def _note_gradient(self, is_there: bool) -> bool:
+        """Note whether the model has a gradient from now on; returns whether it had one before."""
+        with self._lock:
+            before, self._has_gradient = self._has_gradient, is_there
+        return before
 
     # Saving and loading.
 
@@ -535,9 +585,17 @@ class TrainingClient:
         ids: list[int] = self.get_tokenizer(**options).encode(text)
         return ids
 
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        """Text of token ids, by the model's tokenizer; options as for `get_tokenizer`."""
-        text: str = self.get_tokenizer(**options).decode(ids)
+    def decode(
+        self, ids: Sequence[int], *, skip_special_tokens: bool = False, **options: Any
+    ) -> str:
+        """Text of token ids, by the model's tokenizer.
+
+        Args:
+            skip_special_tokens: omit special tokens, such as the one that ends a text.
+            options: as for `get_tokenizer`.
+        """
+        settings = {"skip_special_tokens": True} if skip_special_tokens else {}
+        text: str = self.get_tokenizer(**options).decode(ids, **settings)
         return text
 
     def get_telemetry(self) -> Any:
@@ -643,7 +701,10 @@ class TrainingClient:
             parts = self._send_batches(turn, operation, data, loss_fn, settings, what, poll_timeout)
             gather(parts, batching.join, future)
 
-        return self._put(run, what)
+        result = self._put(run, what)
+        if operation is wire.FORWARD_BACKWARD:
+            self._note_gradient(True)
+        return result
 
     def _checked(
         self,
@@ -799,11 +860,7 @@ def _check_start(
         is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if not is_number and (name == "seq_id" or value is not None):
             raise ValueError(f"{name} must be an integer >= 0, got {value!r}.")
-    if lora_config is None:
-        return types.LoraConfig()
-    if not isinstance(lora_config, types.LoraConfig):
-        raise TypeError(f"lora_config must be types.LoraConfig(...), got {lora_config!r}.")
-    return lora_config
+    return types.as_params(types.LoraConfig, lora_config, "lora_config")
 
 
 def _check_picklable(name: str, value: object) -> None:

@@ -91,6 +91,11 @@ def test_python_m_tinkex_is_tinkex():
     assert f"tinkex {_version.__version__}\n" == subprocess.check_output(command, text=True)
 
 
+def test_version_prints_the_version(capsys):
+    assert 0 == cli.main(["--version"])
+    assert f"tinkex, version {_version.__version__}\n" == capsys.readouterr().out
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     """`tinkex train --help | head -1`"""
     command = f"{sys.executable} -m tinkex train --help | head -c 1"

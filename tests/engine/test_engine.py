@@ -115,8 +115,9 @@ def test_gradients_add_up_until_the_step_uses_them():
 
     gradients = [one._models["m"].gradient for one in (halves, whole)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
-    whole.optim_step("m", ADAM)
+    assert {} == whole.optim_step("m", ADAM).metrics
     assert not whole._models["m"].gradient.any()
+    assert {"no_gradient": 1.0} == whole.optim_step("m", ADAM).metrics
 
 
 def test_forward_touches_nothing():

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tests.support.fake_service import ByteTokenizer
 from tinkex import types
 
 torch = pytest.importorskip("torch")
@@ -383,6 +384,13 @@ def test_text_is_made_by_anything_that_decodes():
 
     assert "ab" == response.text(Letters())
     assert "c" == response.sequences[1].text(Letters())
+
+
+def test_text_can_omit_special_tokens():
+    """The token that ended a sequence is its last one."""
+    ended = types.SampledSequence([104, 105, 257], stop_reason="stop")
+
+    assert "hi" == ended.text(ByteTokenizer(), skip_special_tokens=True)
 
 
 def test_the_loss_is_the_sum_that_the_server_gives():

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--traceback", is_flag=True, help="Show where in the program an error arose.")
+@click.version_option(__version__, prog_name="tinkex")
 def cli(traceback: bool) -> None:
     """Fine-tune language models: on this machine, an open server or the official service.
 

@@ -247,6 +247,8 @@ class Engine:
                 f"the accumulated gradient has norm {norm}; the step was not taken and the "
                 "gradient dropped. Look for extreme weights, advantages or logprobs in the data."
             )
+        if norm == 0:
+            metrics["no_gradient"] = 1.0  # nothing was accumulated; clients may warn
         if params.grad_clip_norm > 0:
             metrics["unclipped_grad_l2:mean"] = norm
             optim.clip_(model.gradient, norm, params.grad_clip_norm)

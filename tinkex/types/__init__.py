@@ -4,7 +4,7 @@ Frozen attrs classes over numpy arrays, grouped by subject. They hold data and c
 are made; they never send it. Imports nothing of tinkex.
 """
 
-from tinkex.types.checks import check_metadata, check_name, check_ttl
+from tinkex.types.checks import as_params, check_metadata, check_name, check_ttl
 from tinkex.types.data import (
     Chunk,
     Datum,
@@ -39,6 +39,7 @@ from tinkex.types.sampling import (
     SampleResponse,
     SampleStreamChunk,
     SamplingParams,
+    Stop,
     TopkLogprobs,
 )
 from tinkex.types.service import (
@@ -145,6 +146,7 @@ __all__ = [
     "SaveWeightsResponse",
     "SessionHeartbeatRequest",
     "SetTtlRequest",
+    "Stop",
     "SupportedModel",
     "TensorData",
     "TopkLogprobs",
@@ -154,6 +156,7 @@ __all__ = [
     "UnloadModelResponse",
     "WeightsInfoRequest",
     "WeightsInfoResponse",
+    "as_params",
     "check_config",
     "check_data",
     "check_metadata",

@@ -1,13 +1,14 @@
-"""Validators shared by the types: each error names the field, the value and the mend."""
+"""Validators shared by the types: each error names the field, the value and the fix."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+import attrs
 import numpy as np
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
@@ -16,6 +17,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 MAX_NAME_LENGTH = 200
 
 Validator = Callable[[Any, Any, Any], None]
+
+P = TypeVar("P")
 
 
 def is_number(value: object) -> bool:
@@ -75,6 +78,36 @@ def bool_or_false(value: Any) -> Any:
     return False if value is None else value
 
 
+def as_params(cls: type[P], value: object, name: str, **fields: Any) -> P:
+    """Parameters of a call as a *cls*.
+
+    Args:
+        cls: an attrs class, such as SamplingParams.
+        value: a *cls*, a dict of its fields, or None (its defaults).
+        name: of the argument, for error messages.
+        fields: single fields that replace those of *value*; None is "not given".
+
+    Raises:
+        TypeError: If *value* is something else, or a dict has a key that is not a field.
+        ValueError, TypeError: If a field's value is wrong.
+    """
+    fields = {key: given for key, given in fields.items() if given is not None}
+    if isinstance(value, cls):
+        return attrs.evolve(value, **fields) if fields else value  # type: ignore[type-var]
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be types.{cls.__name__}(...) or a dict of its fields, got "
+            f"{type(value).__name__}."
+        )
+    known = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type]
+    for key in value or ():
+        if key not in known:
+            raise TypeError(
+                f"{name} has no field {key!r}; {cls.__name__} takes {', '.join(known)}."
+            )
+    return cls(**{**(value or {}), **fields})
+
+
 def check_name(name: object) -> str:
     """The name of a checkpoint: a name, not a path.
 
@@ -124,6 +157,6 @@ def check_ttl(ttl_seconds: object) -> int | None:
     if not 0 < ttl_seconds <= 10 * 366 * 86400:
         raise ValueError(
             f"ttl_seconds must be a positive integer of at most ten years, got {ttl_seconds!r}; "
-            "None keeps it for ever."
+            "None keeps it forever."
         )
     return int(ttl_seconds)

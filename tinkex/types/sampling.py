@@ -209,9 +209,16 @@ class SampledSequence:
     def topk_logprobs(self) -> list[list[tuple[int, float]] | None] | None:
         return None if self.topk_logprobs_np is None else self.topk_logprobs_np.tolist()
 
-    def text(self, tokenizer: Any) -> str:
-        """The continuation as text; *tokenizer* is anything with `decode(list of ids)`."""
-        decoded: str = tokenizer.decode(self.tokens)
+    def text(self, tokenizer: Any, skip_special_tokens: bool = False) -> str:
+        """The continuation as text.
+
+        Args:
+            tokenizer: anything with `decode(list of ids)`.
+            skip_special_tokens: omit special tokens, such as the one that ends the text; needs a
+                tokenizer whose `decode` takes this argument, too.
+        """
+        options = {"skip_special_tokens": True} if skip_special_tokens else {}
+        decoded: str = tokenizer.decode(self.tokens, **options)
         return decoded
 
     def __len__(self) -> int:
@@ -252,9 +259,9 @@ class SampleResponse:
             return None
         return self.topk_prompt_logprobs_np.tolist()
 
-    def text(self, tokenizer: Any) -> str:
-        """The first sequence as text; *tokenizer* is anything with `decode(list of ids)`."""
-        return self.sequences[0].text(tokenizer)
+    def text(self, tokenizer: Any, skip_special_tokens: bool = False) -> str:
+        """The first sequence as text; arguments as for `SampledSequence.text`."""
+        return self.sequences[0].text(tokenizer, skip_special_tokens)
 
 
 @attrs.frozen
