@@ -93,7 +93,7 @@ def as_params(cls: type[P], value: object, name: str, **fields: Any) -> P:
     """
     fields = {key: given for key, given in fields.items() if given is not None}
     if isinstance(value, cls):
-        return attrs.evolve(value, **fields) if fields else value  # type: ignore[type-var]
+        return attrs.evolve(value, **fields) if fields else value  # type: ignore[misc]
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(
             f"{name} must be types.{cls.__name__}(...) or a dict of its fields, got "
