@@ -1,29 +1,42 @@
-# Everything a person needs: `make demo` to see it work, `make test` to trust it, `make help` for the rest.
+# `make demo` shows what tinkex does, `make test` runs the tests, `make help` lists all targets.
 PYTHON ?= python3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c constraints.txt
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
-.DEFAULT_GOAL := help
-.PHONY: help demo test check lint types docs core conformance bench chaos load clean
+# One test process per processor, at most 8. Each starts with a block of the tests and takes over
+# tests from the others when it has finished. JOBS=0 runs all in one process, for a debugger.
+JOBS ?= logical
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/local ## fine-tune the built-in model on the docstrings of your Python (offline, no key)
 	$(BIN)/python -m tinkex.cli.demo build/demo
 
-test: .venv/test ## run the tests
-	$(BIN)/python -m pytest --ignore tests/test_docs.py $(ARGS)
+test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k retry')
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py $(ARGS)
 
-check: lint types test docs core ## all that must pass before a change is done
+test-slow: .venv/test ## run the tests marked slow: more seeds, more versions, larger data
+	$(PYTEST) -m slow --ignore tests/test_docs.py $(ARGS)
 
-lint: .venv/test ## ruff: rules and format
+coverage: .venv/test ## run the tests and report which lines and branches they reach
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --cov --cov-report= $(ARGS)
+	$(BIN)/python -m tests.coverage_figures build/coverage/report.json
+
+check: lint types test docs core ## run everything that must pass before a change is done
+
+lint: .venv/test ## check rules and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/test ## mypy
+types: .venv/test ## check the types with mypy
 	$(BIN)/mypy
 
 docs: .venv/test ## run the examples in README.md and docs/, compare help texts with the program
@@ -32,7 +45,7 @@ docs: .venv/test ## run the examples in README.md and docs/, compare help texts 
 core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 there is
 	$(BIN)/python tests/check_core_install.py build/core
 
-conformance: .venv/test ## try five versions of the official SDK on our server, write docs/compatibility.md
+conformance: .venv/test ## run five versions of the official SDK against our server, write docs/compatibility.md
 	$(BIN)/python -m tests.official_sdk.run $(ARGS)
 
 bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
@@ -45,17 +58,25 @@ chaos: .venv/test ## break network, server and client on purpose, write docs/rel
 	    $(BIN)/python -m pytest tests/chaos $(ARGS)
 	$(BIN)/python -m tests.chaos.summary build/chaos.jsonl docs/reliability.md
 
-load: .venv/bench ## eight clients and 2,000 samples at once for ten minutes, draw docs/load.png
+load: .venv/bench ## run eight clients and 2,000 samples at once for ten minutes, draw docs/load.png
 	$(BIN)/python -m tests.chaos.load $(ARGS)
 	$(BIN)/python -m tests.chaos.load --draw docs/load.png
 
-clean: ## remove what make made
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+dist: .venv/test ## build wheel and sdist into dist/, try the wheel in an empty environment
+	$(BIN)/python -m tests.check_dist dist build/dist
 
-# Empty files that say "installed": while they are newer than what describes the installation,
-# nothing is installed again. The package itself is linked, so changes to it are seen at once.
+hooks: .venv/test ## check each git commit with ruff and mypy before it is made
+	$(PIP) pre-commit
+	$(BIN)/pre-commit install
+
+clean: ## remove what make made
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Empty files that mark an installation as done. A target is installed again only when one of the
+# files that describe the installation is newer. The package itself is linked (pip -e), so changes
+# to it take effect at once.
 .venv/made:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tinkex needs Python 3.10 or newer, this is %s; say which: make PYTHON=python3.11" % sys.version.split()[0])'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tinkex needs Python 3.10 or newer, this is %s; choose another: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	@touch $@
 

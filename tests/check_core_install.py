@@ -51,15 +51,20 @@ def find_python(version: str) -> str | None:
 
 
 def try_install(python: str, venv: Path) -> str | None:
-    """None if all went well, or the output of what failed."""
+    """Installs the working tree and tries it. None if all is well, or the output of what failed."""
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules that no longer exist
+    return try_wheel(python, venv, ROOT)
+
+
+def try_wheel(python: str, venv: Path, package: Path) -> str | None:
+    """Installs *package*, a wheel or a source folder, in an empty environment and tries it."""
     shutil.rmtree(venv, ignore_errors=True)
-    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # modules that are gone by now
     program, inside = str(venv / "bin" / "tinkex"), str(venv / "bin" / "python")
     pip = [inside, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # From the venv's own folder, so that it is the installed package that is imported.
     return (
         run([python, "-m", "venv", str(venv)], cwd=ROOT)
-        or run([*pip, "-c", "constraints.txt", "."], cwd=ROOT)
+        or run([*pip, "-c", "constraints.txt", str(package)], cwd=ROOT)
         or run([inside, "-W", "error", "-c", TRY_IMPORT], cwd=venv)
         or run([program, "version"], cwd=venv)
         or run([program, "serve"], cwd=venv, status=1, says="pip install 'tinkex[local]'")

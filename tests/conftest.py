@@ -1,9 +1,16 @@
-"""What holds for all tests."""
+"""What holds for all tests: signals, and how many processor cores each test process may use."""
 
 from __future__ import annotations
 
+import os
 import signal
 
-# Started in the background (`make test &`), a shell has Ctrl-C ignored, and what we start inherits
-# that; but what Ctrl-C does is among what is tested.
+# A shell that starts us in the background (`make test &`) ignores Ctrl-C, and child processes
+# inherit that. But tests check what Ctrl-C does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each pytest-xdist process, and each server that it starts, gets its share of the cores. More
+# threads than cores make torch several times slower. Set before anything imports torch.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

@@ -1,7 +1,7 @@
 """
-The documentation is true: its Python runs, its data is good data, its help texts are the program's.
+The documentation is true: its Python runs, its data is valid, its help texts are the program's.
 
-Run as a program with --write, it puts the program's help texts into the pages.
+Run as a program with --write, it copies the program's help texts into the pages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from tinkex.data import records
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HELP = re.compile(r"^\$ (tinkex .*--help)\n(.*)\Z", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
@@ -64,7 +64,7 @@ def test_the_python_of_a_page_runs(page, server, monkeypatch, tmp_path):
 
 
 def test_the_first_program_needs_no_server_and_no_key(tmp_path):
-    """Just as it stands in the README, in a process of its own."""
+    """Exactly as the README has it, in a separate process."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TINKER_")}
     environment |= {"TINKEX_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     [code] = blocks(ROOT / "README.md", "python")
@@ -88,7 +88,7 @@ def test_the_data_of_a_page_is_good_data(page, tmp_path):
 
 @pytest.mark.parametrize("page", with_block("text"), ids=name)
 def test_help_texts_are_what_the_program_says(page):
-    """Mend them with: python tests/test_docs.py --write"""
+    """To update them: python tests/test_docs.py --write"""
     for command, text in (m.groups() for m in map(HELP.match, blocks(page, "text")) if m):
         assert help_text(command) == text
 
@@ -100,10 +100,12 @@ def test_links_lead_somewhere(page):
     assert [] == missing
 
 
-def test_the_index_names_every_page():
-    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+@pytest.mark.parametrize("index", ["docs/index.md", "docs/decisions/README.md"])
+def test_an_index_names_every_page_of_its_folder(index):
+    index = ROOT / index
+    listed = {link for link in LINK.findall(index.read_text()) if "/" not in link}
 
-    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"index.md"} == listed
+    assert {page.name for page in index.parent.glob("*.md")} - {index.name} == listed
 
 
 def write_help_texts():
