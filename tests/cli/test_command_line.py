@@ -2,7 +2,7 @@
 The real program, on a real server with real checkpoints: what a person types, and what comes back.
 
 One server serves them all, on a base model of two layers; what the commands do in every corner is
-held to account in test_checkpoints.py, test_stored.py and test_checkup.py.
+held to account in test_checkpoint.py, test_run.py and tests/test_diagnostics.py.
 """
 
 from __future__ import annotations

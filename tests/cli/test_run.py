@@ -1,4 +1,4 @@
-"""`tinkex run` and `tinkex session`: lists that page and end, and what is known of one."""
+"""`tinkex run`: lists that page and end, one run, and endpoints that a server lacks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,7 @@ import json
 
 import pytest
 
-from tests.support.fake_server import FakeServer, answer, plugged_in
-from tests.support.storage import Storage
-from tinkex import cli
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = FakeServer()
-    plugged_in(monkeypatch, server)
-    return server
-
-
-@pytest.fixture
-def storage(server):
-    return Storage(server)
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        status = cli.main(list(arguments))
-        return status, *capsys.readouterr()
-
-    return run
+from tests.support.fake_server import answer
 
 
 def pages(server, path):
@@ -94,36 +71,6 @@ def test_run_info_does_without_a_list_of_checkpoints(run, storage, server):
     assert 0 == status
     assert "tiny" in out
     assert "this server does not offer training_runs/{run_id}/checkpoints" in err
-
-
-def test_session_list_says_what_is_in_each(run, storage):
-    storage.add_session("s1", training_run_ids=["a", "b"], user_metadata={"team": "red"})
-    storage.add_session("s2", display_name="trial")
-    _, out, _ = run("session", "list")
-    values = json.loads(run("session", "list", "-f", "json")[1])
-
-    assert ["s1", "2", "0", "team=red"] == out.splitlines()[1].split()
-    assert ["s2", "0", "0", "trial"] == out.splitlines()[2].split()
-    assert ["s1", "s2"] == [one["session_id"] for one in values["sessions"]]
-
-
-def test_session_list_does_with_ids_alone(run, storage, server):
-    """Where a server offers no more, or a session has just gone."""
-    storage.add_session("s1")
-    server.lacks.add("sessions/s1")
-
-    assert {"sessions": [{"session_id": "s1"}], "more": False} == json.loads(
-        run("session", "list", "-f", "json")[1]
-    )
-    assert 0 == run("session", "list")[0]
-
-
-def test_session_info(run, storage):
-    storage.add_session("s1", training_run_ids=["r1"], sampler_ids=["p1"], display_name="trial")
-
-    assert (
-        "Session  s1\nName     trial\nRun      r1\nSampler  p1\n" == run("session", "info", "s1")[1]
-    )
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,13 @@ from datetime import datetime, timezone
 
 import pytest
 
-from tests.support.fake_server import FakeServer, no_connection, plugged_in
+from tests.support.fake_server import no_connection
 from tests.support.storage import Storage
 from tinkex import cli
-from tinkex.cli.checkpoints import matches
+from tinkex.cli.checkpoint import matches
 
 A, B, C = "tinker://r1/weights/step-1", "tinker://r1/weights/step-2", "tinker://r2/weights/last"
 S = "tinker://r1/sampler_weights/final"
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = FakeServer()
-    plugged_in(monkeypatch, server)
-    return server
 
 
 @pytest.fixture

@@ -1,0 +1,64 @@
+"""The program itself: exit status, errors, and what is not imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tinkex import _version, cli, errors
+
+
+def test_help_imports_nothing_heavy():
+    """Whoever asks for help wants it now."""
+    code = (
+        "import sys, tinkex.cli; status = tinkex.cli.main(['--help']); "
+        "heavy = {'numpy', 'requests', 'torch', 'google.protobuf', 'tqdm', 'cattrs'}; "
+        "sys.exit(status or ', '.join(heavy & set(sys.modules)) or 0)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (0, "") == (done.returncode, done.stderr)
+    assert "Usage: tinkex" in done.stdout
+
+
+def test_python_m_tinkex_is_tinkex():
+    command = [sys.executable, "-m", "tinkex", "version"]
+
+    assert f"tinkex {_version.__version__}\n" == subprocess.check_output(command, text=True)
+
+
+def test_version_prints_the_version(capsys):
+    assert 0 == cli.main(["--version"])
+    assert f"tinkex, version {_version.__version__}\n" == capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """`tinkex train --help | head -1`"""
+    command = f"{sys.executable} -m tinkex train --help | head -c 1"
+
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+
+    assert ("U", "") == (done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["train"], ["train", "--rank", "x"], ["train", "--nonsense"]]
+)
+def test_wrong_usage_exits_2(arguments, capsys):
+    assert 2 == cli.main(arguments)
+    assert "" == capsys.readouterr().out
+
+
+def test_an_error_is_one_line_without_a_traceback(service, capsys):
+    def refuses(**_):
+        raise errors.AuthenticationError("the key is wrong; set TINKER_API_KEY", status=401)
+
+    service.create_sampling_client = refuses
+
+    assert 1 == cli.main(["sample", "fake", "--prompt", "a"])
+    assert "error: the key is wrong; set TINKER_API_KEY\n" == capsys.readouterr().err
+    with pytest.raises(errors.AuthenticationError):
+        cli.main(["--traceback", "sample", "fake", "--prompt", "a"])

@@ -1,0 +1,220 @@
+"""`tinkex train`: start a supervised run, or resume one, and print what it reached.
+
+What the command needs is imported when it runs, so that `tinkex --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import click
+from click.core import ParameterSource
+
+from tinkex.cli import formatting
+from tinkex.cli.options import server_options
+
+if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+    from tinkex.recipes import supervised
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.option("--base-model", help="tiny (built in), a model directory, or a hub id.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for metrics, state and the adapter.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --output, as it was started.")
+@click.option(
+    "--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the LoRA adapter."
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=1e-4,
+    show_default=True,
+    help="Of AdamW, at its highest.",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="How the learning rate goes on: the same, or falling to 0 at the end.",
+)
+@click.option(
+    "--warmup-steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Steps over which the learning rate first rises.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples a step."
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Times that each example is seen.",
+)
+@click.option("--max-steps", type=click.IntRange(1), help="Stop after so many steps.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=1024,
+    show_default=True,
+    help="Tokens of an example that are read; the rest is cut off.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the adapter, the order of the data and the held-out part.",
+)
+@click.option(
+    "--eval-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Part of the examples that is held out.",
+)
+@click.option(
+    "--eval-every",
+    type=click.IntRange(1),
+    help="Steps between evaluations. Default: a tenth of the run.",
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(1),
+    help="Steps between checkpoints. Default: a tenth of the run.",
+)
+@click.option("--train-mlp/--no-train-mlp", default=True, show_default=True, help="Adapt the MLPs.")
+@click.option(
+    "--train-attn/--no-train-attn", default=True, show_default=True, help="Adapt the attention."
+)
+@click.option(
+    "--train-unembed/--no-train-unembed",
+    default=True,
+    show_default=True,
+    help="Adapt the unembedding (some inference servers cannot load that).",
+)
+@click.option("--skip-bad-lines", is_flag=True, help="Leave bad lines out instead of refusing.")
+@server_options
+@click.pass_context
+def train(
+    context: click.Context,
+    data: Path | None,
+    output: Path,
+    resume: bool,
+    base_url: str | None,
+    api_key: str | None,
+    **given: Any,
+) -> int:
+    """Fine-tune a model on DATA, a JSONL file.
+
+    Each line of DATA is an object: {"messages": [{"role": ..., "content": ...}, ...]}, or
+    {"prompt": ..., "completion": ...}, or {"text": ...}. The assistant's messages, completions
+    and texts are learnt.
+
+    Ctrl-C (or SIGTERM) saves a checkpoint; --resume --output FOLDER goes on from it and ends in the
+    same weights as if nothing had happened. With --resume, what is left away is as it was.
+    """
+    from tinkex import ServiceClient, errors
+    from tinkex.cli import progress
+    from tinkex.data import records
+    from tinkex.recipes import supervised
+
+    state = supervised.load_state(output)
+    if state is not None and not state.has_begun and not resume:
+        state = None  # it failed before there was a model
+    _check_folder(output, state, resume)
+    if state is not None:
+        data = data or Path(state.data)
+        given = {name: value for name, value in given.items() if _is_explicit(context, name)}
+        settings = attrs.evolve(state.settings, **given)
+    elif data is None or given["base_model"] is None:
+        raise click.UsageError(f"Missing {'DATA' if data is None else '--base-model'}.")
+    else:
+        settings = supervised.Settings(**given)
+    file = records.read(data, settings.skip_bad_lines)
+    if state is not None:
+        supervised.check_same(state, settings, file)
+        if state.is_finished:
+            click.echo(f"The run in {output} is finished: nothing is left to do.", err=True)
+            return 0
+    with progress.CtrlC() as ctrl_c:
+        try:
+            with ServiceClient(base_url=base_url, api_key=api_key) as service:
+                outcome = supervised.run(
+                    service, file, settings, output, progress.Progress(), state, ctrl_c.deferred
+                )
+        except (errors.TinkexError, KeyboardInterrupt):
+            _say_how_to_go_on(output)
+            raise
+    if outcome.adapter is None:
+        _say_how_to_go_on(output)
+        return ctrl_c.status
+    _print_outcome(outcome, output)
+    return 0
+
+
+def _is_explicit(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _check_folder(output: Path, state: supervised.State | None, resume: bool) -> None:
+    if resume and state is None:
+        raise click.UsageError(
+            f"{output} holds no run to resume; leave --resume away to start one."
+        )
+    if state is not None and not resume:
+        raise click.UsageError(
+            f"{output} holds a run already ({progress_of(state)}). Go on with it: --resume; "
+            "or give another --output, or remove that folder."
+        )
+
+
+def progress_of(state: supervised.State) -> str:
+    """Where a run stands, for a message: finished, or the step of its last checkpoint."""
+    if state.is_finished:
+        return "finished"
+    return f"saved after step {state.step} of {state.total_steps or '?'}"
+
+
+def _say_how_to_go_on(output: Path) -> None:
+    """On stderr: where the run in *output* stands, and the command that goes on with it."""
+    from tinkex.recipes import supervised
+
+    state = supervised.load_state(output)
+    if state is not None and state.has_begun:
+        command = f"tinkex train --resume --output {shlex.quote(str(output))}"
+        click.echo(f"Stopped: {progress_of(state)}. Go on with:\n  {command}", err=True)
+
+
+def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
+    for shown in outcome.shown:
+        formatting.say(f"prompt  {_one_line(shown.prompt)}")
+        formatting.say(f"before  {_one_line(shown.before)}")
+        formatting.say(f"after   {_one_line(shown.after)}\n")
+    if outcome.losses is not None:
+        before, after = outcome.losses
+        formatting.say(
+            f"Held-out loss per token: {before:.4f} before, {after:.4f} after "
+            f"({(after - before) / before:+.1%})."
+        )
+    formatting.say(f"Adapter: {outcome.adapter}")
+    formatting.say(f"Ask it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
+
+
+def _one_line(text: str, width: int = 300) -> str:
+    line = json.dumps(text, ensure_ascii=False)
+    return line if len(line) <= width else "..." + line[-width:]
