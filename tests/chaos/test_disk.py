@@ -124,7 +124,8 @@ def test_a_checkpoint_is_on_disk_before_it_is_listed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noting(os.fsync, "sync", lambda fd: name_of(fd, tmp_path)))
     monkeypatch.setattr(os, "rename", noting(os.rename, "rename", lambda old, new: new.name))
-    monkeypatch.setattr(store, "_change", noting(store._change, "row", lambda *_: None))
+    database = store.checkpoints._db
+    monkeypatch.setattr(database, "change", noting(database.change, "row", lambda *_: None))
     store.checkpoints.add(draft, ROW)
     store.close()
 

@@ -39,6 +39,7 @@ class Job:
         stop_tokens: token ids that end a sequence.
         stop_strings: strings that end a sequence.
         sequences: finished ones; None where still running.
+        told: how many tokens of each sequence `on_token` has been called with.
     """
 
     ticket: Hashable
@@ -52,6 +53,18 @@ class Job:
     on_token: OnToken | None
     sequences: list[types.SampledSequence | None]
     scores: PromptScores | None = None
+    told: dict[int, int] = attrs.field(factory=dict)
+
+    def start_again(self) -> None:
+        """Forget what was computed. The same tokens follow, and none is told twice."""
+        self.sequences = [None] * len(self.sequences)
+        self.scores = None
+
+    def tell_token(self, sequence: int, length: int, token: int, logprob: float) -> None:
+        """Call `on_token` with the token that makes *sequence* *length* tokens long."""
+        if self.on_token is not None and length > self.told.get(sequence, 0):
+            self.told[sequence] = length
+            self.on_token(sequence, token, logprob)
 
     @property
     def wants_scores(self) -> bool:

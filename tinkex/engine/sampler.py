@@ -7,6 +7,7 @@ number of adapters over it. Knows nothing of HTTP, of users, or of where adapter
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_mer
 from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
 from tinkex.engine.sample_requests import Job, PromptScores
+
+logger = logging.getLogger(__name__)
 
 #: Sequences that run at the same time.
 MOST_ROWS = 256
@@ -56,6 +59,14 @@ class Unit:
     job: Job
     first: int
     count: int
+
+
+def _units(job: Job) -> list[Unit]:
+    """The samples of a job in units of at most `GROUP_WIDTH`."""
+    count = len(job.sequences)
+    return [
+        Unit(job, first, min(GROUP_WIDTH, count - first)) for first in range(0, count, GROUP_WIDTH)
+    ]
 
 
 class Rows:
@@ -152,53 +163,102 @@ class Sampler:
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(base.linears) else None
         self._finished: list[Outcome] = []
+        self._begun: dict[Job, None] = {}  # jobs that a failing step may have half computed
+        # After a step has failed: groups of jobs to compute again, and the waiting units of the
+        # group that is computed now. Nothing else is admitted until both are empty.
+        self._suspects: deque[list[Job]] = deque()
+        self._trial: deque[Unit] = deque()
+        self._isolating = False
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._home or self._finished)
+        return bool(self._waiting or self._home or self._finished or self._trial or self._suspects)
 
     def submit(self, job: Job) -> None:
         """Queue a job made by `make_job`."""
         if job.stop_strings and self._decode is None:
             self._decode = self._load_decode()
-        count = len(job.sequences)
-        for first in range(0, count, GROUP_WIDTH):
-            self._waiting.append(Unit(job, first, min(GROUP_WIDTH, count - first)))
+        self._waiting.extend(_units(job))
 
     def cancel(self, ticket: Hashable) -> None:
         """Forget a job; nothing is returned for it."""
         self._drop(lambda job: job.ticket == ticket)
 
-    def _drop(self, matches: Callable[[Job], bool]) -> list[Hashable]:
-        dropped = [unit.job for unit in self._waiting if matches(unit.job)]
+    def _drop(self, matches: Callable[[Job], bool]) -> None:
         self._waiting = deque(unit for unit in self._waiting if not matches(unit.job))
+        self._trial = deque(unit for unit in self._trial if not matches(unit.job))
+        for group in self._suspects:
+            group[:] = [job for job in group if not matches(job)]
+        self._begun = {job: None for job in self._begun if not matches(job)}
         for row in list(self._home):
             job = self._rows.job[row]
             if job is not None and matches(job):
-                dropped.append(job)
                 self._release(row)
-        return list(dict.fromkeys(job.ticket for job in dropped))
 
     @torch.no_grad()
     def step(self) -> list[Outcome]:
         """Admit, then advance every running sequence by a token; give what is finished.
 
-        A failure in the middle ends every job that was running with that exception.
+        If that fails, the jobs of the step are computed again in smaller groups, until the one
+        that fails alone is found. It ends with its exception. The others get the answer that they
+        would have got: their tokens depend on their seeds only.
         """
         try:
             self._admit()
             if self._home:
                 self._advance()
-        except Exception as exc:  # handed to whoever waits for each job
-            self._fail_all(exc)
+        except Exception as exc:  # handed to whoever waits for the job that caused it
+            self._isolate(exc)
         done, self._finished = self._finished, []
         return done
 
-    def _fail_all(self, exc: Exception) -> None:
-        for ticket in self._drop(lambda job: True):
-            self._finished.append((ticket, exc))
+    def _fail(self, job: Job, exc: Exception) -> None:
+        """End a job with the failure that it alone has caused."""
+        logger.warning("Sample request %s failed: %s", job.ticket, exc, exc_info=exc)
+        self._drop(lambda other: other is job)
+        self._finished.append((job.ticket, exc))
+
+    def _isolate(self, exc: Exception) -> None:
+        """Start again after a failed step: halve the jobs that were in it, or end the only one."""
+        answered = {ticket for ticket, _ in self._finished}
+        jobs = [job for job in self._begun if job.ticket not in answered]
+        logger.warning("A sampling step of %d requests failed: %s", len(jobs), exc, exc_info=exc)
+        self._forget_state()
+        involved = set(jobs)
+        self._waiting = deque(unit for unit in self._waiting if unit.job not in involved)
+        others = [unit.job for unit in self._trial if unit.job not in involved]
+        if others:
+            self._suspects.appendleft(list(dict.fromkeys(others)))
+        self._trial = deque()
+        self._isolating = True
+        if len(jobs) == 1:
+            self._finished.append((jobs[0].ticket, exc))
+        elif jobs:
+            half = len(jobs) // 2
+            self._suspects.extendleft([jobs[half:], jobs[:half]])
+
+    def _forget_state(self) -> None:
+        """Nothing runs. What a failure may have left half changed is made again."""
+        self._rows = Rows()
+        self._home.clear()
+        self._reserved.clear()
         self._singles.clear()
         self._shared.clear()
+        self._begun = {}
+        self._stack = Stack([None])
+        self._workspace = Workspace() if can_merge(self._base.linears) else None
+
+    def _line(self) -> deque[Unit]:
+        """The units that may start now: after a failure, those of one group of suspects."""
+        while self._isolating and not self._trial and not self._home:
+            if not self._suspects:
+                self._isolating = False
+                break
+            for job in self._suspects[0]:
+                job.start_again()
+            self._trial = deque(unit for job in self._suspects[0] for unit in _units(job))
+            self._suspects.popleft()
+        return self._trial if self._isolating else self._waiting
 
     # -- prompts -----------------------------------------------------------------------------
 
@@ -206,6 +266,7 @@ class Sampler:
         """Start waiting units, as many as there is room for."""
         units = self._choose_units()
         if units:
+            self._begun |= dict.fromkeys(unit.job for unit in units)
             self._begin(units)
 
     def _begin(self, units: Sequence[Unit]) -> None:
@@ -223,6 +284,7 @@ class Sampler:
         rows = [[self._start(unit) for unit in group] for group in groups]
         begun = set(units)
         self._waiting = deque(unit for unit in self._waiting if unit not in begun)
+        self._trial = deque(unit for unit in self._trial if unit not in begun)
         logits = self._compute_prompts(groups, self._places(groups, rows), stack, adapters)
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
@@ -246,7 +308,7 @@ class Sampler:
         tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
         most = PREFILL_TOKENS[kind_of(self._base.device)]
         most *= 1 if self._home else ALONE
-        for unit in self._waiting:
+        for unit in self._line():
             alone = not chosen and not self._home
             reserved += self._bytes(unit)
             fits = reserved <= self._memory
@@ -483,12 +545,22 @@ class Sampler:
             job = state.job[row]
             if job is None:
                 continue
-            if job.on_token is not None:
-                job.on_token(int(state.index[row]), int(tokens[i]), float(logprobs[i]))
-            if stopped[i] or (job.stop_strings and self._completes_stop(row, job)):
-                self._finish(row, job, "stop")
-            elif full[i]:
-                self._finish(row, job, "length")
+            try:  # what is of this job alone
+                if job.on_token is not None:
+                    place = int(state.index[row]), int(state.length[row])
+                    job.tell_token(*place, int(tokens[i]), float(logprobs[i]))
+                if stopped[i] or (job.stop_strings and self._completes_stop(row, job)):
+                    self._record(row, job, "stop")
+                elif full[i]:
+                    self._record(row, job, "length")
+                else:
+                    continue
+            except Exception as exc:
+                self._fail(job, exc)
+                continue
+            self._release(row)
+            if job.is_done:
+                self._finish(job)
 
     def _record_topk(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
         jobs = [self._rows.job[row] for row in rows]
@@ -510,7 +582,16 @@ class Sampler:
         text, before = self._decode(recent), self._decode(recent[:-1])
         return any(text.count(stop) > before.count(stop) for stop in job.stop_strings)
 
-    def _finish(self, row: int, job: Job, reason: types.sampling.StopReason) -> None:
+    def _finish(self, job: Job) -> None:
+        try:
+            outcome: types.SampleResponse | Exception = job.response()
+        except Exception as exc:
+            outcome = exc
+        self._finished.append((job.ticket, outcome))
+        self._begun.pop(job, None)
+
+    def _record(self, row: int, job: Job, reason: types.sampling.StopReason) -> None:
+        """Copy a sequence that has ended out of its row."""
         length = int(self._rows.length[row])
         topk = self._rows.topk[row]
         job.sequences[int(self._rows.index[row])] = types.SampledSequence(
@@ -523,9 +604,6 @@ class Sampler:
             if topk
             else None,
         )
-        self._release(row)
-        if job.is_done:
-            self._finished.append((job.ticket, job.response()))
 
     def _release(self, row: int) -> None:
         pool = self._home.pop(row)

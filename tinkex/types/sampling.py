@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.types import checks
-from tinkex.types.data import ModelInput, TensorData, as_tokens, to_array
+from tinkex.types.data import MAX_TOKEN_ID, ModelInput, TensorData, as_tokens, to_array
 
 StopReason = Literal["stop", "length"]
 Stop = Union[str, Sequence[str], Sequence[int], None]
@@ -41,8 +41,13 @@ def _check_stop(instance: object, attribute: Any, value: Any) -> None:
         isinstance(item, int) and not isinstance(item, bool) for item in items
     ):
         raise TypeError(f"stop must hold strings only or token ids only, got {value!r}.")
-    if any(item == "" if isinstance(item, str) else item < 0 for item in items):
-        raise ValueError(f"stop holds an empty string or a negative token id: {value!r}.")
+    for item in items:
+        if item == "":
+            raise ValueError(f"stop holds an empty string: {value!r}.")
+        if isinstance(item, int) and not 0 <= item <= MAX_TOKEN_ID:
+            raise ValueError(
+                f"stop holds {item}, which is not a token id; give ids from 0 to {MAX_TOKEN_ID}."
+            )
 
 
 @attrs.frozen
@@ -75,7 +80,9 @@ class SamplingParams:
     )
     top_k: int = attrs.field(
         default=-1,
-        validator=checks.integer("-1 (all) or a positive integer", lambda n: n == -1 or n > 0),
+        validator=checks.integer(
+            "-1 (all) or an integer from 1 to 2**31 - 1", lambda n: n == -1 or 0 < n < 2**31
+        ),
     )
     top_p: float = attrs.field(
         default=1.0, validator=checks.number("a number in (0, 1]", lambda x: 0 < x <= 1)

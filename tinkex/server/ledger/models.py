@@ -132,7 +132,15 @@ class Models:
     ) -> Record:
         """Accept a numbered operation. A repeat gets the first one's record."""
         place = self.of_owner(request.model_id, owner)
+        record = await self._accept(place, name, request, body, content_type)
+        await self._fail_refused(place)
+        return record
+
+    async def _accept(
+        self, place: ModelPlace, name: str, request: Any, body: bytes, content_type: str
+    ) -> Record:
         live, seq = place.live, request.seq_id
+        owner = live.owner
         check_number("seq_id", seq, lowest=1)  # 0 is the creation
         record = Record.of(name, owner, live.session_id, live.model_id, seq, request, body)
         known = await self._records.known(record)
@@ -152,7 +160,6 @@ class Models:
             raise
         self.put(place, record, work)
         place.refused.pop(seq, None)
-        await self._fail_refused(place)
         return record
 
     async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
@@ -169,15 +176,18 @@ class Models:
             await self._fail_refused(place)
 
     async def _fail_refused(self, place: ModelPlace) -> None:
-        """Fill the places of refused requests that later ones wait for."""
-        for seq in sorted(place.refused):
+        """Fill the places of refused requests that later operations wait for."""
+        while place.refused:
+            seq = min(place.refused)
             if seq > place.used.highest:
                 return
             name, sentence = place.refused.pop(seq)
+            if seq in place.used:  # a good request took the number in the meantime
+                continue
             request = Refused(place.live.model_id, seq, sentence)
             body = wire.dumps(wire.to_json(request))
             try:
-                await self.submit(place.live.owner, name, request, body, REFUSED)
+                await self._accept(place, name, request, body, REFUSED)
             except Refusal:  # no room at the moment: the next operation tries again
                 place.refused[seq] = name, sentence
                 return
