@@ -1,7 +1,8 @@
 """What the tests of reliability share: how much to do, and where to write what was found.
 
-The ordinary suite runs a short slice; `make chaos` sets SEEDS, SERVER_KILLS and CLIENT_KILLS for
-more of it, and CHAOS_REPORT, the file from which summary.py makes its table.
+`make test` runs one seed and few kills, `make test-slow` more seeds. `make chaos` sets SEEDS,
+SERVER_KILLS and CLIENT_KILLS for still more, and CHAOS_REPORT, the file from which summary.py makes
+its table.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 from tinkex.runtime import retry
 
-SEEDS = int(os.environ.get("SEEDS", "1"))
+SEEDS = int(os.environ.get("SEEDS", "3"))
 SERVER_KILLS = int(os.environ.get("SERVER_KILLS", "4"))
 CLIENT_KILLS = int(os.environ.get("CLIENT_KILLS", "2"))
 

@@ -87,7 +87,7 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("engine", ["embedded", "served"])
+@pytest.mark.parametrize("engine", [pytest.param("embedded", marks=pytest.mark.slow), "served"])
 def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path, request, engine, report):
     """On the embedded engine each kill takes the server, too."""
     url = request.getfixturevalue("server").url if engine == "served" else None

@@ -56,7 +56,10 @@ def undisturbed(server, record):
     return outcome, record.next_run()
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=[pytest.mark.slow] if seed else []) for seed in range(SEEDS)],
+)
 def test_over_a_broken_network_a_run_ends_as_an_undisturbed_one(
     server, record, undisturbed, seed, quick_retries, report
 ):

@@ -56,7 +56,10 @@ def undisturbed(tmp_path_factory):
         return scenario.run(service, home, STEPS)
 
 
-@pytest.mark.parametrize("snapshots", [False, True], ids=["journal", "snapshots"])
+@pytest.mark.parametrize(
+    "snapshots",
+    [pytest.param(False, id="journal", marks=pytest.mark.slow), pytest.param(True, id="snapshots")],
+)
 def test_a_run_goes_on_over_a_server_that_is_killed_again_and_again(
     tmp_path, undisturbed, snapshots, quick_retries, report
 ):

@@ -74,7 +74,7 @@ NOT_OFFERED = {
 }
 
 
-@pytest.mark.parametrize("dialect", NOT_OFFERED)
+@pytest.mark.parametrize("dialect", ["both", pytest.param("json", marks=pytest.mark.slow)])
 def test_our_own_server_passes_every_check(servers, dialect, capsys, monkeypatch):
     """From outside, as a user runs it, with a kill -9 in the middle."""
     server = servers[dialect]

@@ -50,8 +50,9 @@ DIALECTS = {"0.24.1": ("--dialect", "json"), "0.38.0": ()}
 KEY = {"x-api-key": "tml-conformance"}
 
 
-@pytest.fixture(scope="module", params=DIALECTS)
+@pytest.fixture(scope="module", params=[pytest.param("0.24.1", marks=pytest.mark.slow), "0.38.0"])
 def version(request):
+    """The older one is for `make test-slow`: tests/test_dialects.py covers JSON in seconds."""
     return request.param
 
 

@@ -117,7 +117,7 @@ def drive(client, steps, disturb=lambda: None):
     return json.loads(json.dumps(results).replace(session, "SESSION"))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_killed_at_random_moments_a_run_ends_the_same(process, seed):
     """Exactly once: nothing lost, nothing twice; the client only sends again and waits."""
     chance = random.Random(seed)
