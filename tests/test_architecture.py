@@ -21,7 +21,7 @@ FLOORS = [
     "wire/ config futures text/ runtime/executor runtime/wait_log cli/progress cli/formatting",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/rate_limit "
     "runtime/responses data/ cli/options",
-    "runtime/retry",
+    "runtime/retry runtime/http_session",
     "runtime/transport",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
     "runtime/session",

@@ -1,4 +1,4 @@
-"""Settings and where they come from: argument, then environment, then default."""
+"""Settings and where they come from: arguments > Config > environment > defaults."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 
 from tinkex import Config, Patience, SamplingLimits, config
 
@@ -41,6 +42,79 @@ def test_an_argument_wins_over_the_environment_and_that_over_the_default(monkeyp
         of_arguments.api_key,
         of_arguments.project_id,
     )
+
+
+#: field -> (default, in the environment, in a Config, as an argument), with how each is given.
+PRECEDENCE = {
+    "base_url": (config.OFFICIAL_URL, "http://environment", "http://config", "http://argument"),
+    "api_key": ("tml-stored", "tml-environment", "tml-config", "tml-argument"),
+    "project_id": (None, "environment", "config", "argument"),
+    "tags": ((), ("environment",), ("config",), ("argument",)),
+    "telemetry": (False, True, False, True),
+    "credential_cmd": (None, "environment", "config", "argument"),
+}
+VARIABLES = {
+    "base_url": "TINKER_BASE_URL",
+    "api_key": "TINKER_API_KEY",
+    "project_id": "TINKER_PROJECT_ID",
+    "tags": "TINKER_TAGS",
+    "telemetry": "TINKER_TELEMETRY",
+    "credential_cmd": "TINKER_CREDENTIAL_CMD",
+}
+
+
+@pytest.mark.parametrize("field", PRECEDENCE)
+def test_arguments_win_over_a_config_that_over_the_environment_that_over_defaults(
+    field, monkeypatch
+):
+    stored = {"default": "a", "keys": {"a": {"key": "tml-stored"}}}
+    config.CREDENTIALS_FILE.write_text(json.dumps(stored))
+    default, environment, in_config, argument = PRECEDENCE[field]
+
+    found = [getattr(config.load(), field)]
+    text = environment[0] if isinstance(environment, tuple) else str(environment)
+    monkeypatch.setenv(VARIABLES[field], text)
+    found.append(getattr(config.load(), field))
+    given = Config(**{field: in_config})
+    found.append(getattr(config.load(config=given), field))
+    found.append(getattr(config.load(config=given, **{field: argument}), field))
+
+    assert [default, environment, in_config, argument] == found
+
+
+def test_headers_of_the_environment_and_of_a_config_go_together(monkeypatch):
+    """Cloudflare's come from the environment; a Config may replace one of them."""
+    monkeypatch.setenv("CLOUDFLARE_ACCESS_CLIENT_ID", "id")
+    monkeypatch.setenv("CLOUDFLARE_ACCESS_CLIENT_SECRET", "secret")
+    given = Config(LOCAL, default_headers={"CF-Access-Client-Id": "mine", "X-Team": "blue"})
+
+    assert {
+        "CF-Access-Client-Id": "mine",
+        "CF-Access-Client-Secret": "secret",
+        "X-Team": "blue",
+    } == config.load(config=given).default_headers
+
+
+def test_a_config_that_names_no_server_means_the_embedded_engine():
+    assert config.wants_embedded(config=Config(patience=Patience(close=1)))
+    assert not config.wants_embedded(config=Config(LOCAL))
+    assert not config.wants_embedded(config=Config(api_key="tml-x"))
+
+
+def test_a_config_shows_no_secret_and_takes_none_into_a_pickle():
+    secret = "very-secret"
+    given = Config(
+        LOCAL,
+        api_key=secret,
+        credential_cmd=f"echo {secret}",
+        default_headers={"X": secret},
+        proxies={"http": f"http://user:{secret}@proxy"},
+        session=requests.Session(),
+    )
+
+    assert secret not in repr(given)
+    assert secret.encode() not in pickle.dumps(given.without_secrets())
+    assert LOCAL == pickle.loads(pickle.dumps(given.without_secrets())).base_url
 
 
 def test_blanks_in_the_environment_are_nothing(monkeypatch):
@@ -134,7 +208,7 @@ def test_statement_32_secrets_are_in_no_repr(monkeypatch):
     assert {
         "CF-Access-Client-Id": "cf-id",
         "CF-Access-Client-Secret": "cf-secret",
-    } == loaded.headers
+    } == loaded.default_headers
     for secret in ("tml-secret", "cf-secret", "cf-id", "my-password"):
         assert secret not in repr(loaded)
         assert secret not in str(loaded)

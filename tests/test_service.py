@@ -8,7 +8,16 @@ import threading
 import pytest
 
 import tinkex
-from tests.support.fake_server import URL, FakeServer, answer, blocked, plugged_in, refused, status
+from tests.support.fake_server import (
+    URL,
+    FakeServer,
+    answer,
+    blocked,
+    datum,
+    plugged_in,
+    refused,
+    status,
+)
 from tinkex import Patience, SamplingLimits, errors, types
 from tinkex.runtime import embedded, rate_limit
 
@@ -244,11 +253,13 @@ def test_limits_of_sampling_are_the_caller_s(monkeypatch, server):
         assert 7 == service.create_sampling_client(base_model="m").limit
 
 
-def test_nothing_is_said_in_good_weather(server, monkeypatch, caplog, capsys):
-    caplog.set_level(logging.INFO)
+def test_no_warning_is_logged_when_nothing_is_wrong(server, monkeypatch, caplog, capsys):
+    caplog.set_level(logging.WARNING)
     plugged_in(monkeypatch, server)
     with tinkex.ServiceClient() as service:
-        service.create_lora_training_client("tiny").optim_step(ADAM).result(10)
+        training = service.create_lora_training_client("tiny")
+        training.forward_backward([datum()], "cross_entropy")
+        training.optim_step(ADAM).result(10)
 
     assert [] == caplog.records
     assert ("", "") == tuple(capsys.readouterr())

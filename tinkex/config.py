@@ -1,6 +1,6 @@
-"""Settings and where they come from: argument, then environment, then default.
+"""Settings and where they come from: arguments, then a Config, then the environment, then defaults.
 
-The only reader of os.environ. Knows nothing of HTTP: it says with what to talk, not how.
+The only module that reads os.environ. Does not know about HTTP: it holds what the transport uses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import attrs
 #: The official service; used when there is a key and no base_url.
 OFFICIAL_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
-#: The version of the official SDK whose protocol we speak. Servers gate features by it, so it is
-#: not our own version (that is in the User-Agent).
+#: The version of the official SDK whose protocol tinkex speaks. Servers enable features by it, so
+#: it is not the version of tinkex (that is in the User-Agent).
 PROTOCOL_VERSION = "0.38.0"
 
 CREDENTIALS_FILE = Path("~/.tinker/credentials.json")
@@ -58,7 +59,7 @@ def _instance_of(cls: type, name: str) -> Callable[[Any, Any, Any], None]:
 
 
 def _check_url(url: object) -> str:
-    """A server's URL without a slash at its end. ValueError or TypeError if it is none."""
+    """A server's URL without a slash at its end. ValueError or TypeError if it is not one."""
     if not isinstance(url, str):
         raise TypeError(f"base_url must be the URL of a server, got {url!r}.")
     wrong = f"base_url {url!r} is not a URL of a server"
@@ -72,8 +73,12 @@ def _check_url(url: object) -> str:
     if parts.username or parts.password:
         raise ValueError("base_url holds a user name or password; give the key as api_key instead.")
     if parts.query or parts.fragment:
-        raise ValueError("base_url holds a query (?...) or fragment (#...); leave it out.")
+        raise ValueError("base_url holds a query (?...) or fragment (#...); omit it.")
     return url.rstrip("/")
+
+
+def _url_or_empty(url: object) -> str:
+    return _check_url(url) if url else ""
 
 
 def _check_key_characters(key: object) -> str:
@@ -81,8 +86,8 @@ def _check_key_characters(key: object) -> str:
         raise TypeError(f"api_key must be a str, got {type(key).__name__}.")
     if not key.isprintable() or not key.isascii() or " " in key:
         raise ValueError(
-            "api_key holds spaces, line breaks or characters that cannot travel in a header; "
-            "was it copied whole, and nothing more?"
+            "api_key holds spaces, line breaks or characters that cannot be sent in a header; "
+            "check that it was copied completely, and nothing else with it."
         )
     return key
 
@@ -90,6 +95,49 @@ def _check_key_characters(key: object) -> str:
 def _check_text(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{attribute.name} must be a str or None, got {value!r}.")
+
+
+def _check_text_dict(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+    ):
+        raise TypeError(
+            f"{attribute.name} must be a dict of str to str, got {type(value).__name__} "
+            "(its values are not shown, they may be secret)."
+        )
+
+
+def _check_verify(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, (bool, str)):
+        raise TypeError(f"verify must be True, False or the path of a CA bundle, got {value!r}.")
+
+
+def _check_hooks(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    wrong = "hooks must be a dict like {'response': function}, as in requests"
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{wrong}, got {value!r}.")
+    for event, hooks in value.items():
+        if event != "response":
+            raise ValueError(f"{wrong}; {event!r} is not an event of requests.")
+        for hook in hooks if isinstance(hooks, (list, tuple)) else [hooks]:
+            if not callable(hook):
+                raise TypeError(f"{wrong}; {hook!r} is not a function.")
+
+
+def _check_session(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    requests = sys.modules.get("requests")  # whoever has a Session has imported it
+    if value is not None and not (requests and isinstance(value, requests.Session)):
+        raise TypeError(f"session must be a requests.Session, got {value!r}.")
+
+
+def _as_tags(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(tag, str) for tag in value):
+        raise TypeError(f"tags must be a list of str, got {value!r}.")
+    return tuple(value)
+
+
+def _dict_or_empty(value: Any) -> Any:
+    return {} if value is None else value
 
 
 @attrs.frozen
@@ -100,13 +148,13 @@ class Patience:
         connect: for a connection.
         request: for the answer to a request.
         poll: for the answer to one long poll; servers hold these for up to 40 s.
-        first_contact: in all, until a server that was never heard of answers; refused connections
-            and unknown hosts fail sooner.
-        no_answer: in all, while a server that did answer before gives no useful answer.
+        first_contact: in total, until the first answer of a server; refused connections and unknown
+            hosts fail sooner.
+        no_answer: in total, while a server that answered before gives no useful answer.
         report_after: before a wait is reported in the log.
         report_every: between two reports of the same wait.
-        heartbeat: between two signs of life of a session.
-        close: at most, for close() to send what is queued.
+        heartbeat: between two heartbeats of a session.
+        close: at most, for close() to finish what was submitted.
     """
 
     connect: float = _seconds(5.0)
@@ -122,12 +170,12 @@ class Patience:
 
 @attrs.frozen
 class SamplingLimits:
-    """How much sampling goes on at once, for all samplers of one key.
+    """Limits of concurrent sampling, for all samplers of one key.
 
     Args:
-        requests_in_dispatch: submits under way at a time.
-        bytes_in_dispatch: bytes of prompts in those submits.
-        connections: threads (and connections) that submit and poll; they grow as needed.
+        requests_in_dispatch: requests that are being submitted at a time.
+        bytes_in_dispatch: bytes of prompts in those requests.
+        connections: threads (and connections) that submit and poll, at most.
     """
 
     requests_in_dispatch: int = attrs.field(default=400, validator=_check_count)
@@ -137,78 +185,128 @@ class SamplingLimits:
 
 @attrs.frozen
 class Config:
-    """With what server to talk, as whom, and how patiently.
+    """Which server to use, with which key, and how. What is not given is looked up.
+
+    Pass it as `ServiceClient(config=...)`. Arguments of the client win over it; a field that is
+    left at its default comes from the environment (`TINKER_*`), or stays at the default.
 
     Attributes:
-        base_url: of the server; everything is under `<base_url>/api/v1/`.
-        api_key: sent as X-API-Key; "" where the server wants none. Never shown.
+        base_url: of the server; everything is under `<base_url>/api/v1/`. "" looks it up.
+        api_key: sent as X-API-Key; "" looks it up (servers may need none). Never shown.
         credential_cmd: a command that prints a credential, for servers that exchange it for a JWT.
-        headers: sent with every request; values are never shown.
+        project_id, tags: stored with each session.
+        default_headers: sent with every request; values are never shown.
+        telemetry: send usage events to the service; None looks it up, by default off.
+        proxies: like {"https": "http://10.0.0.1:3128"}; they win over HTTP_PROXY and HTTPS_PROXY.
+        verify: False accepts any TLS certificate; a str is the path of a CA bundle.
+        hooks: {"response": function or list of functions}, as in requests; each is called as
+            function(response, **options) on the thread that made the request.
+        session: a requests.Session that all requests go through. It must not be changed by
+            several threads at once, and is not closed.
     """
 
-    base_url: str = attrs.field(converter=_check_url)
+    base_url: str = attrs.field(default="", converter=_url_or_empty)
     api_key: str = attrs.field(default="", repr=False, converter=_check_key_characters)
     credential_cmd: str | None = attrs.field(default=None, repr=False)
     project_id: str | None = attrs.field(default=None, validator=_check_text)
-    tags: tuple[str, ...] = ()
-    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    telemetry: bool = False
+    tags: tuple[str, ...] = attrs.field(default=(), converter=_as_tags)
+    default_headers: Mapping[str, str] = attrs.field(
+        factory=dict, repr=False, converter=_dict_or_empty, validator=_check_text_dict
+    )
+    telemetry: bool | None = None
     patience: Patience = attrs.field(
         factory=Patience, validator=_instance_of(Patience, "tinkex.Patience")
     )
     sampling: SamplingLimits = attrs.field(
         factory=SamplingLimits, validator=_instance_of(SamplingLimits, "tinkex.SamplingLimits")
     )
+    proxies: Mapping[str, str] = attrs.field(
+        factory=dict, repr=False, converter=_dict_or_empty, validator=_check_text_dict
+    )
+    verify: bool | str | None = attrs.field(default=None, validator=_check_verify)
+    hooks: Mapping[str, Any] = attrs.field(
+        factory=dict, repr=False, converter=_dict_or_empty, validator=_check_hooks
+    )
+    session: Any = attrs.field(default=None, repr=False, validator=_check_session)
 
     @property
     def is_official(self) -> bool:
-        """Whether this is the official service, which is strict about keys."""
+        """True for the official service, which is strict about keys."""
         return urlsplit(self.base_url).hostname == urlsplit(OFFICIAL_URL).hostname
 
     def without_secrets(self) -> Config:
-        """The same, fit to be pickled: keys and headers are found again where it is used."""
-        return attrs.evolve(self, api_key="", headers={}, credential_cmd=None)
+        """A copy to be pickled. What may be secret, and what is code, is looked up or given again
+        where the copy is used."""
+        return attrs.evolve(
+            self,
+            api_key="",
+            credential_cmd=None,
+            default_headers={},
+            proxies={},
+            hooks={},
+            session=None,
+        )
 
 
-def wants_embedded(base_url: str | None = None, api_key: str | None = None) -> bool:
-    """Whether nothing names a server, so that the embedded engine is meant."""
-    named = base_url or api_key or _env("TINKER_BASE_URL") or _env("TINKER_API_KEY")
-    return not named and not _env("TINKER_CREDENTIAL_CMD")
+def wants_embedded(
+    base_url: str | None = None, api_key: str | None = None, config: Config | None = None
+) -> bool:
+    """True if nothing names a server, so that the embedded engine is started."""
+    given = _checked(config)
+    named = base_url or api_key or given.base_url or given.api_key or given.credential_cmd
+    in_environment = ("TINKER_BASE_URL", "TINKER_API_KEY", "TINKER_CREDENTIAL_CMD")
+    return not named and not any(_env(name) for name in in_environment)
 
 
 def load(
     base_url: str | None = None,
     api_key: str | None = None,
     *,
-    project_id: str | None = None,
-    patience: Patience | None = None,
-    sampling: SamplingLimits | None = None,
+    config: Config | None = None,
+    **fields: Any,
 ) -> Config:
-    """The configuration from arguments, environment (TINKER_*) and defaults.
+    """The settings: arguments > *config* > environment (TINKER_*) > defaults.
+
+    Args:
+        fields: further fields of Config; None is "not given".
 
     Raises:
-        ValueError: If the URL is not one, or the official service is meant and the key is missing
-            or of a wrong shape.
+        TypeError, ValueError: If a value cannot be right, such as a base_url that is not a URL; or
+            if the official service is used and the key is missing or of a wrong form.
     """
-    url = _check_url(base_url or _env("TINKER_BASE_URL") or OFFICIAL_URL)
-    config = Config(
+    fields = {name: value for name, value in fields.items() if value is not None}
+    given = attrs.evolve(_checked(config), **fields)
+    url = _check_url(base_url or given.base_url or _env("TINKER_BASE_URL") or OFFICIAL_URL)
+    telemetry = given.telemetry
+    if telemetry is None:
+        telemetry = (_env("TINKER_TELEMETRY") or "").lower() in ("1", "true", "yes", "on")
+    loaded = attrs.evolve(
+        given,
         base_url=url,
-        api_key=api_key or _env("TINKER_API_KEY") or _engine_key(url),
-        credential_cmd=_env("TINKER_CREDENTIAL_CMD"),
-        project_id=project_id or _env("TINKER_PROJECT_ID"),
-        tags=tuple(t.strip() for t in (_env("TINKER_TAGS") or "").split(",") if t.strip()),
-        headers=_cloudflare_headers(),
-        telemetry=(_env("TINKER_TELEMETRY") or "").lower() in ("1", "true", "yes", "on"),
-        patience=patience or Patience(),
-        sampling=sampling or SamplingLimits(),
+        api_key=api_key or given.api_key or _env("TINKER_API_KEY") or _engine_key(url),
+        credential_cmd=given.credential_cmd or _env("TINKER_CREDENTIAL_CMD"),
+        project_id=given.project_id or _env("TINKER_PROJECT_ID"),
+        tags=given.tags or _tags(_env("TINKER_TAGS") or ""),
+        default_headers={**_cloudflare_headers(), **given.default_headers},
+        telemetry=telemetry,
     )
-    if config.is_official:
-        config = _check_official_key(config)
+    return _check_official_key(loaded) if loaded.is_official else loaded
+
+
+def _checked(config: object) -> Config:
+    if config is None:
+        return Config()
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a tinkex.Config, got {config!r}.")
     return config
 
 
+def _tags(text: str) -> tuple[str, ...]:
+    return tuple(tag.strip() for tag in text.split(",") if tag.strip())
+
+
 def key_source(config: Config) -> str | None:
-    """Where the credential of *config* is from, in words; None if there is none."""
+    """Where the credential of *config* comes from, in words; None if there is none."""
     if config.api_key and config.api_key == _env("TINKER_API_KEY"):
         return "from TINKER_API_KEY"
     if config.api_key and config.api_key == _engine_key(config.base_url):
@@ -221,40 +319,40 @@ def key_source(config: Config) -> str | None:
 
 
 def wants_color() -> bool:
-    """Whether colours may be written to a terminal (https://no-color.org)."""
+    """True if colors may be written to a terminal (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def home() -> Path:
-    """Where the local server keeps what outlives it: TINKEX_HOME, or ~/.tinkex."""
+    """The folder where the local server stores its files: TINKEX_HOME, or ~/.tinkex."""
     return Path(_env("TINKEX_HOME") or "~/.tinkex").expanduser()
 
 
 def engine_key_file(base_url: str) -> Path:
-    """Where the key of the embedded engine at *base_url* is kept while it runs.
+    """The file with the key of the embedded engine at *base_url*, while that runs.
 
-    Only its user can read it: for pickled clients and the command line in other processes.
+    Only its user can read it. Pickled clients and the command line use it in other processes.
     """
     parts = urlsplit(base_url)
     return home() / "engines" / f"{parts.hostname}-{parts.port}.key"
 
 
 def engine_token() -> str | None:
-    """The secret by which an embedded engine knows its parent, in the engine's environment."""
+    """The secret by which an embedded engine recognizes its parent process."""
     return _env("TINKEX_ENGINE_TOKEN")
 
 
 def engine_environment(token: str) -> dict[str, str]:
-    """The environment for an embedded engine: ours, with the secret and without our keys."""
+    """The environment of an embedded engine: ours, with the secret and without our keys."""
     ours = {k: v for k, v in os.environ.items() if k not in ("TINKER_API_KEY", "TINKER_BASE_URL")}
     return {**ours, "TINKEX_ENGINE_TOKEN": token, "PYTHONUNBUFFERED": "1"}
 
 
 def run_credential_cmd(command: str) -> str:
-    """What *command* prints, as a credential.
+    """Run *command* and return what it prints: a credential.
 
     Raises:
-        ValueError: If it fails or prints nothing; its output is not shown, for it may be secret.
+        ValueError: If it fails or prints nothing; its output may be secret and is not shown.
     """
     try:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from tinkex import errors, types, wire
 from tinkex.checkpoints import download, export
+from tinkex.config import Config
 from tinkex.runtime.session import Connection, connect
 
 T = TypeVar("T")
@@ -34,11 +35,12 @@ class RestClient:
         base_url: str | None = None,
         api_key: str | None = None,
         *,
+        config: Config | None = None,
         connection: Connection | None = None,
     ) -> None:
         self._owns_connection = connection is None
         if connection is None:
-            settings, engine = connect(base_url, api_key)
+            settings, engine = connect(base_url, api_key, settings=config)
             connection = Connection(settings, engine=engine)
         self._connection = connection
 

@@ -20,7 +20,8 @@ import attrs
 import numpy as np
 import requests
 
-from tinkex import config, errors, types, wire
+from tinkex import errors, types, wire
+from tinkex.config import Config
 from tinkex.futures import OperationFuture, fail, gather, succeed
 from tinkex.runtime import batching, rate_limit
 from tinkex.runtime.polling import check_timeout
@@ -405,8 +406,7 @@ class SamplingClient:
     def __reduce__(self) -> tuple[Any, ...]:
         settings = self._session.config
         return _unpickled, (
-            settings.base_url,
-            settings.sampling,
+            settings.without_secrets(),
             self._session.session_id,
             self.sampling_session_id,
             self._base_model,
@@ -634,8 +634,7 @@ class _ProgressBar:
 
 
 def _unpickled(
-    base_url: str,
-    limits: config.SamplingLimits,
+    given: Config,
     session_id: str,
     sampling_session_id: str,
     base_model: str | None,
@@ -643,7 +642,7 @@ def _unpickled(
     retry: Retry | None,
 ) -> SamplingClient:
     """A copy of a client in (perhaps) another process, with numbers of its own."""
-    settings, engine = connect(base_url, sampling=limits)
+    settings, engine = connect(settings=given)
     session = Session(settings, session_id=session_id, engine=engine, heartbeat=False)
     clone = random.randrange(1, 2**30)
     if session.features.sample_join_sampling_session:

@@ -1,17 +1,19 @@
 """ServiceClient: opens a session on a server, and creates the other clients.
 
-The way in. With neither a URL nor a key it starts the embedded engine. Knows what the other clients
-are made of, not what they do.
+This is the entry point. With neither a URL nor a key it starts the embedded engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-from tinkex import config, training, types, wire
+import requests
+
+from tinkex import training, types, wire
+from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture
 from tinkex.rest import RestClient
 from tinkex.runtime.restore import check_restore, restore
@@ -24,19 +26,23 @@ from tinkex.training import TrainingClient
 class ServiceClient:
     """A session on a server.
 
-    Use it as a context manager, or close it: its clients end with it.
+    Use it as a context manager, or close it: its clients end with it. Arguments win over *config*,
+    *config* over the environment, the environment over defaults.
 
     Args:
         base_url: of the server; by default TINKER_BASE_URL, or the official service if there is a
             key, or else the embedded engine.
         api_key: by default TINKER_API_KEY.
-        user_metadata: kept with the session.
+        user_metadata: stored with the session.
         project_id: by default TINKER_PROJECT_ID.
         patience: how long to wait for what.
-        sampling: how much sampling goes on at once.
+        sampling: limits of concurrent sampling.
+        config: all settings in one object.
+        session: a requests.Session that all requests go through; it is not closed.
+        default_headers, proxies, verify, hooks: for all requests; see `tinkex.Config`.
 
     Raises:
-        ValueError: For a URL or key that cannot be right.
+        ValueError, TypeError: For a setting that cannot be right.
         TinkexError: If the server cannot be reached or refuses, within seconds.
     """
 
@@ -47,12 +53,28 @@ class ServiceClient:
         *,
         user_metadata: dict[str, Any] | None = None,
         project_id: str | None = None,
-        patience: config.Patience | None = None,
-        sampling: config.SamplingLimits | None = None,
+        patience: Patience | None = None,
+        sampling: SamplingLimits | None = None,
+        config: Config | None = None,
+        session: requests.Session | None = None,
+        default_headers: Mapping[str, str] | None = None,
+        proxies: Mapping[str, str] | None = None,
+        verify: bool | str | None = None,
+        hooks: Mapping[str, Any] | None = None,
     ) -> None:
         user_metadata = types.check_metadata(user_metadata)
         settings, engine = connect(
-            base_url, api_key, project_id=project_id, patience=patience, sampling=sampling
+            base_url,
+            api_key,
+            settings=config,
+            project_id=project_id,
+            patience=patience,
+            sampling=sampling,
+            session=session,
+            default_headers=default_headers,
+            proxies=proxies,
+            verify=verify,
+            hooks=hooks,
         )
         self._session = Session(settings, user_metadata=user_metadata, engine=engine)
 
@@ -82,14 +104,20 @@ class ServiceClient:
         """A new model: *base_model* with a fresh LoRA adapter.
 
         Args:
+            base_model: name of the model, as `get_server_capabilities` lists it; or a model
+                directory (local server).
             rank: of the adapter.
-            seed: of its initialisation; None lets the server choose.
+            seed: of its initialization; None lets the server choose.
             train_mlp, train_attn, train_unembed: which linear layers are adapted.
+            user_metadata: stored with the model.
             adapter: a PEFT adapter folder to start from (local server only).
+            queue_state_observer: called as (state, reason) when the server pauses training;
+                by default a warning is logged.
 
         Raises:
-            ValueError, TypeError: Before anything is sent.
-            RequestFailedError: If the server cannot load the base model; says why.
+            ValueError, TypeError: For wrong arguments, before anything is sent.
+            RequestFailedError: If the server cannot load the base model; the message has the
+                reason.
         """
         return self._new_model(
             base_model,
@@ -106,7 +134,7 @@ class ServiceClient:
     def create_lora_training_client_async(
         self, base_model: str, *args: Any, **options: Any
     ) -> OperationFuture[TrainingClient]:
-        """`create_lora_training_client`, as a future; what is wrong is raised at once."""
+        """`create_lora_training_client`, as a future. Wrong arguments raise in the call."""
         return self._session.in_background(
             self._new_model(base_model, *args, **options),
             f"create_lora_training_client of {base_model}",
@@ -125,7 +153,7 @@ class ServiceClient:
         adapter: str | None = None,
         queue_state_observer: training.QueueStateObserver | None = None,
     ) -> Callable[[], TrainingClient]:
-        """What creates the model, all of its arguments checked."""
+        """Check all arguments, and return the function that creates the model."""
         training.check_base_model(base_model)
         training.check_observer(queue_state_observer)
         if adapter is not None and not isinstance(adapter, str):
@@ -143,13 +171,18 @@ class ServiceClient:
     def create_training_client_from_state(
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
-        """A new model with the weights saved at *path*, its rank and flags; a fresh optimizer."""
+        """A new model with the weights saved at *path*; its optimizer starts fresh.
+
+        Args:
+            path: `tinker://...`, from `save_state`.
+            user_metadata: stored with the new model.
+        """
         return restore(self._session, path, optimizer=False, user_metadata=user_metadata)
 
     def create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
-        """A new model with the weights and the optimizer saved at *path*."""
+        """A new model with the weights and the optimizer state saved at *path*."""
         return restore(self._session, path, optimizer=True, user_metadata=user_metadata)
 
     def create_training_client_from_state_async(
@@ -180,7 +213,13 @@ class ServiceClient:
         base_model: str | None = None,
         retry_config: Retry | None = None,
     ) -> SamplingClient:
-        """A sampling client of the weights saved at *model_path*, or of *base_model* as it is."""
+        """A sampling client of saved weights, or of a base model.
+
+        Args:
+            model_path: `tinker://...`, from `save_weights_for_sampler`; or give
+            base_model: the name of a model, which is sampled without an adapter.
+            retry_config: when a failed request is sent again.
+        """
         return SamplingClient.create(
             self._session, model_path=model_path, base_model=base_model, retry_config=retry_config
         )
@@ -201,15 +240,15 @@ class ServiceClient:
     # The server.
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
-        """The base models that the server offers."""
+        """The base models that the server supports."""
         return self._session.call(wire.CAPABILITIES)
 
     def health(self) -> types.HealthResponse:
-        """Ask the server whether it is well."""
+        """Check that the server answers."""
         return self._session.call(wire.HEALTHZ)
 
     def create_rest_client(self) -> RestClient:
-        """A client of what is stored on the server."""
+        """A client for stored runs, checkpoints and sessions."""
         return RestClient(connection=self._session)
 
     def get_telemetry(self) -> Any:
@@ -220,7 +259,8 @@ class ServiceClient:
         """End the session, and the embedded engine if this was its last user.
 
         Args:
-            reason: "success", "errored" or "interrupted"; kept by the server.
+            reason: "success", "errored" or "interrupted"; stored by the server.
+            detail: more about it, in words; stored by the server.
         """
         self._session.close(reason, detail)
 

@@ -130,6 +130,7 @@ class TrainingClient:
         queue_state_observer: QueueStateObserver | None = None,
         patience: config.Patience | None = None,
         adapter: str | None = None,
+        config: config.Config | None = None,
     ) -> TrainingClient:
         """Create a model in a session of its own, or attach to one that exists.
 
@@ -138,6 +139,7 @@ class TrainingClient:
             model_id: attach to this model; nothing is created.
             lora_config: of the new model's adapter; a LoraConfig, or a dict of its fields.
             base_url, api_key: of the server; without both (and TINKER_*) the embedded engine.
+            patience, config: as for `ServiceClient`.
             session_id: use this session of the server instead of a new one.
             model_seq_id: number of the new model in the session; by default the next one.
             seq_id: with model_id, the number of the last operation that was sent to it.
@@ -152,7 +154,7 @@ class TrainingClient:
         lora_config = _check_start(model_id, seq_id, model_seq_id, lora_config)
         user_metadata = types.check_metadata(user_metadata)
         check_observer(queue_state_observer)
-        settings, engine = connect(base_url, api_key, patience=patience)
+        settings, engine = connect(base_url, api_key, settings=config, patience=patience)
         session = Session(settings, session_id=session_id, engine=engine)
         options: dict[str, Any] = {
             "queue_state_observer": queue_state_observer,

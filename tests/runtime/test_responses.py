@@ -124,7 +124,7 @@ def test_every_exception_of_requests_is_translated_at_this_border(established, s
 
 
 def test_secrets_and_queries_are_in_no_message(server):
-    way = transport(server, api_key="tml-very-secret", headers={"X-Token": "hidden-token"})
+    way = transport(server, api_key="tml-very-secret", default_headers={"X-Token": "hidden-token"})
     for fault in (status(401, {"detail": "bad"}), reset(), garbage()):
         server.always("sessions", fault)
         with pytest.raises(errors.APIError) as caught:

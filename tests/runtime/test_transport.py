@@ -73,7 +73,7 @@ def test_the_key_travels_in_its_header_and_is_not_sent_where_there_is_none(serve
 
 def test_headers_of_the_configuration_go_with_every_request(server):
     """Cloudflare Access, for one."""
-    way = transport(server, headers={"CF-Access-Client-Id": "me"})
+    way = transport(server, default_headers={"CF-Access-Client-Id": "me"})
     way.call(wire.HEALTHZ)
 
     assert "me" == server.requests[0].headers["CF-Access-Client-Id"]

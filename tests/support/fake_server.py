@@ -671,7 +671,7 @@ def training(server, **options):
 
 def plugged_in(monkeypatch, server):
     """Whoever talks HTTP through requests from now on, and sleeps over it, meets *server*."""
-    monkeypatch.setattr("tinkex.runtime.transport.KeptConnections", lambda **_: server)
+    monkeypatch.setattr("tinkex.runtime.http_session.KeptConnections", lambda **_: server)
     for name in [name for name in os.environ if name.startswith("TINKER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("TINKER_BASE_URL", URL)

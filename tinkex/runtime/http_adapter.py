@@ -1,15 +1,21 @@
-"""Connections that are kept: a small request in one write, a plain answer in one read.
+"""An adapter for requests with a quick path: one write for a small request, one read per answer.
 
-This is the adapter of requests and the pool of urllib3, with a short way for the exchange that is
-made thousands of times: a request in one piece, and an answer of known length. Whatever else there
-is (beginning TLS, proxies, answers in chunks, compressed, or without a length) is left to urllib3
-and http.client. Knows nothing of the API.
+The quick path is for the exchange that is made thousands of times: a request in one piece and an
+answer of known length, on an open connection of urllib3's own classes. Everything else (the start
+of TLS, proxies, cookies, answers in chunks, compressed or without a length, and the connection
+classes of a mock such as vcrpy) takes the usual way through urllib3 and http.client.
+
+Private names of urllib3 and requests are used in this module only, after a self-test: if it fails
+on some version, every exchange takes the usual way. Does not know the API.
 """
 
 from __future__ import annotations
 
+import functools
 import http.client
+import logging
 import re
+import socket
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -18,20 +24,22 @@ import requests
 import urllib3
 from requests.structures import CaseInsensitiveDict
 
-#: A body up to so many bytes is written together with its head.
+logger = logging.getLogger("tinkex")
+
+#: A body of up to so many bytes is written together with its head.
 SMALL = 1 << 16
-#: Bytes of an answer that are made room for because it says so.
+#: Largest Content-Length that is read in one piece, in bytes.
 LONGEST = 1 << 30
 
 #: What may not be in a request's target: it would end it, or begin another line.
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
-#: Where a header goes on in the next line.
+#: Where a header continues on the next line.
 _FOLDED = re.compile(r"\r?\n[ \t]+")
 
 
 @attrs.frozen(eq=False)
 class Reply:
-    """A plain answer, whole."""
+    """An answer that was read as a whole on the quick path."""
 
     status: int
     headers: CaseInsensitiveDict[str]
@@ -39,17 +47,18 @@ class Reply:
 
 
 class KeptConnections(requests.adapters.HTTPAdapter):
-    """The adapter of requests, with a short way."""
+    """The adapter of requests, with a quick path."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        #: For answers that are read piece by piece: the short way reads them whole.
+        #: For answers that are read piece by piece: the quick path reads them whole.
         self._streams = requests.adapters.HTTPAdapter()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
         self._pools: dict[tuple[Any, ...], Any] = {}
+        if quick_path_works():
+            self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
 
     def send(
         self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **kwargs: Any
@@ -65,7 +74,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         proxies: Mapping[str, str] | None = None,
         cert: Any = None,
     ) -> Any:
-        """The pool for *request*; urllib3 would put its key together anew for each."""
+        """The pool for *request*, cached: urllib3 would build its key again for each."""
         if proxies or cert:
             return super().get_connection_with_tls_context(request, verify, proxies, cert)
         scheme, _, rest = str(request.url).partition("://")
@@ -89,7 +98,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         response.headers = resp.headers
         response.url = str(req.url)
         response.request = req
-        # It has been read: the public way would copy it in pieces of ten kilobytes.
+        # The body has been read: the public way would copy it in pieces of ten kilobytes.
         response._content = resp.content
         return response
 
@@ -100,7 +109,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    """A pool whose connections take the short way."""
+    """A pool whose connections take the quick path where they can."""
 
     def urlopen(  # type: ignore[override]
         self,
@@ -135,9 +144,12 @@ class _Pool(urllib3.HTTPConnectionPool):
         return answer
 
     def _open_connection(self, url: str, timeout: float | None) -> Any:
-        """A connection that is open, as far as one can see from here; None if TLS is to be begun,
-        which is urllib3's."""
+        """An open connection, or None where urllib3 must open it: for TLS, and for connection
+        classes that are not urllib3's own (a mock may not have a socket)."""
         conn: Any = self._get_conn()
+        if type(conn).__module__ != "urllib3.connection":
+            self._put_conn(conn)
+            return None
         if conn.sock is not None:
             return conn
         if self.scheme == "http":
@@ -154,7 +166,7 @@ class _Pool(urllib3.HTTPConnectionPool):
         return None
 
     def _head(self, method: str, url: str, headers: Mapping[str, str]) -> bytes:
-        """A request up to its body; nothing if it is not one for the short way."""
+        """A request up to its body; nothing if it is not one for the quick path."""
         if method == "HEAD" or _UNSAFE.search(url) or "Host" in headers:
             return b""
         port = "" if self.port in (None, 80 if self.scheme == "http" else 443) else f":{self.port}"
@@ -218,6 +230,77 @@ class _Opened:
         return self.reader
 
 
+def prepared_request(method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
+    """A request that needs no preparation: requests would parse and quote each part again."""
+    request = requests.PreparedRequest()
+    request.method, request.url, request.body = method, url, body
+    request._cookies = _NO_COOKIES  # type: ignore[attr-defined]  # read by Session.send when the answer is a redirect
+    return request
+
+
+_NO_COOKIES = requests.cookies.RequestsCookieJar()
+
+
+def is_plain(adapter: requests.adapters.BaseAdapter) -> bool:
+    """True if *adapter* is one that requests makes by default for a new Session."""
+    return type(adapter) is requests.adapters.HTTPAdapter and _state(adapter) == _state(
+        requests.adapters.HTTPAdapter()
+    )
+
+
+def _state(adapter: Any) -> dict[str, Any]:
+    state = dict(adapter.__getstate__())
+    retries = state.get("max_retries")
+    return {**state, "max_retries": getattr(retries, "total", retries)}
+
+
+@functools.cache
+def quick_path_works() -> bool:
+    """Self-test: True if the private names used here still do what they did.
+
+    Makes one exchange over a pair of sockets in this process.
+    """
+    ours, theirs = socket.socketpair()
+    pool = _Pool("localhost", 80)
+    try:
+        conn: Any = urllib3.connection.HTTPConnection("localhost", 80)
+        conn.sock = _Scripted(ours, theirs, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        pool.pool.get_nowait()  # type: ignore[union-attr]  # room for one connection
+        pool._put_conn(conn)
+        timeout = urllib3.Timeout(connect=1.0, read=1.0)
+        reply = pool.urlopen("POST", "/x", b"body", {"A": "b"}, timeout=timeout)
+        request = prepared_request("POST", "http://localhost/x", b"body")
+        response = requests.adapters.HTTPAdapter.__new__(KeptConnections).build_response(
+            request, reply
+        )
+        return (
+            b"ok" == response.content == b"".join(response.iter_content(1))
+            and theirs.recv(1000) == b"POST /x HTTP/1.1\r\nHost: localhost\r\nA: b\r\n\r\nbody"
+            and pool._get_conn() is conn
+        )
+    except Exception as exc:  # whatever another version of urllib3 or requests raises
+        logger.info("HTTP takes the usual way through urllib3: the self-test failed (%r)", exc)
+        return False
+    finally:
+        pool.close()
+        ours.close()
+        theirs.close()
+
+
+class _Scripted:
+    """A socket whose other end answers as soon as something is written to it."""
+
+    def __init__(self, ours: socket.socket, theirs: socket.socket, answer: bytes) -> None:
+        self._ours, self._theirs, self._answer = ours, theirs, answer
+
+    def sendall(self, data: bytes) -> None:
+        self._ours.sendall(data)
+        self._theirs.sendall(self._answer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ours, name)
+
+
 def _write(sock: Any, head: bytes, body: bytes) -> None:
     if len(body) <= SMALL:
         sock.sendall(head + body)
@@ -248,6 +331,7 @@ def _read_plain(reader: Any) -> Reply | None:
         or not (length.isascii() and length.isdigit() and int(length) <= LONGEST)
         or "Transfer-Encoding" in headers
         or "Content-Encoding" in headers
+        or "Set-Cookie" in headers
         or headers.get("Connection", "keep-alive").lower() != "keep-alive"
     ):
         return None

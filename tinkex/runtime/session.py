@@ -17,6 +17,8 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import attrs
+
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import auth, embedded, telemetry
@@ -164,22 +166,20 @@ def connect(
     base_url: str | None = None,
     api_key: str | None = None,
     *,
-    project_id: str | None = None,
-    patience: config.Patience | None = None,
-    sampling: config.SamplingLimits | None = None,
+    settings: config.Config | None = None,
+    **fields: Any,
 ) -> tuple[config.Config, embedded.EmbeddedEngine | None]:
-    """The configuration to connect with; where nothing names a server, of the embedded engine."""
-    options: dict[str, Any] = {
-        "project_id": project_id,
-        "patience": patience,
-        "sampling": sampling,
-    }
-    if not config.wants_embedded(base_url, api_key):
-        return config.load(base_url, api_key, **options), None
-    config.load("http://127.0.0.1", "", **options)  # what is wrong is told before a child starts
+    """The settings to connect with; where nothing names a server, those of the embedded engine.
+
+    Arguments as for `config.load`.
+    """
+    if not config.wants_embedded(base_url, api_key, settings):
+        return config.load(base_url, api_key, config=settings, **fields), None
+    checked = config.load("http://127.0.0.1", config=settings, **fields)  # before a child starts
+    checked = attrs.evolve(checked, proxies={})  # the engine is on this machine
     engine = embedded.acquire()
     try:
-        return config.load(engine.base_url, engine.api_key, **options), engine
+        return config.load(engine.base_url, engine.api_key, config=checked), engine
     except BaseException:
         embedded.release(engine)
         raise

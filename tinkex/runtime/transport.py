@@ -1,7 +1,7 @@
 """One HTTP exchange: authentication, headers, time limits.
 
-Connections are connections.py's, when to send again is retry.py's, what an answer means
-answers.py's. Knows nothing of operations or their order.
+Connections belong to http_session.py, when to send again to retry.py, what an answer means to
+responses.py. Does not know operations or their order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tenacity
 from tinkex import errors, wire
 from tinkex._version import __version__
 from tinkex.config import PROTOCOL_VERSION, Config
-from tinkex.runtime.http_adapter import KeptConnections
+from tinkex.runtime.http_session import HttpSession
 from tinkex.runtime.responses import Answer, check_whole, connection_error, status_error
 from tinkex.runtime.retry import Retry, Tries
 from tinkex.runtime.wait_log import Wait, WaitLog, one_line
@@ -38,8 +38,8 @@ class Transport:
 
     Args:
         config: where to, as whom, how patiently.
-        waits: is told of every exchange that takes long.
-        adapter: sends prepared requests; another one may be given in tests.
+        waits: reports every exchange that takes long.
+        adapter: sends prepared requests; replaceable in tests.
         sleep, clock: replaceable in tests.
     """
 
@@ -56,9 +56,7 @@ class Transport:
         self._closed = threading.Event()
         self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
         self._prefix = config.base_url + wire.PREFIX
-        self._adapter = adapter or KeptConnections(
-            pool_connections=4, pool_maxsize=2 * config.sampling.connections + 64
-        )
+        self._http = HttpSession(config, 2 * config.sampling.connections + 64, adapter)
         #: Waits for so many seconds, or until this transport is closed.
         self.sleep = sleep or self._closed.wait
         self.clock = clock
@@ -69,7 +67,7 @@ class Transport:
             "X-Stainless-Package-Version": PROTOCOL_VERSION,
             "X-Stainless-OS": platform.system(),
             "X-Stainless-Runtime": sys.implementation.name,
-            **config.headers,
+            **config.default_headers,
         }
         #: Gives the key to send; replaced where a server wants keys exchanged for tokens.
         self.get_key: Callable[[], str] = lambda: config.api_key
@@ -79,10 +77,6 @@ class Transport:
         self.obituary: Callable[[], str | None] = lambda: None
         #: Whether this server was ever heard of; before, failures are told at once.
         self.established = False
-        environment = requests.Session().merge_environment_settings(
-            config.base_url, {}, None, None, None
-        )
-        self._settings: dict[str, Any] = {k: environment[k] for k in ("proxies", "verify", "cert")}
 
     def url(self, path: str, **parameters: str) -> str:
         """The URL of *path* with its {parameters} filled in (quoted, but for ':' and '/')."""
@@ -234,21 +228,13 @@ class Transport:
         timeout: float,
         number: int,
     ) -> Answer:
-        request = requests.PreparedRequest()
-        request.method, request.url, request.body = method, url, body or None
-        request.hooks = {"response": []}
-        request.headers = requests.structures.CaseInsensitiveDict(
-            {**self._headers, **headers, "x-stainless-retry-count": str(number)}
-        )
+        headers = {**self._headers, **headers, "x-stainless-retry-count": str(number)}
         key = self.get_key()
         if key:
-            request.headers["X-API-Key"] = key
+            headers["X-API-Key"] = key
+        limits = (min(self.config.patience.connect, timeout), timeout)
         try:
-            response = self._adapter.send(
-                request,
-                timeout=(min(self.config.patience.connect, timeout), timeout),
-                **self._settings,
-            )
+            response = self._http.send(method, url, headers, body or None, limits)
             content = response.content
         except requests.RequestException as exc:
             raise connection_error(exc, method, url, timeout) from exc
@@ -266,26 +252,19 @@ class Transport:
 
         The caller closes it. Error statuses raise; foreign URLs (of archives) get no key.
         """
-        request = requests.PreparedRequest()
-        request.method, request.url, request.body = method, url, body or None
-        request.hooks = {"response": []}
-        request.headers = requests.structures.CaseInsensitiveDict(
-            {**self._headers, **(headers or {})}
-        )
+        is_ours = self.is_ours(url)
+        sent = {**self._headers, **(headers or {})}
         if body:
-            request.headers["Content-Length"] = str(len(body))
-        if self.is_ours(url) and self.get_key():
-            request.headers["X-API-Key"] = self.get_key()
-        elif not self.is_ours(url):
-            for name in self.config.headers:
-                request.headers.pop(name, None)
+            sent["Content-Length"] = str(len(body))
+        if is_ours and self.get_key():
+            sent["X-API-Key"] = self.get_key()
+        elif not is_ours:
+            sent = {k: v for k, v in sent.items() if k not in self.config.default_headers}
         limit = timeout or self.config.patience.request
+        limits = (self.config.patience.connect, limit)
         try:
-            response = self._adapter.send(
-                request,
-                stream=True,
-                timeout=(self.config.patience.connect, limit),
-                **self._settings,
+            response = self._http.send(
+                method, url, sent, body or None, limits, stream=True, with_auth=is_ours
             )
             if response.status_code < 300:
                 return response
@@ -306,7 +285,7 @@ class Transport:
     def close(self) -> None:
         """Close the idle connections and try nothing again; those in use close as they end."""
         self._closed.set()
-        self._adapter.close()
+        self._http.close()
         self.waits.close()
 
 

@@ -1,0 +1,124 @@
+"""The requests.Session that all traffic goes through: the user's, or one of ours.
+
+So hooks, instrumentation (OpenTelemetry) and mocks (requests-mock, vcrpy, responses) see every
+exchange. Does not know the API; takes methods, URLs, headers and bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+
+from tinkex.config import Config
+from tinkex.runtime.http_adapter import KeptConnections, is_plain, prepared_request
+
+#: What a new requests.Session sends; a user's session that sends something else means it.
+_REQUESTS_OWN = requests.utils.default_headers()
+
+
+class HttpSession:
+    """Sends requests through a requests.Session. Safe to share between threads.
+
+    A session that the user gave is used as it is: its headers, cookies, auth, hooks, proxies,
+    verify, cert and adapters. Only an adapter with requests' own defaults, which keeps ten
+    connections, is replaced for the server's address. *close* leaves the user's session open.
+
+    Args:
+        settings: session, proxies, verify and hooks are used here.
+        connections: kept open at most.
+        adapter: for all URLs; replaceable in tests.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        connections: int = 10,
+        adapter: requests.adapters.BaseAdapter | None = None,
+    ) -> None:
+        self._owns_session = settings.session is None
+        self._session: requests.Session = settings.session or requests.Session()
+        self._adapter = adapter
+        if self._owns_session:
+            self._adapter = adapter or _adapter(connections)
+            self._session.headers.clear()
+            for scheme in ("https://", "http://"):
+                self._session.mount(scheme, self._adapter)
+        elif is_plain(self._session.get_adapter(settings.base_url)):
+            self._adapter = _adapter(connections)
+            self._session.mount(f"{settings.base_url}/", self._adapter)
+        self._hooks = {"response": list(_hooks(settings.hooks))}
+        environment = self._session.merge_environment_settings(
+            settings.base_url, dict(settings.proxies), None, settings.verify, None
+        )
+        self._options: dict[str, Any] = {k: environment[k] for k in ("proxies", "verify", "cert")}
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout: tuple[float, float],
+        *,
+        stream: bool = False,
+        with_auth: bool = True,
+    ) -> requests.Response:
+        """Make one exchange, without following redirects.
+
+        Args:
+            headers: win over those of the user's session, but for its User-Agent.
+            timeout: seconds for the connection, and for each read.
+            stream: leave the body to be read by the caller.
+            with_auth: apply the `auth` of the user's session.
+
+        Raises:
+            requests.RequestException: If no answer came back.
+        """
+        session = self._session
+        request = prepared_request(method, url, body)
+        request.hooks = self._hooks
+        request.headers = requests.structures.CaseInsensitiveDict(headers)
+        if not self._owns_session:
+            self._apply(request, with_auth)
+        if session.cookies:
+            request.prepare_cookies(session.cookies)
+        try:
+            return session.send(
+                request, stream=stream, timeout=timeout, allow_redirects=False, **self._options
+            )
+        except requests.HTTPError as exc:  # a hook has called raise_for_status()
+            if exc.response is None:
+                raise
+            return exc.response
+
+    def _apply(self, request: requests.PreparedRequest, with_auth: bool) -> None:
+        """What the user's session adds to a request; read each time, since it may change."""
+        session = self._session
+        for name, value in session.headers.items():
+            is_free = name not in request.headers or name.lower() == "user-agent"
+            if is_free and _REQUESTS_OWN.get(name) != value:
+                request.headers[name] = value  # type: ignore[assignment]
+        if session.hooks.get("response"):
+            given = [*_hooks(session.hooks), *self._hooks["response"]]
+            request.hooks = {"response": given}
+        if with_auth and session.auth:
+            request.prepare_auth(session.auth)
+
+    def close(self) -> None:
+        """Close the connections, unless they belong to the user's session."""
+        if self._owns_session:
+            self._session.close()
+        elif self._adapter is not None:
+            self._adapter.close()
+
+
+def _adapter(connections: int) -> requests.adapters.BaseAdapter:
+    return KeptConnections(pool_connections=4, pool_maxsize=connections)
+
+
+def _hooks(hooks: Mapping[str, Any]) -> list[Any]:
+    """The response hooks of a mapping like `requests.Session.hooks`."""
+    given = hooks.get("response") or []
+    return [given] if callable(given) else list(given)
