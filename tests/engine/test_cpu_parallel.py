@@ -1,53 +1,58 @@
-"""Lanes: who computes what, and what becomes of results and failures."""
+"""Data-parallel workers: shares, results, failures, and how many cores a training step uses."""
 
 from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support import hf_reference as hf
+from tinkex import types
 from tinkex.engine import cpu_parallel
-from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.engine import Engine
 
 
 @pytest.mark.parametrize(
     ("threads", "count"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (12, 4), (14, 2)]
 )
-def test_lanes_have_as_many_cores_each_and_leave_none_idle(threads, count):
-    """Five cores, say, work together, as they did before there were lanes."""
-    assert count == Lanes(threads).count
+def test_workers_have_equally_many_cores_and_leave_none_idle(threads, count):
+    """Five cores, for example, cannot be divided, so they compute together."""
+    assert count == Workers(threads).count
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_item_is_in_one_share_and_shares_are_of_about_one_size(seed):
-    """The largest is what the others wait for."""
+    """All workers wait for the largest share."""
     sizes = np.random.default_rng(seed).integers(16, 512, 40).tolist()
 
-    shares = Lanes(3).share_out(sizes)
+    shares = Workers(3).share_out(sizes)
 
     assert list(range(40)) == sorted(i for share in shares for i in share)
     totals = [sum(sizes[i] for i in share) for share in shares]
     assert 3 == len(shares)
-    assert max(totals) <= cpu_parallel.UNEVEN * sum(sizes) / 3
+    assert max(totals) <= cpu_parallel.MAX_IMBALANCE * sum(sizes) / 3
 
 
 def test_a_share_keeps_the_order_of_its_items():
-    """They come sorted: by length, for attention, or by adapter."""
-    assert [[0, 3], [1, 2]] == Lanes(2).share_out([400, 300, 200, 100])
+    """Items are sorted by length, for attention, or by adapter."""
+    assert [[0, 3], [1, 2]] == Workers(2).share_out([400, 300, 200, 100])
 
 
 @pytest.mark.parametrize(
     "sizes", [[2000], [100, 100, 100], [900, 300]], ids=["one item", "little", "uneven"]
 )
-def test_what_would_leave_a_lane_waiting_is_computed_by_all_cores_together(sizes):
-    assert [list(range(len(sizes)))] == Lanes(2).share_out(sizes)
+def test_work_that_would_leave_a_worker_waiting_is_computed_by_all_cores_together(sizes):
+    assert [list(range(len(sizes)))] == Workers(2).share_out(sizes)
 
 
-def test_results_come_in_the_order_of_the_lanes_whichever_ends_first():
+def test_results_come_in_the_order_of_the_workers_whichever_ends_first():
     second_is_done = threading.Event()
 
     def first():
@@ -58,30 +63,44 @@ def test_results_come_in_the_order_of_the_lanes_whichever_ends_first():
         second_is_done.set()
         return "second"
 
-    assert ["first", "second"] == Lanes(2).run([first, second])
+    assert ["first", "second"] == Workers(2).run([first, second])
 
 
-def test_a_lane_computes_with_its_own_cores_and_without_gradients():
+def test_a_worker_computes_with_its_own_cores_and_without_gradients():
     """The caller's settings stay as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        settings = Lanes(4).run([lambda: (torch.get_num_threads(), torch.is_grad_enabled())] * 4)
+    settings = Workers(4).run([lambda: (torch.get_num_threads(), torch.is_grad_enabled())] * 4)
 
-        assert [(1, False)] * 4 == settings
-        assert (4, True) == (torch.get_num_threads(), torch.is_grad_enabled())
-    finally:
-        torch.set_num_threads(before)
+    assert [(1, False)] * 4 == settings
+    assert (4, True) == (torch.get_num_threads(), torch.is_grad_enabled())
+
+
+def test_the_thread_that_makes_workers_keeps_all_cores():
+    """Also when it has computed nothing before: the server's compute thread is new."""
+
+    def thread_counts():
+        workers = Workers(2)
+        torch.ones(300, 300) @ torch.ones(300, 300)
+        return torch.get_num_threads(), workers.run([torch.get_num_threads] * 2)
+
+    with ThreadPoolExecutor(1) as new_thread:
+        assert (2, [1, 1]) == new_thread.submit(thread_counts).result()
+
+
+def test_a_number_of_threads_set_later_does_not_reach_the_workers():
+    workers = Workers(2)
+    torch.set_num_threads(3)
+
+    assert [1, 1] == workers.run([torch.get_num_threads] * 2)
 
 
 def test_a_single_part_is_computed_by_the_caller():
-    """Which has all cores."""
-    assert [threading.current_thread()] == Lanes(2).run([threading.current_thread])
+    """The calling thread has all cores."""
+    assert [threading.current_thread()] == Workers(2).run([threading.current_thread])
 
 
 def test_a_failure_is_raised_when_all_parts_have_ended():
-    """Nothing goes on computing behind the caller's back; the lanes work on."""
-    pool, ended = Lanes(2), threading.Event()
+    """Nothing is still computing when the caller continues, and the workers stay usable."""
+    pool, ended = Workers(2), threading.Event()
     failed = threading.Event()
 
     def fails():
@@ -99,9 +118,9 @@ def test_a_failure_is_raised_when_all_parts_have_ended():
     assert [1, 2] == pool.run([lambda: 1, lambda: 2])
 
 
-def test_threads_end_with_their_lanes():
-    """Engines come and go in one process."""
-    pool = Lanes(2)
+def test_threads_end_with_their_workers():
+    """A process may create and drop many engines."""
+    pool = Workers(2)
     [one, other] = pool.run([threading.current_thread] * 2)
 
     del pool
@@ -114,7 +133,7 @@ def test_threads_end_with_their_lanes():
 
 def test_what_was_computed_is_not_kept_until_the_next_time():
     """A micro-batch's activations are hundreds of megabytes."""
-    pool, kept = Lanes(2), []
+    pool, kept = Workers(2), []
 
     class Big:
         pass
@@ -127,7 +146,61 @@ def test_what_was_computed_is_not_kept_until_the_next_time():
     results = pool.run([part, part])
     assert all(ref() is not None for ref in kept)
     del results
-    pool.run([lambda: None] * 2)  # the lanes have come round to waiting for more
+    pool.run([lambda: None] * 2)  # the workers are waiting for the next task again
     gc.collect()
 
     assert [None, None] == [ref() for ref in kept]
+
+
+#: Sizes of models, from 0.9 million parameters to the 135 million of SmolLM2-135M.
+CORE_SIZES = {
+    "tiny": None,
+    "small": {
+        "num_hidden_layers": 6,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+    },
+    "30 layers": {
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize("size", CORE_SIZES)
+def test_a_training_step_uses_both_cores(size, tmp_path):
+    """Processor time of the step over that of its busiest thread, whatever else the machine does.
+
+    On a thread that has computed nothing before, as the server's compute thread.
+    """
+    name = "tiny"
+    if CORE_SIZES[size] is not None:
+        name = str(hf.make_random_base(tmp_path / "base", CORE_SIZES[size]))
+    tokens = np.random.default_rng(0).integers(0, 500, (4, 257))
+    data = [hf.datum(text) for text in tokens]
+
+    def cores_used():
+        engine = Engine(device="cpu", threads=2)
+        engine.load_base(name)
+        engine.create_model("m", name, types.LoraConfig(train_unembed=False), seed=0)
+
+        def clocks():
+            workers = engine._workers.run([time.thread_time] * 2)
+            return np.array([time.process_time(), time.thread_time(), *workers])
+
+        before = clocks()
+        for _ in range(10 if size == "tiny" else 1):
+            hf.drive(engine.forward_backward("m", data, "cross_entropy", None))
+        process, *threads = clocks() - before
+        return process / max(threads)
+
+    with ThreadPoolExecutor(1) as compute_thread:
+        assert compute_thread.submit(cores_used).result() >= 1.6

@@ -287,7 +287,7 @@ def test_max_tokens_is_cut_to_the_context(engine):
 
 @pytest.mark.parametrize("samplers", [["base"], ["a"], ["a", "b", "base"]])
 @pytest.mark.parametrize("scores", [False, True])
-def test_prompts_computed_in_lanes_give_what_one_thread_gives(tmp_path, samplers, scores):
+def test_prompts_computed_by_workers_give_what_one_thread_gives(tmp_path, samplers, scores):
     """Tokens, and what is said of the prompts; of one adapter or several, a prompt twice."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, n).tolist() for n in (300, 200, 150, 100, 60, 30, 3)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinkex import types
@@ -78,6 +78,27 @@ def make_base(directory: Path, kind: str = "llama") -> Path:
         else:
             parameter.data.normal_(0, 0.15)
     model.save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+    return directory
+
+
+def make_random_base(directory: Path, sizes: Mapping[str, Any]) -> Path:
+    """A Llama of any size with small random weights, written without making transformers' model."""
+    directory.mkdir()
+    config = transformers.LlamaConfig(**sizes, bos_token_id=256, eos_token_id=257)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        shapes = transformers.LlamaForCausalLM(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.ones(t.shape)
+        if "norm" in name
+        else torch.empty(t.shape).normal_(0, 0.02, generator=generator)
+        for name, t in shapes.items()
+        if name != "lm_head.weight" or not config.tie_word_embeddings
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     tiny.write_tokenizer(directory)
     return directory
 

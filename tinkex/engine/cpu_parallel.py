@@ -1,8 +1,8 @@
-"""Lanes: parts of one computation side by side, each on processor cores of its own.
+"""Data-parallel workers: threads that compute shares of one batch, each on its own cores.
 
 Cores that share every operation wait for each other at every operation, and read from memory what
-another has just written. With a part of the rows each, they meet once, at the end: with two cores
-and a model 128 wide that trains a third faster. Knows nothing of what is computed.
+another core has just written. Workers synchronise once, at the end of their shares: on two cores
+a model 128 wide trains a third faster this way. Does not know what is computed.
 """
 
 from __future__ import annotations
@@ -19,48 +19,64 @@ import torch
 
 Result = TypeVar("Result")
 
-#: What a lane is to compute, and where the result goes; None: nothing more.
+#: A worker's next task and the future for its result; None ends the worker.
 _Tasks = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
 
-#: More than these are not worth the interpreter that they share; each then has several cores.
-MOST_LANES = 4
+#: Most workers. They share one Python interpreter, so with more cores each worker gets several.
+MAX_WORKERS = 4
 
-#: A share of less is computed sooner by all cores together.
-LEAST_SHARE = 256
+#: Tokens per worker below which all cores together are faster than separate workers.
+MIN_SHARE = 256
 
-#: How much larger than the average the largest share may be: the others wait for it.
-UNEVEN = 1.25
+#: Largest ratio of the largest share to the average share; all workers wait for the largest.
+MAX_IMBALANCE = 1.25
 
 
-class Lanes:
+class Workers:
     """Threads that compute for the thread that calls `run`.
 
+    The calling thread keeps *threads* for what it computes itself. torch keeps the number of
+    threads per thread, but a thread that has not computed anything yet takes the number that was
+    set last anywhere in the process; the constructor therefore fixes the number of each worker and
+    then of the calling thread before it returns.
+
     Args:
-        threads: of the processor, for all lanes together.
+        threads: processor threads for all workers together.
+        on_cpu: False if another device computes; then there is one worker, the calling thread.
 
     Attributes:
-        count: how many parts can be computed at a time.
+        count: number of workers, which is the number of shares that are computed at a time.
     """
 
-    def __init__(self, threads: int) -> None:
-        counts = range(1, min(threads, MOST_LANES) + 1)
+    def __init__(self, threads: int, *, on_cpu: bool = True) -> None:
+        counts = range(1, (min(threads, MAX_WORKERS) if on_cpu else 1) + 1)
         self.count = max(counts, key=lambda count: (threads // count * count, count))
         self._tasks: list[_Tasks] = []
-        if self.count == 1:
-            return
+        if self.count > 1:
+            self._start(threads // self.count)
+        set_threads(threads)
+
+    def _start(self, threads_each: int) -> None:
         for i in range(self.count):
             tasks: _Tasks = queue.SimpleQueue()
             threading.Thread(
-                target=_work, args=(tasks, threads // self.count), name=f"tinkex-lane-{i}",
-                daemon=True,
-            ).start()  # fmt: skip
+                target=_work, args=(tasks,), name=f"tinkex-worker-{i}", daemon=True
+            ).start()
             self._tasks.append(tasks)
         weakref.finalize(self, _end, self._tasks)
+        self.run([lambda: set_threads(threads_each)] * self.count)
 
     def share_out(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Numbers of the items for each lane: as many shares, of about the same size, or one.
+        """Divide items among the workers.
 
-        Depends on *sizes* alone, so that the same work is always computed in the same parts.
+        Depends on *sizes* alone, so that the same work is always computed in the same shares.
+
+        Args:
+            sizes: tokens of each item.
+
+        Returns:
+            Indices of the items of each worker's share, in ascending order. A single share, for all
+            cores together, if the shares would be smaller than `MIN_SHARE` or uneven.
         """
         shares: list[list[int]] = [[] for _ in range(self.count)]
         totals = [0] * self.count
@@ -69,16 +85,20 @@ class Lanes:
             shares[smallest].append(i)
             totals[smallest] += sizes[i]
         average = sum(totals) / self.count
-        if average < LEAST_SHARE or max(totals) > UNEVEN * average:
+        if average < MIN_SHARE or max(totals) > MAX_IMBALANCE * average:
             return [list(range(len(sizes)))]
         return [sorted(share) for share in shares]
 
     def run(self, parts: Sequence[Callable[[], Result]]) -> list[Result]:
-        """What each part returns: as many as there are lanes, the first lane's first. Or a single
-        part, which the caller computes, with all cores.
+        """Call each part on its own worker and return the results in the order of *parts*.
 
-        Gradients are off in lanes. All parts have ended when this returns, or raises what the first
-        of those that failed has raised.
+        All parts have ended when this returns or raises. Gradients are off in the workers.
+
+        Args:
+            parts: one for each worker; or a single part, which the calling thread computes.
+
+        Raises:
+            BaseException: What the first of the failed parts raised.
         """
         if len(parts) == 1:
             return [parts[0]()]
@@ -90,19 +110,28 @@ class Lanes:
         return [future.result() for future in futures]
 
 
-def _work(tasks: _Tasks, threads: int) -> None:
-    """A lane's thread, until it is handed None."""
-    torch.set_num_threads(threads)  # of this thread: each has its own number
+def set_threads(count: int) -> None:
+    """Set how many processor threads torch uses for what the calling thread computes.
+
+    `torch.get_num_threads` marks the calling thread's number as decided. Without it, the first
+    computation of this thread would replace it with the number set last in the process.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+def _work(tasks: _Tasks) -> None:
+    """Run a worker's tasks until None comes."""
     torch.set_grad_enabled(False)
     while (task := tasks.get()) is not None:
         part, future = task
         try:
             future.set_result(part())
-        except BaseException as exc:  # raised where it is waited for
+        except BaseException as exc:  # raised by run(), in the calling thread
             future.set_exception(exc)
-        del task, part, future  # or what was computed would be kept until the next one
+        del task, part, future  # so that the result is not kept alive until the next task
 
 
-def _end(lanes: Sequence[_Tasks]) -> None:
-    for tasks in lanes:
+def _end(queues: Sequence[_Tasks]) -> None:
+    for tasks in queues:
         tasks.put(None)

@@ -7,9 +7,7 @@ a full sentence.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import weakref
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +19,9 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import checkpoints, lora, losses, optim, tiny
-from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.loading import Loaded, load
+from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.model import Base
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
@@ -98,10 +97,8 @@ class Engine:
 
     def __init__(self, *, device: str = "auto", threads: int | None = None) -> None:
         self._device = _device(device)
-        threads = threads or _available_cores()
-        torch.set_num_threads(threads)
-        self._lanes = Lanes(threads if self._device.type == "cpu" else 1)
-        _keep_freed_memory()
+        self._workers = Workers(threads or _available_cores(), on_cpu=self._device.type == "cpu")
+        keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
         self._models: dict[str, _Model] = {}
         self._samplers: dict[str, _Adapter] = {}
@@ -124,8 +121,8 @@ class Engine:
     def _describe(self, name: str, loaded: Loaded) -> _Loaded:
         spec = loaded.base.spec
         info = BaseInfo(name, loaded.architecture, loaded.tokenizer_id, spec.vocab, spec.context)
-        memory = _sampling_memory(self._device)
-        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._lanes)
+        memory = int(total_memory(self._device) * SAMPLING_SHARE)
+        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
 
     def base_info(self, base_model: str) -> BaseInfo:
@@ -225,7 +222,7 @@ class Engine:
             (model, model.version),
         )
         run = Pass(
-            loaded.base, linears, self._lanes, inputs, loss_fn, config, forward_only=forward_only
+            loaded.base, linears, self._workers, inputs, loss_fn, config, forward_only=forward_only
         )
         for batch in run.batches:
             run.compute(batch)
@@ -474,29 +471,3 @@ def _available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _sampling_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * SAMPLING_SHARE)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SAMPLING_SHARE)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc's malloc keep what torch frees, for the next tensor of that size.
-
-    By default it hands every large block back to the system and asks for a new one, whose pages
-    the system then fills with zeros one by one: for elementwise work that takes longer than the
-    work. One arena, so that what one thread frees serves the other.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # names and numbers of malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)

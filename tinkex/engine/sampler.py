@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import token_sampling
-from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.kv_cache import SharedPool, SinglePool
 from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
@@ -143,14 +143,14 @@ class Sampler:
     Args:
         load_decode: gives ids -> text; called when a stop string is first asked for.
         memory: bytes that keys and values may take; requests beyond that wait.
-        lanes: where shares of the prompts are computed.
+        workers: compute shares of the prompts.
     """
 
     def __init__(
-        self, base: Base, load_decode: Callable[[], Decode], memory: int, lanes: Lanes
+        self, base: Base, load_decode: Callable[[], Decode], memory: int, workers: Workers
     ) -> None:
         self._base = base
-        self._lanes = lanes
+        self._workers = workers
         self._load_decode = load_decode
         self._decode: Decode | None = None
         self._memory = memory
@@ -371,7 +371,7 @@ class Sampler:
         shares = [list(range(len(groups)))]
         wants_scores = any(unit.job.wants_scores for group in groups for unit in group)
         if is_single or not wants_scores:  # scores of several adapters take turns in the workspace
-            shares = self._lanes.share_out(sizes)
+            shares = self._workers.share_out(sizes)
         if len(shares) > 1:
             MixedLinears(self._base.linears, stack, adapters, room).prepare()
         parts = [
@@ -385,7 +385,7 @@ class Sampler:
             )
             for share in shares
         ]
-        logits = torch.cat(self._lanes.run(parts))
+        logits = torch.cat(self._workers.run(parts))
         order = np.argsort(np.concatenate(shares))
         return logits[torch.from_numpy(order).to(logits.device)]
 

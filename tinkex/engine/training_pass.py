@@ -17,19 +17,24 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import losses
-from tinkex.engine.cpu_parallel import Lanes
+from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.lm_head import Rows, target_logprobs
 from tinkex.engine.lora import TrainedLinears
+from tinkex.engine.memory import total_memory
 from tinkex.engine.model import Base, Linears, Packing, Training, kind_of
 
-#: Bytes of activations that one micro-batch may keep for its backward pass, and most tokens of it,
-#: by kind of device. Between two micro-batches other work may go first; on a CPU larger ones are no
-#: faster.
-ACTIVATION_BUDGET = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
-MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
+#: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix products
+#: do not reach their full speed and the workers' shares become too small; more are no faster.
+#: Between two micro-batches other work may be computed, so they should not be larger than needed.
+MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
+MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-#: Fewest tokens of a micro-batch, whatever they take.
-FEWEST_TOKENS = 256
+#: Bytes of activations up to which a micro-batch takes more than the fewest tokens.
+COMFORTABLE_ACTIVATIONS = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+
+#: Part of the memory that activations may take before layers keep only their inputs and are
+#: computed again in the backward pass (which costs a third more arithmetic).
+ACTIVATION_SHARE = 0.125
 
 
 @attrs.frozen(eq=False)
@@ -92,13 +97,25 @@ def _prepare_one(
     return Prepared(datum.model_input.tokens, targets, arrays, shape)
 
 
-def tokens_per_batch(base: Base) -> int:
-    """Tokens whose activations fit the budget."""
-    spec, kind = base.spec, kind_of(base.device)
+def bytes_per_token(base: Base) -> int:
+    """Bytes of activations that all layers keep for the backward pass, for one token."""
+    spec = base.spec
     attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
     per_layer = 2 * spec.width + attention + 2 * spec.mlp
-    per_token = spec.layers * per_layer * base.embedding.element_size()
-    return max(FEWEST_TOKENS, min(MOST_TOKENS[kind], ACTIVATION_BUDGET[kind] // per_token))
+    return spec.layers * per_layer * base.embedding.element_size()
+
+
+def tokens_per_batch(base: Base) -> int:
+    """Tokens of a micro-batch; depends on the model alone."""
+    kind = kind_of(base.device)
+    comfortable = COMFORTABLE_ACTIVATIONS[kind] // bytes_per_token(base)
+    return max(MIN_TOKENS[kind], min(MAX_TOKENS[kind], comfortable))
+
+
+def tokens_to_keep(base: Base) -> int:
+    """Tokens whose activations fit in memory. Layers of a larger micro-batch are recomputed."""
+    budget = int(total_memory(base.device) * ACTIVATION_SHARE)
+    return max(1, budget // bytes_per_token(base))
 
 
 def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> list[list[int]]:
@@ -138,7 +155,7 @@ class Pass:
     Args:
         linears: the matrices; the gradient is all there once every batch has been computed and
             `output` was called.
-        lanes: where the shares of a micro-batch are computed.
+        workers: compute the shares of a micro-batch.
         forward_only: take no gradients.
 
     Attributes:
@@ -149,7 +166,7 @@ class Pass:
         self,
         base: Base,
         linears: TrainedLinears,
-        lanes: Lanes,
+        workers: Workers,
         data: Sequence[Prepared],
         loss_fn: str,
         config: Mapping[str, float],
@@ -157,33 +174,35 @@ class Pass:
         forward_only: bool = False,
     ) -> None:
         self._base = base
-        self._lanes = lanes
+        self._workers = workers
         self._linears = [linears]
         self._data = data
         self._loss_fn = loss_fn
         self._config = config
         self._forward_only = forward_only
-        self._most = tokens_per_batch(base)
+        self._most_kept = tokens_to_keep(base)
         widths = [datum.targets.shape[1] for datum in data]
-        self.batches = micro_batches([len(datum) for datum in data], widths, self._most)
+        lengths = [len(datum) for datum in data]
+        self.batches = micro_batches(lengths, widths, tokens_per_batch(base))
         self._loss = 0.0
         self._outputs: list[dict[str, types.TensorData]] = [{} for _ in data]
 
     def compute(self, batch: Sequence[int]) -> None:
         """Forward and backward of the datums numbered in *batch*."""
-        shares = self._lanes.share_out([len(self._data[i]) for i in batch])
+        shares = self._workers.share_out([len(self._data[i]) for i in batch])
         first = self._linears[0]
         if len(shares) > 1:
             first.prepare()
             self._linears += [first.twin() for _ in range(len(shares) - len(self._linears))]
+        recompute = sum(len(self._data[i]) for i in batch) > self._most_kept
         parts = [
-            partial(self._compute_share, [batch[i] for i in share], linears)
+            partial(self._compute_share, [batch[i] for i in share], linears, recompute)
             for share, linears in zip(shares, self._linears)
         ]
-        for outcome in self._lanes.run(parts):
+        for outcome in self._workers.run(parts):
             self._keep(outcome)
 
-    def _compute_share(self, numbers: Sequence[int], linears: Linears) -> _Outcome:
+    def _compute_share(self, numbers: Sequence[int], linears: Linears, recompute: bool) -> _Outcome:
         data, base = [self._data[i] for i in numbers], self._base
         packing = Packing([len(datum) for datum in data], base.device)
         tokens = self._pack([datum.tokens for datum in data])
@@ -191,7 +210,6 @@ class Pass:
         arrays = {name: self._pack([d.arrays[name] for d in data]) for name in data[0].arrays}
         sequence = torch.repeat_interleave(torch.tensor(packing.lengths)).to(base.device)
         inputs = losses.Inputs(arrays, self._config, sequence, len(data))
-        recompute = packing.rows > self._most
         training = Training(base, linears, packing, recompute=recompute)
         hidden = training.forward(tokens, save=not self._forward_only)
         logprobs, values, dhidden = self._losses(linears, hidden, targets, inputs)
