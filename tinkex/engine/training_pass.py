@@ -1,7 +1,7 @@
-"""One forward_backward: the data cut into micro-batches, and what is computed of each.
+"""One forward_backward: divide the data into micro-batches and compute each of them.
 
-Micro-batches hold a bounded number of tokens, in sequences of similar length; how they are cut
-depends on the request alone. Knows nothing of model ids or of other requests.
+Micro-batches hold a bounded number of tokens, in sequences of similar length. How a request is
+divided depends on the request and the base model alone. Does not know model ids or other requests.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tinkex.engine.lora import TrainedLinears
 from tinkex.engine.memory import total_memory
 from tinkex.engine.model import Base, Linears, Packing, Training, kind_of
 
-#: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix products
-#: do not reach their full speed and the workers' shares become too small; more are no faster.
+#: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix
+#: products are slower and the workers' shares become too small; more are no faster.
 #: Between two micro-batches other work may be computed, so they should not be larger than needed.
 MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
 MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
