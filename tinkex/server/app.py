@@ -40,7 +40,7 @@ from tinkex.server.http_errors import Refusal
 from tinkex.server.journal import Journal
 from tinkex.server.ledger import Ledger
 from tinkex.server.limits import Limits
-from tinkex.server.request_context import Site, refuse
+from tinkex.server.request_context import Framing, Site, refuse
 from tinkex.server.routes import routes
 from tinkex.server.scheduler import Scheduler
 from tinkex.server.store import Store
@@ -53,6 +53,8 @@ Dialect = Literal["both", "json"]
 TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
 #: Where the home is, unless it is said otherwise.
 HOME_VARIABLE = "TINKEX_HOME"
+#: Where clients reach the server behind a proxy; download links begin with it.
+PUBLIC_URL_VARIABLE = "TINKEX_PUBLIC_URL"
 #: Seconds between two looks at whether the parent process lives.
 _PARENT_SECONDS = 0.5
 #: Seconds that a shutdown may take before the process ends regardless.
@@ -118,6 +120,7 @@ class LocalServer:
             tuple(dict.fromkeys(["tiny", *base_models])),
             dialect == "both",
             __version__,
+            (os.environ.get(PUBLIC_URL_VARIABLE) or "").rstrip("/") or None,
         )
         self.app = make_app(site)
         config = uvicorn.Config(
@@ -248,6 +251,7 @@ def make_app(site: Site) -> Starlette:
         exception_handlers={404: _no_such_endpoint, 405: _wrong_method},
     )
     app.router.redirect_slashes = False
+    app.add_middleware(Framing)
     app.state.site = site
     return app
 

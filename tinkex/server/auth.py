@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from tinkex.server.http_errors import Refusal, shown
@@ -44,24 +44,32 @@ class Keys:
         """Whether what one user names (a path on this machine) may be another's."""
         return any(owner != LOCAL for owner in self._owners.values())
 
-    def check_visitor(self, host: str, origin: str | None) -> None:
-        """Where no key is wanted, keep out the web pages that a browser of this machine shows: they
-        say where they are from, or come under a name that was made to lead here.
+    def check_visitor(self, headers: Mapping[str, str]) -> None:
+        """On a server without a key, refuse what a web page in a browser here could have sent.
+
+        Such a request says so in Origin or Sec-Fetch-Site, or comes under a host name that was
+        made to lead to this machine. A page of another port is another's page.
 
         Raises:
             Refusal: 403.
         """
         if self._owners:
             return
-        for url in (f"//{host}", origin or "//localhost"):
-            name = _host_name(url)
-            if name not in LOOPBACK:
-                raise Refusal(
-                    403,
-                    f"this server wants no key, so it is only for this machine, and the request is "
-                    f"for or from {shown(name)}; use 127.0.0.1 or localhost, or start the server "
-                    "with --api-key.",
-                )
+        host, origin = headers.get("host", ""), headers.get("origin")
+        foreign = None
+        if host_name(f"//{host}") not in LOOPBACK:
+            foreign = f"Host {shown(host)}"
+        elif origin is not None and origin.partition("://")[2].lower() != host.lower():
+            foreign = f"Origin {shown(origin)}"
+        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            foreign = f"Sec-Fetch-Site {shown(headers['sec-fetch-site'])}"
+        if foreign is not None:
+            raise Refusal(
+                403,
+                f"this server needs no key, so it serves programs on this machine only, not web "
+                f"pages or other hosts (the request has {foreign}); use 127.0.0.1 or localhost, "
+                "or start the server with --api-key.",
+            )
 
     def owner(self, key: str | None) -> str:
         """Raises Refusal (401)."""
@@ -85,8 +93,8 @@ class Keys:
         return f"<Keys of {len(self._owners)} users>"
 
 
-def _host_name(url: str) -> str:
-    """Of a URL; "" if it is none."""
+def host_name(url: str) -> str:
+    """The host name in a URL; "" if there is none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

@@ -15,7 +15,14 @@ class Limits:
     """Bytes are bytes, times are seconds.
 
     Attributes:
-        body_bytes, decoded_bytes: largest request body as sent, and after decompression.
+        body_bytes, decoded_bytes: largest body of data (a batch, a sample request) as sent, and
+            after decompression.
+        small_body_bytes: largest body of any other request, as sent and after decompression.
+        json_values, json_containers: numbers, strings, lists and objects of a JSON body; lists and
+            objects alone.
+        datums, proto_fields: datums of a batch in protobuf; fields of all its messages.
+        decoding_bytes: memory for all bodies that are being received and decoded at one time;
+            beyond, requests get a 503 and are sent again.
         inline_bytes: bodies and results up to this size are (de)coded on the event loop.
         poll_seconds: how long a poll waits before it answers "not yet"; clients give up at 45.
         metadata_bytes: results larger than this are announced by size first, where asked for.
@@ -35,7 +42,13 @@ class Limits:
     """
 
     body_bytes: int = 64 * MIB
-    decoded_bytes: int = 256 * MIB
+    decoded_bytes: int = 64 * MIB
+    small_body_bytes: int = MIB
+    json_values: int = 2_000_000
+    json_containers: int = 100_000
+    datums: int = 16_384
+    proto_fields: int = 400_000
+    decoding_bytes: int = 512 * MIB
     inline_bytes: int = 64 * 1024
     poll_seconds: float = 30.0
     metadata_bytes: int = 4 * MIB

@@ -39,7 +39,8 @@ class Store:
     # Sessions.
 
     def add_session(self, row: SessionRow) -> None:
-        self._db.insert("sessions", row)
+        """A repeat changes nothing."""
+        self._db.insert("sessions", row, "ON CONFLICT DO NOTHING")
 
     def end_session(self, session_id: str, status: str, detail: str | None) -> None:
         """The first end counts."""

@@ -26,6 +26,7 @@ from tinkex import types
 from tinkex.types.data import MAX_TOKEN_ID, Chunk
 from tinkex.types.losses import LossConfigValue
 from tinkex.types.sampling import Stop
+from tinkex.wire import large_json
 from tinkex.wire.problems import DecodeError, Wrong, make, make_tensor, refuse, short
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ Writer = Callable[[Any], Any]
 
 #: Deepest nesting of data whose inside we do not know (user_metadata and the like).
 MAX_DEPTH = 50
+#: Texts with more characters are parsed in pieces.
+_LARGE_TEXT = 1 << 18
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -64,7 +67,10 @@ def loads(body: bytes) -> Any:
             deeply to read.
     """
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        text = body.decode("utf-8")
+        if len(text) > _LARGE_TEXT:
+            return large_json.loads(text, _no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except RecursionError as exc:
         raise DecodeError("the body is not readable JSON: it is nested too deeply.") from exc
     except ValueError as exc:  # also JSONDecodeError and UnicodeDecodeError

@@ -147,10 +147,19 @@ class Sessions:
         return self._by_id.get(session_id)
 
     async def create(
-        self, owner: str, request: types.CreateSessionRequest
+        self, owner: str, request: types.CreateSessionRequest, key: str | None = None
     ) -> types.CreateSessionResponse:
+        """A new session. A repeat under the same *key* gets the first one's, after a restart too.
+
+        Args:
+            key: the request's idempotency key.
+        """
+        named = uuid.uuid4() if key is None else uuid.uuid5(uuid.NAMESPACE_OID, f"{owner} {key}")
+        session_id = str(named)
+        if session_id in self._by_id:
+            return types.CreateSessionResponse(session_id)
         row = SessionRow(
-            session_id=str(uuid.uuid4()),
+            session_id=session_id,
             owner=owner,
             server=self._shared.server,
             created_at=time.time(),
@@ -160,8 +169,10 @@ class Sessions:
             project_id=request.project_id,
         )
         await self._shared.in_pool(self._shared.store.add_session, row)
-        self.enter(row)
-        return types.CreateSessionResponse(row.session_id)
+        stored = await self._shared.in_pool(self._shared.store.session, session_id, owner)
+        if stored.status == "active" and session_id not in self._by_id:
+            self.enter(row)
+        return types.CreateSessionResponse(session_id)
 
     def enter(self, row: SessionRow) -> None:
         self._by_id[row.session_id] = Session(row.session_id, row.owner, time.monotonic())

@@ -20,6 +20,15 @@ from tinkex.server.routes import (
 _MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.ENDPOINTS)
 #: A path with a slash in it fits many patterns: the longer ones come first.
 _MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, checkpoints.ENDPOINTS)
+#: What changes nothing, or answers bit by bit: a repeat simply runs again.
+_REPEATABLE = {
+    "retrieve_future",
+    "retrieve_futures",
+    "session_heartbeat",
+    "stream_sample",
+    "telemetry",
+    "sessions/search",
+}
 
 
 def routes() -> list[Route]:
@@ -31,6 +40,7 @@ def routes() -> list[Route]:
         *((endpoints, False) for endpoints in _MANAGEMENT),
     ):
         for method, path, handler in endpoints:
-            endpoint = guarded(handler, public=public)
+            once = method == "POST" and path not in _REPEATABLE
+            endpoint = guarded(handler, public=public, once=once)
             found.append(Route(wire.PREFIX + path, endpoint, methods=[method]))
     return found

@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 
 from tinkex import wire
 from tinkex.server.archive import Archive
+from tinkex.server.auth import LOOPBACK, host_name
 from tinkex.server.database import CheckpointRow, iso
 from tinkex.server.http_errors import Refusal, not_found, shown
 from tinkex.server.request_context import Call, reply
@@ -41,9 +42,8 @@ async def give_ticket(call: Call) -> Response:
         del tickets[token]
     token = secrets.token_urlsafe(24)
     tickets[token] = Ticket(row, now + TICKET_SECONDS)
-    name = row.checkpoint_id.replace("/", "-")
     # In the query, which clients, logs and proxies are used to keep to themselves.
-    url = f"{_base_url(call)}{wire.PREFIX}archives/{name}.tar?ticket={token}"
+    url = f"{_base_url(call)}{wire.PREFIX}archives/{_file_name(row)}?ticket={token}"
     expires = formatdate(now + TICKET_SECONDS, usegmt=True)
     return reply(
         {"url": url, "expires": iso(now + TICKET_SECONDS)},
@@ -53,10 +53,26 @@ async def give_ticket(call: Call) -> Response:
 
 
 def _base_url(call: Call) -> str:
-    """As the client has it, so that it works through tunnels and proxies."""
-    base = call.request.base_url
-    scheme = call.request.headers.get("x-forwarded-proto", base.scheme)
-    return f"{'https' if scheme == 'https' else 'http'}://{base.netloc}"
+    """Where the client reaches this server: what was configured, or a name of this machine.
+
+    A foreign Host is not repeated: the URL is then relative to the one that the client used.
+    """
+    if call.site.public_url is not None:
+        return call.site.public_url
+    host = call.request.headers.get("host", "")
+    own = {*LOOPBACK, (call.request.scope.get("server") or ("",))[0]}
+    if host_name(f"//{host}") not in own or not _HOST.match(host):
+        return ""
+    scheme = call.request.headers.get("x-forwarded-proto", "http")
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+#: A host name or address, with a port or without.
+_HOST = re.compile(r"[A-Za-z0-9.\[\]:-]+\Z")
+
+
+def _file_name(row: CheckpointRow) -> str:
+    return row.checkpoint_id.replace("/", "-") + ".tar"
 
 
 async def download(call: Call) -> Response:
@@ -74,7 +90,7 @@ async def download(call: Call) -> Response:
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:",
-        "Content-Disposition": f'attachment; filename="{call.parameter("name")}"',
+        "Content-Disposition": f'attachment; filename="{_file_name(row)}"',
     }
     if call.request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers=headers)

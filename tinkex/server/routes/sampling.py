@@ -64,7 +64,7 @@ async def join(call: Call) -> Response:
 
 
 async def asample(call: Call) -> Response:
-    request, body = await call.read(types.SampleRequest)
+    request, body = await call.read(types.SampleRequest, data=True)
     place = await _place(call, request)
     return promise(await call.site.ledger.samplers.sample(place, request, body))
 
@@ -96,7 +96,7 @@ async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
 async def stream_sample(call: Call) -> Response:
     """Server-sent events: one per token as {"index", "token", "logprob"}, one per finished
     sequence as {"index", "stop_reason"}, then [DONE]; or an event named "error"."""
-    request, _ = await call.read(types.SampleRequest)
+    request, _ = await call.read(types.SampleRequest, data=True)
     place = await _place(call, request)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(

@@ -69,7 +69,8 @@ async def auth_token(call: Call) -> Response:
 
 async def create_session(call: Call) -> Response:
     request, _ = await call.read(types.CreateSessionRequest)
-    return reply(await call.site.ledger.sessions.create(call.owner, request))
+    key = call.request.headers.get("x-idempotency-key")
+    return reply(await call.site.ledger.sessions.create(call.owner, request, key))
 
 
 async def heartbeat(call: Call) -> Response:
@@ -114,7 +115,7 @@ async def get_session(call: Call) -> Response:
 
 
 async def set_project(call: Call) -> Response:
-    payload = wire.loads(await call.body())
+    payload = wire.loads(await call.json_body())
     project_id = payload.get("project_id") if isinstance(payload, dict) else None
     if project_id is not None and not isinstance(project_id, str):
         raise Refusal(400, f"project_id must be a string or null, got {shown(project_id)}.")
@@ -149,9 +150,10 @@ def _search(
     call: Call, request: SearchRequest
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     cursor = request.cursor or {}
-    created_at = cursor.get("last_created_at", float("inf"))
+    created_at = cursor.get("last_created_at", 2**53)  # seconds; later than any session
     session_id = cursor.get("last_session_id", "")
-    if not isinstance(created_at, (int, float)) or not isinstance(session_id, str):
+    is_number = isinstance(created_at, (int, float)) and not isinstance(created_at, bool)
+    if not is_number or abs(created_at) > 2**53 or not isinstance(session_id, str):
         raise Refusal(400, f"cursor must be one that this server gave, got {shown(cursor)}.")
     rows = call.site.store.sessions_before(call.owner, created_at, session_id)
     fitting = [row for row in rows if _fits(row, request)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from starlette.responses import Response
@@ -53,7 +53,7 @@ def check_base_model(call: Call, base_model: str) -> None:
         raise Refusal(400, f"base_model {shown(base_model)} is not a name or a directory.")
     if not call.site.keys.several_users or base_model in call.site.base_models:
         return
-    if base_model.startswith(("/", ".", "~")) or Path(base_model).exists():
+    if base_model.startswith(("/", ".", "~")) or os.path.exists(base_model):
         raise Refusal(
             400,
             f"base_model {shown(base_model)} is a directory that this server was not started "
@@ -70,7 +70,7 @@ def _check_adapter(call: Call, adapter: str | None) -> None:
             "adapter names a directory on the server's machine, which a server with several keys "
             "does not read; save the adapter as a checkpoint there and load that.",
         )
-    if "\0" in adapter or not Path(adapter).is_dir():
+    if "\0" in adapter or not os.path.isdir(adapter):
         raise Refusal(
             400,
             f"adapter {shown(adapter, 300)} is not a directory on the server's machine; give the "
@@ -92,11 +92,13 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
     if content_type not in (wire.JSON, wire.PROTOBUF):
         raise Refusal(
             415,
-            f"training data comes as {wire.PROTOBUF} or {wire.JSON}, not {shown(content_type)}.",
+            f"training data needs Content-Type {wire.PROTOBUF} or {wire.JSON}, not "
+            f"{shown(content_type)}.",
         )
     if content_type == wire.PROTOBUF and not call.site.takes_protobuf:
         raise Refusal(415, f"this server takes {wire.JSON} only (it runs with --dialect json).")
-    body = await call.body()
+    body = await call.body(data=True)
+    await call.check_size(body)
     request = await call.decoded(lambda: wire.decode_request(content_type, body), body)
     if forward_only and not request.forward_only:
         raise Refusal(
@@ -107,7 +109,7 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
 
 
 async def optim_step(call: Call) -> Response:
-    body = await call.body()
+    body = await call.json_body()
     payload = wire.loads(body)
     if isinstance(payload, dict) and payload.get("optimizer_params") is not None:
         kind = payload["optimizer_params"]
