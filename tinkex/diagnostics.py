@@ -34,9 +34,10 @@ from tinkex._version import __version__
 from tinkex.conformance.asking import as_object, is_missing, said
 from tinkex.runtime import embedded
 from tinkex.runtime.executor import DaemonExecutor
+from tinkex.runtime.responses import Answer
 from tinkex.runtime.retry import ONCE
 from tinkex.runtime.session import JSON_ONLY, Connection
-from tinkex.runtime.transport import Answer, Transport
+from tinkex.runtime.transport import Transport
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from tinkex import errors, wire
+from tinkex import errors, types, wire
 from tinkex.futures import fail, succeed
 from tinkex.runtime.executor import ByteBudget, DaemonExecutor
 from tinkex.runtime.responses import Answer, error_detail
@@ -521,9 +521,9 @@ def _as_object(answer: Answer) -> dict[str, Any]:
     return payload
 
 
-def _with_sequence_ids(result: Any, ids: list[str] | None) -> Any:
+def _with_sequence_ids(result: T, ids: list[str] | None) -> T:
     """Samples carry the names that the promise gave them."""
-    if not ids or not hasattr(result, "sequences"):
+    if not ids or not isinstance(result, types.SampleResponse):
         return result
     named = [attrs.evolve(s, sequence_id=i) for s, i in zip(result.sequences, ids)]
     return attrs.evolve(result, sequences=named + result.sequences[len(named) :])

@@ -64,7 +64,7 @@ class Retry:
         asked = getattr(exc, "retry_after", None)
         if asked:  # "at once" is not believed: it would be a hot loop
             return float(asked)
-        step = min(self.first * 2 ** min(attempt - 1, 20), self.longest)
+        step = min(self.first * 2.0 ** min(attempt - 1, 20), self.longest)
         return step * random.uniform(0.5, 1.0)
 
 

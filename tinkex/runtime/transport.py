@@ -190,7 +190,8 @@ class Transport:
             before_sleep=tries.note,
             reraise=True,
         )
-        return retrying(tries.run, once)
+        result: R = retrying(tries.run, once)
+        return result
 
     def _once(
         self,

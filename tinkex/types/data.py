@@ -55,7 +55,7 @@ def _own(made: np.ndarray, array: np.ndarray, value: ArrayLike) -> np.ndarray:
     """*made* of *array* of *value*; a copy, if its giver could still change it under our hands."""
     lent = isinstance(value, np.ndarray) or hasattr(value, "detach")
     if lent and array.flags.writeable and np.may_share_memory(made, array):
-        return made.copy()
+        made = made.copy()
     return made
 
 

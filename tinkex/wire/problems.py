@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from tinkex.types import TensorData
+
+T = TypeVar("T")
 
 #: Most cells of a tensor's dense form; a few bytes of a sparse one could stand for terabytes.
 MAX_DENSE_CELLS = 2**28
@@ -52,7 +54,7 @@ def refuse(value: object, wanted: str) -> NoReturn:
     raise Wrong(f"is {short(value)}, but must be {wanted}.")
 
 
-def make(cls: Callable[..., Any], values: dict[str, Any]) -> Any:
+def make(cls: Callable[..., T], values: dict[str, Any]) -> T:
     """An object of *cls*, whose own checks may still refuse the values."""
     try:
         return cls(**values)
