@@ -55,8 +55,8 @@ HEAVY = {
     "tokenizers",
     "asyncio",
 }
-#: wire/proto.py is imported when it is first needed.
-HEAVY_ALLOWED = {"wire.proto": {"google"}}
+#: The protobuf modules are imported when they are first needed.
+HEAVY_ALLOWED = {"wire.proto_messages": {"google"}}
 
 #: Private names of other packages, each in one module behind a check that has a way back.
 FOREIGN = {

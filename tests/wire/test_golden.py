@@ -1,7 +1,7 @@
 """What tinkex sends is what the official SDK sends for the same input.
 
-Held against recordings of two versions (tests/golden/, made by make.py there): 0.24.1, the last to
-send training data as JSON, and 0.38.0, which sends it as protobuf.
+Compared with recordings of two versions (golden/, made by make.py there): 0.24.1, the last to send
+training data as JSON, and 0.38.0, which sends it as protobuf.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 import pytest
 
 from tinkex import types, wire
-from tinkex.wire import proto
+from tinkex.wire import proto_requests
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = ("0.24.1", "0.38.0")
@@ -175,12 +175,12 @@ def test_a_request_is_the_official_one(version, endpoint, which, ours):
 
 @pytest.mark.parametrize("which", range(len(BATCHES)))
 def test_a_batch_in_protobuf_is_the_official_one(which):
-    """Equal messages of equal length: the order of map entries is free, all else is not."""
+    """Equal messages of equal length: only the order of map entries may differ."""
     theirs = base64.b64decode(recorded("0.38.0", "forward_backward")[which]["protobuf"])
 
     path, content_type, _, ours = wire.encode_request(BATCHES[which], protobuf=True)
 
-    parse = proto.CLASSES["ForwardBackwardRequest"].FromString
+    parse = proto_requests.CLASSES["ForwardBackwardRequest"].FromString
     assert ("forward_backward", "application/x-protobuf") == (path, content_type)
     assert parse(theirs) == parse(ours)
     assert len(theirs) == len(ours)
@@ -188,7 +188,7 @@ def test_a_batch_in_protobuf_is_the_official_one(which):
 
 
 def test_batches_in_json_are_the_official_ones():
-    """Forward goes to an endpoint of its own, under a key of its own."""
+    """Forward has its own endpoint and its own key."""
     backward = recorded("0.24.1", "forward_backward")
     theirs = [backward[0], *recorded("0.24.1", "forward"), *backward[1:]]
 

@@ -1,7 +1,7 @@
-"""How types travel: the table of the API, and the JSON and the protobuf form of each type.
+"""How types travel: the endpoint table, and the JSON and the protobuf form of each type.
 
-JSON goes everywhere; batches of training data and the results of training and sampling may go as
-protobuf. Knows nothing of HTTP beyond the names of the content types, and does no I/O.
+Everything can travel as JSON; batches of training data and the results of training and sampling
+also as protobuf. Does no I/O, and knows of HTTP only the names of the content types.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TypeVar
 
 from tinkex.types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
-from tinkex.wire.json_form import dumps, from_json, loads, resembles, to_json
+from tinkex.wire.json_reader import from_json, resembles
+from tinkex.wire.json_text import dumps, loads
+from tinkex.wire.json_writer import to_json
 from tinkex.wire.problems import DecodeError
 from tinkex.wire.table import (
     AUTH_TOKEN,
@@ -123,56 +125,67 @@ __all__ = [
 def encode_request(
     request: ForwardBackwardRequest, protobuf: bool, compress: bool = False
 ) -> tuple[str, str, str | None, bytes]:
-    """A batch of training data as (path, content type, content encoding, body).
+    """Write a batch of training data: (path, content type, content encoding, body).
 
-    In protobuf both forward and forward_backward go to one endpoint, in JSON each has its own.
-    *compress* is for servers that say they take zstd; it needs the `zstandard` package and is left
-    undone without it.
+    In protobuf, forward and forward_backward share one endpoint; in JSON each has its own.
+
+    Args:
+        compress: compress a protobuf body with zstd, for servers that accept it. Ignored if the
+            `zstandard` package is not installed.
 
     Raises:
-        ValueError: If the data hold what the dialect cannot say (an image asset in protobuf, NaN
+        ValueError: If the data hold what the dialect cannot carry (an image asset in protobuf, NaN
             in JSON).
     """
     if not protobuf:
         endpoint = FORWARD if request.forward_only else FORWARD_BACKWARD
         return endpoint.path, JSON, None, dumps(to_json(request))
-    from tinkex.wire import proto
+    from tinkex.wire import proto_requests
 
-    body = proto.encode_request(request)
-    packed = proto.zstd(body) if compress else None
+    body = proto_requests.encode_request(request)
+    packed = _zstd(body) if compress else None
     if packed is not None:
         return FORWARD_BACKWARD.path, PROTOBUF, "zstd", packed
     return FORWARD_BACKWARD.path, PROTOBUF, None, body
+
+
+def _zstd(body: bytes) -> bytes | None:
+    """*body* compressed, or None where the zstandard package is not installed."""
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    return zstandard.ZstdCompressor().compress(body)
 
 
 def decode_request(content_type: str, body: bytes) -> ForwardBackwardRequest:
     """The inverse of `encode_request`, for a body that is no longer compressed.
 
     Raises:
-        DecodeError: If the body is not a batch of training data, saying where and why.
+        DecodeError: If the body is not a batch of training data; the message has place and reason.
     """
     kind = content_type.split(";")[0].strip().lower()
     if kind == JSON:
         return from_json(ForwardBackwardRequest, loads(body))
     if kind == PROTOBUF:
-        from tinkex.wire import proto
+        from tinkex.wire import proto_requests
 
-        return proto.decode_request(body)
+        return proto_requests.decode_request(body)
     raise DecodeError(
         f"a body of content type {content_type!r} cannot be read; send {JSON} or {PROTOBUF}."
     )
 
 
 def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
-    """
-    The model, the number and whether it is a forward pass alone, of a numbered request that may be
-    wrong in all else; None if it does not say so much.
+    """(model_id, seq_id, forward_only) of a numbered request that may be invalid otherwise.
+
+    None if *body* does not hold a model and a number.
     """
     try:
         if content_type == PROTOBUF:
-            from tinkex.wire import proto
+            from tinkex.wire import proto_requests
 
-            return proto.place_of(body)
+            return proto_requests.place_of(body)
         payload = loads(body)
     except DecodeError:
         return None
@@ -185,19 +198,19 @@ def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
 
 
 def encode_result(result: ForwardBackwardOutput | SampleResponse) -> bytes:
-    """The result of forward, forward_backward or sample in protobuf."""
-    from tinkex.wire import proto
+    """Write the result of forward, forward_backward or sample in protobuf."""
+    from tinkex.wire import proto_results
 
-    return proto.encode_result(result)
+    return proto_results.encode_result(result)
 
 
 def decode_result(cls: type[R], body: bytes) -> R:
     """The inverse of `encode_result`.
 
     Raises:
-        DecodeError: If the body is not such a result, saying where and why.
+        DecodeError: If the body is not such a result; the message has place and reason.
     """
-    from tinkex.wire import proto
+    from tinkex.wire import proto_results
 
-    result: R = proto.decode_result(cls, body)
+    result: R = proto_results.decode_result(cls, body)
     return result

@@ -1,4 +1,4 @@
-"""What is wrong with something that came: the error, and the way to its place.
+"""Errors of data that cannot be read: the value, the reason, and the path to its place.
 
 Shared by the readers of both dialects; knows neither.
 """
@@ -15,18 +15,18 @@ from tinkex.types import TensorData
 
 T = TypeVar("T")
 
-#: Most cells of a tensor's dense form; a few bytes of a sparse one could stand for terabytes.
+#: Most cells of a tensor in dense form: a few bytes of a sparse one could mean terabytes.
 MAX_DENSE_CELLS = 2**28
-#: numpy has room for 64; losses take one or two.
+#: numpy supports 64; losses take one or two.
 MAX_DIMENSIONS = 8
 
 
 class DecodeError(ValueError):
-    """What came cannot be read: one sentence with the place, the value and what is wanted."""
+    """Received data cannot be read: one sentence with the place, the value and what is expected."""
 
 
 class Wrong(Exception):
-    """A value that cannot be read, below the top; `place` grows on the way up to the whole path."""
+    """A nested value that cannot be read; `place` grows to the whole path on the way up."""
 
     def __init__(self, sentence: str, place: str = "") -> None:
         super().__init__(sentence)
@@ -34,11 +34,11 @@ class Wrong(Exception):
         self.place = place
 
     def inside(self, place: str) -> None:
-        """Note that the value was found at *place* of something larger."""
+        """Note that the value is at *place* of the enclosing value."""
         self.place = place + ("." if self.place[:1] not in ("", "[") else "") + self.place
 
     def about(self, what: str) -> DecodeError:
-        """The error for the one who asked to have a *what* read."""
+        """The error to raise to the caller, who asked to read a *what*."""
         return DecodeError(f"{what}{'.' if self.place else ''}{self.place} {self.sentence}")
 
 
@@ -51,15 +51,16 @@ def short(value: object) -> str:
 
 
 def refuse(value: object, wanted: str) -> NoReturn:
+    """Raise Wrong: *value* is not what is *wanted*."""
     raise Wrong(f"is {short(value)}, but must be {wanted}.")
 
 
 def make(cls: Callable[..., T], values: dict[str, Any]) -> T:
-    """An object of *cls*, whose own checks may still refuse the values."""
+    """An object of *cls*; raises Wrong if its own checks refuse the values."""
     try:
         return cls(**values)
     except (ValueError, TypeError) as exc:
-        raise Wrong(f"is not usable: {exc}") from exc
+        raise Wrong(f"is invalid: {exc}") from exc
 
 
 def make_tensor(
@@ -68,11 +69,13 @@ def make_tensor(
     sparse_crow_indices: np.ndarray | None = None,
     sparse_col_indices: np.ndarray | None = None,
 ) -> TensorData:
-    """A tensor of parts that came from afar, of a size within reason."""
+    """A tensor of received parts; raises Wrong if it is inconsistent or too large."""
     if shape is not None and len(shape) > MAX_DIMENSIONS:
-        raise Wrong(f"has {len(shape)} dimensions, but at most {MAX_DIMENSIONS} are possible.")
+        raise Wrong(f"has {len(shape)} dimensions, but at most {MAX_DIMENSIONS} are supported.")
     if shape is not None and math.prod(shape) > MAX_DENSE_CELLS:
-        raise Wrong(f"has shape {short(list(shape))}, more than {MAX_DENSE_CELLS} numbers.")
+        raise Wrong(
+            f"has shape {short(list(shape))}, which is more than {MAX_DENSE_CELLS} numbers."
+        )
     values = {
         "data": data,
         "shape": shape,

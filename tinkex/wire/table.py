@@ -1,7 +1,7 @@
-"""The table of the API: every endpoint, what is sent to it and what comes back.
+"""The endpoint table of the API: paths, methods, request and response types.
 
-The client posts to these paths and the local server answers on them. Neither knows the other: this
-table and the types are the whole of what they share.
+The client sends to these paths and the server of tinkex serves them. Neither imports the other:
+this table and the types are all that they share.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ PREFIX = "/api/v1/"
 
 @attrs.frozen
 class Endpoint(Generic[T]):
-    """A place on the server that answers at once.
+    """An endpoint that answers at once.
 
     Attributes:
         method, path: of the HTTP request; the path follows `PREFIX` and may hold {parameters}.
-        result: the type of the answer; None where it does not matter.
-        tag: goes into the request's JSON as "type", where the protocol wants one.
+        result: the type of the response; `Nothing` where it does not matter.
+        request: the type of the request; None if there is no body.
+        tag: the value of "type" in the request's JSON, where the protocol has one.
     """
 
     method: str
@@ -36,17 +37,17 @@ class Endpoint(Generic[T]):
 
 @attrs.frozen
 class Operation(Endpoint[T]):
-    """A place that takes long work: it answers with a promise, and the result is polled for.
+    """An endpoint for long work: it answers with a promise, and the result is polled for.
 
     Attributes:
-        name: of the operation, as the protocol has it in the X-Tinker-Request-Type header.
+        name: of the operation in the protocol, such as in the X-Tinker-Request-Type header.
     """
 
     name: str = attrs.field(kw_only=True)
 
 
 class Nothing:
-    """The result type of an endpoint whose answer does not matter."""
+    """The result type of an endpoint whose response does not matter."""
 
 
 CLIENT_CONFIG = Endpoint("POST", "client/config", types.ClientConfig, types.ClientConfigRequest)
@@ -109,7 +110,7 @@ UNLOAD_MODEL = Operation(
     "unload_model",
     name="UnloadModel",
 )
-#: In protobuf both go to forward_backward, which then says forward_only.
+#: In protobuf both go to forward_backward; the request then has forward_only.
 FORWARD = Operation(
     "POST", "forward", types.ForwardBackwardOutput, types.ForwardBackwardRequest, name="Forward"
 )
