@@ -188,7 +188,7 @@ def test_no_module_touches_the_private_names_of_another(module):
     What a module keeps to itself is its own to change.
 
     `x._name` is allowed where this module itself defines `_name`: on `self`, in another instance of
-    its own class, in a subclass of its own.
+    its own class, in its own subclass.
     """
     tree = TREES[module]
     own = {

@@ -26,7 +26,7 @@ LEARN = types.AdamParams(learning_rate=1e-2)
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """One embedded engine for the module, in a home of its own."""
+    """One embedded engine for the module, in its own home folder."""
     patch = pytest.MonkeyPatch()
     patch.setenv("TINKEX_HOME", str(tmp_path_factory.mktemp("home")))
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL"):

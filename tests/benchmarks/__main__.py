@@ -61,8 +61,8 @@ def client_part(rounds: int) -> str:
         "![cost per operation against their number](growth.svg)",
         "",
         f"What stands in the way: of 200 samples of 1,000 ms the second itself is the floor, "
-        f"{_share_of_the_floor(rows)} of what the official SDK takes here, which nobody can get "
-        "below; what comes on top of it has a row of its own. One exchange takes 55 us of "
+        f"{_share_of_the_floor(rows)} of what the official SDK takes here, which no client can get "
+        "below; what comes on top of it has its own row. One exchange takes 55 us of "
         "processor time in requests' adapter with the short way of `connections.py`; 190 us "
         "without it, 67 us in bare `http.client`, 8 us for the system calls alone (measured once, "
         "not in this run).",

@@ -52,14 +52,14 @@ NAMES = {
     "samples_2000_polled": "the same 2,000, server without retrieve_futures",
     "samples_200_polled": "the same 200, server without retrieve_futures",
 }
-#: Seconds that nobody can be quicker than, where that is much of the whole.
+#: Seconds that no client can be quicker than, where they are much of the whole.
 LATENCY = {"samples_200": 1.0, "samples_200_polled": 1.0}
 GROWTH = (10, 100, 1000, 10_000)
 
 
 @contextmanager
 def null_server() -> Iterator[str]:
-    """The address of a do-nothing server in a process of its own."""
+    """The address of a do-nothing server in a separate process."""
     process = subprocess.Popen(
         [sys.executable, str(HERE / "null_server.py")], stdout=subprocess.PIPE, text=True
     )
@@ -71,7 +71,7 @@ def null_server() -> Iterator[str]:
 
 
 def run(name: str, case: str, url: str) -> dict[str, Any]:
-    """One case in a process of its own; RuntimeError if it fails."""
+    """One case in a separate process; RuntimeError if it fails."""
     python = str(sdk.python_of(OFFICIAL)) if name == "tinker" else sys.executable
     done = subprocess.run(
         [python, str(HERE / "client_case.py"), name, case, url],
@@ -182,7 +182,7 @@ def _import(python: str, code: str) -> dict[str, float]:
 
 
 def closed_port_rows(url: str) -> list[Row]:
-    """First contact with a port where nobody listens: seconds until an error comes."""
+    """First contact with a closed port: seconds until an error comes."""
     ours, theirs = run("tinkex", "closed_port", url), run("tinker", "closed_port", url)
     return [
         Row(

@@ -1,8 +1,8 @@
 """One case of the client benchmark: `PYTHON client_case.py SDK CASE URL`, prints one JSON object.
 
-Runs in a process of its own, in the environment of the SDK it measures ("tinkex", "tinker", or
+Runs in a separate process, in the environment of the SDK it measures ("tinkex", "tinker", or
 "floor": bare http.client). The two SDKs go through the same lines here; where their names differ, a
-few adapters say so.
+few adapters report it.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Bench:
 
     @cached_property
     def service(self) -> tinkex.ServiceClient:
-        """An embedded engine, in a process of its own."""
+        """An embedded engine, in a separate process."""
         os.environ["TINKEX_HOME"] = str(self.base.parent / "home")
         return tinkex.ServiceClient()
 

@@ -1,6 +1,6 @@
 """A training server that computes nothing: `PYTHON null_server.py`, prints its port.
 
-Stands behind both SDKs in the client benchmark, in a process of its own, and costs as little as a
+Stands behind both SDKs in the client benchmark, in a separate process, and costs as little as a
 Python server can: asyncio and hand-cut HTTP/1.1. Every result is the same few bytes, ready
 `latency` seconds after its submit. POST /null {"latency": seconds, "retrieve_futures": bool} sets
 it up and GET /null tells how many requests and bytes have come since.

@@ -1,6 +1,6 @@
-"""What a user would write with transformers and PEFT, in a process of its own.
+"""What a user would write with transformers and PEFT, in a separate process.
 
-Of its own, so that nothing of ours (thread settings, malloc's, torch's modes) makes it slower or
+Separate, so that nothing of ours (thread settings, malloc's, torch's modes) makes it slower or
 faster. `Reference` is the caller's end; `python reference.py BASE ADAPTER` is the other, which
 reads pickled (method, arguments) from its standard input and answers with results.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-#: What tinkex.engine sets for the threads of its own process.
+#: What tinkex.engine sets for the threads of its process.
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

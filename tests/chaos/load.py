@@ -1,7 +1,7 @@
 """Everything at once for a long time: several clients training, thousands of samples in flight.
 
 python -m tests.chaos.load [--seconds 600] [--clients 8] [--samples 2000] [--out build/load.json]
-    runs that against a server of its own, writes what it saw, and says whether it is as promised.
+    runs that against its own server, writes what it saw, and says whether it is as promised.
 python -m tests.chaos.load --draw docs/load.png [--out build/load.json]
     draws it.
 

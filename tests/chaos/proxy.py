@@ -29,7 +29,7 @@ LOGIN_PAGE = b"<html><title>Please log in</title></html>"
 #: Bodies of answers that say 200 and application/json.
 GARBAGE = (b"", b"{", b'{"request_id": ', b"null", b"[]", b'"ok"', b"7", b'{"ok": true}',
            b"\x00\xff\xfe garbage \x80", LOGIN_PAGE)  # fmt: skip
-#: How long nobody listens after a refusal, in seconds.
+#: How long the port stays closed after a refusal, in seconds.
 AWAY = 0.15
 
 
@@ -104,7 +104,7 @@ Fault = Callable[[Exchange], None]
 
 
 def refuse(x: Exchange) -> None:
-    """Nobody listens on the port for a while."""
+    """The port is closed for a while."""
     x.proxy.go_away(AWAY)
     x.reset()
 
@@ -258,7 +258,7 @@ class Proxy:
         return socket.create_connection(("127.0.0.1", self.upstream), timeout=120)
 
     def go_away(self, seconds: float) -> None:
-        """Do not listen for a while; connections that are there go on."""
+        """Do not listen for a while; open connections continue."""
         with self._lock:
             self._away_until = time.monotonic() + seconds
 
@@ -281,7 +281,7 @@ class Proxy:
                 self._stay_away()
 
     def _stay_away(self) -> None:
-        """Connections to a port where nobody listens are refused."""
+        """Connections to a closed port are refused."""
         self._listener.close()
         time.sleep(max(0.0, self._away_until - time.monotonic()))
         with self._lock:

@@ -1,4 +1,4 @@
-"""The server on the real engine, which writes down what it is told to do: one JSON a line.
+"""The server on the real engine, which writes down each call: one JSON a line.
 
 python -m tests.chaos.recorder --port PORT --home HOME --record FILE [--limits JSON]
 """

@@ -25,7 +25,7 @@ OPTIONS = ("--base-model", "tiny", "--rank", "4", "--batch-size", "2",
 
 
 class Training:
-    """`tinkex train` in a folder of its own, on the server at *url*, or on the embedded engine."""
+    """`tinkex train` in its own folder, on the server at *url*, or on the embedded engine."""
 
     def __init__(self, folder, url=None):
         self.output, self.home = folder / "run", folder / "home"
@@ -53,7 +53,7 @@ class Training:
             )
 
     def finish(self):
-        """Go on to the end. The seconds it took."""
+        """Continue to the end; returns the seconds it took."""
         began = time.monotonic()
         assert 0 == self.start().wait(120), self.log
         return time.monotonic() - began

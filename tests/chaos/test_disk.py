@@ -1,5 +1,5 @@
 """The disk can be full: what cannot be kept fails and says why, nothing is corrupt, and when there
-is room again all goes on."""
+is room again, everything continues."""
 
 from __future__ import annotations
 

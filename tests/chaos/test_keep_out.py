@@ -36,7 +36,7 @@ KEY, OTHER = "tml-alice-4d2f6c0b9e81", "tml-bob-77aa03e1c5d9"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`tinkex serve` for two users, whose keys it is told in the environment."""
+    """`tinkex serve` for two users, whose keys are in its environment."""
     folder = tmp_path_factory.mktemp("keys")
     environment = {"TINKEX_SERVE_KEYS": f"{KEY} {OTHER}"}
     with Server(folder / "home", environment=environment) as server:
@@ -152,7 +152,7 @@ def test_this_machine_s_own_names_are_let_in(open_server, host):
 
 
 def test_more_connections_than_the_limit_are_turned_away(open_server):
-    """With a status that clients try again on; those that are there go on."""
+    """With a status that clients retry; open connections continue."""
     sessions = [requests.Session() for _ in range(30)]
     answers = [
         session.get(open_server.url + "/api/v1/healthz", timeout=10).status_code

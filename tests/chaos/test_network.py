@@ -20,7 +20,7 @@ PATIENCE = tinkex.Patience(first_contact=60, no_answer=120, report_after=30)
 
 @attrs.define
 class Record:
-    """What the engine of a server was told to do, run by run."""
+    """What the engine of a server did, run by run."""
 
     path: object
     read: int = 0

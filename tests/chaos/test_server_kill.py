@@ -14,7 +14,7 @@ from tests.chaos import scenario
 from tests.chaos.conftest import SERVER_KILLS
 from tests.chaos.servers import RECORDED, SERVE, Server
 
-#: Snapshots every few operations, so that restarts go on from them.
+#: Snapshots every few operations, so that restarts begin from them.
 OFTEN = json.dumps({"snapshot_bytes": 4_000, "reap_seconds": 0.2})
 
 
@@ -24,7 +24,7 @@ STEPS = scenario.FULL if KILLS > 4 else 20
 
 
 class Killer:
-    """Kills a server so many times, spread over the steps of a run, and starts it again."""
+    """Kills a server KILLS times, spread over the steps of a run, and starts it again."""
 
     def __init__(self, server, seed):
         self.server, self.kills = server, 0
@@ -34,7 +34,7 @@ class Killer:
 
     def on_step(self, step):
         if step in self._steps:
-            self.join()  # of its last deed; the run went on meanwhile
+            self.join()  # of its last deed; the run continued meanwhile
             self._thread = threading.Thread(target=self._strike, name="killer")
             self._thread.start()
 
@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_goes_on_over_a_server_that_is_killed_again_and_again(
     tmp_path, undisturbed, snapshots, quick_retries, report
 ):
-    """Models, moments, gradients, samplers and results nobody has fetched come back; the final
+    """Models, moments, gradients, samplers and unfetched results come back; the final
     weights are the same; every checkpoint that was acknowledged loads. From the journal alone,
     and from snapshots with what came after them."""
     options = {"record": tmp_path / "record", "limits": OFTEN} if snapshots else {}

@@ -1,5 +1,5 @@
 """Never silent, never endless: whatever is waited for when the server freezes or dies, a line in
-the log says so, an error comes when patience is over, and Ctrl-C gets through at once."""
+the log reports it, an error comes when patience is over, and Ctrl-C gets through at once."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def silent(server, how):
 
 @contextlib.contextmanager
 def waiting_for(server, patience=None):
-    """All kinds of waits, each as a function that waits, on a session of its own."""
+    """All kinds of waits, each as a function that waits, on its own session."""
     with ThreadPoolExecutor(len(KINDS)) as pool:
         services = [tinkex.ServiceClient(server.url, "tml-any", patience=patience) for _ in KINDS]
         try:
@@ -124,7 +124,7 @@ def test_with_the_settings_as_they_come_a_line_says_so_within_ten_seconds(server
 
 @pytest.mark.parametrize("how", [Server.freeze, Server.kill], ids=["frozen", "killed"])
 def test_an_idle_session_says_that_nobody_hears_its_heartbeat(server, how, lines):
-    """Whoever comes back after lunch should find out when the server went."""
+    """A user who returns after lunch should find out when the server went away."""
     patience = attrs.evolve(IMPATIENT, heartbeat=0.3)
     with tinkex.ServiceClient(server.url, "tml-any", patience=patience), silent(server, how):
         said = wait_for(lambda: lines.first("heartbeat"), 4)

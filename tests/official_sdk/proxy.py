@@ -21,7 +21,7 @@ PREFIX = "/api/v1/"
 
 @attrs.define
 class Exchange:
-    """One request and its answer; a meddler may change either before it goes on.
+    """One request and its answer; a meddler may change either before it is forwarded.
 
     Attributes:
         path: behind /api/v1/.
@@ -62,7 +62,7 @@ class Proxy:
     """Forwards to *upstream*; `url` is its own address.
 
     Args:
-        before: called with each request before it is forwarded, on a thread of its own: it may
+        before: called with each request before it is forwarded, on its own thread: it may
             wait, change it, or forward other requests with `send`.
         after: called with each answer before it goes back.
     """

@@ -1,8 +1,8 @@
 """Everything the official SDK can do with our server: `PYTHON scenario.py URL TOKENIZER [NAME...]`.
 
-Runs in a virtual environment of its own with one version of `tinker` (and no tinkex), and prints
+Runs in its own virtual environment with one version of `tinker` (and no tinkex), and prints
 one JSON line per feature: {"feature", "state", "detail", "seconds"}; state is "works" (detail: what
-the feature returned), "absent" (this SDK version has no such thing), "refused" (said so in a
+the feature returned), "absent" (this SDK version has no such thing), "refused" (a
 sentence, which is the detail) or "fails". What should come out is computed here with numpy, or is a
 property: equal, different, larger. With NAMEs, only features whose name holds one of them run;
 features whose name holds what follows a "-" do not.
@@ -631,7 +631,7 @@ def named_sampler(world):
         check(client.get_base_model() == BASE, f"its base model is {client.get_base_model()}")
 
 
-@feature("sampler weights, unnamed, frozen while training goes on")
+@feature("sampler weights, unnamed, frozen while training continues")
 def unnamed_sampler(world):
     training = world.create()
     client = done(training.save_weights_and_get_sampling_client())
@@ -851,7 +851,7 @@ def run(function, world, is_refusal):
 
 
 def refusal(exc):
-    """The server's own sentence; it must say that it is the caller who can mend it."""
+    """The server's own sentence; it must say that the caller can fix it."""
     body = getattr(exc, "body", None)
     sentence, category = str(exc), getattr(exc, "category", None)
     if isinstance(body, dict):

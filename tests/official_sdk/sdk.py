@@ -87,7 +87,7 @@ def _run(*command: object) -> None:
         )
 
 
-#: `tinkex serve` with limits of its own, which the command line has no options for.
+#: `tinkex serve` with other limits, which the command line has no options for.
 _WITH_LIMITS = """
 import json, sys
 from tinkex import cli
@@ -100,7 +100,7 @@ cli.main()
 
 @contextmanager
 def server(*options: str, **limits: float) -> Iterator[str]:
-    """The address of a `tinkex serve` of its own, with an empty home.
+    """The address of a separate `tinkex serve`, with an empty home.
 
     Args:
         options: of `tinkex serve`; limits: of `tinkex.server.limits.Limits`.

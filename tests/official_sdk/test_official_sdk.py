@@ -1,7 +1,7 @@
 """The official SDK, unmodified, trains and samples on our server, also where the network is bad.
 
 Two versions: 0.24.1, the last that speaks JSON all through (on a server that offers nothing else),
-and 0.38.0, which speaks protobuf. Each runs in a virtual environment of its own under build/ (made
+and 0.38.0, which speaks protobuf. Each runs in its own virtual environment under build/ (made
 when it is not there), mostly through a proxy that writes down what passes and meddles with it.
 `make conformance` runs the whole scenario with more versions.
 
@@ -12,7 +12,7 @@ What a server must do for the SDK, by the number that the tests name:
  3. chunks that arrive out of order run in their order, and the next step waits for all of them
  4. forward_only leaves gradients alone; forward, forward_backward and optim_step keep their order
  5. a slow operation: 408 with its queue state before 40 seconds, without a warning to the user
- 6. a failure: 200 with a sentence and a category, and the model goes on
+ 6. a failure: 200 with a sentence and a category, and the model continues
  7. a result that is lost: 410, from which sampling recovers by itself
  8. too many samples: 429 slows the client down, and nothing is lost
  9. a sample: its ids in the promise, as many sequences, NaN first, stop or length, little-endian
@@ -132,7 +132,7 @@ def succeeded(exchanges: list[Exchange]) -> list[Exchange]:
 
 
 def test_every_answer_says_what_it_is(recorded):
-    """Rule 1: the SDK refuses an answer that is JSON and does not say so."""
+    """Rule 1: the SDK refuses JSON without its content type."""
     kinds = Counter(e.answer_type for e in recorded.exchanges if e.answer)
 
     assert {wire.JSON, wire.PROTOBUF} >= set(kinds)
@@ -155,7 +155,7 @@ def test_unknown_fields_in_answers_do_no_harm(version, address):
 
 
 def test_a_failure_is_an_answer(recorded):
-    """Rule 6: 200 with a sentence and whose doing it is; the scenario went on after it."""
+    """Rule 6: 200 with a sentence and a category; the scenario continued after it."""
     failures = [e.answer_json for e in results_of(recorded, "ForwardBackward")]
     failures = [answer for answer in failures if answer and "error" in answer]
 
@@ -291,7 +291,7 @@ def test_an_operation_may_take_many_polls(cramped):
 
 
 def test_a_lost_sample_is_sampled_again(version, address):
-    """Rule 7: 410 is what makes the SDK ask anew, without its user noticing."""
+    """Rule 7: a 410 makes the SDK sample again, without its user noticing."""
     lost = []
 
     def forget(exchange):

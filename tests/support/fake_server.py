@@ -118,7 +118,7 @@ def _max_retries(request, reason):
 
 
 def refused():
-    """Nobody listens on the port."""
+    """The port is closed."""
 
     def fault(server, request, timeout, behave):
         reason = urllib3.exceptions.NewConnectionError(
@@ -190,7 +190,7 @@ def half_protobuf():
 
 
 def cut(after):
-    """A file of which only so many bytes come before the connection breaks."""
+    """A file that breaks off after a number of bytes."""
 
     def fault(server, request, timeout, behave):
         return server._file(request, server.files[request.url], after)
@@ -204,7 +204,7 @@ def blocked(entered, released, then=None):
     def fault(server, request, timeout, behave):
         entered.set()
         if not released.wait(20):
-            raise AssertionError("nobody released this request")
+            raise AssertionError("this request was never released")
         return behave() if then is None else then(server, request, timeout, behave)
 
     return fault
@@ -284,7 +284,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         self.requests = []
         #: (model id, seq_id, path) in the order in which they ran.
         self.executed = []
-        #: Results to give instead of our own: path -> a body, or a function of the request.
+        #: Results to give instead of the usual ones: path -> a body, or a function of the request.
         self.results = {}
         #: Stored things: (method, path) -> (status, body) or a function of the request.
         self.stored = {}
@@ -663,14 +663,14 @@ def session(server, heartbeat=False, **options):
 
 @contextmanager
 def training(server, **options):
-    """A TrainingClient of a model that is there already: nothing has been sent for it."""
+    """A TrainingClient of an existing model; it has sent nothing yet."""
     client = {k: options.pop(k) for k in ("queue_state_observer", "base_model") if k in options}
     with session(server, **options) as s, TrainingClient(s, MODEL, **client) as made:
         yield made
 
 
 def plugged_in(monkeypatch, server):
-    """Whoever talks HTTP through requests from now on, and sleeps over it, meets *server*."""
+    """From now on, all HTTP through requests and all sleeping goes to *server*."""
     monkeypatch.setattr("tinkex.runtime.http_session.KeptConnections", lambda **_: server)
     for name in [name for name in os.environ if name.startswith("TINKER_")]:
         monkeypatch.delenv(name)

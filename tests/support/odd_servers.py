@@ -32,7 +32,7 @@ class Quirks:
     What is odd about a server; the defaults are the protocol.
 
     Attributes:
-        lacks: endpoints that are not there; lacking: the status that says so.
+        lacks: endpoints that are not there; lacking: the status they answer with.
         protobuf: None if it is taken; else the status that a protobuf body gets.
         only_protobuf: JSON batches get 415.
         results_in_json: results come as JSON whatever the client would take.
@@ -40,10 +40,10 @@ class Quirks:
         immediate: endpoints that answer with the result instead of a promise.
         request_ids: str or int.
         create_names_model: create_model answers with the model's id beside the promise.
-        model_ids: "session" for <session>:train:<n>, "hex" for names of its own.
+        model_ids: "session" for <session>:train:<n>, "hex" for its own names.
         sequence_ids: whether the promise of samples names them.
         sampler_segment: whether paths of sampler weights have the segment sampler_weights.
-        failures: how a failed operation is told: 200 with error and category, or 400, or 500.
+        failures: how a failed operation is reported: 200 with error and category, or 400, or 500.
         metrics: "sum" for loss:sum, "none" for {}, "odd" for a name without a reduction.
         optim_metrics: what optim_step gives.
         wrapped: results come as {"status": "completed", "result": ...}.
@@ -207,7 +207,7 @@ SINGLE = {
     "numbers counted, repeats refused": Quirks(numbered=True),
     "request ids that are numbers": Quirks(request_ids=int),
     "create_model names the model": Quirks(create_names_model=True),
-    "model ids of its own": Quirks(model_ids="hex", restores_at_once=False),
+    "its own model ids": Quirks(model_ids="hex", restores_at_once=False),
     "every kind of not yet": Quirks(not_yet=(TRY_AGAIN, PENDING, TIMEOUT, EMPTY)),
     "results in a wrapper": Quirks(wrapped=True, results_in_json=True),
     "load_weights into a model only": Quirks(restores_at_once=False),
@@ -252,7 +252,7 @@ class Weights:
 
 @attrs.define
 class Done:
-    """An operation that has run; polls are told so from `at` on."""
+    """An operation that has run; polls get its result from `at` on."""
 
     result: object
     failure: str | None

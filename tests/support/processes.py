@@ -1,4 +1,4 @@
-"""Servers as processes of their own, to be killed and started again."""
+"""Servers as separate processes, to be killed and started again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """
 `PYTHON tests/support/serve_again.py PIDFILE LIMITS OPTION...`: kill -9 the server whose process id
-is in PIDFILE, if there is one, and start `tinkex serve` with the options and limits (in JSON) anew.
+is in PIDFILE, if there is one, and start `tinkex serve` again with options and limits (in JSON).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-#: `tinkex serve` with limits of its own, which the command line has no options for.
+#: `tinkex serve` with other limits, which the command line has no options for.
 PROGRAM = """
 import json, sys
 from tinkex import cli

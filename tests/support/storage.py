@@ -27,7 +27,7 @@ class Storage:
         server.stored["POST", "weights_info"] = self._weights_info
 
     def add(self, path, hours=0.0, size=2048, public=False):
-        """A checkpoint made so many hours ago; its run comes with it."""
+        """A checkpoint made *hours* ago, with its run."""
         run_id, segment, name = path.removeprefix("tinker://").split("/")
         made = datetime.now(timezone.utc) - timedelta(hours=hours)
         self.checkpoints[path] = {
