@@ -18,7 +18,7 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.processes import ROOT, ServerProcess, free_port
 from tests.support.wire_client import WireClient
 from tinkex.server.app import LocalServer, main
-from tinkex.server.home import Home
+from tinkex.server.home import Home, HomeError
 
 
 def wait_for(claim, seconds=10):
@@ -91,6 +91,42 @@ def test_a_broken_database_is_an_error_that_says_so(process, tmp_path):
     assert 1 == server.process.returncode
     assert "tinkex.sqlite cannot be used" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o755, 0o777])
+def test_a_folder_of_others_is_refused_and_its_mode_is_kept(process, tmp_path, mode):
+    """A shared temporary folder that becomes 0700 stops working for everyone."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    if mode == 0o755:
+        (shared / "thesis.tex").write_text("mine")
+    server = process(home=shared)
+    server.spawn()
+    errors = server.end()
+
+    assert 1 == server.process.returncode
+    assert str(shared) in errors
+    assert "--home" in errors
+    assert mode == stat.S_IMODE(shared.stat().st_mode)
+    assert {"thesis.tex"} >= {path.name for path in shared.iterdir()}
+
+
+def test_a_home_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+    with pytest.raises(HomeError, match="belongs to user"):
+        Home.open(tmp_path)
+
+
+def test_a_home_made_by_an_earlier_version_is_opened(tmp_path):
+    """It has no marker but a database."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("tinkex.sqlite", "notes.txt"):
+        (home / name).touch()
+
+    assert home == Home.open(home).path
 
 
 def test_only_its_user_may_look_into_the_home(process, tmp_path):

@@ -96,7 +96,7 @@ class Rows:
         params = job.request.sampling_params
         self.job[row], self.index[row], self.length[row] = job, index, 0
         self.keys[row] = job.keys[index]
-        self.temperature[row] = params.temperature
+        self.temperature[row] = token_sampling.usable_temperature(params.temperature)
         self.top_k[row], self.top_p[row] = max(params.top_k, 0), params.top_p
         self.limit[row], self.prompt_length[row] = job.limit, len(job.prompt)
         if len(job.stop_tokens) > self.stops.shape[1]:

@@ -76,6 +76,14 @@ class Settings:
         )
 
 
+def usable_temperature(temperature: float) -> float:
+    """A temperature by which float32 logits can be divided without overflow.
+
+    Below 1e-6 the likeliest token is the only one left, as at 0; above 1e30 all are alike.
+    """
+    return 0.0 if temperature < 1e-6 else min(temperature, 1e30)
+
+
 def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.float32]]:
     """A token for each row of float32 logits (n, V), and its log-probability at temperature 1."""
     tokens = np.empty(len(logits), np.int64)

@@ -16,6 +16,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,19 +30,35 @@ class HomeError(Exception):
     """The home cannot be used; the message says why and what to do."""
 
 
+#: What marks a folder as a home: made by `Home.open`, or by versions that wrote no marker.
+_MARKER = "tinkex-home"
+_MARKERS = (_MARKER, "tinkex.sqlite")
+#: What other parts of tinkex may have put into a home before a server opens it.
+_NOT_OTHERS = frozenset({"logs", "cache", "checkpoints", "servers", ".DS_Store", "lost+found"})
+
+
 @attrs.frozen
 class Home:
-    """A usable home folder. Everything in it is for its user's eyes only (0700, 0600)."""
+    """A usable home folder. Only its user can read it (0700, files 0600)."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> Home:
-        """Make or check the folder. Raises HomeError."""
+        """Make or check the folder.
+
+        A home is a folder that this made, or that is empty and the user's own. The mode of any
+        other folder is never changed: others may use it.
+
+        Raises:
+            HomeError: If it is not the user's, holds other things, or cannot be written.
+        """
         home = cls(path.expanduser().absolute())
         try:
             home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            home._check_ownership()
             home.path.chmod(0o700)
+            (home.path / _MARKER).touch(mode=0o600)
             for folder in (home.checkpoints, home.servers):
                 folder.mkdir(exist_ok=True)
             probe = home.path / f".probe-{secrets.token_hex(4)}"
@@ -53,6 +70,27 @@ class Home:
                 "it, or choose another with --home or TINKEX_HOME."
             ) from exc
         return home
+
+    def _check_ownership(self) -> None:
+        """Raises HomeError, before anything is changed."""
+        status = self.path.stat()
+        if status.st_uid != os.geteuid():
+            raise HomeError(
+                f"the home {self.path} belongs to user {status.st_uid}, not to you "
+                f"({os.geteuid()}); choose a folder of your own with --home or TINKEX_HOME."
+            )
+        names = {entry.name for entry in self.path.iterdir()}
+        if names.isdisjoint(_MARKERS) and names - _NOT_OTHERS:
+            some = ", ".join(sorted(names - _NOT_OTHERS)[:3])
+            raise HomeError(
+                f"the folder {self.path} is not a home of tinkex: it holds other things ({some}); "
+                "choose an empty or a new folder with --home or TINKEX_HOME."
+            )
+        if status.st_mode & (stat.S_ISVTX | stat.S_IWOTH) and not names & set(_MARKERS):
+            raise HomeError(
+                f"the folder {self.path} is shared (mode {stat.S_IMODE(status.st_mode):04o}); "
+                "choose a new folder with --home or TINKEX_HOME."
+            )
 
     @property
     def database(self) -> Path:
