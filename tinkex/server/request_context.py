@@ -173,6 +173,11 @@ class Call:
         body = await self.json_body(data=data)
         return await self.decoded(lambda: wire.from_json(cls, wire.loads(body)), body), body
 
+    async def read_json(self) -> Any:
+        """The JSON body as plain data. Raises Refusal or DecodeError."""
+        body = await self.json_body()
+        return await self.decoded(lambda: wire.loads(body), body)
+
     async def json_body(self, *, data: bool = False) -> bytes:
         """A body that says it is JSON, and is not too large to be parsed. Raises Refusal."""
         if self.content_type != wire.JSON:
@@ -260,10 +265,15 @@ def refuse(refusal: Refusal) -> Response:
     return reply(body, refusal.status, refusal.headers)
 
 
-def _owner(keys: Keys, request: Request) -> str:
+def header_key(request: Request) -> str | None:
+    """The API key where the Tinker API has it."""
+    return request.headers.get("x-api-key")
+
+
+def _owner(keys: Keys, request: Request, key: str | None) -> str:
     """Who asks. Raises Refusal: 401, 403."""
     keys.check_visitor(request.headers)
-    return keys.owner(request.headers.get("x-api-key"))
+    return keys.owner(key)
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -289,19 +299,28 @@ class Framing:
 
 
 def guarded(
-    handler: Handler, *, public: bool = False, once: bool = False
+    handler: Handler,
+    *,
+    public: bool = False,
+    once: bool = False,
+    key_of: Callable[[Request], str | None] = header_key,
+    refuse: Callable[[Refusal], Response] = refuse,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of *handler*: it knows who asks (unless *public*), and every way that it can
-    go wrong has an answer.
+    """
+    The endpoint of *handler*: it knows who asks, and every way that it can fail has an answer.
 
-    *once*: a repeat under the same X-Idempotency-Key gets the first one's answer.
+    Args:
+        public: anyone may ask.
+        once: a repeat under the same X-Idempotency-Key gets the first one's answer.
+        key_of: where a request has its API key.
+        refuse: the form of an error.
     """
 
     async def endpoint(request: Request) -> Response:
         site: Site = request.app.state.site
         call = Call(site, request, "")
         try:
-            call.owner = "" if public else _owner(site.keys, request)
+            call.owner = "" if public else _owner(site.keys, request, key_of(request))
             key = request.headers.get("x-idempotency-key") if once else None
             if key is None:
                 return await handler(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from tinkex import wire
+from tinkex.server.openai import endpoints as openai
 from tinkex.server.request_context import guarded
 from tinkex.server.routes import (
     archives,
@@ -43,4 +44,4 @@ def routes() -> list[Route]:
             once = method == "POST" and path not in _REPEATABLE
             endpoint = guarded(handler, public=public, once=once)
             found.append(Route(wire.PREFIX + path, endpoint, methods=[method]))
-    return found
+    return [*found, *openai.routes()]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
@@ -14,10 +13,10 @@ from starlette.responses import Response, StreamingResponse
 from tinkex import types, wire
 from tinkex.server.http_errors import Refusal
 from tinkex.server.ledger import SamplerPlace
-from tinkex.server.live import LiveSampler
 from tinkex.server.request_context import Call, reply
 from tinkex.server.results import answer
-from tinkex.server.routes.training import check_base_model, promise
+from tinkex.server.routes.training import promise
+from tinkex.server.sampling_source import sampler_of
 
 
 async def create_sampling_session(call: Call) -> Response:
@@ -27,29 +26,11 @@ async def create_sampling_session(call: Call) -> Response:
     if known is not None and known.live.owner == call.owner:
         live = known.live  # a repeat: the checkpoint may be gone by now
     else:
-        live = await _sampler_of(
+        live = await sampler_of(
             call, sampler_id, request.session_id, request.base_model, request.model_path
         )
     await call.site.ledger.samplers.create(request, live)
     return reply(types.CreateSamplingSessionResponse(sampler_id))
-
-
-async def _sampler_of(
-    call: Call, sampler_id: str, session_id: str, base_model: str | None, model_path: str | None
-) -> LiveSampler:
-    """Raises Refusal: 400, or 404 for a checkpoint that is not there."""
-    if model_path is None:
-        if base_model is None:
-            raise Refusal(
-                400,
-                "name what to sample from: model_path (tinker://...), or base_model (as 'tiny').",
-            )
-        check_base_model(call, base_model)
-        return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)
-    row = await call.site.in_pool(call.site.store.checkpoints.find, model_path, call.owner)
-    return LiveSampler(
-        sampler_id, session_id, call.owner, row.base_model, model_path, Path(row.directory)
-    )
 
 
 async def get_sampler(call: Call) -> Response:
@@ -90,7 +71,7 @@ async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
     if request.sampling_session_id is not None:
         return call.site.ledger.samplers.of_owner(request.sampling_session_id, call.owner)
     once = f"none:sample:{uuid.uuid4()}"
-    return SamplerPlace(await _sampler_of(call, once, "", request.base_model, request.model_path))
+    return SamplerPlace(await sampler_of(call, once, "", request.base_model, request.model_path))
 
 
 async def stream_sample(call: Call) -> Response:

@@ -14,6 +14,7 @@ from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger import Record
 from tinkex.server.live import LiveModel
 from tinkex.server.request_context import Call, Handler, reply
+from tinkex.server.sampling_source import check_base_model
 
 
 async def create_model(call: Call) -> Response:
@@ -39,26 +40,6 @@ def _check_optimizer(config: dict[str, Any] | None) -> None:
     kind = (config or {"type": "adamw"}).get("type")
     if kind != "adamw":
         raise Refusal(400, f"this server does not offer the optimizer {shown(kind)}; use 'adamw'.")
-
-
-def check_base_model(call: Call, base_model: str) -> None:
-    """On a server of several users, a directory is one of those it was started with.
-
-    Raises:
-        Refusal: 400.
-    """
-    if not base_model:
-        raise Refusal(400, "base_model is empty; name one, such as 'tiny'.")
-    if "\0" in base_model or len(base_model) > 1000:
-        raise Refusal(400, f"base_model {shown(base_model)} is not a name or a directory.")
-    if not call.site.keys.several_users or base_model in call.site.base_models:
-        return
-    if base_model.startswith(("/", ".", "~")) or os.path.exists(base_model):
-        raise Refusal(
-            400,
-            f"base_model {shown(base_model)} is a directory that this server was not started "
-            f"with; choose one of {', '.join(call.site.base_models)} or a hub id.",
-        )
 
 
 def _check_adapter(call: Call, adapter: str | None) -> None:

@@ -1,0 +1,58 @@
+"""The endpoints in the style of other APIs: their paths, keys and errors."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tinkex.server.http_errors import Refusal
+from tinkex.server.openai.completions import completions
+from tinkex.server.openai.events import error_body
+from tinkex.server.openai.names import find_model, model_names
+from tinkex.server.request_context import Call, Handler, guarded, header_key, reply
+
+#: OpenAI's own prefix, and the one of the official service.
+OPENAI_PREFIXES = ("/v1/", "/oai/api/v1/")
+
+
+async def models(call: Call) -> Response:
+    return reply({"object": "list", "data": [_model(name) for name in await model_names(call)]})
+
+
+async def model(call: Call) -> Response:
+    name = call.parameter("name")
+    await find_model(call, name)
+    return reply(_model(name))
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "tinkex"}
+
+
+def bearer_key(request: Request) -> str | None:
+    """The API key as clients of OpenAI send it, or in our own header."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" and key else header_key(request)
+
+
+def refuse(refusal: Refusal) -> Response:
+    return reply(error_body(refusal), refusal.status, refusal.headers)
+
+
+_OPENAI: list[tuple[str, str, Handler]] = [
+    ("POST", "completions", completions),
+    ("GET", "models", models),
+    ("GET", "models/{name:path}", model),
+]
+
+
+def routes() -> list[Route]:
+    return [
+        Route(prefix + path, guarded(handler, key_of=bearer_key, refuse=refuse), methods=[method])
+        for prefix in OPENAI_PREFIXES
+        for method, path, handler in _OPENAI
+    ]

@@ -1,0 +1,93 @@
+"""What `model` means in a request: a base model, a checkpoint, or a training run."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import attrs
+
+from tinkex import errors
+from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger import SamplerPlace
+from tinkex.server.live import LiveSampler
+from tinkex.server.request_context import Call
+from tinkex.server.sampling_source import sampler_of
+from tinkex.text import tokenizer as tokenizers
+
+SCHEME = "tinker://"
+#: The kind of a checkpoint that is saved to sample from.
+SAMPLER_KIND = "sampler"
+
+
+@attrs.frozen(eq=False)
+class Model:
+    """What a request samples from.
+
+    Attributes:
+        name: as the request has it; answers repeat it.
+        tokenizer: the base model's.
+    """
+
+    name: str
+    place: SamplerPlace
+    tokenizer: Any
+
+
+async def find_model(call: Call, name: str) -> Model:
+    """
+    The model called *name*.
+
+    Args:
+        name: a base model; "tinker://..." of a checkpoint; "BASE;tinker://..."; or the id of a
+            training run, which means its newest sampler checkpoint.
+
+    Raises:
+        Refusal: 400, or 404 if the caller has nothing of that name.
+    """
+    base_model, separator, path = name.partition(";")
+    if name.startswith(SCHEME):
+        base_model, path = "", name
+    elif separator and not path.startswith(SCHEME):
+        raise Refusal(400, f"model {shown(name)}: after ';' there must be a tinker:// path.")
+    elif not separator and ":train:" in name:
+        base_model, path = "", await _newest(call, name)
+    once = f"none:sample:{uuid.uuid4()}"
+    live = await sampler_of(call, once, "", base_model or None, path or None)
+    if path and base_model and base_model != live.base_model:
+        raise Refusal(
+            400,
+            f"model {shown(name)}: the checkpoint is of the base model "
+            f"{shown(live.base_model)}; write that, or the path alone.",
+        )
+    return Model(name, SamplerPlace(live), await _tokenizer_of(call, live))
+
+
+async def _newest(call: Call, run_id: str) -> str:
+    rows = await call.site.in_pool(call.site.store.checkpoints.of_run, run_id, call.owner)
+    paths = [row.path for row in rows if row.kind == SAMPLER_KIND]
+    if not paths:
+        raise Refusal(
+            404,
+            f"training run {shown(run_id)} has no weights to sample from yet; save some with "
+            "save_weights_for_sampler.",
+        )
+    return paths[-1]
+
+
+async def _tokenizer_of(call: Call, live: LiveSampler) -> Any:
+    info = call.site.ledger.workshop.bases.get(live.base_model)
+    told = None if info is None else info.tokenizer_id
+    try:
+        identifier = tokenizers.tokenizer_id(live.base_model, told)
+        return await call.site.in_pool(tokenizers.load, identifier)
+    except errors.TokenizerError as exc:
+        raise Refusal(
+            400, f"the tokenizer of {shown(live.base_model)} cannot be loaded here: {exc}"
+        ) from exc
+
+
+async def model_names(call: Call) -> list[str]:
+    """Base models of the server, and the caller's sampler checkpoints, newest first."""
+    rows, _ = await call.site.in_pool(call.site.store.checkpoints.of_owner, call.owner, 1000, 0)
+    return [*call.site.base_models, *(row.path for row in rows if row.kind == SAMPLER_KIND)]

@@ -1,0 +1,98 @@
+"""Text of tokens that arrive one by one: whole characters only, and an end at stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+#: What a decoder writes for bytes that are not a whole character (yet).
+HALF = "\ufffd"
+
+#: Tokens that are held back at most because they end in half a character. A character of UTF-8 has
+#: four bytes, so bytes that wait longer are not the beginning of one.
+_MOST_HELD = 8
+
+
+class TokenText:
+    """
+    Turns tokens into text, piece by piece; the pieces together are the text of all tokens.
+
+    A token may hold half a character, and a token's text may depend on its neighbour (a leading
+    space, in SentencePiece). So every piece is the difference of two decodings that begin some
+    tokens earlier.
+
+    Args:
+        decode: token ids to text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._begin = 0  # decoding begins here
+        self._given = 0  # the text of the tokens before this one has been given
+
+    def push(self, token: int) -> str:
+        """The text that *token* completes; "" while a character is incomplete."""
+        self._tokens.append(token)
+        return self._piece(final=False)
+
+    def finish(self) -> str:
+        """What is still held back."""
+        return self._piece(final=True)
+
+    def _piece(self, *, final: bool) -> str:
+        before = self._decode(self._tokens[self._begin : self._given])
+        text = self._decode(self._tokens[self._begin :])
+        is_half = text.endswith(HALF) and len(self._tokens) - self._given < _MOST_HELD
+        if (is_half and not final) or len(text) <= len(before):
+            return ""
+        self._begin, self._given = self._given, len(self._tokens)
+        return text[len(before) :]
+
+
+class StopStrings:
+    """
+    Ends a text before the first of some strings.
+
+    Text that may be the beginning of such a string is held back until it is clear.
+
+    Args:
+        stops: the strings; none lets everything through at once.
+
+    Attributes:
+        found: the string that ended the text, or None.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """What of the text so far is certain to come before any stop string, and new."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        first = len(self._held)
+        for stop in self._stops:
+            at = self._held.find(stop)
+            if 0 <= at < first:
+                first, self.found = at, stop
+        if self.found is None:
+            first -= self._overlap()
+        passed, self._held = self._held[:first], self._held[first:]
+        return passed
+
+    def finish(self) -> str:
+        """The text that was held back, since nothing follows."""
+        passed, self._held = ("" if self.found is not None else self._held), ""
+        return passed
+
+    def _overlap(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = 0
+        for stop in self._stops:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
