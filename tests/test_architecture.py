@@ -18,9 +18,10 @@ PACKAGE = Path(__file__).parent.parent / "tinkex"
 #: may import one another, without cycles. Modules of one row do not import one another.
 FLOORS = [
     "_version types/ errors",
-    "wire/ config futures text/ runtime/executor runtime/wait_log cli/progress cli/formatting",
-    "runtime/batching runtime/custom_loss runtime/http_adapter runtime/rate_limit "
-    "runtime/responses data/ cli/options",
+    "wire/ config futures text/ runtime/executor cli/progress cli/formatting",
+    "runtime/wait_log runtime/tracing runtime/log_setup",
+    "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "
+    "runtime/rate_limit runtime/responses data/ cli/options",
     "runtime/retry runtime/http_session",
     "runtime/transport",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",

@@ -38,7 +38,7 @@ def test_it_works_with_the_standard_library():
 def test_a_timeout_leaves_the_operation_alive():
     """Asking is not cancelling: the result may be asked for again."""
     future = OperationFuture("optim_step on m1")
-    with pytest.raises(TimeoutError, match=r"optim_step on m1 is not done after 0\.01 s\. It goes"):
+    with pytest.raises(TimeoutError, match=r"optim_step on m1 is not done after 0\.01 s\. It cont"):
         future.result(timeout=0.01)
     with pytest.raises(TimeoutError, match="optim_step on m1 is not done"):
         future.exception(timeout=0)
@@ -82,16 +82,53 @@ def test_a_queued_operation_can_be_cancelled():
 
 def test_its_repr_says_what_it_is_of_and_how_far():
     future = OperationFuture("optim_step on m1")
-    assert "<OperationFuture of optim_step on m1: queued>" == repr(future)
+    assert "<OperationFuture of optim_step on m1: queued, 0.0 s>" == repr(future)
     future.set_running_or_notify_cancel()
-    assert "<OperationFuture of optim_step on m1: running>" == repr(future)
+    future.progress.request_ids += ("r1",)
+    future.progress.queue_state = "paused_capacity"
+    expected = "running, 0.0 s, request r1, queue state paused_capacity, retries: 2"
+    future.progress.retries = 2
+    assert f"<OperationFuture of optim_step on m1: {expected}>" == repr(future)
     future.set_result(1)
-    assert "<OperationFuture of optim_step on m1: done>" == repr(future)
+    assert "<OperationFuture of optim_step on m1: done, 0.0 s, request r1>" == repr(future)
+
+
+def test_a_notebook_shows_state_and_time_of_a_future():
+    """Its failure, too; text from a server is escaped."""
+    future = OperationFuture("optim_step on <m1>")
+    future.set_exception(ValueError("a < b"))
+    shown = future._repr_html_()
+
+    assert "optim_step on &lt;m1&gt;" in shown
+    assert "failed" in shown
+    assert "0.0 s" in shown
+    assert "ValueError: a &lt; b" in shown
+
+
+def test_the_end_is_reported_once_and_before_anybody_is_woken():
+    """A program may end as soon as result() returns."""
+    reported = []
+    future = OperationFuture("optim_step on m1")
+    future.on_end = lambda result, exc: reported.append((result, exc, future.done()))
+    future.set_result(5)
+    with pytest.raises(concurrent.futures.InvalidStateError):
+        future.set_result(6)
+
+    assert [(5, None, False)] == reported
+
+
+def test_a_cancelled_future_reports_its_end():
+    reported = []
+    future = OperationFuture("optim_step on m1")
+    future.on_end = lambda result, exc: reported.append(type(exc))
+
+    assert future.cancel()
+    assert [concurrent.futures.CancelledError] == reported
 
 
 @pytest.mark.parametrize("how", ["result", "exception", "await"])
 def test_the_caller_has_been_told_when_a_failure_was_handed_over(how):
-    """The worker goes on only after that."""
+    """The worker takes new calls only after that."""
     told = []
     problem = ValueError("no")
     future = failed(problem)

@@ -318,6 +318,12 @@ def key_source(config: Config) -> str | None:
     return "from TINKER_CREDENTIAL_CMD" if config.credential_cmd else None
 
 
+def log_level() -> str | None:
+    """The log level that TINKEX_LOG names, in lower case; None if it is not set."""
+    level = _env("TINKEX_LOG")
+    return level.lower() if level else None
+
+
 def wants_color() -> bool:
     """True if colors may be written to a terminal (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

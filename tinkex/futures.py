@@ -1,15 +1,17 @@
-"""What a call hands back: futures, and one future made of many.
+"""What a call returns: futures, and one future made of many.
 
-Every call returns an `OperationFuture`: a concurrent.futures.Future that can be awaited, too. Knows
-nothing of servers; polling.py and worker.py resolve what is made here.
+Every operation returns an `OperationFuture`: a concurrent.futures.Future that can also be awaited.
+Does not know about servers; polling.py and worker.py resolve what is made here.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import html
 import logging
 import threading
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -19,22 +21,109 @@ R = TypeVar("R")
 logger = logging.getLogger("tinkex")
 
 
-class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignore]
-    """The handle of one operation: a concurrent.futures.Future that can be awaited, too.
+class Progress:
+    """What is known of an operation so far: for its repr, log lines and traces.
 
-    `result(timeout)` raises TimeoutError when *timeout* seconds are over; the operation goes on,
-    and `result` may be called again. `cancel()` works until the operation is sent.
+    The requests of one call share it. Written by the threads that work on the operation.
+
+    Attributes:
+        began: when it was called; time.monotonic().
+        accepted: when the server accepted its last request, on the same clock; None before.
+        model: id of the model or sampler.
+        tokens: that it sends; 0 if they were not counted.
+        seq_ids, request_ids: of its requests, as far as they are accepted.
+        retries: requests that failed and were sent again.
+        polls: answers "not yet".
+        queue_state: why the server waits, in its own word; "" before it says so.
+        sent, received: bytes of bodies, in all exchanges.
+        span: OpenTelemetry's, or None.
     """
 
-    def __init__(self, what: str = "the operation") -> None:
+    __slots__ = (
+        "accepted",
+        "began",
+        "model",
+        "polls",
+        "queue_state",
+        "received",
+        "request_ids",
+        "retries",
+        "sent",
+        "seq_ids",
+        "span",
+        "tokens",
+    )
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.accepted: float | None = None
+        self.model = ""
+        self.tokens = 0
+        self.seq_ids: tuple[int, ...] = ()
+        self.request_ids: tuple[str, ...] = ()
+        self.retries = 0
+        self.polls = 0
+        self.queue_state = ""
+        self.sent = 0
+        self.received = 0
+        self.span: Any = None
+
+
+class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignore]
+    """The handle of one operation: a concurrent.futures.Future that can also be awaited.
+
+    `result(timeout)` raises TimeoutError after *timeout* seconds; the operation continues, and
+    `result` may be called again. `cancel()` works until the operation is sent.
+
+    Args:
+        what: what is being done, for messages.
+        progress: of the call that this is a part of; by default its own.
+    """
+
+    def __init__(self, what: str = "the operation", progress: Progress | None = None) -> None:
         super().__init__()
-        #: What is being done, for messages.
         self.what = what
+        self.progress = progress or Progress()
+        #: Called once with (result, exception), before anybody who waits is woken: a program may
+        #: end right after that.
+        self.on_end: Callable[[Any, BaseException | None], None] | None = None
+        self._ended: float | None = None  # when it was resolved; time.monotonic()
         #: Called when a failure has been handed to the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
 
+    def set_result(self, result: T) -> None:
+        """Resolve it; for those who make the future."""
+        self._end(result, None)
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Resolve it with a failure; for those who make the future."""
+        self._end(None, exception)
+        super().set_exception(exception)
+
+    def cancel(self) -> bool:
+        """Cancel the operation, if it is not sent yet. Returns True if it is cancelled."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._end(None, concurrent.futures.CancelledError())
+        return cancelled
+
+    def _end(self, result: Any, exc: BaseException | None) -> None:
+        if self.done() and not self.cancelled():
+            return  # resolved already: what follows raises
+        if self._ended is None:
+            self._ended = time.monotonic()
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end(result, exc)
+
     def result(self, timeout: float | None = None) -> T:
-        """The result, waiting for it *timeout* seconds at most (None: as long as it takes)."""
+        """The result, waiting for it *timeout* seconds at most (None: as long as it takes).
+
+        Raises:
+            TimeoutError: If it is not done in time.
+            Exception: What the operation failed with.
+        """
         exc = self.exception(timeout)
         if exc is not None:
             try:
@@ -45,7 +134,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What it failed with, or None; waits like `result`."""
+        """What it failed with, or None if it succeeded; waits like `result`."""
         try:
             exc = super().exception(timeout)
         except concurrent.futures.TimeoutError:
@@ -86,7 +175,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def _not_done(self, timeout: float | None) -> TimeoutError:
         return TimeoutError(
-            f"{self.what} is not done after {timeout} s. It goes on; ask again, or later."
+            f"{self.what} is not done after {timeout} s. It continues; call result() again."
         )
 
     def _delivered(self, exc: BaseException) -> None:
@@ -94,8 +183,43 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
             self.on_delivered(exc)
 
     def __repr__(self) -> str:
-        state = "running" if self.running() else "done" if self.done() else "queued"
-        return f"<OperationFuture of {self.what}: {state}>"
+        return f"<OperationFuture of {self.what}: {', '.join(self._in_words().values())}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return html_table(f"OperationFuture of {self.what}", self._in_words())
+
+    def _in_words(self) -> dict[str, str]:
+        """State, time and what the server said so far, in words."""
+        progress = self.progress
+        seconds = (self._ended or time.monotonic()) - progress.began
+        words = {"state": self._state_name(), "elapsed": f"{seconds:.1f} s"}
+        if progress.request_ids:
+            words["request"] = f"request {progress.request_ids[-1]}"
+        if not self.done() and progress.queue_state:
+            words["queue state"] = f"queue state {progress.queue_state}"
+        if not self.done() and progress.retries:
+            words["retries"] = f"retries: {progress.retries}"
+        if self.done() and not self.cancelled() and (exc := super().exception()) is not None:
+            words["failure"] = f"{type(exc).__name__}: {' '.join(str(exc).split())[:200]}"
+        return words
+
+    def _state_name(self) -> str:
+        if self.cancelled():
+            return "cancelled"
+        if self.done():
+            return "done" if super().exception() is None else "failed"
+        return "running" if self.running() else "queued"
+
+
+def html_table(title: str, rows: Mapping[str, object]) -> str:
+    """A small HTML table for `_repr_html_`: a title, and a row for each name and value."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(str(name))}</th>"
+        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
 
 def fail(future: Future[Any], exc: BaseException) -> None:

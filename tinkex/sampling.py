@@ -23,7 +23,7 @@ import requests
 from tinkex import errors, types, wire
 from tinkex.config import Config
 from tinkex.futures import OperationFuture, fail, gather, succeed
-from tinkex.runtime import batching, rate_limit
+from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.responses import connection_error, error_detail
 from tinkex.runtime.retry import ONCE, Retry, check_retry
@@ -185,6 +185,11 @@ class SamplingClient:
         self._check_open()
         future: OperationFuture[types.SampleResponse]
         future = OperationFuture(f"sample from {self.sampling_session_id}")
+        operation_log.submitted(
+            future,
+            model=self.sampling_session_id,
+            tokens=partial(batching.count_tokens, request.prompt),
+        )
         nbytes = batching.size_of_input(request.prompt)
         sampling = _Sample(self, request, future, nbytes, poll_timeout)
         if self._completions is not None:
@@ -490,7 +495,8 @@ class _Sample:
         client = self._client
         if self._request.seq_id is None:
             self._request = attrs.evolve(self._request, seq_id=client._take_number())
-        inner: OperationFuture[types.SampleResponse] = OperationFuture(self._future.what)
+        inner: OperationFuture[types.SampleResponse]
+        inner = OperationFuture(self._future.what, self._future.progress)
         inner.add_done_callback(self._finish)
         if client._retry is not None and client._retry.budget is not None:
             self._give_up_at = client._session.transport.waits.now() + client._retry.budget
@@ -526,6 +532,7 @@ class _Sample:
             on_queue_state=self._client.on_queue_state_change,
             watcher=watch.watch if (watch := self._client._completions) is not None else None,
             wait=wait,
+            seq_id=self._request.seq_id,
         )
 
     def _post(self, wait: Wait) -> Any:

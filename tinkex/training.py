@@ -21,7 +21,7 @@ import attrs
 
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, gather, succeed
-from tinkex.runtime import batching, custom_loss
+from tinkex.runtime import batching, custom_loss, operation_log
 from tinkex.runtime.polling import check_timeout as _check_poll_timeout
 from tinkex.runtime.retry import Retry, check_retry
 from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect, is_missing_route, not_offered
@@ -219,6 +219,7 @@ class TrainingClient:
         )
         future: OperationFuture[types.CreateModelResponse]
         future = OperationFuture(f"create_model of {base_model}")
+        operation_log.submitted(future, model=base_model)
         created = made_model(
             session, wire.CREATE_MODEL, request, future, number, is_ours=model_seq_id is None
         )
@@ -310,7 +311,7 @@ class TrainingClient:
                 future,
             )
 
-        future = self._put(run, what)
+        future = self._put(run, what, partial(_count_tokens, data))
         self._note_gradient(True)
         return future
 
@@ -458,7 +459,8 @@ class TrainingClient:
         what = f"save_weights_and_get_sampling_client of {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[SamplingClient]) -> None:
-            saved: OperationFuture[types.SaveWeightsForSamplerResponse] = OperationFuture(what)
+            saved: OperationFuture[types.SaveWeightsForSamplerResponse]
+            saved = OperationFuture(what, turn.progress)
             self._save_for_sampler(turn, saved, path, ttl_seconds, poll_timeout)
             gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
 
@@ -617,7 +619,8 @@ class TrainingClient:
 
         def run(turn: Turn, future: OperationFuture[types.UnloadModelResponse]) -> None:
             request = types.UnloadModelRequest(self.model_id)
-            done: OperationFuture[types.UnloadModelResponse] = OperationFuture(what)
+            done: OperationFuture[types.UnloadModelResponse]
+            done = OperationFuture(what, turn.progress)
             try:
                 self._start(wire.UNLOAD_MODEL, request, done, None)
                 response = turn.wait_for(done)  # what is called later must know how it went
@@ -703,7 +706,7 @@ class TrainingClient:
             parts = self._send_batches(turn, operation, data, loss_fn, settings, what, poll_timeout)
             gather(parts, batching.join, future)
 
-        result = self._put(run, what)
+        result = self._put(run, what, partial(_count_tokens, data))
         if operation is wire.FORWARD_BACKWARD:
             self._note_gradient(True)
         return result
@@ -737,7 +740,8 @@ class TrainingClient:
         parts = []
         for i, batch in enumerate(batches):
             part = f", part {i + 1} of {len(batches)}" if len(batches) > 1 else ""
-            future: OperationFuture[types.ForwardBackwardOutput] = OperationFuture(what + part)
+            future: OperationFuture[types.ForwardBackwardOutput]
+            future = OperationFuture(what + part, turn.progress)
             turn.send(
                 lambda seq_id, batch=batch, future=future: self._start(  # type: ignore[misc]
                     operation,
@@ -801,10 +805,14 @@ class TrainingClient:
             lane=self.model_id,
             poll_timeout=poll_timeout,
             on_queue_state=self._observer,
+            seq_id=getattr(request, "seq_id", None),
         )
 
     def _put(
-        self, run: Callable[[Turn, OperationFuture[T]], None], what: str
+        self,
+        run: Callable[[Turn, OperationFuture[T]], None],
+        what: str,
+        tokens: Callable[[], int] = lambda: 0,
     ) -> OperationFuture[T]:
         self._check_open(what)
 
@@ -813,7 +821,8 @@ class TrainingClient:
                 raise self._is_ended(what)
             run(turn, future)
 
-        return self._worker.put(run_unless_unloaded, what)
+        note = partial(operation_log.submitted, model=self.model_id, tokens=tokens)
+        return self._worker.put(run_unless_unloaded, what, note)
 
     def _check_open(self, what: str) -> None:
         if self._ended:
@@ -822,6 +831,11 @@ class TrainingClient:
 
     def _is_ended(self, what: str) -> errors.ClientClosedError:
         return errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
+
+
+def _count_tokens(data: list[types.Datum]) -> int:
+    """Text tokens that the model reads."""
+    return sum(batching.count_tokens(datum.model_input) for datum in data)
 
 
 def check_base_model(base_model: object) -> None:

@@ -25,6 +25,12 @@ MAX_DATUMS = 1024
 MAX_BYTES = 5_000_000
 
 
+def count_tokens(model_input: ModelInput) -> int:
+    """Text tokens of *model_input*; images are not counted."""
+    chunks = model_input.chunks
+    return sum(len(chunk.tokens) for chunk in chunks if isinstance(chunk, EncodedTextChunk))
+
+
 def size_of_input(model_input: ModelInput) -> int:
     """Estimated bytes of a model input on the wire: 4 a token, images as they are."""
     total = 0

@@ -22,6 +22,7 @@ import attrs
 
 from tinkex import errors, types, wire
 from tinkex.futures import fail, succeed
+from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, DaemonExecutor
 from tinkex.runtime.responses import Answer, error_detail
 from tinkex.runtime.retry import FEW_TRIES, ONCE
@@ -141,7 +142,9 @@ class Poller:
 
     def begin_wait(self, promise: Promise[Any]) -> Wait:
         """Report the wait for *promise* from now on."""
-        return self._transport.waits.begin(_what(promise), promise.request_id)
+        wait = self._transport.waits.begin(_what(promise), promise.request_id)
+        wait.progress = getattr(promise.future, "progress", None)
+        return wait
 
     def now(self) -> float:
         """The time by the clock of deadlines, in seconds."""
@@ -249,6 +252,9 @@ class Poller:
             answer = self._post(promise)
             promise.iteration += 1
             return self._read(promise, answer, self._clock() - started)
+        except NotYet:
+            operation_log.not_yet(promise.future, *promise.queue_state)
+            raise
         except errors.APIError as exc:
             meant = self._meaning_of(promise, exc)
             if meant is exc:

@@ -21,7 +21,7 @@ import attrs
 
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
-from tinkex.runtime import auth, embedded, telemetry
+from tinkex.runtime import auth, embedded, log_setup, operation_log, telemetry
 from tinkex.runtime.executor import DaemonExecutor
 from tinkex.runtime.polling import Poller, Promise, queue_state, tell
 from tinkex.runtime.responses import Answer
@@ -79,6 +79,7 @@ class Connection:
         transport: Transport | None = None,
         engine: embedded.EmbeddedEngine | None = None,
     ) -> None:
+        log_setup.from_environment()
         self.config = settings
         self.transport = transport or Transport(settings)
         self.engine = engine
@@ -221,6 +222,7 @@ class Session(Connection):
         self._owns_session = session_id is None
         try:
             self.session_id = session_id or self._create(user_metadata)
+            logger.info("session %s on %s", self.session_id, settings.base_url)
         except BaseException:
             Connection.close(self)
             raise
@@ -264,6 +266,7 @@ class Session(Connection):
         on_queue_state: Callable[[str, str | None], None] | None = None,
         watcher: Callable[[Promise[Any]], None] | None = None,
         wait: Wait | None = None,
+        seq_id: int | None = None,
     ) -> None:
         """Send one operation, and have *future* resolved with its result.
 
@@ -275,6 +278,7 @@ class Session(Connection):
         self.check_usable()
         own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
         with nullcontext(own) if wait else own as wait:
+            wait.progress = getattr(future, "progress", None)
             if on_queue_state is not None:
                 wait.on_failure = partial(tell_of_queue, on_queue_state)
             try:
@@ -284,8 +288,10 @@ class Session(Connection):
                     raise not_offered(exc, operation.path) from exc
                 raise
         if not isinstance(answer, types.Promise):
+            operation_log.accepted(future, seq_id, "")
             succeed(future, answer)
             return
+        operation_log.accepted(future, seq_id, answer.request_id)
         deadline = None if poll_timeout is None else self.poller.now() + poll_timeout
         promise = Promise(
             answer.request_id,

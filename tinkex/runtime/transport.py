@@ -24,6 +24,8 @@ import tenacity
 from tinkex import errors, wire
 from tinkex._version import __version__
 from tinkex.config import PROTOCOL_VERSION, Config
+from tinkex.futures import Progress
+from tinkex.runtime import tracing
 from tinkex.runtime.http_session import HttpSession
 from tinkex.runtime.responses import Answer, check_whole, connection_error, status_error
 from tinkex.runtime.retry import Retry, Tries
@@ -168,6 +170,7 @@ class Transport:
             timeout,
             accept,
             parse,
+            wait.progress if wait is not None else None,
         )
         if wait is not None:
             return self._with_retries(once, retry, wait)
@@ -202,16 +205,18 @@ class Transport:
         timeout: float | None,
         accept: frozenset[int],
         parse: Callable[[Answer], R],
+        progress: Progress | None,
         number: int,
         left: float | None,
     ) -> R:
         timeout = timeout or self.config.patience.request
         if left is not None:
             timeout = min(timeout, left)
-        answer = self._exchange(method, url, body, headers, timeout, number)
+        send = partial(self._traced, progress) if progress is not None else self._exchange
+        answer = send(method, url, body, headers, timeout, number)
         invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
         if answer.status == 401 and invalid and self.refresh_key():
-            answer = self._exchange(method, url, body, headers, timeout, number)
+            answer = send(method, url, body, headers, timeout, number)
         self.waits.heard()
         if answer.status < 300 or answer.status in accept:
             check_whole(answer)
@@ -219,6 +224,28 @@ class Transport:
             self.established = True
             return parsed
         raise status_error(answer, method)
+
+    def _traced(
+        self,
+        progress: Progress,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: dict[str, str],
+        timeout: float,
+        number: int,
+    ) -> Answer:
+        """An exchange that belongs to an operation."""
+        progress.sent += len(body)
+        if progress.span is None:
+            answer = self._exchange(method, url, body, headers, timeout, number)
+        else:
+            headers = dict(headers)
+            with tracing.exchange(progress, method, url, headers) as note_status:
+                answer = self._exchange(method, url, body, headers, timeout, number)
+                note_status(answer.status)
+        progress.received += len(answer.content)
+        return answer
 
     def _exchange(
         self,

@@ -1,7 +1,7 @@
-"""No wait is silent: what is being waited for, and one log line when it takes long.
+"""Logs a warning when a wait takes long: what for, how long, how many retries.
 
-Knows nothing of HTTP or operations: it is told when a wait begins, what happens in it, and when it
-ends. One daemon thread per log looks at the clock, and only while something waits.
+Does not know about HTTP or operations: others report when a wait begins, what happens in it and
+when it ends. One daemon thread per log looks at the clock, and only while something waits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+
+from tinkex.futures import Progress
 
 logger = logging.getLogger("tinkex")
 
@@ -22,6 +24,7 @@ class Wait:
         "last_error",
         "log",
         "on_failure",
+        "progress",
         "report_at",
         "retries",
         "since",
@@ -38,13 +41,19 @@ class Wait:
         self.retries = 0
         self.last_error = ""
         self.state = ""
-        #: Is given each failure, for what else there is in it.
+        #: Of the operation that waits, or None.
+        self.progress: Progress | None = None
+        #: Called with each failure.
         self.on_failure: Callable[[object], None] | None = None
 
     def failed_once(self, error: object) -> None:
         """Note a failure that will be tried again."""
         self.retries += 1
         self.last_error = one_line(error)
+        if self.progress is not None:
+            self.progress.retries += 1
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: trying again, as it failed: %s", self._subject, self.last_error)
         if self.on_failure is not None:
             self.on_failure(error)
 
@@ -62,8 +71,11 @@ class Wait:
         notes = [self.state] if self.state else []
         if self.retries:
             notes.append(f"{self.retries} retries, the last after: {self.last_error}")
-        what = f"{self.what} {self.detail}" if self.detail else self.what
-        return what + (f" ({'; '.join(notes)})" if notes else "")
+        return self._subject + (f" ({'; '.join(notes)})" if notes else "")
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.what} {self.detail}" if self.detail else self.what
 
 
 def one_line(error: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import attrs
 
 from tinkex import errors
-from tinkex.futures import OperationFuture, fail
+from tinkex.futures import OperationFuture, Progress, fail
 
 T = TypeVar("T")
 
@@ -25,8 +25,10 @@ logger = logging.getLogger("tinkex")
 class Turn:
     """A call's turn to send. Each send gets the next seq_id; a refused one gives it back."""
 
-    def __init__(self, worker: OrderedWorker) -> None:
+    def __init__(self, worker: OrderedWorker, progress: Progress | None = None) -> None:
         self._worker = worker
+        #: Of the call, for the futures of its parts.
+        self.progress = progress
         #: The numbers of the sends that were accepted in this turn.
         self.accepted: list[int] = []
 
@@ -104,8 +106,16 @@ class OrderedWorker:
         self._abandon = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def put(self, run: Callable[[Turn, OperationFuture[T]], None], what: str) -> OperationFuture[T]:
+    def put(
+        self,
+        run: Callable[[Turn, OperationFuture[T]], None],
+        what: str,
+        on_put: Callable[[OperationFuture[T]], None] = lambda future: None,
+    ) -> OperationFuture[T]:
         """Take the next place in line, and return the future at once.
+
+        Args:
+            on_put: called with the future before *run* can be.
 
         Raises:
             ClientClosedError: After close().
@@ -119,6 +129,7 @@ class OrderedWorker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._drain, name=self._name, daemon=True)
                 self._thread.start()
+            on_put(future)
             self._queued += 1
             self._queue.put(_Call(run, future, self._delivered))
         return future
@@ -175,7 +186,7 @@ class OrderedWorker:
             self._fail(call, _prior(root, self._broken is not None), root)
             return
         try:
-            call.run(Turn(self), call.future)
+            call.run(Turn(self, call.future.progress), call.future)
         except BaseException as exc:
             cause = _cause(exc)
             self._failure, self._failed_at = cause, self._delivered
