@@ -31,7 +31,7 @@ FLOORS = [
     "checkpoints/export server/",
     "sampling rest",
     "conformance/",
-    "training diagnostics",
+    "training diagnostics/",
     "runtime/restore",
     "service",
     "recipes/",

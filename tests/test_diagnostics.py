@@ -1,4 +1,4 @@
-"""What a checkup finds: on a sound server, on broken ones, and on this machine. It always ends."""
+"""What the doctor finds: on a sound server, on broken ones, and on this machine. It always ends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ import pytest
 
 from tests.support.fake_engine import FakeEngine
 from tinkex import cli, diagnostics, errors
+from tinkex.diagnostics import network
 from tinkex.runtime import embedded
 from tinkex.server.app import LocalServer
 from tinkex.server.auth import Keys
 
 CERTIFICATE = Path(__file__).parent / "support" / "localhost.pem"
+
+QUICK = diagnostics.Limits(connect=0.5, answer=0.5)
 
 STEPS = "dns tcp tls http clock api key dialect sessions training sampling stored models".split()
 
@@ -31,13 +34,11 @@ STEPS = "dns tcp tls http clock api key dialect sessions training sampling store
 def no_environment(monkeypatch):
     for name in ("TINKER_API_KEY", "TINKER_BASE_URL", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(diagnostics, "_PATIENCE", attrs.evolve(diagnostics._PATIENCE, request=0.5))
-    monkeypatch.setattr(diagnostics, "CONNECT", 0.5)
 
 
 @pytest.fixture
 def served(tmp_path):
-    """Starts the real server, on an engine of toy numbers."""
+    """Starts the real server, on a fake engine."""
     running = []
 
     def served(**options):
@@ -91,7 +92,7 @@ def odd_server(answers, tls=False):
         server.server_close()
 
 
-#: What is enough for the steps before the one that a test is about.
+#: Answers that let the steps before the tested one pass.
 GOOD = {
     "GET healthz": (200, {"status": "ok"}),
     "POST client/config": (200, {}),
@@ -99,8 +100,9 @@ GOOD = {
 }
 
 
-def found(*arguments):
-    return {finding.step: finding for finding in diagnostics.examine(*arguments)}
+def found(*arguments, **limits):
+    findings = diagnostics.examine(*arguments, limits=attrs.evolve(QUICK, **limits))
+    return {finding.step: finding for finding in findings}
 
 
 def closed_port():
@@ -111,7 +113,7 @@ def closed_port():
 # A sound server
 
 
-def test_on_a_sound_server_all_is_well(served):
+def test_on_a_sound_server_every_step_is_ok(served):
     """And every step was taken, in order."""
     server = served()
     findings = found(server.url)
@@ -123,8 +125,8 @@ def test_on_a_sound_server_all_is_well(served):
     assert [] == [m for f in findings.values() for m in f.details.get("missing", [])]
 
 
-def test_a_checkup_changes_nothing(served):
-    """Not even a session is made: doctors may be asked as often as one likes."""
+def test_a_diagnosis_changes_nothing(served):
+    """Not even a session is created, so the doctor may run at any time."""
     server = served()
     found(server.url)
 
@@ -133,7 +135,7 @@ def test_a_checkup_changes_nothing(served):
     assert {} == server.ledger.workshop.bases
 
 
-def test_a_dialect_that_is_not_taken_is_told(served):
+def test_a_dialect_that_is_refused_is_reported(served):
     findings = found(served(dialect="json").url)
 
     assert {"json": True, "protobuf": False} == findings["dialect"].details
@@ -144,15 +146,15 @@ def test_a_dialect_that_is_not_taken_is_told(served):
 
 
 def test_a_closed_port_is_clear_in_seconds():
-    """The most usual case of all."""
+    """The most frequent case."""
     begun = time.monotonic()
     port = closed_port()
     tcp, not_tried = list(diagnostics.examine(f"http://127.0.0.1:{port}"))[1:]
 
     assert time.monotonic() - begun < 2
     assert ("tcp", "failed") == (tcp.step, tcp.status)
-    assert f"nobody listens on 127.0.0.1:{port}: connection refused" == tcp.text
-    assert "Is the server running, on this port?" in tcp.advice
+    assert f"nothing listens on 127.0.0.1:{port}: connection refused" == tcp.text
+    assert "Check that the server is running" in tcp.advice
     assert ("skipped", ", ".join(STEPS[2:])) == (not_tried.status, not_tried.text)
 
 
@@ -161,10 +163,10 @@ def test_a_name_that_does_not_resolve(monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    [dns, _] = diagnostics.examine("http://training.example")
+    dns = found("http://training.example")["dns"]
 
     assert "training.example does not resolve: Name or service not known" == dns.text
-    assert "spelled right" in dns.advice
+    assert "spelling" in dns.advice
 
 
 def test_a_server_that_accepts_and_says_nothing():
@@ -175,9 +177,8 @@ def test_a_server_that_accepts_and_says_nothing():
     assert "no answer within" in http.text
 
 
-def test_a_step_ends_whatever_it_meets(monkeypatch):
+def test_a_step_ends_in_time_whatever_happens():
     """This server sends a byte now and then, so that no timeout of a socket ever ends it."""
-    monkeypatch.setattr(diagnostics, "STEP", 0.7)
     ended = threading.Event()
 
     def drip(listener):
@@ -199,7 +200,7 @@ def test_a_step_ends_whatever_it_meets(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=drip, args=(listener,))
         thread.start()
-        http = found(f"http://127.0.0.1:{listener.getsockname()[1]}")["http"]
+        http = found(f"http://127.0.0.1:{listener.getsockname()[1]}", step=0.7)["http"]
         ended.set()
         thread.join()
 
@@ -207,16 +208,16 @@ def test_a_step_ends_whatever_it_meets(monkeypatch):
 
 
 def test_a_proxy_of_the_environment_is_what_is_connected_to(monkeypatch):
-    """And named, for nobody remembers it; without its password."""
+    """And named without its password: users forget that they set one."""
     port = closed_port()
     monkeypatch.setenv("HTTP_PROXY", f"http://me:secret@127.0.0.1:{port}")
     tcp = found("http://training.example")["tcp"]
 
-    assert f"nobody listens on 127.0.0.1:{port} (the proxy of the environment, for" in tcp.text
+    assert f"nothing listens on 127.0.0.1:{port} (the proxy from the environment, on" in tcp.text
     assert "secret" not in tcp.text
 
 
-def test_a_url_that_is_none():
+def test_an_invalid_url():
     [finding] = diagnostics.examine("localhost:8000")
 
     assert ("settings", "failed") == (finding.step, finding.status)
@@ -226,7 +227,7 @@ def test_a_url_that_is_none():
 # TLS
 
 
-def test_a_certificate_that_nobody_vouches_for():
+def test_a_certificate_without_a_known_ca():
     with odd_server({}, tls=True) as url:
         tls = found(url)["tls"]
 
@@ -235,13 +236,13 @@ def test_a_certificate_that_nobody_vouches_for():
     assert "REQUESTS_CA_BUNDLE" in tls.advice
 
 
-def test_a_certificate_of_one_s_own_ca(monkeypatch):
+def test_a_certificate_of_a_private_ca(monkeypatch):
     """Trusted as the client trusts it."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(CERTIFICATE))
     with odd_server(GOOD, tls=True) as url:
         findings = found(url)
 
-    assert "TLSv1.3, certificate good until 2120-01-01" == findings["tls"].text
+    assert "TLSv1.3, certificate valid until 2120-01-01" == findings["tls"].text
     assert "ok" == findings["http"].status
 
 
@@ -258,12 +259,13 @@ def test_https_where_http_is_spoken():
     with odd_server(GOOD) as url:
         tls = found(url.replace("http:", "https:"))["tls"]
 
-    assert ("failed", "Is it http:// rather than https://?") == (tls.status, tls.advice)
+    assert "failed" == tls.status
+    assert "Use http:// instead of https://" in tls.advice
 
 
-def test_a_certificate_that_is_about_to_end():
+def test_a_certificate_that_expires_soon():
     end = time.strftime("%b %d %H:%M:%S %Y GMT", time.gmtime(time.time() + 86400))
-    finding = diagnostics._of_certificate("TLSv1.3", {"notAfter": end})
+    finding = network.certificate_finding("TLSv1.3", {"notAfter": end})
 
     assert "warning" == finding.status
 
@@ -279,19 +281,19 @@ def test_a_certificate_that_is_about_to_end():
         ({"GET healthz": (503, {"error": "the engine does not run"})}, "http",
          "the engine does not run", ""),
         ({"GET healthz": (200, b"<html>"), "POST client/config": (200, b"<html>login</html>")},
-         "api", "answered 200 with no JSON but b'<html>login", "login page"),
+         "api", "answered 200 with b'<html>login", "login page"),
         ({"POST client/config": (500, {"error": "broken"})}, "api", "broken", ""),
     ],
 )  # fmt: skip
-def test_what_is_no_sound_server(answers, step, text, advice):
-    """The first thing that is wrong is the last thing that is tried."""
+def test_a_broken_server(answers, step, text, advice):
+    """The first step that fails is the last one that runs."""
     with odd_server(answers) as url:
         findings = found(url)
 
     assert "failed" == findings[step].status
     assert text in findings[step].text
     assert advice in findings[step].advice
-    assert "not tried" == list(findings)[-1]
+    assert "not run" == list(findings)[-1]
 
 
 def test_a_web_server_that_is_no_training_server():
@@ -313,7 +315,7 @@ def test_clocks_that_differ():
     assert abs(clock.details["skew_seconds"] + 600) < 10
 
 
-def test_a_server_that_does_not_tell_its_time():
+def test_a_server_without_a_clock():
     with odd_server(GOOD) as url:
         assert "ok" == found(url)["clock"].status
 
@@ -330,7 +332,7 @@ def test_a_key_that_is_missing(locked):
     key = found(locked)["key"]
 
     assert "failed" == key.status
-    assert "the server wants one" in key.text
+    assert "the server requires a key" in key.text
     assert "TINKER_API_KEY" in key.advice
 
 
@@ -345,12 +347,15 @@ def test_a_key_that_is_wrong_is_named_by_where_it_is_from_and_never_shown(locked
 def test_the_right_key(locked):
     findings = found(locked, "right-key")
 
-    assert ("ok", "the one given (by sessions)") == (findings["key"].status, findings["key"].text)
+    assert ("ok", "the one given (checked with sessions)") == (
+        findings["key"].status,
+        findings["key"].text,
+    )
     assert "ok" == findings["training"].status
     assert "right-key" not in str(findings)
 
 
-def test_a_key_that_may_not(monkeypatch):
+def test_a_key_without_permission(monkeypatch):
     answers = {**GOOD, "GET sessions": (403, {"error": "not for trial accounts"})}
     with odd_server(answers) as url:
         key = found(url, "k")["key"]
@@ -359,19 +364,19 @@ def test_a_key_that_may_not(monkeypatch):
     assert "not for trial accounts" in key.text
 
 
-def test_where_nothing_can_be_looked_up_the_key_is_not_tried():
+def test_without_lists_the_key_is_not_checked():
     answers = {key: value for key, value in GOOD.items() if key != "GET sessions"}
     with odd_server(answers) as url:
         key = found(url, "k")["key"]
 
     assert "ok" == key.status
-    assert "not tried" in key.text
+    assert "not checked" in key.text
 
 
-# What is offered
+# Endpoints
 
 
-def test_what_a_server_lacks_is_named_with_what_it_costs():
+def test_missing_endpoints_are_named_with_the_consequence():
     refused = (422, {"detail": "a body is wanted"})
     answers = {**GOOD, "POST create_session": refused, "POST retrieve_future": refused,
                "POST forward_backward": (415, {"detail": "no"})}  # fmt: skip
@@ -381,8 +386,11 @@ def test_what_a_server_lacks_is_named_with_what_it_costs():
     assert ["create_session", "retrieve_future"] == findings["sessions"].details["offered"]
     assert "session_heartbeat" in findings["sessions"].details["missing"]
     assert "warning" == findings["sessions"].status
-    assert "It cannot train." == findings["dialect"].advice
-    assert "Nothing of this works without create_model, optim_step." == findings["training"].advice
+    assert "This server cannot train." == findings["dialect"].advice
+    assert (
+        "This part of the API does not work without create_model, optim_step."
+        == findings["training"].advice
+    )
     assert ["GET sessions"] == findings["stored"].details["offered"]
     assert "warning" == findings["models"].status
 
@@ -392,7 +400,10 @@ def test_without_sessions_nothing_works():
         sessions = found(url)["sessions"]
 
     assert "failed" == sessions.status
-    assert "Nothing of this works without create_session, retrieve_future." == sessions.advice
+    assert (
+        "This part of the API does not work without create_session, retrieve_future."
+        == sessions.advice
+    )
 
 
 # This machine
@@ -409,7 +420,9 @@ def test_extras_that_are_not_installed(home, monkeypatch):
     [python, extras, _] = diagnostics.examine()
 
     assert "ok" == python.status
-    assert "the embedded engine needs what is not installed: no_such_package" == extras.text
+    assert (
+        "the embedded engine needs packages that are not installed: no_such_package" == extras.text
+    )
     assert "pip install 'tinkex[local]'" in extras.advice
 
 
@@ -444,7 +457,7 @@ def test_an_engine_that_does_not_start(home, monkeypatch):
     assert "ended with status 1" in engine.text
 
 
-def test_the_engine_is_checked_like_any_server_and_given_back(home, served, monkeypatch):
+def test_the_engine_is_checked_like_any_server_and_released(home, served, monkeypatch):
     server = served()
     running = type("Running", (), {"base_url": server.url, "api_key": ""})
     released = []
@@ -469,12 +482,12 @@ def test_doctor_shows_a_line_for_each_step_and_exits_0(served, capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_doctor_exits_1_and_says_what_to_do(capsys):
+def test_doctor_exits_1_with_advice(capsys):
     assert 1 == cli.main(["doctor", f"http://127.0.0.1:{closed_port()}"])
     out, _ = capsys.readouterr()
 
-    assert "failed   tcp        nobody listens on" in out
-    assert "-> Is the server running, on this port?" in out
+    assert "failed   tcp        nothing listens on" in out
+    assert "-> Check that the server is running" in out
 
 
 def test_doctor_in_json(capsys):

@@ -1,5 +1,4 @@
-"""`tinkex doctor`: shows what a checkup finds. What it looks at is checkup.py's, which is imported
-when the command runs."""
+"""`tinkex doctor`: run the steps of tinkex.diagnostics and print their findings."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def said(answer: Answer) -> str:
     """Status and sentence, for a reason."""
     sentence = sentence_of(answer)
     sentence = sentence if len(sentence) <= 160 else sentence[:157] + "..."
-    return f"{answer.status}{f' ({sentence})' if sentence else ' without a word'}"
+    return f"{answer.status}{f' ({sentence})' if sentence else ' with an empty body'}"
 
 
 def _failure(answer: Answer) -> str | None:

@@ -1,0 +1,43 @@
+"""One HTTP request of a diagnosis, sent once; every status is an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinkex.runtime.responses import Answer
+from tinkex.runtime.retry import ONCE
+from tinkex.runtime.transport import Transport
+
+#: The name of a model, a run or a session that exists on no server.
+NOBODY = "tinkex-doctor"
+
+_ANY_STATUS = frozenset(range(300, 600))
+
+
+def ask(
+    transport: Transport,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    query: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Send one request, once.
+
+    Raises:
+        TinkexError: If no answer comes.
+    """
+    return transport.send(
+        method,
+        transport.url(
+            path, run_id=NOBODY, checkpoint_id=f"weights/{NOBODY}", session_id=NOBODY,
+            sampler_id=NOBODY,
+        ),
+        body,
+        headers=headers,
+        query=query,
+        retry=ONCE,
+        accept=_ANY_STATUS,
+        parse=lambda answer: answer,
+    )  # fmt: skip
