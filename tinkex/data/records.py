@@ -1,41 +1,46 @@
-"""Training data: JSONL lines -> checked records -> tokens and weights -> batches.
+"""Records: what a row of training data says, whatever shape it has.
 
-Reads a file, renders what it says with a tokenizer that it is handed, and decides which example
-goes in which batch. All of it is a pure function of the file, the tokenizer and a few numbers,
-which is what makes a resumed run the same run. Knows nothing of servers, models or clients.
+A row is a dict: a line of JSON, a row of a table. Its keys say which shape it has. Does not know
+about files or tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
 import attrs
-import numpy as np
-import numpy.typing as npt
 
-from tinkex import types
-
-#: Bad lines that a message lists; the rest are counted.
-MAX_BAD_LINES_SHOWN = 20
-#: Most tokens of a plain text that serve as its prompt; otherwise a quarter of them do.
-MAX_TEXT_PROMPT = 32
-
-Tokenizer = Any  # encode, decode, bos_token_id, eos_token_id, chat_template, apply_chat_template
-
-
-# What a file says
+#: ShareGPT's names of roles, and the standard ones.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 
 
 @attrs.frozen
 class Chat:
-    """A conversation; the assistant's turns count. Messages are {"role", "content"} dicts."""
+    """A conversation; the assistant's messages count.
 
-    messages: tuple[dict[str, str], ...]
+    Attributes:
+        messages: as `tinkex.render` takes them.
+        tools: JSON schemas of the functions that the assistant may call.
+        where: "line 3", for messages about it.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    where: str = attrs.field(default="", eq=False, repr=False)
 
 
 @attrs.frozen
@@ -44,6 +49,7 @@ class Completion:
 
     prompt: str
     completion: str
+    where: str = attrs.field(default="", eq=False, repr=False)
 
 
 @attrs.frozen
@@ -51,138 +57,49 @@ class Text:
     """Plain text; all of it counts."""
 
     text: str
-
-
-Record = Union[Chat, Completion, Text]
-
-
-@attrs.frozen
-class BadLine:
-    """A line that is no record: its number, from 1, and the reason."""
-
-    number: int
-    reason: str
+    where: str = attrs.field(default="", eq=False, repr=False)
 
 
 @attrs.frozen
-class DataFile:
-    """What a JSONL file holds.
+class Preference:
+    """A prompt with a better and a worse answer, as messages."""
 
-    Attributes:
-        records: the good lines, in the file's order.
-        bad: the others, but for blank ones.
-        sha256: of the bytes of the file.
+    prompt: tuple[dict[str, Any], ...]
+    chosen: tuple[dict[str, Any], ...]
+    rejected: tuple[dict[str, Any], ...]
+    where: str = attrs.field(default="", eq=False, repr=False)
+
+
+Record = Union[Chat, Completion, Text, Preference]
+
+
+def parse(
+    row: object,
+    shape: str | None = None,
+    renames: Mapping[str, str] | None = None,
+    where: str = "",
+) -> Record:
     """
-
-    path: Path
-    records: list[Record] = attrs.field(repr=False)
-    bad: list[BadLine]
-    sha256: str
-
-
-def read(path: Path, skip_bad_lines: bool = False) -> DataFile:
-    """
-    Read and check a JSONL file, one object a line: messages, prompt + completion, or text.
+    The record that a row says.
 
     Args:
-        skip_bad_lines: leave bad lines out instead of raising.
+        shape: a name of `SHAPES`; None decides by the row's keys.
+        renames: wanted key -> the row's key: {"prompt": "question"}.
+        where: kept in the record.
 
     Raises:
-        ValueError: If lines are bad, each (of the first 20) named with its reason; or none is good.
-        OSError: If the file cannot be read.
+        ValueError: With what is wrong with the row, and where one fits, the option that helps.
     """
-    content = Path(path).read_bytes()
-    records: list[Record] = []
-    bad: list[BadLine] = []
-    # By newline only: str.splitlines would also cut at U+2028, which JSON strings may hold.
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_parse(line))
-        except ValueError as exc:
-            bad.append(BadLine(number, str(exc)))
-    if bad and not skip_bad_lines:
-        raise ValueError(_describe(path, bad) + "\nMend them, or leave them out: --skip-bad-lines.")
-    if not records:
-        raise ValueError(
-            f"{path} holds no training example. {_describe(path, bad) if bad else 'It is empty.'}"
-        )
-    return DataFile(Path(path), records, bad, hashlib.sha256(content).hexdigest())
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {kind_of(row)}, not an object")
+    row = _renamed(row, renames or {})
+    # Tables have every column in every row.
+    present = {key: value for key, value in row.items() if value is not None} if row else {}
+    shape = shape or _shape_of(row, present)
+    return attrs.evolve(SHAPES[shape].parse(row), where=where)
 
 
-def _describe(path: Path, bad: Sequence[BadLine]) -> str:
-    lines = [f"{path} has {len(bad)} bad line{'s' if len(bad) > 1 else ''}:"]
-    lines += [f"  line {line.number}: {line.reason}" for line in bad[:MAX_BAD_LINES_SHOWN]]
-    if len(bad) > MAX_BAD_LINES_SHOWN:
-        lines.append(f"  ... and {len(bad) - MAX_BAD_LINES_SHOWN} more")
-    return "\n".join(lines)
-
-
-def _parse(line: bytes) -> Record:
-    """One line's record. ValueError says what is wrong with it."""
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as exc:
-        raise ValueError(f"not UTF-8 (byte {exc.start} of the line)") from exc
-    except json.JSONDecodeError as exc:
-        raise ValueError(f"not JSON: {exc.msg} (column {exc.colno})") from exc
-    except RecursionError as exc:
-        raise ValueError("not JSON that makes sense: nested too deeply") from exc
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON {_kind(value)}, not an object")
-    kinds = [keys for keys in _PARSERS if set(keys) <= set(value)]
-    if len(kinds) != 1:
-        found = " and ".join("/".join(k) for k in kinds) or ", ".join(map(repr, value)) or "no keys"
-        raise ValueError(
-            f'has {found}; needs "messages", or "prompt" and "completion", or "text"'
-            + (", only one of these" if kinds else "")
-        )
-    return _PARSERS[kinds[0]](value)
-
-
-def _parse_chat(value: Mapping[str, Any]) -> Chat:
-    messages = value["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages must be a list that is not empty")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {i} is a JSON {_kind(message)}, not an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"message {i}: {key} must be a string, got {_kind(message.get(key))}"
-                )
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
-        raise ValueError("no message of role 'assistant' that says something: nothing to learn")
-    return Chat(tuple({"role": m["role"], "content": m["content"]} for m in messages))
-
-
-def _parse_completion(value: Mapping[str, Any]) -> Completion:
-    for key in ("prompt", "completion"):
-        if not isinstance(value[key], str):
-            raise ValueError(f"{key} must be a string, got {_kind(value[key])}")
-    if not value["completion"]:
-        raise ValueError("completion is empty: nothing to learn")
-    return Completion(value["prompt"], value["completion"])
-
-
-def _parse_text(value: Mapping[str, Any]) -> Text:
-    if not isinstance(value["text"], str):
-        raise ValueError(f"text must be a string, got {_kind(value['text'])}")
-    if not value["text"]:
-        raise ValueError("text is empty: nothing to learn")
-    return Text(value["text"])
-
-
-_PARSERS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Record]] = {
-    ("messages",): _parse_chat,
-    ("prompt", "completion"): _parse_completion,
-    ("text",): _parse_text,
-}
-
-
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What JSON calls the type of *value*."""
     if value is None:
         return "null"
@@ -190,241 +107,266 @@ def _kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-# What a model reads
+def _renamed(row: dict[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
+    missing = [old for old in renames.values() if old not in row]
+    if missing:
+        raise ValueError(f"has no {missing[0]!r} to map; its keys are {', '.join(map(repr, row))}")
+    used = set(renames.values())
+    return {
+        **{key: value for key, value in row.items() if key not in used},
+        **{new: row[old] for new, old in renames.items()},
+    }
 
 
-@attrs.frozen(eq=False)
-class Example:
-    """A rendered record.
-
-    Attributes:
-        tokens: (T,) int64, T >= 2.
-        counted: (T,) float32; 1 where predicting the token counts, 0 where not. The first is 0:
-            nothing comes before it.
-        prompt_length: tokens to show a model that shall say the rest; at least 1.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    counted: npt.NDArray[np.float32]
-    prompt_length: int
-
-    @property
-    def prompt(self) -> types.ModelInput:
-        return types.ModelInput.from_ints(self.tokens[: self.prompt_length])
-
-    def datum(self, scale: float = 1.0) -> types.Datum:
-        """Targets are the tokens moved by one; each counted one weighs *scale*."""
-        return types.Datum(
-            model_input=types.ModelInput.from_ints(self.tokens[:-1]),
-            loss_fn_inputs={
-                "target_tokens": self.tokens[1:],
-                "weights": self.counted[1:] * np.float32(scale),
-            },
-        )
-
-
-@attrs.frozen
-class Rendered:
-    """All records of a file as examples.
-
-    Attributes:
-        truncated: how many were longer than max_length.
-        dropped: how many had no counted token (left), and are not in `examples`.
-        partly_counted: conversations of which only the last assistant turn counts, because the
-            chat template renders earlier turns differently once later ones follow.
-    """
-
-    examples: list[Example] = attrs.field(repr=False)
-    truncated: int
-    dropped: int
-    partly_counted: int
-
-
-# A piece of text, and whether it counts.
-_Piece = tuple[str, bool]
-
-
-def render(records: Sequence[Record], tokenizer: Tokenizer, max_length: int) -> Rendered:
-    """
-    Tokens and weights of every record; longer ones are cut to their first *max_length* tokens.
-
-    Raises:
-        ValueError: If no example with a counted token is left.
-    """
-    examples = []
-    truncated = partly_counted = 0
-    opening = _opening(tokenizer)
-    for record in records:
-        pieces, is_partly_counted = _pieces(record, tokenizer)
-        tokens, counted, prompt_length = _encode(pieces, record, tokenizer, opening)
-        truncated += len(tokens) > max_length
-        partly_counted += is_partly_counted
-        tokens, counted = tokens[:max_length], counted[:max_length]
-        if counted.any():
-            examples.append(Example(tokens, counted, min(prompt_length, len(tokens))))
-    if not examples:
+def _shape_of(row: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    for keys in (present, row):
+        found = [name for name, shape in SHAPES.items() if set(shape.keys) <= set(keys)]
+        if found == ["prompt-completion"] and isinstance(row.get("label"), bool):
+            raise ValueError(
+                'has a "label" of true or false, so some completions are bad examples; keep the '
+                "good ones, then --format prompt-completion"
+            )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    if found in (["messages", "sharegpt"], ["alpaca", "text"]):
+        return found[0]  # the second is the same once more, in another form
+    if found:
         raise ValueError(
-            f"none of the {len(records)} examples has a token that counts within its first "
-            f"{max_length} tokens; raise --max-length."
+            f"has keys of {' and '.join(found)}; say which is meant: --format {found[0]}"
         )
-    return Rendered(examples, truncated, len(records) - len(examples), partly_counted)
+    names = ", ".join(map(repr, row)) or "no keys"
+    raise ValueError(f"has {names}; {_suggestion(row)}")
 
 
-def _pieces(record: Record, tokenizer: Tokenizer) -> tuple[list[_Piece], bool]:
-    """A record's text in pieces; and whether assistant turns had to be left uncounted."""
-    if isinstance(record, Text):
-        return [(record.text, True)], False
-    if isinstance(record, Completion):
-        return [(record.prompt, False), (record.completion, True)], False
-    if tokenizer.chat_template is None:
-        return _plain_chat(record.messages), False
-    return _template_chat(record.messages, tokenizer)
+def _suggestion(row: Mapping[str, Any]) -> str:
+    """Which option makes sense of a row of unknown keys."""
+    for prompt, answer in (
+        ("question", "answer"),
+        ("question", "response"),
+        ("query", "response"),
+        ("query", "answer"),
+        ("prompt", "response"),
+        ("prompt", "answer"),
+        ("prompt", "output"),
+        ("instruction", "response"),
+        ("input", "output"),
+        ("source", "target"),
+    ):
+        if prompt in row and answer in row:
+            return f"try --map prompt={prompt},completion={answer}"
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            if "label" in value[0] and "text" in value[0]:
+                return (
+                    'axolotl\'s "segments" are not read; write them as "prompt" and "completion"'
+                )
+            if "role" in value[0]:
+                return f"try --map messages={key}"
+            if "from" in value[0]:
+                return f"try --map conversations={key}"
+    for key in ("content", "body", "document", "completion"):
+        if isinstance(row.get(key), str) and len(row) == 1:
+            return f"try --map text={key}"
+    return 'needs "messages", or "prompt" and "completion", or "text"'
 
 
-def _plain_chat(messages: Sequence[Mapping[str, str]]) -> list[_Piece]:
-    """For tokenizers without a chat template: "User: ...", "Assistant: ...", a line each."""
-    pieces: list[_Piece] = []
-    for message in messages:
-        name, is_counted = message["role"].capitalize(), message["role"] == "assistant"
-        pieces += [(f"{name}:", False), (f" {message['content']}\n", is_counted)]
-    return pieces
+# The shapes
 
 
-def chat_prompt(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
-    """The text of a conversation up to where the assistant begins to speak."""
-    if tokenizer.chat_template is not None:
-        text: str = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
-        return text
-    return "".join(text for text, _ in _plain_chat(messages)) + "Assistant:"
+def _parse_chat(row: Mapping[str, Any]) -> Chat:
+    messages = _messages(row["messages"], "messages")
+    _check_something_is_said(messages)
+    return Chat(messages, _tools(row.get("tools")))
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, is_template: bool = False) -> list[int]:
-    """The tokens of a prompt as training had them; *is_template* if a chat template wrote it."""
-    opening = [] if is_template else _opening(tokenizer)
-    return [*opening, *tokenizer.encode(text, add_special_tokens=False)]
-
-
-def _template_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer
-) -> tuple[list[_Piece], bool]:
-    """
-    The template's own text, cut where assistant turns begin and end.
-
-    A turn is what rendering up to and with it adds to rendering up to it with the generation
-    prompt. A template that takes back what it said before (drops the reasoning of earlier turns,
-    say) makes that false for all turns but the last, which then alone counts.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = tokenizer.apply_chat_template(list(messages))
-    spans = []
-    for i in turns:
-        before = chat_prompt(messages[:i], tokenizer)
-        upto = tokenizer.apply_chat_template(list(messages[: i + 1]))
-        if whole.startswith(upto) and upto.startswith(before):
-            spans.append((len(before), len(upto)))
-    pieces: list[_Piece] = []
-    end = 0
-    for start, stop in spans:
-        pieces += [(whole[end:start], False), (whole[start:stop], True)]
-        end = stop
-    return [*pieces, (whole[end:], False)], len(spans) < len(turns)
-
-
-def _encode(
-    pieces: Sequence[_Piece], record: Record, tokenizer: Tokenizer, opening: Sequence[int]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
-    """
-    Tokens, what counts, and where the last counted piece begins.
-
-    Each piece is encoded on its own, so that a prompt has the tokens it will have when the model
-    is asked. What is not rendered by a chat template begins with the tokenizer's own beginning
-    of text (if it adds one) and ends with its end of text, which counts if what it ends does.
-    """
-    is_template = isinstance(record, Chat) and tokenizer.chat_template is not None
-    tokens: list[int] = [] if is_template else [*opening]
-    counted = [False] * len(tokens)
-    prompt_length = 0
-    for text, is_counted in pieces:
-        if not text:
+def _parse_sharegpt(row: Mapping[str, Any]) -> Chat:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("conversations must be a list that is not empty")
+    messages: list[dict[str, Any]] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise ValueError(f"message {i} is a JSON {kind_of(turn)}, not an object")
+        if "role" in turn:
+            messages.append(turn)
             continue
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        if is_counted:
-            prompt_length = len(tokens)
-        tokens += piece
-        counted += [is_counted] * len(piece)
-    if not is_template and tokenizer.eos_token_id is not None:
-        tokens.append(tokenizer.eos_token_id)
-        counted.append(pieces[-1][1])
-    if isinstance(record, Text):
-        prompt_length = len(opening) + min(len(tokens) // 4, MAX_TEXT_PROMPT)
-    weights = np.asarray(counted, np.float32)
-    weights[:1] = 0  # nothing comes before the first token, so it cannot be predicted
-    return np.asarray(tokens, np.int64), weights, max(prompt_length, 1)
+        role = SHAREGPT_ROLES.get(str(turn.get("from")).lower())
+        if role is None:
+            raise ValueError(f"message {i}: from must be human, gpt or system, got {turn.get('from')!r}")
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        messages.append({**rest, "role": role, "content": turn.get("value")})
+    checked = _messages(messages, "conversations")
+    _check_something_is_said(checked)
+    return Chat(checked, _tools(row.get("tools")))
 
 
-def _opening(tokenizer: Tokenizer) -> list[int]:
-    """The begin-of-text token, if the tokenizer puts it before any text unasked."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer.encode("")[:1] == [begin] else []
+def _parse_alpaca(row: Mapping[str, Any]) -> Chat:
+    instruction, given = row["instruction"], row.get("input") or ""
+    for key, value in (("instruction", instruction), ("input", given), ("output", row["output"])):
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a string, got {kind_of(value)}")
+    if not row["output"]:
+        raise ValueError("output is empty: nothing to learn")
+    messages = [
+        {"role": "user", "content": f"{instruction}\n{given}" if given else instruction},
+        {"role": "assistant", "content": row["output"]},
+    ]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return Chat(_messages(messages, "messages"))
 
 
-# Which example goes where
+def _parse_completion(row: Mapping[str, Any]) -> Chat | Completion:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        before = _messages(_as_turns(prompt, "user"), "prompt")
+        after = _messages(_as_turns(completion, "assistant"), "completion")
+        # Only the completion counts, whoever spoke in the prompt.
+        unlearnt = tuple({**message, "trainable": False} for message in before)
+        _check_something_is_said(after)
+        return Chat((*unlearnt, *after), _tools(row.get("tools")))
+    for key in ("prompt", "completion"):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key} must be a string, got {kind_of(row[key])}")
+    if not completion:
+        raise ValueError("completion is empty: nothing to learn")
+    return Completion(prompt, completion)
 
 
-def split(count: int, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """
-    Indices of the examples to train on, and of those held out; the same for the same arguments.
+def _parse_text(row: Mapping[str, Any]) -> Text:
+    if not isinstance(row["text"], str):
+        raise ValueError(f"text must be a string, got {kind_of(row['text'])}")
+    if not row["text"]:
+        raise ValueError("text is empty: nothing to learn")
+    return Text(row["text"])
 
-    At least one is held out if *eval_fraction* > 0 and there are two.
-    """
-    held_out = round(count * eval_fraction)
-    if eval_fraction > 0 and count >= 2:
-        held_out = min(max(held_out, 1), count - 1)
-    order = np.random.default_rng([seed, 0]).permutation(count)
-    return sorted(order[held_out:].tolist()), sorted(order[:held_out].tolist())
+
+def _parse_preference(row: Mapping[str, Any]) -> Preference:
+    chosen = _messages(_as_turns(row["chosen"], "assistant"), "chosen")
+    rejected = _messages(_as_turns(row["rejected"], "assistant"), "rejected")
+    if row.get("prompt"):
+        prompt = _messages(_as_turns(row["prompt"], "user"), "prompt")
+    else:  # each holds the whole conversation
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages:
+            raise ValueError(f"{name} says nothing that the other does not")
+    return Preference(prompt, chosen, rejected)
+
+
+def _parse_openai_preference(row: Mapping[str, Any]) -> Preference:
+    given = row["input"]
+    prompt = given.get("messages") if isinstance(given, dict) else given
+    return _parse_preference(
+        {
+            "prompt": prompt,
+            "chosen": row["preferred_output"],
+            "rejected": row["non_preferred_output"],
+        }
+    )
 
 
 @attrs.frozen
-class Plan:
-    """Which examples make up which step: a pure function of these numbers.
+class Shape:
+    """A shape of rows: the keys by which it is recognised, and what reads it."""
 
-    Steps count from 1. Each epoch takes every example once, in an order of its own; its last
-    batch may be smaller. *max_steps* cuts the plan short, None does not.
-    """
-
-    examples: int
-    batch_size: int
-    epochs: int
-    seed: int
-    max_steps: int | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.examples // self.batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        steps = self.epochs * self.steps_per_epoch
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    def epoch(self, step: int) -> int:
-        """The epoch of *step*, from 1."""
-        return (step - 1) // self.steps_per_epoch + 1
-
-    def batch(self, step: int) -> list[int]:
-        """Positions, among the examples to train on, of those in *step*."""
-        start = (step - 1) % self.steps_per_epoch * self.batch_size
-        order = _epoch_order(self.examples, self.seed, self.epoch(step))
-        return order[start : start + self.batch_size]
+    keys: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any]], Record]
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = np.random.default_rng([seed, 1, epoch]).permutation(examples).tolist()
-    return order
+SHAPES: dict[str, Shape] = {
+    "messages": Shape(("messages",), _parse_chat),
+    "sharegpt": Shape(("conversations",), _parse_sharegpt),
+    "alpaca": Shape(("instruction", "output"), _parse_alpaca),
+    "preference": Shape(("chosen", "rejected"), _parse_preference),
+    "openai-preference": Shape(
+        ("input", "preferred_output", "non_preferred_output"), _parse_openai_preference
+    ),
+    "prompt-completion": Shape(("prompt", "completion"), _parse_completion),
+    "text": Shape(("text",), _parse_text),
+}
 
 
-def slices(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """The examples, *size* at a time."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+# Messages
+
+
+def _as_turns(value: Any, role: str) -> Any:
+    """A text as one message of *role*; a message as a list of one."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [value] if isinstance(value, dict) else value
+
+
+def _messages(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:  # CSV holds messages as JSON
+            value = json.loads(value)
+        except ValueError as exc:
+            raise ValueError(f"{name} is a string that is not JSON: {exc}") from exc
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a list that is not empty")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {i} is a JSON {kind_of(message)}, not an object")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {i}: role must be a string, got {kind_of(message.get('role'))}")
+        _check_content(i, message)
+        _check_calls(i, message)
+    return tuple(value)
+
+
+def _check_content(i: int, message: Mapping[str, Any]) -> None:
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+                raise ValueError(
+                    f"message {i}: content has a part of type {kind!r}; only text can be trained on"
+                )
+    elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise ValueError(f"message {i}: content must be a string, got {kind_of(content)}")
+    for key in ("weight", "trainable"):
+        if message.get(key) is not None and message[key] not in (0, 1):
+            raise ValueError(f"message {i}: {key} must be 0 or 1, got {message[key]!r}")
+
+
+def _check_calls(i: int, message: Mapping[str, Any]) -> None:
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"message {i}: tool_calls must be a list, got {kind_of(calls)}")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"message {i}: a tool call has no name of a function")
+
+
+def _check_something_is_said(messages: Sequence[Mapping[str, Any]]) -> None:
+    for message in messages:
+        counts = message["role"] == "assistant"
+        for key in ("weight", "trainable"):
+            if message.get(key) is not None:
+                counts = bool(message[key])
+        if counts and (message.get("content") or message.get("tool_calls")):
+            return
+    raise ValueError("no message of role 'assistant' that says something: nothing to learn")
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, str):
+        try:  # some data sets hold the schemas as JSON in a string
+            value = json.loads(value)
+        except ValueError as exc:
+            raise ValueError(f"tools is a string that is not JSON: {exc}") from exc
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError("tools must be a list of objects")
+    return tuple(value)

@@ -1,21 +1,26 @@
 """Loading and caching the tokenizer of a model.
 
-Which tokenizer a model has is the server's word first, then a few known rules. Knows nothing of
+The server says which tokenizer a model has; otherwise a few known rules do. Does not know about
 clients: it is given names.
 """
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date as Date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinkex import errors
+from tinkex.text import templates
 
 #: The tokenizer of the built-in model, kept inside the package.
 BUILT_IN = {"tinkex/tiny": "tiny", "tiny": "tiny"}
@@ -27,7 +32,8 @@ KIMI_K2_REVISION = "612681931a8c906ddb349f8ad0f582cb552189cd"
 #: Loads something with encode(text) and decode(ids) for a tokenizer's id.
 LoadFunction = Callable[[str], Any]
 
-FALLBACK_ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
+#: The characters, from and to, that each token of a text stands for.
+Offsets = Sequence[tuple[int, int]]
 
 
 class Tokenizer:
@@ -82,9 +88,15 @@ class Tokenizer:
         return self._special("bos_token")
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: Date | None = None,
     ) -> str:
         """A conversation as the text that the model was trained on.
+
+        `tinkex.render` gives tokens and weights as well.
 
         Raises:
             ValueError: If the model has no chat template, or the template does not take these.
@@ -92,13 +104,49 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; write the conversation as text.")
-        return _render(
+        return templates.render_template(
             self.chat_template,
-            messages=list(messages),
+            list(messages),
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
-            bos_token=self._text_of("bos_token"),
-            eos_token=self._text_of("eos_token"),
-        )
+            variables=self.special_texts,
+            date=date,
+        )[0]
+
+    @cached_property
+    def special_texts(self) -> dict[str, str]:
+        """The special tokens by the names that chat templates know, such as "bos_token"."""
+        names = [name for name in self._settings if name.endswith("_token")]
+        return {name: text for name in names if (text := self._text_of(name))}
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Every special token, text to id: those that text of a user must not turn into."""
+        if not hasattr(self._backend, "get_added_tokens_decoder"):
+            return {text: i for i, text in self._added.items()}
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        entries = self._settings.get("added_tokens_decoder", {})
+        return {int(i): entry["content"] for i, entry in entries.items() if entry.get("special")}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the tokens of a conversation."""
+        backend = self._backend.to_str() if hasattr(self._backend, "to_str") else repr(self)
+        settings = json.dumps([self.special_texts, self.chat_template], sort_keys=True)
+        return hashlib.sha256(f"{backend}{settings}".encode()).hexdigest()
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        """
+        Token ids of each text, and the (start, stop) characters that each token stands for.
+
+        No special tokens are added; those written in the text are read as such.
+        """
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, e.offsets) for e in encoded]
 
     def _text_of(self, name: str) -> str:
         value = self._settings.get(name)
@@ -120,27 +168,6 @@ def _template(value: Any) -> str | None:
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default")
     return value if isinstance(value, str) else None
-
-
-def _render(template: str, **values: Any) -> str:
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as exc:
-        raise errors.MissingExtraError(
-            "chat templates need jinja2, which is not installed: pip install jinja2."
-        ) from exc
-
-    def raise_exception(message: str) -> None:
-        raise ValueError(f"the chat template refuses these messages: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-    try:
-        return environment.from_string(template).render(**values)
-    except TemplateError as exc:
-        raise ValueError(f"the chat template cannot be used: {exc}") from exc
 
 
 def tokenizer_id(model_name: str, told: str | None = None) -> str:
@@ -329,8 +356,8 @@ class _TiktokenBackend:
     """A tiktoken Encoding behind the few calls that `Tokenizer` makes of its backend."""
 
     class _Encoded:
-        def __init__(self, ids: list[int]) -> None:
-            self.ids = ids
+        def __init__(self, ids: list[int], offsets: Offsets = ()) -> None:
+            self.ids, self.offsets = ids, offsets
 
     def __init__(self, encoding: Any, special: dict[str, int]) -> None:
         self._encoding = encoding
@@ -338,6 +365,23 @@ class _TiktokenBackend:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> _TiktokenBackend._Encoded:
         return self._Encoded(self._encoding.encode(text, allowed_special="all"))
+
+    def encode_batch(
+        self, texts: list[str], add_special_tokens: bool = True
+    ) -> list[_TiktokenBackend._Encoded]:
+        return [self._with_offsets(self.encode(text).ids) for text in texts]
+
+    def _with_offsets(self, ids: list[int]) -> _TiktokenBackend._Encoded:
+        """A token that ends inside a character stands for that character, too."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        offsets = []
+        length = 0
+        for part in self._encoding.decode_tokens_bytes(ids):
+            start = length
+            length += len(decoder.decode(part))
+            is_inside_character = bool(decoder.getstate()[0])
+            offsets.append((start, length + is_inside_character))
+        return self._Encoded(ids, offsets)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         if skip_special_tokens:
