@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tinkex.data import records
+from tinkex.data import files
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -83,7 +83,7 @@ def test_the_data_of_a_page_is_good_data(page, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(blocks(page, "jsonl")))
 
-    assert [] == records.read(path).bad
+    assert [] == files.read(path).bad
 
 
 @pytest.mark.parametrize("page", with_block("text"), ids=name)

@@ -17,6 +17,7 @@ NAMES = [
     "Config",
     "OperationFuture",
     "Patience",
+    "Rendered",
     "RestClient",
     "Retry",
     "SamplingClient",
@@ -26,6 +27,10 @@ NAMES = [
     "TrainingClient",
     "__version__",
     "errors",
+    "parse_response",
+    "render",
+    "render_prompt",
+    "render_turns",
     "types",
 ]
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tinkex.runtime.retry import Retry
     from tinkex.sampling import SamplingClient
     from tinkex.service import ServiceClient
+    from tinkex.text.renderer import Rendered, render, render_prompt, render_turns
+    from tinkex.text.responses import parse_response
     from tinkex.training import ClientSpec, TrainingClient
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Config",
     "OperationFuture",
     "Patience",
+    "Rendered",
     "RestClient",
     "Retry",
     "SamplingClient",
@@ -35,6 +38,10 @@ __all__ = [
     "TrainingClient",
     "__version__",
     "errors",
+    "parse_response",
+    "render",
+    "render_prompt",
+    "render_turns",
     "types",
 ]
 
@@ -44,6 +51,7 @@ _HOMES = {
     "Config": "config",
     "OperationFuture": "futures",
     "Patience": "config",
+    "Rendered": "text.renderer",
     "RestClient": "rest",
     "Retry": "runtime.retry",
     "SamplingClient": "sampling",
@@ -51,6 +59,10 @@ _HOMES = {
     "ServiceClient": "service",
     "TinkexError": "errors",
     "TrainingClient": "training",
+    "parse_response": "text.responses",
+    "render": "text.renderer",
+    "render_prompt": "text.renderer",
+    "render_turns": "text.renderer",
 }
 
 

@@ -10,7 +10,8 @@ import tinkex
 from tests.support.fake_server import FakeServer, plugged_in
 from tests.support.fake_service import FakeService
 from tests.support.storage import Storage
-from tinkex import cli
+from tinkex import cli, errors
+from tinkex.text import tokenizer
 
 
 @pytest.fixture
@@ -23,7 +24,11 @@ def service(monkeypatch):
         service.addresses.append((base_url, api_key))
         return service
 
+    def no_tokenizer(identifier):
+        raise errors.TokenizerError(f"{identifier} is only known to the fake server")
+
     monkeypatch.setattr(tinkex, "ServiceClient", client)
+    monkeypatch.setattr(tokenizer, "load", no_tokenizer)
     return service
 
 

@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 from tinkex.cli import demo
-from tinkex.data import records
+from tinkex.data import files
 
 MODULE = '''
 def documented(a, *, b: int = 1) -> str:
@@ -52,5 +52,5 @@ def test_the_library_of_this_python_gives_thousands_of_good_lines(tmp_path):
     count = demo.write(path, Path(sysconfig.get_path("stdlib")))
 
     assert count > 3000
-    assert count == len(records.read(path).records)
+    assert count == len(files.read(path).records)
     assert count == len({json.dumps(line) for line in path.read_text().splitlines()})

@@ -150,7 +150,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(interrupted, tmp_path, 
 
     assert expected == status
     assert seconds < 5
-    assert f"Go on with:\n  tinkex train --resume --output {tmp_path / 'run'}\n" in err
+    assert f"Continue with:\n  tinkex train --resume --output {tmp_path / 'run'}\n" in err
     assert "Traceback" not in err
     assert '"checkpoint": "tinker://run1/weights/step-' in (tmp_path / "run/state.json").read_text()
 

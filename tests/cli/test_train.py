@@ -78,7 +78,7 @@ def test_a_second_run_does_not_write_over_the_first(train, capsys):
     train()
 
     assert 2 == train()
-    assert "holds a run already (finished). Go on with it: --resume" in capsys.readouterr().err
+    assert "holds a run already (finished). Continue it with --resume" in capsys.readouterr().err
 
 
 def test_resume_takes_up_the_settings_it_was_started_with(train, service, tmp_path, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -14,22 +15,26 @@ import pytest
 
 from tests.support.fake_service import ByteTokenizer, FakeService
 from tinkex import errors
-from tinkex.data import records
-from tinkex.recipes import supervised
+from tinkex.data import datums, files, records
+from tinkex.recipes import run_folder, supervised
+from tinkex.recipes.settings import Settings
 
-SETTINGS = supervised.Settings(
+SETTINGS = Settings(
     "fake", learning_rate=0.5, batch_size=4, epochs=2, eval_fraction=0.2, save_every=3, eval_every=4
 )
 
 
 class Silent:
-    """A Report that keeps what it is told."""
+    """A Report that keeps what it receives."""
 
     def __init__(self):
         self.said, self.rows = [], []
 
     def say(self, text):
         self.said.append(text)
+
+    def rendered(self, done, total):
+        pass
 
     def begin(self, step, total_steps):
         pass
@@ -47,17 +52,17 @@ def data(tmp_path):
     path = tmp_path / "data.jsonl"
     lines = [json.dumps({"prompt": f"{i}", "completion": "abab" * (i + 1)}) for i in range(25)]
     path.write_text("\n".join(lines))
-    return records.read(path)
+    return files.read(path)
 
 
 @pytest.fixture
 def run(data, tmp_path, monkeypatch):
-    """Run into tmp_path/<name>; going on from its state, if it has one."""
+    """Run into tmp_path/<name>; resuming from its state, if it has one."""
     monkeypatch.setattr(supervised, "EVALUATED_AT_ONCE", 2)
 
     def run(name="run", service=None, settings=SETTINGS, report=None, **options):
         folder = tmp_path / name
-        state = supervised.load_state(folder)
+        state = run_folder.load_state(folder)
         service, report = service or FakeService(), report or Silent()
         return supervised.run(service, data, settings, folder, report, state, **options)
 
@@ -117,7 +122,7 @@ def test_metrics_have_one_object_a_step_and_evaluations_where_due(run, tmp_path)
 
 def test_losses_are_per_counted_token(run, data, tmp_path):
     """The step's loss does not depend on how long the examples are, nor how many."""
-    run(settings=supervised.Settings("fake", learning_rate=1e-9, batch_size=7, max_steps=3))
+    run(settings=Settings("fake", learning_rate=1e-9, batch_size=7, max_steps=3))
 
     for row in rows(tmp_path / "run")[1:]:
         assert pytest.approx(np.log(258)) == row["train_loss"]
@@ -137,9 +142,7 @@ def test_the_next_step_is_submitted_before_the_last_is_awaited(run, monkeypatch)
 
     run(
         service=service,
-        settings=supervised.Settings(
-            "fake", max_steps=3, eval_fraction=0.0, batch_size=4, save_every=9
-        ),
+        settings=Settings("fake", max_steps=3, eval_fraction=0.0, batch_size=4, save_every=9),
     )
 
     step, awaited = ["forward_backward", "optim_step"], ["awaited", "awaited"]
@@ -177,7 +180,7 @@ def test_three_held_out_prompts_are_shown_before_and_after(run):
 
 
 def test_nothing_held_out_is_fine(run):
-    outcome = run(settings=supervised.Settings("fake", eval_fraction=0.0))
+    outcome = run(settings=Settings("fake", eval_fraction=0.0))
 
     assert (None, []) == (outcome.losses, list(outcome.shown))
     assert outcome.state.is_finished
@@ -186,7 +189,7 @@ def test_nothing_held_out_is_fine(run):
 def test_the_server_is_asked_for_what_the_settings_say(run):
     service = FakeService()
 
-    run(service=service, settings=supervised.Settings("fake", rank=4, seed=9, train_mlp=False))
+    run(service=service, settings=Settings("fake", rank=4, seed=9, train_mlp=False))
 
     flags = {"train_mlp": False, "train_attn": True, "train_unembed": True}
     assert [("fake", {"rank": 4, "seed": 9, **flags})] == service.created
@@ -195,7 +198,7 @@ def test_the_server_is_asked_for_what_the_settings_say(run):
 def test_what_happened_to_the_data_is_said(run):
     report = Silent()
 
-    run(settings=supervised.Settings("fake", max_length=50), report=report)
+    run(settings=Settings("fake", max_length=50), report=report)
 
     assert ["24 examples to train on, 1 held out; 14 cut to --max-length 50 tokens."] == report.said
 
@@ -209,14 +212,14 @@ def test_what_happened_to_the_data_is_said(run):
     ],
 )
 def test_learning_rate_schedules(schedule, expected):
-    settings = supervised.Settings("fake", learning_rate=1.0, schedule=schedule, warmup_steps=2)
+    settings = Settings("fake", learning_rate=1.0, schedule=schedule, warmup_steps=2)
 
     rates = [settings.learning_rate_at(step, total_steps=6) for step in range(1, 7)]
 
     assert pytest.approx(expected, abs=1e-6) == rates
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 @pytest.fixture
@@ -237,7 +240,7 @@ def stopping_at(count):
 
 
 @pytest.mark.parametrize("questions", range(1, 27))
-def test_a_stopped_run_goes_on_to_the_same_weights(run, undisturbed, tmp_path, questions):
+def test_a_stopped_run_resumes_to_the_same_weights(run, undisturbed, tmp_path, questions):
     """Same data order, same optimizer state: as if nothing had been."""
     service = FakeService()
 
@@ -251,7 +254,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, undisturbed, tmp_path, q
 
 
 @pytest.mark.parametrize("operation", range(1, 39, 3))
-def test_a_killed_run_goes_on_from_the_last_checkpoint(run, undisturbed, tmp_path, operation):
+def test_a_killed_run_resumes_from_the_last_checkpoint(run, undisturbed, tmp_path, operation):
     """Rows beyond the checkpoint are cut off; they come again."""
     service = FakeService(on_operation=killed_after(operation))
 
@@ -301,7 +304,7 @@ def test_when_the_server_is_too_slow_to_save_the_last_checkpoint_stands(
     ("changed", "flag"),
     [({"rank": 5}, "--rank is 5"), ({"learning_rate": 1.0}, "--learning-rate is 1.0")],
 )
-def test_a_run_does_not_go_on_as_another(run, tmp_path, changed, flag):
+def test_a_run_does_not_resume_as_another(run, tmp_path, changed, flag):
     run()
 
     with pytest.raises(ValueError, match=f"{flag}, but the run to resume has"):
@@ -319,13 +322,13 @@ def test_how_often_to_save_and_evaluate_may_change(run):
     assert outcome.state.is_finished
 
 
-def test_a_run_does_not_go_on_with_other_data(run, data, tmp_path):
+def test_a_run_does_not_resume_with_other_data(run, data, tmp_path):
     run()
-    data.path.write_text('{"text": "other"}')
+    Path(data.name).write_text('{"text": "other"}')
 
     with pytest.raises(ValueError, match="is not the data that the run to resume was started with"):
-        supervised.check_same(
-            supervised.load_state(tmp_path / "run"), SETTINGS, records.read(data.path)
+        run_folder.check_same(
+            run_folder.load_state(tmp_path / "run"), SETTINGS, files.read(data.name)
         )
 
 
@@ -334,7 +337,7 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
 
     with pytest.raises(ValueError, match=r"state.json is not a run's state"):
-        supervised.load_state(tmp_path)
+        run_folder.load_state(tmp_path)
 
 
 def test_the_model_is_closed_whatever_happens(run):
@@ -359,7 +362,9 @@ def test_the_fake_learns_as_its_gradient_says():
     """The tests above stand on it: against finite differences."""
     training = FakeService().create_lora_training_client("fake")
     training.logits = np.random.default_rng(0).normal(size=258)
-    [example] = records.render([records.Text("hello")], ByteTokenizer(), 100).examples
+    [example] = datums.render(
+        [records.Text("hello")], ByteTokenizer(), datums.Options(100)
+    ).examples
     datum = example.datum(0.7)
 
     def loss():

@@ -155,3 +155,9 @@ class FakeSampling:
         future = Future()
         future.set_result(types.SampleResponse([sequence] * num_samples))
         return future
+
+    def sample_stream(self, prompt, num_samples=1, sampling_params=None):
+        [sequence] = self.sample(prompt, num_samples, sampling_params).result().sequences
+        for token, logprob in zip(sequence.tokens, sequence.logprobs):
+            yield types.SampleStreamChunk(0, token, logprob)
+        yield types.SampleStreamChunk(0, stop_reason=sequence.stop_reason)

@@ -46,6 +46,76 @@ def server_options(command: Command) -> Command:
     return url(key_option(command))
 
 
+class Mapping(click.ParamType):
+    """wanted=given,wanted=given."""
+
+    name = "mapping"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, dict):
+            return value
+        pairs = [part.partition("=") for part in str(value).split(",")]
+        if not all(wanted.strip() and given.strip() for wanted, _, given in pairs):
+            self.fail(f"{value!r} is not like prompt=question,completion=answer.", param, ctx)
+        return {wanted.strip(): given.strip() for wanted, _, given in pairs}
+
+
+#: The names of `tinkex.data.records.SHAPES`, which is not imported for --help.
+SHAPES = (
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "openai-preference",
+    "prompt-completion",
+    "text",
+)
+
+
+def data_options(command: Command) -> Command:
+    """How data is read and rendered: --format, --map, --skip-bad-lines, --train-on and more."""
+    options = [
+        click.option(
+            "--format",
+            "data_format",
+            type=click.Choice(SHAPES),
+            help="What the rows are. Default: told by their keys.",
+        ),
+        click.option(
+            "--map",
+            "data_map",
+            type=Mapping(),
+            metavar="WANTED=GIVEN,...",
+            help="Names of keys in the data: prompt=question,completion=answer.",
+        ),
+        click.option(
+            "--skip-bad-lines", is_flag=True, help="Leave bad lines out instead of refusing."
+        ),
+        click.option(
+            "--train-on",
+            type=click.Choice(["assistant", "last", "all"]),
+            default="assistant",
+            show_default=True,
+            help="Of a conversation: the assistant's messages, the last of them, every token.",
+        ),
+        click.option(
+            "--split-turns/--no-split-turns",
+            default=True,
+            show_default=True,
+            help="Make several examples of a conversation whose earlier turns the chat template "
+            "shortens.",
+        ),
+        click.option(
+            "--date",
+            metavar="YYYY-MM-DD",
+            help="Today, for chat templates that write it. Default: the day of the start.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def format_option(command: Command) -> Command:
     """--format; the command is told *as_json*."""
     return click.option(

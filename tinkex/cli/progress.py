@@ -37,6 +37,20 @@ class Progress:
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
+    def rendered(self, done: int, total: int) -> None:
+        """Examples turned into tokens so far."""
+        now = self._clock()
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit="example", dynamic_ncols=True)
+                self._bar.set_description_str("rendering")
+            self._bar.update(done - self._bar.n)
+        elif now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            print(f"rendered {done}/{total} examples", file=sys.stderr, flush=True)
+        if done >= total:
+            self.end()
+
     def begin(self, step: int, total_steps: int) -> None:
         self._first_step, self._total = step, total_steps
         self._begun = self._last_line = self._clock()
@@ -68,6 +82,7 @@ class Progress:
     def end(self) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
 
 def _words(row: dict[str, float]) -> list[str]:

@@ -27,6 +27,14 @@ from tinkex.cli.train import progress_of
     help="A file to continue; - is standard input. A newline at its end is left out.",
 )
 @click.option("--chat", is_flag=True, help="The prompt is what a user says in a conversation.")
+@click.option("--system", help="The system prompt of the conversation. Implies --chat.")
+@click.option(
+    "--messages",
+    "messages_file",
+    type=click.File("r", encoding="utf-8"),
+    help="A conversation to continue, a JSON list of messages; - is standard input. --prompt, if "
+    "given, follows it. Implies --chat.",
+)
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option(
@@ -59,6 +67,8 @@ def sample(
     prompt: str | None,
     prompt_file: Any,
     chat: bool,
+    system: str | None,
+    messages_file: Any,
     num_samples: int,
     max_tokens: int,
     temperature: float,
@@ -76,28 +86,36 @@ def sample(
     for sampling, or a base model as for `tinkex train`.
     """
     from tinkex import ServiceClient, types
-    from tinkex.data import records
+    from tinkex.text.renderer import Renderer
 
-    params = types.SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=list(stop) or None,
-    )
-    text = _read_prompt(prompt, prompt_file)
+    messages = _read_messages(system, messages_file)
+    is_asked = prompt is not None or prompt_file is not None or messages_file is None
+    text = _read_prompt(prompt, prompt_file) if is_asked else ""
     with ServiceClient(base_url=base_url, api_key=api_key) as service:
         base_model, model_path = _what_to_sample(model)
         sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
         tokenizer = sampler.get_tokenizer()
-        if chat:
-            text = records.chat_prompt([{"role": "user", "content": text}], tokenizer)
-        tokens = records.encode_prompt(
-            text, tokenizer, chat and tokenizer.chat_template is not None
+        renderer = Renderer(tokenizer)
+        ends: Any = list(stop)
+        if chat or messages:
+            said = [{"role": "user", "content": text}] if text else []
+            rendered = renderer.prompt([*messages, *said])
+            tokens, ends = rendered.tokens, ends or rendered.stop
+        else:
+            tokens = renderer.encode_prompt(text)
+        params = types.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=ends or None,
         )
+        model_input = types.ModelInput.from_ints(tokens)
+        if num_samples == 1 and not as_json and _streamed(sampler, model_input, params, tokenizer):
+            return
         response = sampler.sample(
-            types.ModelInput.from_ints(tokens), num_samples=num_samples, sampling_params=params
+            model_input, num_samples=num_samples, sampling_params=params
         ).result()
     for sequence in response.sequences:
         answer = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
@@ -110,6 +128,46 @@ def sample(
             }
             answer = json.dumps(value, ensure_ascii=False)
         formatting.say(answer)
+
+
+def _streamed(sampler: Any, model_input: Any, params: Any, tokenizer: Any) -> bool:
+    """Print a sample as its tokens arrive. False, and nothing printed, if the server cannot."""
+    from tinkex import errors
+
+    tokens: list[int] = []
+    shown = ""
+    try:
+        for chunk in sampler.sample_stream(model_input, sampling_params=params):
+            if chunk.token is not None:
+                tokens.append(chunk.token)
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                # The last character may still be incomplete.
+                if not text.endswith("\ufffd") and text.startswith(shown):
+                    click.echo(text[len(shown) :], nl=False)
+                    shown = text
+    except errors.NotOfferedError:
+        return False
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    click.echo(text[len(shown) :])
+    return True
+
+
+def _read_messages(system: str | None, messages_file: Any) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if messages_file is not None:
+        try:
+            value = json.load(messages_file)
+        except ValueError as exc:
+            raise click.UsageError(f"--messages {messages_file.name} is not JSON: {exc}") from exc
+        given = value.get("messages") if isinstance(value, dict) else value
+        if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
+            raise click.UsageError(
+                f"--messages {messages_file.name} is not a JSON list of messages."
+            )
+        messages = given
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
@@ -125,16 +183,16 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
 
 def _what_to_sample(model: str) -> tuple[str | None, str | None]:
     """The base model, or else the path of saved weights, that *model* stands for."""
-    from tinkex.recipes import supervised
+    from tinkex.recipes import run_folder, settings
 
     if model.startswith("tinker://"):
         return None, model
-    state = supervised.load_state(Path(model))
+    state = run_folder.load_state(Path(model))
     if state is None:
-        return model, None
+        return settings.resolve_base_model(model), None
     if state.sampler_path is None:
         raise click.UsageError(
-            f"The run in {model} is not finished ({progress_of(state)}); go on with it first: "
+            f"The run in {model} is not finished ({progress_of(state)}); continue it first: "
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
     return None, state.sampler_path

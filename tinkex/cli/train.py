@@ -15,14 +15,15 @@ import click
 from click.core import ParameterSource
 
 from tinkex.cli import formatting
-from tinkex.cli.options import server_options
+from tinkex.cli.options import data_options, server_options
 
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
-    from tinkex.recipes import supervised
+    from tinkex.data import files
+    from tinkex.recipes import run_folder, settings, supervised
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path), required=False)
+@click.argument("data", nargs=-1)
 @click.option("--base-model", help="tiny (built in), a model directory, or a hub id.")
 @click.option(
     "--output",
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded
     required=True,
     help="Folder for metrics, state and the adapter.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in --output, as it was started.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output, as it was started.")
 @click.option(
     "--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the LoRA adapter."
 )
@@ -46,7 +47,7 @@ if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded
     type=click.Choice(["constant", "linear", "cosine"]),
     default="constant",
     show_default=True,
-    help="How the learning rate goes on: the same, or falling to 0 at the end.",
+    help="The learning rate over the run: the same, or falling to 0 at the end.",
 )
 @click.option(
     "--warmup-steps",
@@ -107,97 +108,163 @@ if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded
     show_default=True,
     help="Adapt the unembedding (some inference servers cannot load that).",
 )
-@click.option("--skip-bad-lines", is_flag=True, help="Leave bad lines out instead of refusing.")
+@click.option(
+    "--from",
+    "start_from",
+    metavar="RUN|tinker://...",
+    help="Start with the weights of a run, or of a checkpoint on the server.",
+)
+@click.option(
+    "--eval-data",
+    multiple=True,
+    metavar="FILE",
+    help="Hold these examples out, instead of a part of DATA. May be repeated.",
+)
+@data_options
 @server_options
 @click.pass_context
 def train(
     context: click.Context,
-    data: Path | None,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
     output: Path,
     resume: bool,
     base_url: str | None,
     api_key: str | None,
     **given: Any,
 ) -> int:
-    """Fine-tune a model on DATA, a JSONL file.
+    """Fine-tune a model on DATA.
 
-    Each line of DATA is an object: {"messages": [{"role": ..., "content": ...}, ...]}, or
-    {"prompt": ..., "completion": ...}, or {"text": ...}. The assistant's messages, completions
-    and texts are learnt.
+    DATA is one or more files or folders (- is standard input, hf://org/name a data set of the hub)
+    of JSON lines, a JSON array, CSV, TSV or Parquet. A row is {"messages": [{"role": ...,
+    "content": ...}, ...]}, or {"prompt": ..., "completion": ...}, or {"text": ...}, ShareGPT's
+    or Alpaca's. The assistant's messages, completions and texts are learnt.
 
-    Ctrl-C (or SIGTERM) saves a checkpoint; --resume --output FOLDER goes on from it and ends in the
-    same weights as if nothing had happened. With --resume, what is left away is as it was.
+    Ctrl-C (or SIGTERM) saves a checkpoint; --resume --output FOLDER continues from it and ends in
+    the same weights as if nothing had happened. With --resume, omitted options are as they were.
     """
     from tinkex import ServiceClient, errors
     from tinkex.cli import progress
-    from tinkex.data import records
-    from tinkex.recipes import supervised
+    from tinkex.recipes import run_folder, settings, supervised
 
-    state = supervised.load_state(output)
+    state = run_folder.load_state(output)
     if state is not None and not state.has_begun and not resume:
         state = None  # it failed before there was a model
     _check_folder(output, state, resume)
+    given["base_model"] = given["base_model"] and settings.resolve_base_model(given["base_model"])
     if state is not None:
-        data = data or Path(state.data)
+        data = data or tuple(state.data.splitlines())
+        eval_data = eval_data or tuple((state.eval_data or "").splitlines())
         given = {name: value for name, value in given.items() if _is_explicit(context, name)}
-        settings = attrs.evolve(state.settings, **given)
-    elif data is None or given["base_model"] is None:
-        raise click.UsageError(f"Missing {'DATA' if data is None else '--base-model'}.")
+        wanted = attrs.evolve(state.settings, **given)
     else:
-        settings = supervised.Settings(**given)
-    file = records.read(data, settings.skip_bad_lines)
+        _start_from(given)
+        if not data or given["base_model"] is None:
+            raise click.UsageError(f"Missing {'--base-model' if data else 'DATA'}.")
+        wanted = settings.Settings(**given)
+    file = _read(data, wanted)
+    held_out = _read(eval_data, wanted) if eval_data else None
     if state is not None:
-        supervised.check_same(state, settings, file)
+        run_folder.check_same(state, wanted, file, held_out)
         if state.is_finished:
             click.echo(f"The run in {output} is finished: nothing is left to do.", err=True)
             return 0
+    tokenizer = _tokenizer(wanted.base_model)
     with progress.CtrlC() as ctrl_c:
         try:
             with ServiceClient(base_url=base_url, api_key=api_key) as service:
                 outcome = supervised.run(
-                    service, file, settings, output, progress.Progress(), state, ctrl_c.deferred
+                    service,
+                    file,
+                    wanted,
+                    output,
+                    progress.Progress(),
+                    state,
+                    ctrl_c.deferred,
+                    eval_data=held_out,
+                    tokenizer=tokenizer,
                 )
         except (errors.TinkexError, KeyboardInterrupt):
-            _say_how_to_go_on(output)
+            _say_how_to_resume(output)
             raise
     if outcome.adapter is None:
-        _say_how_to_go_on(output)
+        _say_how_to_resume(output)
         return ctrl_c.status
     _print_outcome(outcome, output)
     return 0
+
+
+def _read(sources: tuple[str, ...], wanted: settings.Settings) -> files.DataFile:
+    from tinkex.data import files
+
+    return files.read(
+        sources, wanted.skip_bad_lines, shape=wanted.data_format, renames=wanted.data_map
+    )
+
+
+def _tokenizer(base_model: str) -> Any:
+    """The model's, to check the data before the model is loaded; None if only the server has it."""
+    from tinkex import errors
+    from tinkex.text import tokenizer
+
+    try:
+        return tokenizer.load(tokenizer.tokenizer_id(base_model))
+    except errors.TinkexError:
+        return None
+
+
+def _start_from(given: dict[str, Any]) -> None:
+    """Replace a run given as --from by its checkpoint, and take over its model and rank."""
+    from tinkex.recipes import run_folder
+
+    source = given["start_from"]
+    if source is None or source.startswith("tinker://"):
+        return
+    folder = Path(source)
+    state = run_folder.load_state(folder) or run_folder.load_state(folder.parent)
+    if state is None or state.checkpoint is None:
+        raise click.UsageError(
+            f"--from {source} is neither a run that has a checkpoint nor a tinker:// path. An "
+            "adapter of another program cannot be sent to a server."
+        )
+    model = given["base_model"] or state.settings.base_model
+    if model != state.settings.base_model:
+        raise click.UsageError(
+            f"--base-model is {model}, but the weights of --from {source} are for "
+            f"{state.settings.base_model}."
+        )
+    given |= {"base_model": model, "start_from": state.checkpoint, "rank": state.settings.rank}
 
 
 def _is_explicit(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _check_folder(output: Path, state: supervised.State | None, resume: bool) -> None:
+def _check_folder(output: Path, state: run_folder.State | None, resume: bool) -> None:
     if resume and state is None:
-        raise click.UsageError(
-            f"{output} holds no run to resume; leave --resume away to start one."
-        )
+        raise click.UsageError(f"{output} holds no run to resume; omit --resume to start one.")
     if state is not None and not resume:
         raise click.UsageError(
-            f"{output} holds a run already ({progress_of(state)}). Go on with it: --resume; "
-            "or give another --output, or remove that folder."
+            f"{output} holds a run already ({progress_of(state)}). Continue it with "
+            "--resume, or give another --output, or remove that folder."
         )
 
 
-def progress_of(state: supervised.State) -> str:
+def progress_of(state: run_folder.State) -> str:
     """Where a run stands, for a message: finished, or the step of its last checkpoint."""
     if state.is_finished:
         return "finished"
     return f"saved after step {state.step} of {state.total_steps or '?'}"
 
 
-def _say_how_to_go_on(output: Path) -> None:
+def _say_how_to_resume(output: Path) -> None:
     """On stderr: where the run in *output* stands, and the command that goes on with it."""
-    from tinkex.recipes import supervised
+    from tinkex.recipes import run_folder
 
-    state = supervised.load_state(output)
+    state = run_folder.load_state(output)
     if state is not None and state.has_begun:
         command = f"tinkex train --resume --output {shlex.quote(str(output))}"
-        click.echo(f"Stopped: {progress_of(state)}. Go on with:\n  {command}", err=True)
+        click.echo(f"Stopped: {progress_of(state)}. Continue with:\n  {command}", err=True)
 
 
 def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date as Date
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from tinkex import types
 from tinkex.data import files, records
 from tinkex.text import renderer
-from tinkex.text.renderer import Renderer, TrainOn
+from tinkex.text.messages import TrainOn
+from tinkex.text.renderer import Renderer
 
 #: Most tokens of a plain text that serve as its prompt; otherwise a quarter of them do.
 MAX_TEXT_PROMPT = 32
@@ -158,9 +160,7 @@ def check_some_are_left(rendered: Rendered, count: int, max_length: int) -> None
     )
 
 
-def _drafts(
-    record: records.Record, render_one: Renderer, options: Options
-) -> list[renderer.Draft]:
+def _drafts(record: records.Record, render_one: Renderer, options: Options) -> list[renderer.Draft]:
     if isinstance(record, records.Chat):
         drafts = render_one.drafts(record.messages, record.tools or None, options.train_on)
         return drafts if options.split_turns else drafts[:1]
@@ -168,7 +168,7 @@ def _drafts(
         return [render_one.completion_draft(record.prompt, record.completion)]
     if isinstance(record, records.Text):
         return [render_one.completion_draft("", record.text)]
-    raise ValueError("a preference pair (chosen and rejected), which only preference training reads")
+    raise ValueError("a preference pair (chosen, rejected), which only preference training reads")
 
 
 def _example(
@@ -234,7 +234,7 @@ def _save(path: Path, rendered: Rendered) -> None:
 
 def _load(path: Path) -> Rendered | None:
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             said = json.loads(held["said"].tobytes())
             ends = np.cumsum(held["lengths"])[:-1]
             examples = [
@@ -246,7 +246,7 @@ def _load(path: Path) -> Rendered | None:
                     held["owners"],
                 )
             ]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # not there, or not whole
     return Rendered(examples, [files.BadLine(*b) for b in said["bad"]], *said["counts"])
 
@@ -261,7 +261,8 @@ def datums(
     Rows in memory as datums for `forward_backward`.
 
     Args:
-        rows: dicts of any shape that `tinkex train` reads: a list, a DataFrame, a `datasets.Dataset`.
+        rows: dicts of any shape that `tinkex train` reads, as a list, a DataFrame or a
+            `datasets.Dataset`.
 
     Raises:
         ValueError: If a row is bad, named by its number; or nothing counts.

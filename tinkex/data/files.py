@@ -190,7 +190,7 @@ def _from_hub(name: str) -> tuple[_Rows, str]:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as exc:
         raise errors.MissingExtraError(
-            f"{name} needs the package datasets, which is not installed: pip install 'tinkex[data]'."
+            f"{name} needs the package datasets, which is missing: pip install 'tinkex[data]'."
         ) from exc
     path, _, split = name.removeprefix(HUB).removeprefix("datasets/").partition(":")
     parts = path.split("/")
@@ -221,8 +221,8 @@ def _rows(name: str, content: bytes) -> _Rows:
             return _text_rows(name, content.decode(encoding, errors="replace").encode())
     if b"\0" in content[:1000]:
         raise ValueError(
-            f"{name} is a binary file of an unknown format; give JSON lines, a JSON array, CSV, TSV "
-            "or Parquet."
+            f"{name} is a binary file of an unknown format; give JSON lines, a JSON array, CSV, "
+            "TSV or Parquet."
         )
     return _text_rows(name, content)
 
@@ -240,7 +240,7 @@ def _text_rows(name: str, content: bytes) -> _Rows:
                 return _numbered(_rows_of_object(found), "item")
         return _json_lines(content)
     header = content.lstrip().split(b"\n", 1)[0].decode(errors="replace")
-    if start and start not in b'["' or (start == b'"' and _as_json(header.encode()) is None):
+    if (start and start not in b'["') or (start == b'"' and _as_json(header.encode()) is None):
         if any(mark in header for mark in "\t,;") or header.strip() in _COLUMNS:
             return _table(content)
         raise ValueError(
@@ -301,7 +301,7 @@ def _table(content: bytes) -> _Rows:
     for row in reader:
         where = f"line {reader.line_num}"
         if None in row or None in row.values():
-            yield where, ValueError(f"has not {width} columns, as the first line has")
+            yield where, ValueError(f"does not have {width} columns, as the first line has")
         else:
             yield where, dict(row)
 

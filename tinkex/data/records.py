@@ -159,9 +159,7 @@ def _suggestion(row: Mapping[str, Any]) -> str:
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             if "label" in value[0] and "text" in value[0]:
-                return (
-                    'axolotl\'s "segments" are not read; write them as "prompt" and "completion"'
-                )
+                return 'axolotl\'s "segments" are not read; write them as "prompt" and "completion"'
             if "role" in value[0]:
                 return f"try --map messages={key}"
             if "from" in value[0]:
@@ -196,7 +194,9 @@ def _parse_sharegpt(row: Mapping[str, Any]) -> Chat:
             continue
         role = SHAREGPT_ROLES.get(str(turn.get("from")).lower())
         if role is None:
-            raise ValueError(f"message {i}: from must be human, gpt or system, got {turn.get('from')!r}")
+            raise ValueError(
+                f"message {i}: from must be human, gpt or system, got {turn.get('from')!r}"
+            )
         rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
         messages.append({**rest, "role": role, "content": turn.get("value")})
     checked = _messages(messages, "conversations")
@@ -316,7 +316,9 @@ def _messages(value: Any, name: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(message, dict):
             raise ValueError(f"message {i} is a JSON {kind_of(message)}, not an object")
         if not isinstance(message.get("role"), str):
-            raise ValueError(f"message {i}: role must be a string, got {kind_of(message.get('role'))}")
+            raise ValueError(
+                f"message {i}: role must be a string, got {kind_of(message.get('role'))}"
+            )
         _check_content(i, message)
         _check_calls(i, message)
     return tuple(value)

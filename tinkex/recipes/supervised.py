@@ -2,38 +2,33 @@
 
 Steps, evaluations and checkpoints are jobs in one line; the next is submitted before the one
 before it is awaited, so the server never waits for us. What a step does depends on its number
-alone, so a run that goes on from a checkpoint ends in the weights of one that was never stopped.
-Knows nothing of the command line, the terminal or signals: it is handed a Report and a guard.
-
-In the run's folder:
-  metrics.jsonl   one object a step, from step 0, the evaluation before training
-  state.json      the settings, and the last checkpoint (replaced as a whole, never half-written)
-  adapter/        at the end: adapter_config.json and adapter_model.safetensors, as PEFT has them
+alone, so a run that is resumed from a checkpoint ends in the weights of one that was never stopped.
+Does not know about the command line, the terminal or signals: it takes a Report and a guard.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date as Date
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol
 
 import attrs
 import numpy as np
 
 from tinkex import errors, types
-from tinkex.data import records
+from tinkex.data import datums, files
+from tinkex.data.split import Plan, split
+from tinkex.recipes.run_folder import Metrics, State, check_same, save_state
+from tinkex.recipes.settings import Settings, resolve_base_model
 from tinkex.sampling import SamplingClient
 from tinkex.service import ServiceClient
 from tinkex.training import TrainingClient
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 #: Jobs submitted but not yet awaited.
 IN_FLIGHT = 2
@@ -49,89 +44,14 @@ PARTS = 10
 STOP_SECONDS = 3.5
 #: Seconds between two looks at whether the run is to stop.
 LOOK_SECONDS = 0.1
+#: A run has diverged when its loss was this many times the first one for so many steps.
+DIVERGED_FACTOR, DIVERGED_STEPS = 3.0, 20
 
 Guard = Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
-@attrs.frozen
-class Settings:
-    """What a run was asked for. A resumed run must have the same, but for what is `_FREE`.
-
-    Args:
-        learning_rate: of AdamW, at its highest.
-        schedule: "constant", or falling to 0 at the last step, "linear"ly or as a "cosine".
-        warmup_steps: over which the learning rate first rises from 0.
-        max_steps: where to stop if the epochs are not over; None lets them end.
-        max_length: tokens of an example that are read.
-        eval_fraction: of the examples, held out and never trained on.
-        skip_bad_lines: of the data file, instead of refusing it.
-        eval_every, save_every: steps between two evaluations, two checkpoints; None is a tenth
-            of the run. The end of the run has both in any case.
-    """
-
-    base_model: str
-    rank: int = 32
-    learning_rate: float = 1e-4
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    batch_size: int = 32
-    epochs: int = 1
-    max_steps: int | None = None
-    max_length: int = 1024
-    seed: int = 0
-    eval_fraction: float = 0.05
-    train_mlp: bool = True
-    train_attn: bool = True
-    train_unembed: bool = True
-    skip_bad_lines: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
-
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """Of *step*, from 1. Depends on nothing else, so that a resumed run has the same."""
-        if step <= self.warmup_steps:
-            return self.learning_rate * step / self.warmup_steps
-        done = (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        factors = {
-            "constant": 1.0,
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-        }
-        return self.learning_rate * factors[self.schedule]
-
-
-#: Settings that do not decide the result.
-_FREE = {"eval_every", "save_every"}
-
-
-@attrs.frozen
-class State:
-    """Where a run stands: what state.json holds.
-
-    Attributes:
-        checkpoint: path on the server of the last checkpoint; None before the first.
-        step: after which it was saved.
-        before: what the untrained model said to the shown prompts; None until it was asked.
-        sampler_path: path on the server of the final weights; None until the run is finished.
-    """
-
-    settings: Settings
-    data: str
-    data_sha256: str
-    total_steps: int = 0
-    step: int = 0
-    checkpoint: str | None = None
-    before: list[str] | None = None
-    sampler_path: str | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is anything to go on with: the server had taken the model."""
-        return self.total_steps > 0
-
-    @property
-    def is_finished(self) -> bool:
-        return self.sampler_path is not None
+class DivergedError(ArithmeticError, ValueError):
+    """The loss left all bounds. The message says at which step and learning rate."""
 
 
 @attrs.frozen
@@ -145,7 +65,7 @@ class Shown:
 
 @attrs.frozen
 class Outcome:
-    """How a run ended: with an adapter, or stopped (adapter None) and to be gone on with."""
+    """How a run ended: with an adapter, or stopped (adapter None) and to be resumed."""
 
     state: State
     adapter: Path | None = None
@@ -154,9 +74,11 @@ class Outcome:
 
 
 class Report(Protocol):
-    """Who hears how the run goes."""
+    """Receives the events of a run, in this order; `say` at any time."""
 
     def say(self, text: str) -> None: ...
+
+    def rendered(self, done: int, total: int) -> None: ...
 
     def begin(self, step: int, total_steps: int) -> None: ...
 
@@ -165,110 +87,59 @@ class Report(Protocol):
     def end(self) -> None: ...
 
 
-# The run's folder
-
-
-def load_state(folder: Path) -> State | None:
-    """
-    The state of the run in *folder*, or None if there is none.
-
-    Raises:
-        ValueError: If state.json is not what this version writes.
-    """
-    path = folder / "state.json"
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return State(**{**value, "settings": Settings(**value["settings"])})
-    except (ValueError, TypeError, KeyError) as exc:
-        raise ValueError(
-            f"{path} is not a run's state that this version of tinkex can read ({exc}); "
-            "use another --output, or remove it to start again."
-        ) from exc
-
-
-def save_state(folder: Path, state: State) -> None:
-    """Replace state.json as a whole: a crash leaves the old one or the new one."""
-    new = folder / "state.json.new"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(attrs.asdict(state), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, folder / "state.json")
-
-
-class Metrics:
-    """metrics.jsonl: rows appended in the order of their steps, each flushed at once."""
-
-    def __init__(self, folder: Path, upto: int) -> None:
-        """Keep the rows up to step *upto*, cut off those beyond; `rows` holds what is kept."""
-        self.rows: list[dict[str, float]] = []
-        self._path = folder / "metrics.jsonl"
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # the run was killed in the middle of this line
-            if row["step"] <= upto:
-                self.rows.append(row)
-        self._file = self._rewritten()
-
-    def append(self, row: dict[str, float]) -> None:
-        self.rows.append(row)
-        print(json.dumps(row), file=self._file, flush=True)
-
-    def pop(self) -> dict[str, float]:
-        """Take back the last row, to append it again with more in it."""
-        row = self.rows.pop()
-        self._file.close()
-        self._file = self._rewritten()
-        return row
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _rewritten(self) -> TextIO:
-        """The file, replaced as a whole by one that holds `rows`, open at its end."""
-        new = self._path.with_name("metrics.jsonl.new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(new, self._path)
-        return self._path.open("a", encoding="utf-8")
-
-
 # The run
 
 
 def run(
     service: ServiceClient,
-    data: records.DataFile,
+    data: files.DataFile,
     settings: Settings,
     folder: Path,
     report: Report,
     state: State | None = None,
     guard: Guard = lambda: nullcontext(lambda: False),
+    *,
+    eval_data: files.DataFile | None = None,
+    tokenizer: Any = None,
 ) -> Outcome:
     """
     Train, and put the adapter into *folder*.
 
     Args:
-        state: of the run to go on with, from `load_state`; None starts one.
-        guard: entered around the training loop, gives what says whether to stop. When it says
-            so, a checkpoint is saved within `STOP_SECONDS` and the outcome is not finished.
+        state: of the run to resume, from `load_state`; None starts one.
+        guard: entered around the training loop; returns a function that is true when the run is to
+            stop. Then a checkpoint is saved within `STOP_SECONDS` and the outcome is not finished.
+        eval_data: held out instead of a part of *data*.
+        tokenizer: the base model's, if it is known before the model is loaded: then bad data is
+            refused before that. None asks the server.
 
     Raises:
-        ValueError: If the settings or the data are not those of *state*.
+        ValueError: If the settings or the data are not those of *state*, or data is bad.
+        DivergedError: If the loss leaves all bounds.
         TinkexError: Whatever the server has to say.
     """
+    settings = _completed(settings, state)
     if state is None:
-        state = State(settings, str(data.path.absolute()), data.sha256)
-    check_same(state, settings, data)
+        state = State(
+            settings,
+            "\n".join(data.sources),
+            data.sha256,
+            eval_data="\n".join(eval_data.sources) if eval_data else None,
+            eval_sha256=eval_data.sha256 if eval_data else None,
+        )
+    check_same(state, settings, data, eval_data)
     state = attrs.evolve(state, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
+    prepared = None
+    if tokenizer is not None:
+        prepared = _prepare(data, eval_data, settings, tokenizer, folder, report)
     save_state(folder, state)
     training = _open(service, state)
     try:
-        trainer = _Trainer(training, data, state, folder, report)
+        theirs = training.get_tokenizer()
+        if prepared is None or not _is_same(tokenizer, theirs):
+            prepared = _prepare(data, eval_data, settings, theirs, folder, report)
+        trainer = _Trainer(training, theirs, prepared, state, folder, report)
         with guard() as is_stopped:
             if not trainer.run(is_stopped):
                 return Outcome(trainer.state)
@@ -277,27 +148,30 @@ def run(
         training.close()
 
 
-def check_same(state: State, settings: Settings, data: records.DataFile) -> None:
-    """ValueError, naming the flag, if going on from *state* would not be the same run."""
-    for field in attrs.fields(Settings):
-        was, now = getattr(state.settings, field.name), getattr(settings, field.name)
-        if was != now and field.name not in _FREE:
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} is {now}, but the run to resume has {was}; "
-                "leave it away, or start a new run in another --output."
-            )
-    if state.data_sha256 != data.sha256:
-        raise ValueError(
-            f"{data.path} is not the data that the run to resume was started with ({state.data}); "
-            "bring that back, or start a new run in another --output."
-        )
+def _completed(settings: Settings, state: State | None) -> Settings:
+    """With the model's absolute path, and the date, so that the run is the same on any day."""
+    today = state.settings.date if state is not None else Date.today().isoformat()
+    return attrs.evolve(
+        settings,
+        base_model=resolve_base_model(settings.base_model),
+        date=settings.date or today,
+    )
+
+
+def _is_same(ours: Any, theirs: Any) -> bool:
+    fingerprint = getattr(ours, "fingerprint", None)
+    return ours is theirs or (
+        fingerprint is not None and fingerprint == getattr(theirs, "fingerprint", None)
+    )
 
 
 def _open(service: ServiceClient, state: State) -> TrainingClient:
-    """Of a new model, or of one with the checkpoint's weights and optimizer."""
+    """A client of a new model, of given weights, or of the last checkpoint with its optimizer."""
     if state.checkpoint is not None:
         return service.create_training_client_from_state_with_optimizer(state.checkpoint)
     settings = state.settings
+    if settings.start_from is not None:
+        return service.create_training_client_from_state(settings.start_from)
     return service.create_lora_training_client(
         settings.base_model,
         rank=settings.rank,
@@ -306,6 +180,61 @@ def _open(service: ServiceClient, state: State) -> TrainingClient:
         train_attn=settings.train_attn,
         train_unembed=settings.train_unembed,
     )
+
+
+# The data
+
+
+@attrs.frozen
+class _Prepared:
+    """The examples to train on and to evaluate on, and what was left out, in words."""
+
+    examples: list[datums.Example]
+    held_out: list[datums.Example]
+    notes: str
+
+
+def _prepare(
+    data: files.DataFile,
+    eval_data: files.DataFile | None,
+    settings: Settings,
+    tokenizer: Any,
+    folder: Path,
+    report: Report,
+) -> _Prepared:
+    """Render the data, or take what an earlier start of this run rendered."""
+    rendered = _rendered(data, settings, tokenizer, folder, report)
+    if eval_data is not None:
+        examples = rendered.examples
+        held_out = _rendered(eval_data, settings, tokenizer, folder / "eval", report).examples
+    else:
+        # Whole conversations are held out: examples of one conversation share most of their tokens.
+        owners = sorted({example.record for example in rendered.examples})
+        held = {owners[i] for i in split(len(owners), settings.eval_fraction, settings.seed)[1]}
+        examples = [e for e in rendered.examples if e.record not in held]
+        held_out = [e for e in rendered.examples if e.record in held]
+    counts = [
+        (len(data.bad) + len(rendered.bad), "bad lines left out"),
+        (rendered.truncated, f"cut to --max-length {settings.max_length} tokens"),
+        (rendered.dropped, "left out: no token of theirs counts"),
+        (rendered.split, "conversations became several examples (see docs/train.md)"),
+    ]
+    notes = "".join(f"; {count} {what}" for count, what in counts if count)
+    return _Prepared(examples, held_out, notes)
+
+
+def _rendered(
+    data: files.DataFile, settings: Settings, tokenizer: Any, folder: Path, report: Report
+) -> datums.Rendered:
+    folder.mkdir(parents=True, exist_ok=True)
+    total = len(data.records)
+    rendered = datums.cached(
+        folder, data, tokenizer, settings.rendering, lambda done: report.rendered(done, total)
+    )
+    if rendered.bad and not settings.skip_bad_lines:
+        raise files.refuse(data.name, rendered.bad)
+    datums.check_some_are_left(rendered, total, settings.max_length)
+    return rendered
 
 
 class _Stopped(Exception):
@@ -322,21 +251,21 @@ class _Trainer:
     def __init__(
         self,
         training: TrainingClient,
-        data: records.DataFile,
+        tokenizer: Any,
+        prepared: _Prepared,
         state: State,
         folder: Path,
         report: Report,
     ) -> None:
         settings = state.settings
-        self.tokenizer = training.get_tokenizer()
-        rendered = records.render(data.records, self.tokenizer, settings.max_length)
-        train, held_out = records.split(
-            len(rendered.examples), settings.eval_fraction, settings.seed
-        )
-        self.examples = [rendered.examples[i] for i in train]
-        self.held_out = [rendered.examples[i] for i in held_out]
-        self.plan = records.Plan(
-            len(train), settings.batch_size, settings.epochs, settings.seed, settings.max_steps
+        self.tokenizer = tokenizer
+        self.examples, self.held_out = prepared.examples, prepared.held_out
+        self.plan = Plan(
+            len(self.examples),
+            settings.batch_size,
+            settings.epochs,
+            settings.seed,
+            settings.max_steps,
         )
         self.total = self.plan.total_steps
         part = max(1, self.total // PARTS)
@@ -349,21 +278,9 @@ class _Trainer:
         self._row: dict[str, float] | None = None  # of a step whose evaluation is under way
         self._eval_sum = 0.0
         self._clock = time.monotonic()
-        self._describe(data, rendered)
-
-    def _describe(self, data: records.DataFile, rendered: records.Rendered) -> None:
-        counts = [
-            (len(data.bad), "bad lines left out"),
-            (rendered.truncated, f"cut to --max-length {self.settings.max_length} tokens"),
-            (rendered.dropped, "left out: no token of theirs counts"),
-            (
-                rendered.partly_counted,
-                "count with their last turn only (see docs/train.md)",
-            ),
-        ]
-        notes = "".join(f"; {count} {what}" for count, what in counts if count)
-        self.report.say(
-            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out{notes}."
+        report.say(
+            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out"
+            f"{prepared.notes}."
         )
 
     def run(self, is_stopped: Callable[[], bool]) -> bool:
@@ -419,7 +336,7 @@ class _Trainer:
         batch = [self.examples[i] for i in self.plan.batch(step)]
         # The mean over the batch's counted tokens: the learning rate then means the same whatever
         # the batch size and the lengths.
-        counted = float(sum(example.counted.sum() for example in batch))
+        counted = datums.counted_tokens(batch)
         learning_rate = self.settings.learning_rate_at(step, self.total)
         data = [example.datum(1 / counted) for example in batch]
         futures = (
@@ -436,13 +353,14 @@ class _Trainer:
             self._row = row
             if not self._evaluates(step):
                 self._close_row()
+            self._check_convergence(row)
 
         return futures, settled
 
     def _evaluate(self) -> Iterator[_Job]:
         """The held-out loss of the weights as they are at this place in the line."""
-        counted = float(sum(example.counted.sum() for example in self.held_out))
-        parts = list(records.slices(self.held_out, EVALUATED_AT_ONCE))
+        counted = datums.counted_tokens(self.held_out)
+        parts = list(datums.slices(self.held_out, EVALUATED_AT_ONCE))
 
         for number, part in enumerate(parts):
             future = self.training.forward([e.datum() for e in part], "cross_entropy")
@@ -484,6 +402,25 @@ class _Trainer:
             self.metrics.append(self._row)
             self.report.row(self._row)
         self._row = None
+
+    def _check_convergence(self, row: dict[str, float]) -> None:
+        """
+        DivergedError if the loss is not finite, or was far above the first one for long.
+
+        No checkpoint follows, so that the last one is still good.
+        """
+        losses = [r["train_loss"] for r in [*self.metrics.rows, row] if "train_loss" in r]
+        is_high = [loss > DIVERGED_FACTOR * losses[0] for loss in losses[-DIVERGED_STEPS:]]
+        if math.isfinite(row["train_loss"]) and not (
+            len(is_high) == DIVERGED_STEPS and all(is_high)
+        ):
+            return
+        where = f"; the last checkpoint is of step {self.state.step}" if self.state.step else ""
+        raise DivergedError(
+            f"the training diverged: loss {row['train_loss']:.4g} at step {row['step']:.0f}, "
+            f"{losses[0]:.4g} at the start. The learning rate is "
+            f"{self.settings.learning_rate:g}; start again with a tenth of it{where}."
+        )
 
     def _note(self, **changes: Any) -> None:
         self.state = attrs.evolve(self.state, **changes)
@@ -553,7 +490,7 @@ def _result(future: Future[Any], is_stopped: Callable[[], bool]) -> Any:
     return future.result()
 
 
-def _loss_sum(output: types.ForwardBackwardOutput, batch: Sequence[records.Example]) -> float:
+def _loss_sum(output: types.ForwardBackwardOutput, batch: Sequence[datums.Example]) -> float:
     """
     Negative log-likelihood of the counted tokens, summed, in nats.
 

@@ -7,14 +7,12 @@ docs/train.md. Does not know about files, servers or models.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date as Date
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import numpy as np
@@ -22,15 +20,9 @@ import numpy.typing as npt
 
 from tinkex import types
 from tinkex.text import templates
+from tinkex.text.messages import Conversation, Message, TrainOn, texts_of
 from tinkex.text.tokenizer import Offsets, Tokenizer
 
-TrainOn = Literal["assistant", "last", "all"]
-Message = Mapping[str, Any]
-
-#: Keys of a message that hold reasoning, in the order in which transformers looks at them.
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-#: Keys of a message that say whether it counts. Templates do not see them.
-WEIGHT_KEYS = ("weight", "trainable")
 #: Tokens that end an assistant's turn beside the one that the template writes.
 OTHER_STOPS = ("<|eom_id|>", "<|call|>")
 #: What a user says next, in a conversation of a model without a chat template.
@@ -79,7 +71,9 @@ class Rendered:
             ValueError: If there are fewer than two tokens.
         """
         if len(self.tokens) < 2:
-            raise ValueError(f"{len(self.tokens)} token is too short to learn from: give a longer text.")
+            raise ValueError(
+                f"{len(self.tokens)} token is too short to learn from: give a longer text."
+            )
         return types.Datum(
             model_input=types.ModelInput.from_ints(self.tokens[:-1]),
             loss_fn_inputs={"target_tokens": self.tokens[1:], "weights": self.weights[1:]},
@@ -230,7 +224,7 @@ class Renderer:
     # The public functions above, for many conversations
 
     def render(self, messages: Any, tools: Any = None, train_on: TrainOn = "assistant") -> Rendered:
-        return self.finish([self._draft(_Conversation.of(messages, tools, train_on))])[0]
+        return self.finish([self._draft(Conversation.of(messages, tools, train_on))])[0]
 
     def render_turns(
         self, messages: Any, tools: Any = None, train_on: TrainOn = "assistant"
@@ -238,7 +232,7 @@ class Renderer:
         return self.finish(self.drafts(messages, tools, train_on))
 
     def prompt(self, messages: Any, tools: Any = None) -> Prompt:
-        conversation = _Conversation.of(messages, tools, "assistant")
+        conversation = Conversation.of(messages, tools, "assistant")
         self._refuse_control_tokens(conversation)
         if self.template is None:
             text = "".join(part for part, _ in _plain_parts(conversation.messages)) + "Assistant:"
@@ -261,7 +255,7 @@ class Renderer:
         self, messages: Any, tools: Any = None, train_on: TrainOn = "assistant"
     ) -> list[Draft]:
         """All that is needed for every message that should count to count; see `finish`."""
-        conversation = _Conversation.of(messages, tools, train_on)
+        conversation = Conversation.of(messages, tools, train_on)
         whole = self._draft(conversation)
         drafts = [whole] if whole.turns or not whole.left_out else []
         drafts += [self._draft(conversation.up_to(i)) for i in whole.left_out]
@@ -277,17 +271,17 @@ class Renderer:
 
     # Text
 
-    def _draft(self, conversation: _Conversation) -> Draft:
+    def _draft(self, conversation: Conversation) -> Draft:
         self._refuse_control_tokens(conversation)
         if self.template is None:
             return _plain_draft(conversation)
         return self._template_draft(self._accepted(conversation))
 
-    def _text(self, conversation: _Conversation, prompted: bool = False) -> str:
+    def _text(self, conversation: Conversation, prompted: bool = False) -> str:
         return self._text_and_marks(conversation, prompted)[0]
 
     def _text_and_marks(
-        self, conversation: _Conversation, prompted: bool = False
+        self, conversation: Conversation, prompted: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         assert self.template is not None
         return templates.render_template(
@@ -299,7 +293,7 @@ class Renderer:
             date=self.date,
         )
 
-    def _accepted(self, conversation: _Conversation) -> _Conversation:
+    def _accepted(self, conversation: Conversation) -> Conversation:
         """The conversation in the form in which the template shows all of it.
 
         Templates differ in what they expect beside tool calls: content null or "", arguments as an
@@ -326,7 +320,7 @@ class Renderer:
         assert problem is not None
         raise problem
 
-    def _template_draft(self, conversation: _Conversation) -> Draft:
+    def _template_draft(self, conversation: Conversation) -> Draft:
         whole, marks = self._text_and_marks(conversation)
         missing = conversation.missing(whole)
         if missing:
@@ -352,7 +346,7 @@ class Renderer:
                 return self._reasoned_draft(conversation, whole)
         return Draft(whole, tuple(turns), tuple(left_out))
 
-    def _turn(self, conversation: _Conversation, i: int, whole: str) -> _Turn | None:
+    def _turn(self, conversation: Conversation, i: int, whole: str) -> _Turn | None:
         """
         Where *whole* says message *i*, or None if it does not say it as it was said.
 
@@ -369,7 +363,7 @@ class Renderer:
             return None
         return _Turn(i, start, len(until))
 
-    def _start(self, conversation: _Conversation, i: int, until: str) -> int | None:
+    def _start(self, conversation: Conversation, i: int, until: str) -> int | None:
         is_assistant = conversation.messages[i]["role"] == "assistant"
         try:
             before = self._text(conversation.before(i), prompted=is_assistant)
@@ -381,13 +375,13 @@ class Renderer:
             return found if content and found >= 0 else None
         if until.startswith(before):
             return len(before)
-        start = len(os.path.commonprefix([before, until]))
+        start = _shared(before, until)
         if not is_assistant or before[start:].lstrip().startswith("<think>"):
             return start
         base = self._text(conversation.before(i))
         return start if start >= len(base) else None
 
-    def _reasoned_draft(self, conversation: _Conversation, whole: str) -> Draft:
+    def _reasoned_draft(self, conversation: Conversation, whole: str) -> Draft:
         """
         The last turn with the reasoning that its template drops but its generation prompt opens.
 
@@ -406,7 +400,7 @@ class Renderer:
                 "prompt, so what the model should say cannot be told apart"
             )
         opener = before.rstrip()
-        start = len(os.path.commonprefix([before, whole]))
+        start = _shared(before, whole)
         if not opener.endswith("<think>") or answer not in whole[start:]:
             raise ValueError(
                 "the chat template drops the reasoning of the assistant's message "
@@ -417,14 +411,14 @@ class Renderer:
         text = f"{before}{gap}{reasoning}\n</think>\n\n{answer}{tail}"
         return Draft(text, (_Turn(i, len(before), len(text)),))
 
-    def _refuse_control_tokens(self, conversation: _Conversation) -> None:
+    def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """
         ValueError if text of a message would be read as a control token.
 
         A user who writes "<|im_end|>" would otherwise end the turn and speak for the assistant.
         """
         for i, message in enumerate(conversation.messages):
-            for text in _texts(message):
+            for text in texts_of(message):
                 _refuse_surrogates(text)
                 found = self._control_token.search(text) if self._control_token else None
                 if found is not None:
@@ -453,7 +447,7 @@ class Renderer:
         if self.template is None:
             return [PLAIN_STOP]
         said = "turnabout"
-        probe = _Conversation.of(
+        probe = Conversation.of(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}],
             None,
             "assistant",
@@ -462,7 +456,9 @@ class Renderer:
         found = []
         if isinstance(self.tokenizer, Tokenizer):
             special = set(self.tokenizer.control_tokens.values())
-            ended = [i for i in self.tokenizer.encode(tail, add_special_tokens=False) if i in special]
+            ended = [
+                i for i in self.tokenizer.encode(tail, add_special_tokens=False) if i in special
+            ]
             others = [self.tokenizer.control_tokens.get(text) for text in OTHER_STOPS]
             found = [*ended[:1], *(i for i in others if i is not None and ended)]
         eos = getattr(self.tokenizer, "eos_token_id", None)
@@ -489,7 +485,12 @@ class Renderer:
 
     def _encode_in_pieces(self, draft: Draft) -> tuple[list[int], Offsets]:
         """For tokenizers that give no offsets: each part between two borders on its own."""
-        borders = {0, len(draft.text), *(t.start for t in draft.turns), *(t.stop for t in draft.turns)}
+        borders = {
+            0,
+            len(draft.text),
+            *(t.start for t in draft.turns),
+            *(t.stop for t in draft.turns),
+        }
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for start, stop in zip(sorted(borders), sorted(borders)[1:]):
@@ -542,233 +543,21 @@ def _weigh(
     return weights, bounds
 
 
+def _shared(one: str, other: str) -> int:
+    """How many characters at their beginning two texts share."""
+    pairs = zip(one, other)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def _refuse_surrogates(text: str) -> None:
     """ValueError for half of a character outside the basic plane, which has no encoding."""
     try:
         text.encode()
     except UnicodeEncodeError as exc:
         raise ValueError(
-            f"contains a lone surrogate ({ascii(text[exc.start])} at character {exc.start}), "
+            f"contains a lone surrogate ({text[exc.start]!a} at character {exc.start}), "
             "which is half a character: repair the text's encoding"
         ) from exc
-
-
-# Conversations
-
-
-@attrs.frozen
-class _Conversation:
-    """Checked messages, in the form that templates read."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Mapping[str, Any]] | None
-    train_on: TrainOn
-    counts: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, messages: Any, tools: Any, train_on: TrainOn) -> _Conversation:
-        if train_on not in ("assistant", "last", "all"):
-            raise ValueError(f"train_on must be 'assistant', 'last' or 'all', got {train_on!r}.")
-        rows = as_messages(messages)
-        return cls(
-            [_for_template(message) for message in rows],
-            list(tools) if tools is not None and len(tools) else None,
-            train_on,
-            _counts(rows, train_on),
-        )
-
-    @property
-    def counting(self) -> list[int]:
-        return [i for i, counts in enumerate(self.counts) if counts]
-
-    @property
-    def has_calls(self) -> bool:
-        return bool(self.tools) or any("tool_calls" in message for message in self.messages)
-
-    def up_to(self, i: int) -> _Conversation:
-        """The conversation that ends with message *i*, of which that alone counts."""
-        counts = (*[False] * i, True)
-        return attrs.evolve(self, messages=self.messages[: i + 1], counts=counts)
-
-    def before(self, i: int) -> _Conversation:
-        return attrs.evolve(self, messages=self.messages[:i], counts=self.counts[:i])
-
-    def forms(self) -> Iterator[_Conversation]:
-        """Arguments of calls as objects or as text; content beside calls as given, null, "", none."""
-        for arguments in (_as_object, _as_text):
-            for content in ({}, {"content": None}, {"content": ""}, None):
-                yield attrs.evolve(
-                    self, messages=[_form(m, arguments, content) for m in self.messages]
-                )
-
-    def missing_calls(self, text: str) -> str | None:
-        """What of the tools, calls and their results *text* does not say, or None."""
-        for tool in self.tools or ():
-            name = str((tool.get("function") or tool).get("name", ""))
-            if name and name not in text:
-                return f"the tool {name!r}"
-        position = 0
-        for i, message in enumerate(self.messages):
-            for call in message.get("tool_calls") or ():
-                name = str((call.get("function") or call).get("name", ""))
-                position = text.find(name, position)
-                if position < 0:
-                    return f"the call of {name!r} in message {i}"
-                arguments = _as_object((call.get("function") or call).get("arguments"))
-                for value in arguments.values() if isinstance(arguments, dict) else ():
-                    if isinstance(value, str) and not _says(text[position:], value):
-                        return f"the arguments of {name!r} in message {i}"
-        return None
-
-    def missing(self, text: str) -> str | None:
-        """A message of a system, user or tool that *text* does not say, or None."""
-        for i, message in enumerate(self.messages):
-            content = str(message.get("content") or "").strip()
-            if message["role"] != "assistant" and content and not _says(text, content):
-                return f"the {message['role']}'s message {i}"
-        return None
-
-    def reasoning_and_answer(self, i: int) -> tuple[str, str]:
-        """Message *i*: its reasoning, from its key or from <think> in its content; the rest."""
-        message = self.messages[i]
-        content = str(message.get("content") or "")
-        for key in REASONING_KEYS:
-            if message.get(key):
-                return str(message[key]).strip(), content.strip()
-        if "</think>" in content:
-            reasoning, _, answer = content.partition("</think>")
-            return reasoning.rpartition("<think>")[2].strip(), answer.strip()
-        return "", content.strip()
-
-    def shows_reasoning(self, i: int, said: str) -> bool:
-        if self.messages[i]["role"] != "assistant":
-            return True
-        return self.reasoning_and_answer(i)[0] in said
-
-
-def _says(text: str, said: str) -> bool:
-    """True if *text* contains *said* as it is, or as JSON writes it."""
-    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
-
-
-def as_messages(value: Any) -> list[dict[str, Any]]:
-    """
-    Messages as a list of dicts.
-
-    Args:
-        value: such a list; a DataFrame or a `datasets.Dataset` of such rows.
-
-    Raises:
-        TypeError, ValueError: If these are no messages, with the number of the first that is none.
-    """
-    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a DataFrame
-        value = [{k: v for k, v in row.items() if v == v} for row in value.to_dict("records")]
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"messages must be a list of dicts, got {type(value).__name__}.")
-    found = []
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise TypeError(f"message {i} is a {type(message).__name__}, not a dict.")
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"message {i}: role must be a non-empty string, got {role!r}.")
-        found.append(dict(message))
-    if not found:
-        raise ValueError("messages is empty; give at least one message.")
-    return found
-
-
-def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
-    """Whether each message counts: "trainable" decides, then "weight", then the role."""
-    counts = []
-    for i, message in enumerate(messages):
-        is_counted = message["role"] == "assistant"
-        for key in WEIGHT_KEYS:
-            value = message.get(key)
-            if value is not None:
-                if value not in (0, 1):
-                    raise ValueError(f"message {i}: {key} must be 0 or 1, got {value!r}.")
-                is_counted = bool(value)
-        counts.append(is_counted)
-    if train_on == "last" and any(counts):
-        last = max(i for i, is_counted in enumerate(counts) if is_counted)
-        counts = [i == last for i in range(len(counts))]
-    return tuple(counts)
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as templates read it: content as text, reasoning under the names that they know."""
-    found = {k: v for k, v in message.items() if k not in WEIGHT_KEYS}
-    for key in [k for k, v in found.items() if v is None and k != "content"]:
-        del found[key]  # a column of a table that other rows use
-    if not found.get("tool_calls"):
-        found.pop("tool_calls", None)
-    content = found.get("content")
-    if isinstance(content, list):
-        found["content"] = content = "".join(_text_of_part(part) for part in content)
-    if content is None and "tool_calls" not in found:
-        found["content"] = ""
-    elif content is not None and not isinstance(content, str):
-        raise TypeError(f"content must be a string, got {type(content).__name__}.")
-    reasoning = next((found[key] for key in REASONING_KEYS if found.get(key)), None)
-    if reasoning is not None:
-        # As transformers does: the standard name, and the one that gpt-oss reads.
-        found = {"thinking": reasoning, **found, "reasoning_content": reasoning}
-    return found
-
-
-def _text_of_part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"content has a part of type {kind!r}; only text can be trained on")
-
-
-def _form(
-    message: dict[str, Any], arguments: Callable[[Any], Any], content: dict[str, Any] | None
-) -> dict[str, Any]:
-    """*message* with its calls' arguments converted, and its content replaced if it is empty."""
-    if "tool_calls" not in message:
-        return message
-    found = dict(message)
-    if not found.get("content"):
-        if content is None:
-            found.pop("content", None)
-        else:
-            found.update(content)
-    calls = []
-    for call in message["tool_calls"]:
-        function = dict(call.get("function") or call)
-        function["arguments"] = arguments(function.get("arguments", {}))
-        calls.append({**call, "function": function} if "function" in call else function)
-    return {**found, "tool_calls": calls}
-
-
-def _as_object(arguments: Any) -> Any:
-    if isinstance(arguments, str):
-        try:
-            return json.loads(arguments)
-        except ValueError:
-            return arguments
-    return arguments
-
-
-def _as_text(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a message, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
 
 
 # Models without a chat template
@@ -782,9 +571,11 @@ def _plain_parts(messages: Sequence[Message]) -> list[tuple[str, int | None]]:
     return parts
 
 
-def _plain_draft(conversation: _Conversation) -> Draft:
+def _plain_draft(conversation: Conversation) -> Draft:
     if conversation.has_calls:
-        raise ValueError("this tokenizer has no chat template, so it cannot show tools or tool calls")
+        raise ValueError(
+            "this tokenizer has no chat template, so it cannot show tools or tool calls"
+        )
     if any(conversation.messages[i].get("reasoning_content") for i in conversation.counting):
         raise ValueError("this tokenizer has no chat template, so it cannot show reasoning")
     text = ""

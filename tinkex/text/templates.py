@@ -99,7 +99,7 @@ def _compile(template: str) -> tuple[Any, type[Exception]]:
     class Generation(ext.Extension):
         """{% generation %} ... {% endgeneration %}: marks what the assistant says."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (the base class wants a set)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

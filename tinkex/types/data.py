@@ -6,6 +6,7 @@ tokenizers (anything with an `encode` will do) nor of what a loss does with its 
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -468,3 +469,28 @@ class Datum:
 
     model_input: ModelInput = attrs.field(validator=_check_model_input)
     loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)
+
+    @classmethod
+    def from_messages(
+        cls, messages: Any, tokenizer: Any, tools: Any = None, train_on: str = "assistant"
+    ) -> Datum:
+        """Of a conversation, rendered with the tokenizer's chat template: see `tinkex.render`."""
+        datum: Datum = _renderer().render(messages, tokenizer, tools, train_on).datum()
+        return datum
+
+    @classmethod
+    def from_completion(cls, prompt: str, completion: str, tokenizer: Any) -> Datum:
+        """Of a prompt and what follows it; the completion and the end of text count."""
+        datum: Datum = _renderer().render_completion(prompt, completion, tokenizer).datum()
+        return datum
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: Any) -> Datum:
+        """Of plain text; all of it counts."""
+        datum: Datum = _renderer().render_text(text, tokenizer).datum()
+        return datum
+
+
+def _renderer() -> Any:
+    """`tinkex.text.renderer`, which builds on this module and is imported when it is used."""
+    return importlib.import_module("tinkex.text.renderer")

@@ -1,0 +1,154 @@
+"""The folder of a run: where it stands, and its metrics.
+
+metrics.jsonl       one object a step, from step 0, the evaluation before training
+state.json          the settings, and the last checkpoint (replaced as a whole)
+rendered-*.npz      the data as tokens, so that resuming does not render it again
+adapter/            at the end: adapter_config.json and adapter_model.safetensors, as PEFT has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TextIO
+
+import attrs
+
+from tinkex.data import files
+from tinkex.recipes.settings import FREE, Settings
+
+
+@attrs.frozen
+class State:
+    """Where a run stands: what state.json holds.
+
+    Attributes:
+        data: the training data, as `files.read` takes it: one source a line.
+        data_sha256: of its content.
+        eval_data, eval_sha256: the same of separate held-out data; None without any.
+        checkpoint: path on the server of the last checkpoint; None before the first.
+        step: after which it was saved.
+        before: what the untrained model said to the shown prompts; None until it was asked.
+        sampler_path: path on the server of the final weights; None until the run is finished.
+    """
+
+    settings: Settings
+    data: str
+    data_sha256: str
+    total_steps: int = 0
+    step: int = 0
+    checkpoint: str | None = None
+    before: list[str] | None = None
+    sampler_path: str | None = None
+    eval_data: str | None = None
+    eval_sha256: str | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """True if there is a model to resume: the server has accepted it."""
+        return self.total_steps > 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.sampler_path is not None
+
+
+def load_state(folder: Path) -> State | None:
+    """
+    The state of the run in *folder*, or None if there is none.
+
+    Raises:
+        ValueError: If state.json is not what this version writes.
+    """
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return State(**{**value, "settings": Settings(**value["settings"])})
+    except (ValueError, TypeError, KeyError) as exc:
+        raise ValueError(
+            f"{path} is not a run's state that this version of tinkex can read ({exc}); "
+            "use another --output, or remove it to start again."
+        ) from exc
+
+
+def save_state(folder: Path, state: State) -> None:
+    """Replace state.json as a whole: a crash leaves the old one or the new one."""
+    new = folder / "state.json.new"
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(attrs.asdict(state), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, folder / "state.json")
+
+
+#: Options of the command line that are not called like their setting.
+_FLAGS = {"data_format": "--format", "data_map": "--map", "start_from": "--from"}
+
+
+def check_same(
+    state: State,
+    settings: Settings,
+    data: files.DataFile,
+    eval_data: files.DataFile | None = None,
+) -> None:
+    """ValueError, naming the flag, if resuming from *state* would not be the same run."""
+    for field in attrs.fields(Settings):
+        was, now = getattr(state.settings, field.name), getattr(settings, field.name)
+        if field.name == "date" and now is None:
+            continue  # the day of the start is kept
+        if was != now and field.name not in FREE:
+            flag = f"--{field.name.replace('_', '-')}"
+            raise ValueError(
+                f"{_FLAGS.get(field.name, flag)} is {now}, but the run to resume has {was}; "
+                "omit it, or start a new run with another --output."
+            )
+    for file, path, digest in (
+        (data, state.data, state.data_sha256),
+        (eval_data, state.eval_data, state.eval_sha256),
+    ):
+        if (file.sha256 if file else None) != digest:
+            raise ValueError(
+                f"{file.name if file else 'nothing'} is not the data that the run to resume was "
+                f"started with ({path}); bring that back, or start a new run with another --output."
+            )
+
+
+class Metrics:
+    """metrics.jsonl: rows appended in the order of their steps, each flushed at once."""
+
+    def __init__(self, folder: Path, upto: int) -> None:
+        """Keep the rows up to step *upto*, cut off those beyond; `rows` holds what is kept."""
+        self.rows: list[dict[str, float]] = []
+        self._path = folder / "metrics.jsonl"
+        for line in self._path.read_text().splitlines() if self._path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # the run was killed in the middle of this line
+            if row["step"] <= upto:
+                self.rows.append(row)
+        self._file = self._rewritten()
+
+    def append(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+        print(json.dumps(row), file=self._file, flush=True)
+
+    def pop(self) -> dict[str, float]:
+        """Take back the last row, to append it again with more in it."""
+        row = self.rows.pop()
+        self._file.close()
+        self._file = self._rewritten()
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rewritten(self) -> TextIO:
+        """The file, replaced as a whole by one that holds `rows`, open at its end."""
+        new = self._path.with_name("metrics.jsonl.new")
+        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(new, self._path)
+        return self._path.open("a", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Conversations: messages checked, whichever way they are given, in the form that templates read.
+
+Does not know about tokens or templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+TrainOn = Literal["assistant", "last", "all"]
+Message = Mapping[str, Any]
+
+#: Keys of a message that hold reasoning, in the order in which transformers looks at them.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+#: Keys of a message that say whether it counts. Templates do not see them.
+WEIGHT_KEYS = ("weight", "trainable")
+
+
+@attrs.frozen
+class Conversation:
+    """Checked messages, in the form that templates read."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Mapping[str, Any]] | None
+    train_on: TrainOn
+    counts: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, messages: Any, tools: Any, train_on: TrainOn) -> Conversation:
+        if train_on not in ("assistant", "last", "all"):
+            raise ValueError(f"train_on must be 'assistant', 'last' or 'all', got {train_on!r}.")
+        rows = as_messages(messages)
+        return cls(
+            [_for_template(message) for message in rows],
+            list(tools) if tools is not None and len(tools) else None,
+            train_on,
+            _counts(rows, train_on),
+        )
+
+    @property
+    def counting(self) -> list[int]:
+        return [i for i, counts in enumerate(self.counts) if counts]
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self.tools) or any("tool_calls" in message for message in self.messages)
+
+    def up_to(self, i: int) -> Conversation:
+        """The conversation that ends with message *i*, of which that alone counts."""
+        counts = (*[False] * i, True)
+        return attrs.evolve(self, messages=self.messages[: i + 1], counts=counts)
+
+    def before(self, i: int) -> Conversation:
+        return attrs.evolve(self, messages=self.messages[:i], counts=self.counts[:i])
+
+    def forms(self) -> Iterator[Conversation]:
+        """Arguments of calls as objects, as text; content beside calls as given, null, "", none."""
+        for arguments in (_as_object, _as_text):
+            for content in ({}, {"content": None}, {"content": ""}, None):
+                yield attrs.evolve(
+                    self, messages=[_form(m, arguments, content) for m in self.messages]
+                )
+
+    def missing_calls(self, text: str) -> str | None:
+        """What of the tools, calls and their results *text* does not say, or None."""
+        for tool in self.tools or ():
+            name = str((tool.get("function") or tool).get("name", ""))
+            if name and name not in text:
+                return f"the tool {name!r}"
+        position = 0
+        for i, message in enumerate(self.messages):
+            for call in message.get("tool_calls") or ():
+                name = str((call.get("function") or call).get("name", ""))
+                position = text.find(name, position)
+                if position < 0:
+                    return f"the call of {name!r} in message {i}"
+                arguments = _as_object((call.get("function") or call).get("arguments"))
+                for value in arguments.values() if isinstance(arguments, dict) else ():
+                    if isinstance(value, str) and not _says(text[position:], value):
+                        return f"the arguments of {name!r} in message {i}"
+        return None
+
+    def missing(self, text: str) -> str | None:
+        """A message of a system, user or tool that *text* does not say, or None."""
+        for i, message in enumerate(self.messages):
+            content = str(message.get("content") or "").strip()
+            if message["role"] != "assistant" and content and not _says(text, content):
+                return f"the {message['role']}'s message {i}"
+        return None
+
+    def reasoning_and_answer(self, i: int) -> tuple[str, str]:
+        """Message *i*: its reasoning, from its key or from <think> in its content; the rest."""
+        message = self.messages[i]
+        content = str(message.get("content") or "")
+        for key in REASONING_KEYS:
+            if message.get(key):
+                return str(message[key]).strip(), content.strip()
+        if "</think>" in content:
+            reasoning, _, answer = content.partition("</think>")
+            return reasoning.rpartition("<think>")[2].strip(), answer.strip()
+        return "", content.strip()
+
+    def shows_reasoning(self, i: int, said: str) -> bool:
+        if self.messages[i]["role"] != "assistant":
+            return True
+        return self.reasoning_and_answer(i)[0] in said
+
+
+def _says(text: str, said: str) -> bool:
+    """True if *text* contains *said* as it is, or as JSON writes it."""
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def as_messages(value: Any) -> list[dict[str, Any]]:
+    """
+    Messages as a list of dicts.
+
+    Args:
+        value: such a list; a DataFrame or a `datasets.Dataset` of such rows.
+
+    Raises:
+        TypeError, ValueError: If these are no messages, with the number of the first that is none.
+    """
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a DataFrame
+        value = [{k: v for k, v in row.items() if v == v} for row in value.to_dict("records")]
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"messages must be a list of dicts, got {type(value).__name__}.")
+    found = []
+    for i, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"message {i} is a {type(message).__name__}, not a dict.")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise ValueError(f"message {i}: role must be a non-empty string, got {role!r}.")
+        found.append(dict(message))
+    if not found:
+        raise ValueError("messages is empty; give at least one message.")
+    return found
+
+
+def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
+    """Whether each message counts: "trainable" decides, then "weight", then the role."""
+    counts = []
+    for i, message in enumerate(messages):
+        is_counted = message["role"] == "assistant"
+        for key in WEIGHT_KEYS:
+            value = message.get(key)
+            if value is not None:
+                if value not in (0, 1):
+                    raise ValueError(f"message {i}: {key} must be 0 or 1, got {value!r}.")
+                is_counted = bool(value)
+        counts.append(is_counted)
+    if train_on == "last" and any(counts):
+        last = max(i for i, is_counted in enumerate(counts) if is_counted)
+        counts = [i == last for i in range(len(counts))]
+    return tuple(counts)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as templates read it: content as text, reasoning under the names that they know."""
+    found = {k: v for k, v in message.items() if k not in WEIGHT_KEYS}
+    for key in [k for k, v in found.items() if v is None and k != "content"]:
+        del found[key]  # a column of a table that other rows use
+    if not found.get("tool_calls"):
+        found.pop("tool_calls", None)
+    content = found.get("content")
+    if isinstance(content, list):
+        found["content"] = content = "".join(_text_of_part(part) for part in content)
+    if content is None and "tool_calls" not in found:
+        found["content"] = ""
+    elif content is not None and not isinstance(content, str):
+        raise TypeError(f"content must be a string, got {type(content).__name__}.")
+    reasoning = next((found[key] for key in REASONING_KEYS if found.get(key)), None)
+    if reasoning is not None:
+        # As transformers does: the standard name, and the one that gpt-oss reads.
+        found = {"thinking": reasoning, **found, "reasoning_content": reasoning}
+    return found
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ValueError(f"content has a part of type {kind!r}; only text can be trained on")
+
+
+def _form(
+    message: dict[str, Any], arguments: Callable[[Any], Any], content: dict[str, Any] | None
+) -> dict[str, Any]:
+    """*message* with its calls' arguments converted, and its content replaced if it is empty."""
+    if "tool_calls" not in message:
+        return message
+    found = dict(message)
+    if not found.get("content"):
+        if content is None:
+            found.pop("content", None)
+        else:
+            found.update(content)
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or call)
+        function["arguments"] = arguments(function.get("arguments", {}))
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**found, "tool_calls": calls}
+
+
+def _as_object(arguments: Any) -> Any:
+    if isinstance(arguments, str):
+        try:
+            return json.loads(arguments)
+        except ValueError:
+            return arguments
+    return arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text in a message, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_of(item)
