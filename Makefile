@@ -85,9 +85,9 @@ clean: ## remove what make made
 	@touch $@
 
 .venv/test: .venv/made $(INSTALLED_BY)
-	$(PIP) -e '.[local,test]'
+	$(PIP) -e '.[local,data,test]'
 	@touch .venv/local $@
 
 .venv/bench: .venv/test
-	$(PIP) -e '.[local,test,bench]'
+	$(PIP) -e '.[local,data,test,bench]'
 	@touch .venv/local .venv/test $@

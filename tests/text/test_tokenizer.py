@@ -327,7 +327,7 @@ def test_a_model_without_a_template_says_so(directory):
 def test_what_a_template_refuses_is_told_in_its_words(directory):
     (directory / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
 
-    with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
+    with pytest.raises(ValueError, match="does not accept these messages: roles must alternate"):
         tokenizer.load(str(directory)).apply_chat_template(MESSAGES)
 
 
@@ -335,7 +335,9 @@ def test_a_template_from_the_hub_cannot_run_what_it_likes(directory):
     """It is a program of strangers: it runs in a sandbox."""
     (directory / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
-    with pytest.raises(ValueError, match=r"the chat template cannot be used: .*unsafe"):
+    with pytest.raises(
+        ValueError, match=r"does not accept these messages: .*unsafe"
+    ):
         tokenizer.load(str(directory)).apply_chat_template(MESSAGES)
 
 

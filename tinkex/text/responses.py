@@ -62,9 +62,7 @@ def parse_response(
     return parse_text(text, getattr(renderer.tokenizer, "control_tokens", ()))
 
 
-def parse_text(
-    text: str, control_tokens: Iterable[str] = ()
-) -> dict[str, Any]:
+def parse_text(text: str, control_tokens: Iterable[str] = ()) -> dict[str, Any]:
     """The same of text; *control_tokens* are removed from what is left as content."""
     if "<|channel|>" in text:
         return _harmony(text)
