@@ -335,9 +335,7 @@ def test_a_template_from_the_hub_cannot_run_what_it_likes(directory):
     """It is a program of strangers: it runs in a sandbox."""
     (directory / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
-    with pytest.raises(
-        ValueError, match=r"does not accept these messages: .*unsafe"
-    ):
+    with pytest.raises(ValueError, match=r"does not accept these messages: .*unsafe"):
         tokenizer.load(str(directory)).apply_chat_template(MESSAGES)
 
 
