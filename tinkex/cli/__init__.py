@@ -18,6 +18,7 @@ from tinkex.cli import (
     conformance,
     doctor,
     formatting,
+    home,
     run,
     sample,
     serve,
@@ -72,6 +73,7 @@ for _command in (
     checkpoint.checkpoint,
     session.session,
     doctor.doctor,
+    home.home,
 ):
     cli.add_command(_command)
 

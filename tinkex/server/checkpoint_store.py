@@ -6,6 +6,7 @@ and removed before they are deleted. Does not know what the files contain.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import time
@@ -16,8 +17,10 @@ import attrs
 
 from tinkex import types
 from tinkex.server.database import CheckpointRow, Database, RunRow
-from tinkex.server.home import Home, move_into_place, tree_bytes
+from tinkex.server.home import Home, file_hash, move_into_place, tree_bytes, tree_hashes
 from tinkex.server.http_errors import Refusal, not_found, shown
+
+logger = logging.getLogger(__name__)
 
 #: A checkpoint folder without a row that is older than this was left by a server that died.
 _ORPHAN_SECONDS = 3600.0
@@ -34,10 +37,18 @@ class Checkpoints:
         self._now = now
 
     def add(self, draft: Path, row: CheckpointRow) -> CheckpointRow:
-        """Move the complete files in *draft* to their place and enter them; `directory` and
-        `size_bytes` of *row* are filled in. A checkpoint of that path is replaced as a whole."""
+        """Move the complete files in *draft* to their place and add the row.
+
+        `directory`, `size_bytes` and `file_hashes` of *row* are filled in. A checkpoint of that
+        path is replaced as a whole.
+        """
         old = self._db.one(CheckpointRow, "SELECT * FROM checkpoints WHERE path = ?", row.path)
-        row = attrs.evolve(row, size_bytes=tree_bytes(draft), directory=str(self._place(row)))
+        row = attrs.evolve(
+            row,
+            size_bytes=tree_bytes(draft),
+            directory=str(self._place(row)),
+            file_hashes=tree_hashes(draft),
+        )
         move_into_place(draft, Path(row.directory))
         try:
             self._db.replace("checkpoints", row)
@@ -47,6 +58,32 @@ class Checkpoints:
         if old is not None:
             shutil.rmtree(old.directory, ignore_errors=True)
         return row
+
+    def verify(self, directory: Path) -> None:
+        """Compare a checkpoint's files with what was saved.
+
+        Args:
+            directory: where it is. Nothing is compared for a folder that is no checkpoint, or one
+                of a version that saved no hashes.
+
+        Raises:
+            Refusal: 400 if a file is missing or has changed: the name of the file.
+        """
+        row = self._db.one(
+            CheckpointRow, "SELECT * FROM checkpoints WHERE directory = ?", str(directory)
+        )
+        damage = None if row is None else damage_of(row)
+        if row is not None and damage is not None:
+            logger.error("Checkpoint %s in %s is damaged: %s.", row.path, directory, damage)
+            raise Refusal(
+                400,
+                f"checkpoint {shown(row.path, 300)} is damaged and is not used: {damage}. Restore "
+                "the file from a copy, or delete the checkpoint and take another one.",
+            )
+
+    def all_rows(self) -> list[CheckpointRow]:
+        """Every checkpoint, of all owners."""
+        return self._db.all(CheckpointRow, "SELECT * FROM checkpoints ORDER BY path")
 
     def _place(self, row: CheckpointRow) -> Path:
         """A folder that a person can find, and that no other checkpoint has or had."""
@@ -139,6 +176,7 @@ class Checkpoints:
             Refusal: 400, 404.
         """
         row = self.find(source, owner)
+        self.verify(Path(row.directory))
         path, now = f"tinker://{run_id}/{row.checkpoint_id}", self._now()
         there = self.named(path)
         if there is not None and there.origin == f"copy:{source}":
@@ -250,6 +288,20 @@ class Checkpoints:
             session_id,
         )
         return count, size
+
+
+def damage_of(row: CheckpointRow) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    if row.file_hashes is None:
+        return None
+    for name, expected in row.file_hashes.items():
+        try:
+            found = file_hash(Path(row.directory) / name)
+        except OSError as exc:
+            return f"{name} cannot be read ({exc.strerror or exc})"
+        if found != expected:
+            return f"{name} has SHA-256 {found[:16]}..., but {expected[:16]}... was saved"
+    return None
 
 
 def check_path(path: str) -> None:

@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS checkpoints (
     train_mlp INTEGER NOT NULL, train_attn INTEGER NOT NULL, train_unembed INTEGER NOT NULL,
     directory TEXT NOT NULL, size_bytes INTEGER NOT NULL, created_at REAL NOT NULL,
     expires_at REAL, public INTEGER NOT NULL DEFAULT 0, user_metadata TEXT, origin TEXT NOT NULL,
-    sha256 TEXT);
+    sha256 TEXT, file_hashes TEXT);
 CREATE INDEX IF NOT EXISTS sessions_by_owner ON sessions (owner, created_at);
 CREATE INDEX IF NOT EXISTS runs_by_owner ON runs (owner, last_request_at);
 CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
@@ -48,6 +48,9 @@ CREATE INDEX IF NOT EXISTS checkpoints_by_run ON checkpoints (run_id);
 CREATE INDEX IF NOT EXISTS checkpoints_by_owner ON checkpoints (owner, created_at);
 CREATE INDEX IF NOT EXISTS checkpoints_by_expiry ON checkpoints (expires_at);
 """
+
+#: Columns that earlier versions did not have.
+_ADDED_COLUMNS = (("checkpoints", "file_hashes", "TEXT"),)
 
 #: Seconds to wait for another server that is writing.
 _BUSY_SECONDS = 10.0
@@ -100,7 +103,13 @@ class SamplerRow:
 
 @attrs.frozen
 class CheckpointRow:
-    """origin: the operation that made it, by which a repeat of that operation is known."""
+    """A checkpoint.
+
+    Attributes:
+        origin: the operation that made it, by which a repeat of that operation is known.
+        sha256: of its archive, once that was asked for.
+        file_hashes: file name -> SHA-256 at saving; None for those of earlier versions.
+    """
 
     path: str
     run_id: str
@@ -120,6 +129,7 @@ class CheckpointRow:
     user_metadata: dict[str, Any] | None
     origin: str
     sha256: str | None = None
+    file_hashes: dict[str, str] | None = None
 
     def public_form(self) -> types.Checkpoint:
         return types.Checkpoint(
@@ -134,7 +144,7 @@ class CheckpointRow:
         )
 
 
-_JSON_COLUMNS = {"user_metadata", "tags"}
+_JSON_COLUMNS = {"user_metadata", "tags", "file_hashes"}
 _BOOL_COLUMNS = {"train_mlp", "train_attn", "train_unembed", "public"}
 
 
@@ -177,11 +187,20 @@ class Database:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            self._add_missing_columns()
         except sqlite3.Error as exc:
             raise HomeError(
                 f"the database {path} cannot be used: {exc}; repair it or move it away, or choose "
                 "another --home."
             ) from exc
+
+    def _add_missing_columns(self) -> None:
+        """A database of an earlier version gets the columns that were added since."""
+        with self.transaction() as db:
+            for table, column, kind in _ADDED_COLUMNS:
+                there = {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}
+                if column not in there:
+                    db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
 
     def close(self) -> None:
         with self._lock:

@@ -301,6 +301,7 @@ class Workshop:
         model = work.model
         try:
             row = self._store.checkpoints.find(request.path, model.owner)
+            self._store.checkpoints.verify(Path(row.directory))
             if work.seq == 0:
                 self.load_base(engine, model.base_model)
                 yield
@@ -398,6 +399,8 @@ class Workshop:
                     f"{sampler.sampler_id} has been deleted or has expired; save the weights "
                     "again and make a new sampling client."
                 )
+            if sampler.directory is not None:
+                self._store.checkpoints.verify(sampler.directory)
             self.load_base(engine, sampler.base_model)
             engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
             self._open[engine_id] = 0

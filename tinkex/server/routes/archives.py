@@ -36,6 +36,7 @@ async def give_ticket(call: Call) -> Response:
     row = await call.site.in_pool(
         call.site.store.checkpoints.find, checkpoint_path(call), call.owner
     )
+    await call.site.in_pool(call.site.store.checkpoints.verify, Path(row.directory))
     now = time.time()
     tickets = call.site.tickets
     for token in [token for token, ticket in tickets.items() if ticket.expires_at < now]:
