@@ -19,9 +19,9 @@ PACKAGE = Path(__file__).parent.parent / "tinkex"
 FLOORS = [
     "_version types/ errors",
     "wire/ config futures text/ runtime/executor cli/progress cli/formatting",
-    "runtime/wait_log runtime/tracing runtime/log_setup",
+    "runtime/interpreter_exit runtime/wait_log runtime/tracing runtime/log_setup",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "
-    "runtime/rate_limit runtime/responses data/ cli/options",
+    "runtime/pending runtime/rate_limit runtime/responses data/ cli/options",
     "runtime/retry runtime/http_session",
     "runtime/transport",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
@@ -62,6 +62,7 @@ HEAVY_ALLOWED = {"wire.proto_messages": {"google"}}
 #: Private names of other packages, each in one module behind a check that has a way back.
 FOREIGN = {
     "engine.matmul": {"_linear_pointwise"},
+    "runtime.interpreter_exit": {"_run_exitfuncs"},
     "runtime.http_adapter": {"_get_conn", "_put_conn"},
 }
 

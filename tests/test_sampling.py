@@ -517,13 +517,56 @@ def test_the_base_model_is_asked_for_where_it_is_not_known(server):
         assert "a b" == client.decode(client.encode("a b"))
 
 
+def test_close_waits_for_what_is_under_way(client, server):
+    server.not_yet = 3
+    futures = [client.sample([i]) for i in range(20)]
+    client.close()
+
+    assert all(future.done() and future.result() for future in futures)
+    with pytest.raises(errors.ClientClosedError, match="This SamplingClient is closed"):
+        client.sample([1])
+
+
+def test_close_says_what_was_not_done_in_time(client, server):
+    entered, release = threading.Event(), threading.Event()
+    for path in ("retrieve_future", "retrieve_futures"):
+        server.always(path, blocked(entered, release))
+    future = client.sample([1])
+    entered.wait(10)
+
+    with pytest.raises(
+        errors.ClientClosedError, match=r"1 operation \(0 not sent, 1 in progress\)"
+    ):
+        client.close(timeout=0.05)
+    release.set()
+    assert isinstance(future.exception(5), errors.ClientClosedError)
+
+
+def test_samples_that_the_caller_has_abandoned_are_not_waited_for(client, server):
+    """Leaving the loop over sample_many early must not make close() wait for thousands."""
+    entered, release = threading.Event(), threading.Event()
+    stream = client.sample_many([[i] for i in range(10)], in_flight=1)
+    next(stream)
+    for path in ("retrieve_future", "retrieve_futures"):
+        server.always(path, blocked(entered, release))
+    waiting = threading.Thread(target=lambda: next(stream, None))
+    waiting.start()
+    entered.wait(10)
+    client._session.pending.wait(None, 0)
+    release.set()
+    waiting.join(10)
+    stream.close()
+
+    assert [] == client._session.pending.open()
+
+
 def test_a_closed_client_fails_what_is_under_way_and_takes_nothing_more(client, server):
     entered, release = threading.Event(), threading.Event()
     for path in ("retrieve_future", "retrieve_futures"):
         server.always(path, blocked(entered, release))
     future = client.sample([1])
     entered.wait(10)
-    client.close()
+    client.close(cancel=True)
     client.close()
 
     with pytest.raises(errors.ClientClosedError, match="was closed"):
@@ -555,7 +598,7 @@ def test_closing_resolves_what_waits_for_room(server):
         client = SamplingClient.create(s, base_model="m")
         futures = [client.sample([i]) for i in range(50)]
         threading.Event().wait(0.05)
-        client.close()
+        client.close(cancel=True)
         release.set()
 
         assert all(isinstance(f.exception(5), errors.ClientClosedError) for f in futures)

@@ -154,7 +154,8 @@ class Patience:
         report_after: before a wait is reported in the log.
         report_every: between two reports of the same wait.
         heartbeat: between two heartbeats of a session.
-        close: at most, for close() to finish what was submitted.
+        close: at most, for close() and the end of a program to wait until what was submitted is
+            done; they give up sooner when the server says nothing for `no_answer`.
     """
 
     connect: float = _seconds(5.0)
@@ -165,7 +166,7 @@ class Patience:
     report_after: float = _seconds(8.0)
     report_every: float = _seconds(60.0)
     heartbeat: float = _seconds(10.0)
-    close: float = _seconds(30.0)
+    close: float = _seconds(86_400.0)
 
 
 @attrs.frozen

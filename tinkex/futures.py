@@ -90,6 +90,8 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         self._ended: float | None = None  # when it was resolved; time.monotonic()
         #: Called when a failure has been handed to the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
+        #: True once a failure was handed to the caller, and while the caller waits for the result.
+        self.is_retrieved = False
 
     def set_result(self, result: T) -> None:
         """Resolve it; for those who make the future."""
@@ -135,10 +137,12 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What it failed with, or None if it succeeded; waits like `result`."""
+        self.is_retrieved = True
         try:
             exc = super().exception(timeout)
         except concurrent.futures.TimeoutError:
             if not self.done():
+                self.is_retrieved = False
                 raise self._not_done(timeout) from None
             exc = super().exception()  # it was done just then
         if exc is not None:
@@ -162,12 +166,17 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
             except RuntimeError:
                 logger.debug("%s is done, but the event loop that awaited it is closed", self.what)
 
+        self.is_retrieved = True
         self.add_done_callback(wake)
         try:
             await asyncio.wait_for(finished, timeout)
         except asyncio.TimeoutError:
             if not self.done():
+                self.is_retrieved = False
                 raise self._not_done(timeout) from None
+        except asyncio.CancelledError:
+            self.is_retrieved = False
+            raise
         return self.result(0)
 
     def __await__(self) -> Generator[Any, None, T]:

@@ -24,11 +24,21 @@ from tinkex import errors, types, wire
 from tinkex.config import Config
 from tinkex.futures import OperationFuture, fail, gather, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
+from tinkex.runtime.pending import drop
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.responses import connection_error, error_detail
 from tinkex.runtime.retry import ONCE, Retry, check_retry
 from tinkex.runtime.sample_watch import CompletionWatch
-from tinkex.runtime.session import Session, connect, is_missing_route, not_offered
+from tinkex.runtime.session import (
+    CLOSE_TIMEOUT,
+    HURRIED_TIMEOUT,
+    Session,
+    check_close_timeout,
+    connect,
+    is_missing_route,
+    is_normal_end,
+    not_offered,
+)
 from tinkex.runtime.wait_log import Wait
 from tinkex.text import tokenizer
 
@@ -87,6 +97,7 @@ class SamplingClient:
         self._completions: CompletionWatch | None = None
         if features.sample_use_retrieve_futures:
             self._completions = CompletionWatch(session, sampling_session_id, clone)
+        self._closing = threading.Event()
         self._closed = threading.Event()
 
     @classmethod
@@ -190,6 +201,7 @@ class SamplingClient:
             model=self.sampling_session_id,
             tokens=partial(batching.count_tokens, request.prompt),
         )
+        self._session.pending.add(self.sampling_session_id, future, ordered=False)
         nbytes = batching.size_of_input(request.prompt)
         sampling = _Sample(self, request, future, nbytes, poll_timeout)
         if self._completions is not None:
@@ -211,6 +223,7 @@ class SamplingClient:
         future: OperationFuture[list[float | None]]
         future = OperationFuture(f"compute_logprobs of {self.sampling_session_id}")
         future.set_running_or_notify_cancel()
+        self._session.pending.add(self.sampling_session_id, future, ordered=False)
         gather([sampled], lambda r: _prompt_logprobs(r[0]), future)
         return future
 
@@ -258,20 +271,23 @@ class SamplingClient:
         done = queue.SimpleQueue()
         waiting = enumerate(prompts)
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        under_way = 0
-        with _ProgressBar(total, progress) as bar:
-            while True:
-                while under_way < in_flight and (item := next(waiting, None)) is not None:
-                    index, prompt = item
-                    future = self.sample(prompt, num_samples, sampling_params, **options)
-                    future.add_done_callback(lambda f, i=index: done.put((i, f)))  # type: ignore[misc]
-                    under_way += 1
-                if not under_way:
-                    return
-                index, future = done.get()
-                under_way -= 1
-                bar.update()
-                yield index, future.result()
+        under_way: set[OperationFuture[types.SampleResponse]] = set()
+        try:
+            with _ProgressBar(total, progress) as bar:
+                while True:
+                    while len(under_way) < in_flight and (item := next(waiting, None)) is not None:
+                        index, prompt = item
+                        future = self.sample(prompt, num_samples, sampling_params, **options)
+                        under_way.add(future)
+                        future.add_done_callback(lambda f, i=index: done.put((i, f)))  # type: ignore[misc]
+                    if not under_way:
+                        return
+                    index, future = done.get()
+                    under_way.remove(future)
+                    bar.update()
+                    yield index, future.result()
+        finally:
+            self._session.pending.forget(under_way)
 
     def sample_stream(
         self,
@@ -380,8 +396,31 @@ class SamplingClient:
         """How many samples are submitted at a time now; falls after a 429, and rises again."""
         return self._pace.limit
 
-    def close(self) -> None:
-        """Take no more samples and fail those under way. Safe to call twice."""
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
+        """Wait until what was submitted is done, and take no more samples. Safe to call twice.
+
+        Args:
+            cancel: do not wait; fail what is not done.
+            timeout: seconds to wait at most, by default `patience.close`. Then what is not done
+                is failed.
+
+        Raises:
+            ClientClosedError: If something was not done in time; says how much. Only logged while
+                another exception is being handled, and with cancel.
+        """
+        patience = check_close_timeout(timeout, self._session.config.patience.close)
+        self._closing.set()
+        owner = self.sampling_session_id
+        try:
+            left = self._session.wait_for_pending(owner, 0.0 if cancel else patience)
+        except BaseException:  # Ctrl-C: the user does not want to wait
+            self._end(HURRIED_TIMEOUT)
+            raise
+        self._end(CLOSE_TIMEOUT)
+        self._session.pending.report(owner)
+        drop(left, whose=f"the sampling client {owner}", normal_end=not cancel, seconds=patience)
+
+    def _end(self, timeout: float) -> None:
         if self._closed.is_set():
             return
         self._closed.set()
@@ -391,7 +430,7 @@ class SamplingClient:
         closed = errors.ClientClosedError("The sampling client was closed.")
         self._session.poller.abandon(self.sampling_session_id, closed)
         if self._owns_session:
-            self._session.close()
+            self._session.close(timeout=timeout)
 
     def __enter__(self) -> SamplingClient:
         return self
@@ -402,7 +441,7 @@ class SamplingClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(cancel=not is_normal_end(exc))
 
     def __repr__(self) -> str:
         state = "closed" if self._closed.is_set() else f"{self._next % CLONE_BLOCK} sampled"
@@ -422,8 +461,13 @@ class SamplingClient:
     # The way down.
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
+        if self._closing.is_set():
             raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
+        self._session.check_open()
+
+    def _check_not_closed(self) -> None:
+        if self._closed.is_set():
+            raise errors.ClientClosedError("The sampling client was closed.")
         self._session.check_usable()
 
     def _is_closed(self) -> bool:
@@ -508,7 +552,7 @@ class _Sample:
         """Submit when there is room; False after a 429."""
         client = self._client
         with client._pace.admitted(self._nbytes, client._is_closed):
-            client._check_open()
+            client._check_not_closed()
             try:
                 self._start(inner, wait)
             except errors.RateLimitError as exc:

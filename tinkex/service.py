@@ -16,9 +16,10 @@ from tinkex import training, types, wire
 from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture
 from tinkex.rest import RestClient
+from tinkex.runtime.pending import drop
 from tinkex.runtime.restore import check_restore, restore
 from tinkex.runtime.retry import Retry
-from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect
+from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect, is_normal_end
 from tinkex.sampling import SamplingClient, check_source
 from tinkex.training import TrainingClient
 
@@ -256,13 +257,22 @@ class ServiceClient:
         return self._session.telemetry
 
     def close(self, reason: str = "success", detail: str | None = None) -> None:
-        """End the session, and the embedded engine if this was its last user.
+        """Wait until what was submitted is done, then end the session. Safe to call twice.
+
+        The embedded engine ends with its last session. The wait takes `patience.close` at most.
 
         Args:
-            reason: "success", "errored" or "interrupted"; stored by the server.
+            reason: "success", "errored" or "interrupted"; stored by the server. Only with "success"
+                does close() wait; else it drops what is not done, and logs how much.
             detail: more about it, in words; stored by the server.
+
+        Raises:
+            ClientClosedError: If something was not done in time; says how much. Only logged while
+                another exception is being handled.
         """
-        self._session.close(reason, detail)
+        wait = self._session.config.patience.close if reason == "success" else 0.0
+        left = self._session.finish(reason, detail, wait=wait)
+        drop(left, whose=f"session {self.session_id}", normal_end=wait > 0, seconds=wait)
 
     def __enter__(self) -> ServiceClient:
         return self
@@ -273,12 +283,13 @@ class ServiceClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if is_normal_end(exc):
             self.close()
-        elif issubclass(kind, Exception):
+        elif isinstance(exc, Exception):
             self.close("errored")
         else:
-            self._session.close("interrupted", timeout=HURRIED_TIMEOUT)
+            left = self._session.finish("interrupted", timeout=HURRIED_TIMEOUT)
+            drop(left, whose=f"session {self.session_id}", normal_end=False)
 
     def __repr__(self) -> str:
         state = "closed" if self._session.is_closed else "open"

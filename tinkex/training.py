@@ -22,9 +22,20 @@ import attrs
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, gather, succeed
 from tinkex.runtime import batching, custom_loss, operation_log
+from tinkex.runtime.pending import drop
 from tinkex.runtime.polling import check_timeout as _check_poll_timeout
 from tinkex.runtime.retry import Retry, check_retry
-from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect, is_missing_route, not_offered
+from tinkex.runtime.session import (
+    CLOSE_TIMEOUT,
+    HURRIED_TIMEOUT,
+    Session,
+    check_close_timeout,
+    connect,
+    exit_timeout,
+    is_missing_route,
+    is_normal_end,
+    not_offered,
+)
 from tinkex.runtime.wait_log import Wait
 from tinkex.runtime.worker import OrderedWorker, Turn
 from tinkex.sampling import SamplingClient
@@ -401,6 +412,7 @@ class TrainingClient:
                 self.model_id, seq_id, name, ttl_seconds, overwrite, user_metadata
             ),
             poll_timeout,
+            saves=f"save_state({name!r}) of {self.model_id}",
         )
 
     def load_state(
@@ -436,6 +448,7 @@ class TrainingClient:
                 user_metadata=user_metadata,
             ),
             poll_timeout,
+            saves=f"save_weights_for_sampler({name!r}) of {self.model_id}",
         )
 
     def save_weights_and_get_sampling_client(
@@ -464,7 +477,7 @@ class TrainingClient:
             self._save_for_sampler(turn, saved, path, ttl_seconds, poll_timeout)
             gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
 
-        return self._put(run, what)
+        return self._put(run, what, saves=what)
 
     def _save_for_sampler(
         self,
@@ -637,25 +650,48 @@ class TrainingClient:
         return self._put(run, what)
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
-        """Send what is queued (or cancel it), and end the client's thread. Safe to call twice.
-
-        Futures of what was sent still resolve, unless the session is the client's own.
+        """Wait until what was submitted is done, and end the client's thread. Safe to call twice.
 
         Args:
-            cancel: cancel what is not sent yet.
-            timeout: seconds to wait for it at most; then what is left is failed.
+            cancel: do not wait; cancel what is not sent yet. What was sent still resolves, unless
+                the session is the client's own.
+            timeout: seconds to wait at most, by default `patience.close`. Then what is not sent
+                is dropped.
+
+        Raises:
+            ClientClosedError: If something was not done in time; says how much. Only logged while
+                another exception is being handled, and with cancel.
         """
-        patience = _check_close_timeout(timeout, self._session.config.patience.close)
+        patience = check_close_timeout(timeout, self._session.config.patience.close)
         with self._lock:
             self._ended = self._ended or f"the client of model {self.model_id} is closed"
         started = time.monotonic()
-        self._worker.close(cancel=cancel, timeout=patience)
+        left = ""
+        if not self._worker.is_current_thread:
+            self._worker.end()
+            try:
+                left = self._session.wait_for_pending(self.model_id, 0.0 if cancel else patience)
+            except BaseException:  # Ctrl-C: the user does not want to wait
+                self._end(cancel=True, timeout=HURRIED_TIMEOUT)
+                raise
+        left_over = CLOSE_TIMEOUT if cancel or left else patience - (time.monotonic() - started)
+        self._end(cancel=cancel, timeout=min(max(left_over, 0.0), patience))
+        self._session.pending.report(self.model_id)
+        drop(
+            left,
+            whose=f"the client of model {self.model_id}",
+            normal_end=not cancel,
+            seconds=patience,
+        )
+
+    def _end(self, *, cancel: bool, timeout: float) -> None:
+        """End the thread and, if it is this client's own, the session."""
+        started = time.monotonic()
+        self._worker.close(cancel=cancel, timeout=timeout)
         if self._owns_session:
-            if not cancel:
-                left = patience - (time.monotonic() - started)
-                self._session.poller.drain(self.model_id, max(left, 0))
-            left = patience - (time.monotonic() - started)
-            self._session.close("interrupted" if cancel else "success", timeout=left)
+            left = max(HURRIED_TIMEOUT, timeout - (time.monotonic() - started))
+            reason = "interrupted" if cancel else "success"
+            self._session.close(reason, timeout=min(left, CLOSE_TIMEOUT))
 
     def __enter__(self) -> TrainingClient:
         return self
@@ -666,8 +702,7 @@ class TrainingClient:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        hurried = kind is not None and not issubclass(kind, Exception)
-        self.close(cancel=kind is not None, timeout=HURRIED_TIMEOUT if hurried else None)
+        self.close(cancel=not is_normal_end(exc), timeout=exit_timeout(exc))
 
     def __repr__(self) -> str:
         in_flight = self._session.poller.in_flight(self.model_id)
@@ -765,6 +800,8 @@ class TrainingClient:
         operation: wire.Operation[T],
         request: Callable[[int], Any],
         poll_timeout: float | None,
+        *,
+        saves: str = "",
     ) -> OperationFuture[T]:
         """Queue an operation of one request, which is made when its number is known."""
         _check_poll_timeout(poll_timeout)
@@ -772,7 +809,7 @@ class TrainingClient:
         def run(turn: Turn, future: OperationFuture[T]) -> None:
             turn.send(lambda seq_id: self._start(operation, request(seq_id), future, poll_timeout))
 
-        return self._put(run, f"{operation.path} on {self.model_id}")
+        return self._put(run, f"{operation.path} on {self.model_id}", saves=saves)
 
     def _load(
         self, path: str, *, optimizer: bool, poll_timeout: float | None
@@ -813,7 +850,10 @@ class TrainingClient:
         run: Callable[[Turn, OperationFuture[T]], None],
         what: str,
         tokens: Callable[[], int] = lambda: 0,
+        *,
+        saves: str = "",
     ) -> OperationFuture[T]:
+        """Queue a call; *saves* is what to call it in a warning, if it saves the weights."""
         self._check_open(what)
 
         def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
@@ -822,12 +862,14 @@ class TrainingClient:
             run(turn, future)
 
         note = partial(operation_log.submitted, model=self.model_id, tokens=tokens)
-        return self._worker.put(run_unless_unloaded, what, note)
+        future = self._worker.put(run_unless_unloaded, what, note)
+        self._session.pending.add(self.model_id, future, saves=saves)
+        return future
 
     def _check_open(self, what: str) -> None:
         if self._ended:
             raise self._is_ended(what)
-        self._session.check_usable()
+        self._session.check_open()
 
     def _is_ended(self, what: str) -> errors.ClientClosedError:
         return errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
@@ -846,16 +888,6 @@ def check_base_model(base_model: object) -> None:
         raise TypeError(f"invalid base_model: {base_model!r} (a str is needed).")
     if not base_model.strip():
         raise ValueError("base_model must not be empty.")
-
-
-def _check_close_timeout(timeout: object, default: float) -> float:
-    if timeout is None:
-        return default
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
-        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
-    if not 0 <= timeout < math.inf:
-        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
-    return timeout
 
 
 def check_observer(observer: object) -> None:

@@ -9,6 +9,7 @@ import heapq
 import logging
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -21,8 +22,16 @@ import attrs
 
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
-from tinkex.runtime import auth, embedded, log_setup, operation_log, telemetry
+from tinkex.runtime import (
+    auth,
+    embedded,
+    interpreter_exit,
+    log_setup,
+    operation_log,
+    telemetry,
+)
 from tinkex.runtime.executor import DaemonExecutor
+from tinkex.runtime.pending import PendingOperations, describe
 from tinkex.runtime.polling import Poller, Promise, queue_state, tell
 from tinkex.runtime.responses import Answer
 from tinkex.runtime.retry import ONCE, Retry
@@ -219,6 +228,9 @@ class Session(Connection):
         self.sample_pool = DaemonExecutor(settings.sampling.connections, "tinkex-sample")
         #: What the clients of the session have started: it ends with the session.
         self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
+        #: What the clients of the session have submitted and is not done.
+        self.pending = PendingOperations()
+        self._closing = threading.Event()
         self._owns_session = session_id is None
         try:
             self.session_id = session_id or self._create(user_metadata)
@@ -232,6 +244,7 @@ class Session(Connection):
         )
         if heartbeat:
             self._heart.start()
+        _sessions.add(self)
 
     def _create(self, user_metadata: dict[str, Any] | None) -> str:
         created = self.transport.call(
@@ -389,7 +402,7 @@ class Session(Connection):
 
     def in_background(self, function: Callable[[], T], what: str) -> OperationFuture[T]:
         """Run *function*, which waits for the server, on a thread; the future of its result."""
-        self.check_usable()
+        self.check_open()
         future: OperationFuture[T] = OperationFuture(what)
 
         def run() -> None:
@@ -440,27 +453,100 @@ class Session(Connection):
         request = types.SessionHeartbeatRequest(self.session_id)
         self.transport.call(wire.SESSION_HEARTBEAT, request, retry=ONCE, timeout=10.0)
 
+    def check_open(self) -> None:
+        """ClientClosedError if the session takes no new operations."""
+        if self._closing.is_set():
+            raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
+        self.check_usable()
+
+    def wait_for_pending(self, owner: str | None, seconds: float) -> str:
+        """Wait until what *owner* (None: everybody) has submitted is done; what is left, in words.
+
+        Gives up after *seconds*, when the session is closed, or when nothing was heard from the
+        server for `patience.no_answer`.
+        """
+        if not seconds or os.getpid() != self._pid:
+            return describe(self.pending.open(owner))
+        waits = self.transport.waits
+        began, patience = waits.now(), self.config.patience.no_answer
+
+        def is_hopeless() -> bool:
+            heard = max(began, waits.last_heard or began)
+            return self.is_closed or waits.now() - heard >= patience
+
+        with waits.begin("what was submitted to be done before closing"):
+            return describe(self.pending.wait(owner, seconds, is_hopeless))
+
     def close(
         self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
     ) -> None:
+        """`finish` without waiting for what was submitted."""
+        self.finish(reason, detail, timeout)
+
+    def finish(
+        self,
+        reason: str = "success",
+        detail: str | None = None,
+        timeout: float = CLOSE_TIMEOUT,
+        *,
+        wait: float = 0.0,
+    ) -> str:
         """End the session: tell the server (once), stop the threads. Safe to call twice.
 
         Args:
             reason: "success", "errored" or "interrupted".
-            timeout: seconds that it takes at most.
+            timeout: seconds that telling the server takes at most.
+            wait: seconds to wait before that, at most, for what was submitted.
+
+        Returns in words what was not done by then, and is dropped.
         """
+        if self.is_closed:
+            return ""
+        self._closing.set()  # or the wait might never end
+        try:
+            left = self.wait_for_pending(None, wait)
+        except BaseException:  # Ctrl-C: the user does not want to wait
+            self._shut_down("interrupted", detail, HURRIED_TIMEOUT)
+            raise
+        self._shut_down(reason, detail, timeout)
+        self.pending.report()
+        return left
+
+    def _shut_down(self, reason: str, detail: str | None, timeout: float) -> None:
+        self._closing.set()
         if not self._begin_closing():
             return
         started = time.monotonic()
         if os.getpid() == self._pid:
-            for dependent in list(self.dependents):
-                dependent.end()
-            self.poller.close()
-            self._background.shutdown()
-            self.sample_pool.shutdown()
+            self._stop_threads()
             self._say_goodbye(reason, detail, timeout)
         left = timeout - (time.monotonic() - started)
         self._let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
+
+    def _stop_threads(self) -> None:
+        for dependent in list(self.dependents):
+            dependent.end()
+        self.poller.close()
+        self._background.shutdown()
+        self.sample_pool.shutdown()
+
+    def end_with_program(self, wait: float) -> str:
+        """Wait *wait* seconds at most for what was submitted, then stop the threads.
+
+        The server is not told: other processes may share the session, as pickled clients do.
+        Returns in words what is dropped.
+        """
+        self._closing.set()
+        left = self.wait_for_pending(None, wait)
+        if self._begin_closing():
+            self._stop_threads()
+            self.transport.close()
+        return left
+
+    @property
+    def ends_with_this_process(self) -> bool:
+        """True if it is open, and not inherited from the process this one was forked from."""
+        return not self.is_closed and os.getpid() == self._pid
 
     def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
         """The last telemetry, and that the session is over; on a thread, as a server may hang."""
@@ -483,6 +569,71 @@ class Session(Connection):
             )
         except errors.TinkexError as exc:
             logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
+
+
+#: All that were ever opened and still exist.
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _end_program() -> None:
+    """Runs when the main thread is done: waits for what was submitted, or prints what is dropped.
+
+    After an exception or Ctrl-C nothing is waited for.
+    """
+    quick = interpreter_exit.ends_by_exception()
+    status = 0
+    for session in [s for s in list(_sessions) if s.ends_with_this_process]:
+        try:
+            _join_threads_of_program()
+            left = session.end_with_program(0.0 if quick else session.config.patience.close)
+        except KeyboardInterrupt:
+            quick, status = True, 130  # as a shell shows an end by Ctrl-C
+            left = session.end_with_program(0.0)
+        session.pending.report()
+        if left:
+            status = status or 1
+            print(
+                f"tinkex: the program ended before {left}. What was not sent is dropped. "
+                "To keep such work, call result() on the last future or close the client before "
+                f"the end; patience.close ({session.config.patience.close:.0f} s) limits the wait.",
+                file=sys.stderr,
+            )
+    if status and not interpreter_exit.ends_by_exception():
+        interpreter_exit.exit_with(status)
+
+
+def _join_threads_of_program() -> None:
+    """Python waits for threads that are no daemons; while they run, they may submit more."""
+    for thread in threading.enumerate():
+        is_ours = thread is threading.main_thread() or interpreter_exit.belongs_to_executor(thread)
+        if not thread.daemon and not is_ours:
+            thread.join()
+
+
+interpreter_exit.call_before_threads_end(_end_program)
+
+
+def check_close_timeout(timeout: object, default: float) -> float:
+    """*timeout* in seconds, *default* for None. ValueError or TypeError if it is neither."""
+    if timeout is None:
+        return default
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
+    return timeout
+
+
+def is_normal_end(exc: BaseException | None) -> bool:
+    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is no failure."""
+    return exc is None or (isinstance(exc, SystemExit) and exc.code in (None, 0))
+
+
+def exit_timeout(exc: BaseException | None) -> float | None:
+    """Seconds for close() after a with block that ended with *exc*; None is the usual patience."""
+    if is_normal_end(exc) or isinstance(exc, Exception):
+        return None
+    return HURRIED_TIMEOUT
 
 
 def tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:

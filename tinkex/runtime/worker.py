@@ -140,6 +140,11 @@ class OrderedWorker:
         return self._queued
 
     @property
+    def is_current_thread(self) -> bool:
+        """True on the worker's own thread, where waiting for its calls would never end."""
+        return self._thread is threading.current_thread()
+
+    @property
     def seq_id(self) -> int:
         """The number of the last accepted send; 0 before the first."""
         return self._seq_id

@@ -1,0 +1,52 @@
+"""The end of the program: what runs before its threads are joined, and the exit status.
+
+`atexit` runs only after the threads of every ThreadPoolExecutor have been joined, which is too late
+to wake them. The hook that concurrent.futures itself uses is private; it is used here alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures.thread  # registers its own hook first, so that ours runs before it
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+
+def call_before_threads_end(function: Callable[[], None]) -> None:
+    """Call *function* when the main thread is done, before threads are joined.
+
+    CPython 3.9 to 3.14 have the hook; its functions run last in, first out. Without it, *function*
+    runs by atexit: then the end of the program waits for open polls.
+    """
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(function)
+
+
+def ends_by_exception() -> bool:
+    """True if an exception that nothing has caught (Ctrl-C included) ends the program.
+
+    Python keeps such an exception in sys.last_type. At an interactive prompt it is an older one.
+    """
+    interactive = hasattr(sys, "ps1") or sys.flags.interactive
+    return not interactive and getattr(sys, "last_type", None) is not None
+
+
+def belongs_to_executor(thread: threading.Thread) -> bool:
+    """True if *thread* is one of a ThreadPoolExecutor's: those end only after our hook has run."""
+    return thread in getattr(concurrent.futures.thread, "_threads_queues", ())
+
+
+def exit_with(status: int) -> None:
+    """Let the program end with *status* after all other functions of atexit have run."""
+
+    def leave() -> None:
+        atexit.unregister(leave)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)  # the last one registered is the first one called
