@@ -96,6 +96,9 @@ class PendingOperations:
     def _warn_about_save(self, owner: str, saves: str) -> None:
         with self._lock:
             logged = self._logged.pop(owner, [])
+            # Failed before the save was done, although their own callbacks have not run yet.
+            late = [f for f, of in self._open.items() if of == owner and f.done()]
+        logged += [(weakref.ref(f), _text(f)) for f in late if _failure_of(f) is not None]
         unseen = [text for ref, text in logged if (f := ref()) is None or not f.is_retrieved]
         if unseen:
             logger.warning(
@@ -109,7 +112,7 @@ class PendingOperations:
     def _report(self, owner: str) -> None:
         with self._lock:
             failed = [f for f in self._failed.pop(owner, ()) if not f.is_retrieved]
-            texts = [f"{future.what}: {_failure_of(future)}" for future in failed]
+            texts = [_text(future) for future in failed]
             if failed:
                 self._logged.setdefault(owner, []).extend(
                     (weakref.ref(future), text) for future, text in zip(failed, texts)
@@ -166,6 +169,10 @@ def drop(left: str, *, whose: str, normal_end: bool, seconds: float = 0.0) -> No
     if normal_end and sys.exc_info()[0] is None:
         raise errors.ClientClosedError(f"{message} To wait longer, set patience.close.")
     logger.warning(message)
+
+
+def _text(future: OperationFuture[Any]) -> str:
+    return f"{future.what}: {_failure_of(future)}"
 
 
 def describe(futures: Iterable[OperationFuture[Any]]) -> str:
