@@ -486,6 +486,16 @@ def test_a_tokenizer_of_one_s_own_is_loaded_by_load_fn(client):
     assert ["tinkex/tiny"] == loaded
 
 
+def test_load_fun_and_info_fun_are_other_names_of_load_fn_and_info_fn(client):
+    """The Elixir SDK calls them so."""
+    load, info = (lambda identifier: Reversed()), (lambda client: client.get_info())
+
+    assert isinstance(client.get_tokenizer(load_fun=load, info_fun=info), Reversed)
+    assert [98, 97] == client.encode("ab", load_fun=load)
+    with pytest.raises(TypeError, match="load_fn and load_fun are the same argument"):
+        client.get_tokenizer(load_fn=load, load_fun=load)
+
+
 def test_info_fn_takes_the_place_of_the_server(client, server):
     info = types.GetInfoResponse("m", types.ModelData("org/model/variant", None, None))
     loaded = []
@@ -1167,6 +1177,16 @@ def test_unload_model_ends_the_model_after_what_was_called_before(client, server
     assert step.done()
     order = [s.path for s in server.requests if s.path in ("optim_step", "unload_model")]
     assert ["optim_step", "unload_model"] == order
+
+
+@pytest.mark.parametrize("owns_session", [True, False])
+def test_unload_model_ends_the_session_that_is_the_client_s_own(server, owns_session):
+    with session(server) as s:
+        client = TrainingClient(s, MODEL, owns_session=owns_session)
+        client.unload_model().result(10)
+
+        assert owns_session == s.is_closed == bool(server.seen("sessions/s0/finish"))
+        client.close()
 
 
 @pytest.mark.parametrize("when", ["before it is known", "after"])

@@ -335,8 +335,19 @@ class SamplingClient:
 
     # Prompts and text.
 
-    def get_tokenizer(self, *, load_fn: tokenizer.LoadFunction | None = None) -> Any:
-        """The tokenizer of the model: something with encode(text) and decode(ids)."""
+    def get_tokenizer(
+        self,
+        *,
+        load_fn: tokenizer.LoadFunction | None = None,
+        load_fun: tokenizer.LoadFunction | None = None,
+    ) -> Any:
+        """The tokenizer of the model: an object with encode(text) and decode(ids).
+
+        Args:
+            load_fn: loads it from its id; None loads it from the hub or a folder.
+            load_fun: another name of load_fn.
+        """
+        load_fn = tokenizer.same_argument("load_fn", load_fn, "load_fun", load_fun)
         with self._lock:
             if self._tokenizer is not None and load_fn is None:
                 return self._tokenizer

@@ -577,16 +577,22 @@ class TrainingClient:
         *,
         load_fn: tokenizer.LoadFunction | None = None,
         info_fn: Callable[[TrainingClient], types.GetInfoResponse] | None = None,
+        load_fun: tokenizer.LoadFunction | None = None,
+        info_fun: Callable[[TrainingClient], types.GetInfoResponse] | None = None,
     ) -> Any:
-        """The model's tokenizer: something with encode(text) and decode(ids).
+        """The model's tokenizer: an object with encode(text) and decode(ids).
 
         Args:
-            load_fn: loads it from its id, instead of us.
-            info_fn: gives the model's info, instead of the server.
+            load_fn: loads it from its id; None loads it from the hub or a folder.
+            info_fn: returns the model's info; None asks the server.
+            load_fun, info_fun: other names of the two.
 
         Raises:
+            TypeError: If one of them is no function, or is given under both names.
             TokenizerError: If it cannot be loaded; says what was tried.
         """
+        load_fn = tokenizer.same_argument("load_fn", load_fn, "load_fun", load_fun)
+        info_fn = tokenizer.same_argument("info_fn", info_fn, "info_fun", info_fun)
         tokenizer.check_load_fn(load_fn)
         if info_fn is not None and not callable(info_fn):
             raise TypeError(f"info_fn must be a function of this client, got {info_fn!r}.")
@@ -622,7 +628,10 @@ class TrainingClient:
     # Ending.
 
     def unload_model(self) -> OperationFuture[types.UnloadModelResponse]:
-        """End the model on the server, after what was called before. Later calls say so.
+        """End the model on the server, after what was called before.
+
+        Later calls raise ClientClosedError. If the session is the client's own
+        (`TrainingClient.start`), it ends, too.
 
         Raises (from the future):
             NotOfferedError: If the server has no such endpoint; the model then ends with the
@@ -645,6 +654,8 @@ class TrainingClient:
             with self._lock:
                 self._unloaded = True
                 self._ended = f"model {self.model_id} was unloaded"
+            if self._owns_session:
+                self._session.close()
             succeed(future, response)
 
         return self._put(run, what)

@@ -172,7 +172,8 @@ def drop(left: str, *, whose: str, normal_end: bool, seconds: float = 0.0) -> No
 
 
 def _text(future: OperationFuture[Any]) -> str:
-    return f"{future.what}: {_failure_of(future)}"
+    text = str(_failure_of(future))
+    return text if future.what in text else f"{future.what}: {text}"
 
 
 def describe(futures: Iterable[OperationFuture[Any]]) -> str:

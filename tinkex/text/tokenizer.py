@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tinkex import errors
 from tinkex.text import templates
+
+T = TypeVar("T")
 
 #: The tokenizer of the built-in model, kept inside the package.
 BUILT_IN = {"tinkex/tiny": "tiny", "tiny": "tiny"}
@@ -199,6 +201,13 @@ def check_load_fn(load_fn: object) -> None:
     """TypeError unless it can load a tokenizer, or is None."""
     if load_fn is not None and not callable(load_fn):
         raise TypeError(f"load_fn must be a function of a tokenizer's id, got {load_fn!r}.")
+
+
+def same_argument(name: str, value: T | None, alias: str, alias_value: T | None) -> T | None:
+    """An argument that has two names. TypeError if it is given under both."""
+    if value is not None and alias_value is not None:
+        raise TypeError(f"{name} and {alias} are the same argument; give only one of them.")
+    return alias_value if value is None else value
 
 
 def load(
