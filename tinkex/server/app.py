@@ -35,6 +35,7 @@ from starlette.responses import Response
 
 from tinkex._version import __version__
 from tinkex.server.auth import LOOPBACK, Keys
+from tinkex.server.connections import Acceptor, Connection, most_connections
 from tinkex.server.home import Home, HomeError, ServerFolder
 from tinkex.server.http_errors import Refusal
 from tinkex.server.journal import Journal
@@ -55,6 +56,8 @@ TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
 HOME_VARIABLE = "TINKEX_HOME"
 #: Where clients reach the server behind a proxy; download links begin with it.
 PUBLIC_URL_VARIABLE = "TINKEX_PUBLIC_URL"
+#: Connections beyond the limit that are accepted, to answer them with a 503.
+_REFUSED_CONNECTIONS = 100
 #: Seconds between two looks at whether the parent process lives.
 _PARENT_SECONDS = 0.5
 #: Seconds that a shutdown may take before the process ends regardless.
@@ -125,17 +128,17 @@ class LocalServer:
         self.app = make_app(site)
         config = uvicorn.Config(
             self.app,
-            http="h11",  # which limits how long a head may be
+            http=type("Connection", (Connection,), {"head_seconds": limits.head_seconds}),
             log_config=None,
             access_log=False,
             server_header=False,
             limit_concurrency=limits.connections,
             backlog=2048,
-            timeout_keep_alive=300,  # longer than clients pause: closing first loses requests
+            timeout_keep_alive=limits.idle_seconds,
             timeout_graceful_shutdown=1,
             lifespan="on",
         )
-        self._uvicorn = _Uvicorn(config, self.ledger.stop)
+        self._uvicorn = _Uvicorn(config, self.ledger.stop, limits.connections)
         self._thread: threading.Thread | None = None
 
     @property
@@ -212,13 +215,34 @@ class LocalServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Lets waiting polls go before it waits for them, and takes SIGTERM for an orderly end."""
+    """Accepts connections within limits, answers waiting polls before it shuts down, and handles
+    SIGTERM as a request for an orderly end."""
 
-    def __init__(self, config: uvicorn.Config, before_shutdown: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, before_shutdown: Callable[[], None], connections: int
+    ) -> None:
         super().__init__(config)
         self._before_shutdown = before_shutdown
+        self._most = connections
+        self._acceptors: list[Acceptor] = []
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])  # uvicorn accepts nothing itself
+        most = most_connections(self._most + _REFUSED_CONNECTIONS)
+        for listener in sockets or []:
+            connections = self.server_state.connections
+            self._acceptors.append(Acceptor(listener, self._connection, connections, most))
+
+    def _connection(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for acceptor in self._acceptors:
+            acceptor.close()
         self._before_shutdown()
         await super().shutdown(sockets)
 

@@ -37,7 +37,11 @@ class Limits:
         snapshot_seconds: computing done on a model that a restart would have to repeat.
         snapshot_bytes: bodies that the journal keeps for one model.
         reap_seconds: how often expired things are looked for.
-        connections: open at one time.
+        connections: open at one time; fewer where the process may not open so many files.
+        head_seconds: for a request's head to arrive; then the connection is closed.
+        body_seconds, body_rate: for a body to arrive: so long, plus a second for so many bytes.
+        idle_seconds: a connection without a request is closed after so long; longer than clients
+            pause, because closing first loses requests.
         open_samplers: adapters kept in memory for sampling; beyond, the idle ones are closed.
     """
 
@@ -66,4 +70,8 @@ class Limits:
     snapshot_bytes: int = 64 * MIB
     reap_seconds: float = 5.0
     connections: int = 10_000
+    head_seconds: float = 30.0
+    body_seconds: float = 60.0
+    body_rate: int = 50_000
+    idle_seconds: int = 300
     open_samplers: int = 32

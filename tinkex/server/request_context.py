@@ -6,11 +6,13 @@ traceback does. Knows nothing of what the endpoints mean.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import sqlite3
+import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import attrs
@@ -131,7 +133,7 @@ class Call:
     async def _packed_body(self, limit: int) -> bytes:
         parts: list[bytes] = []
         size = 0
-        async for part in self.request.stream():
+        async for part in self._stream():
             size += len(part)
             if size <= limit:
                 parts.append(part)
@@ -146,6 +148,26 @@ class Call:
                 {"Connection": "close"},
             )
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises Refusal (408) if it arrives too slowly."""
+        limits, stream = self.site.limits, self.request.stream()
+        deadline = time.monotonic() + limits.body_seconds
+        while True:
+            try:
+                left = deadline - time.monotonic()
+                part = await asyncio.wait_for(stream.__anext__(), max(left, 0.001))
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                raise Refusal(
+                    408,
+                    f"the body did not arrive within {limits.body_seconds:.0f} s plus a second for "
+                    f"every {limits.body_rate} bytes; send it again.",
+                    {"Connection": "close"},
+                ) from None
+            deadline += len(part) / limits.body_rate
+            yield part
 
     def hold(self, size: int) -> None:
         """Count memory that this request takes until its answer.

@@ -1,0 +1,164 @@
+"""Connections within limits: how many are accepted, and how long a request head may take.
+
+Does not know what requests mean. The time limit for bodies is in request_context.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import socket
+import time
+from collections.abc import Callable, Sized
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+logger = logging.getLogger(__name__)
+
+#: Descriptors that connections never use: about 16 for what the server has open all the time
+#: (database, journal, lock, event loop), the others for checkpoint files.
+RESERVED_DESCRIPTORS = 48
+#: Connections accepted in one turn of the event loop.
+_AT_ONCE = 64
+#: Seconds after which a paused listener looks again.
+_PAUSE_SECONDS = 0.1
+#: Seconds between two log lines about pauses.
+_LOG_SECONDS = 60.0
+#: accept() failed because the process or the machine has run out of something.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+def most_connections(limit: int) -> int:
+    """*limit*, or what the process may open, less a reserve."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return limit
+    return max(1, min(limit, descriptors - RESERVED_DESCRIPTORS))
+
+
+class Connection(H11Protocol):
+    """An HTTP connection that is closed when a request head takes too long.
+
+    The time counts from the moment when the server could have read it: the accept for the first
+    request, the first byte for later ones. A connection that idles between two requests is
+    uvicorn's keep-alive limit's.
+    """
+
+    #: Seconds; set for each server.
+    head_seconds = 30.0
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()  # the head is complete, and its request runs
+        elif self._head_timer is None and self.conn.trailing_data[0]:
+            self._start_timer()  # a part of the next head
+
+    def on_response_complete(self) -> None:
+        self._stop_timer()
+        super().on_response_complete()
+
+    def _start_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        self._head_timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class Acceptor:
+    """Accepts connections as long as there is room for them, on the event loop.
+
+    asyncio's own accept loop fails in a loop when descriptors run out. This one stops listening
+    until a connection is closed; new ones wait in the listener's backlog.
+
+    Args:
+        listener: listens already; it is made non-blocking.
+        make_protocol: gives the protocol of a new connection.
+        connections: those that are open.
+        most: how many of them there may be.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[], asyncio.Protocol],
+        connections: Sized,
+        most: int,
+    ) -> None:
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._connections = connections
+        self._most = most
+        self._loop = asyncio.get_running_loop()
+        self._starting: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._logged_at = -_LOG_SECONDS
+        listener.setblocking(False)
+        self._listen()
+
+    def close(self) -> None:
+        """Accept no more. The listener is the caller's to close."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._listener)
+
+    def _listen(self) -> None:
+        self._timer = None
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_AT_ONCE):
+            if len(self._connections) + len(self._starting) >= self._most:
+                self._pause(f"{self._most} connections are open")
+                return
+            try:
+                accepted, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as exc:
+                if exc.errno not in _EXHAUSTED:
+                    raise
+                self._pause(exc.strerror or str(exc))
+                return
+            accepted.setblocking(False)
+            task = self._loop.create_task(self._start(accepted))
+            self._starting.add(task)
+            task.add_done_callback(self._starting.discard)
+
+    async def _start(self, accepted: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, accepted)
+        except OSError as exc:  # it was closed at once
+            accepted.close()
+            logger.debug("A connection ended before it began: %s", exc)
+
+    def _pause(self, reason: str) -> None:
+        self._loop.remove_reader(self._listener)
+        self._timer = self._loop.call_later(_PAUSE_SECONDS, self._listen)
+        if time.monotonic() - self._logged_at >= _LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            logger.warning(
+                "No new connections are accepted until one is closed: %s. Raise the limit of open "
+                "files (ulimit -n) if this happens in normal use.",
+                reason,
+            )
