@@ -60,16 +60,19 @@ class StopStrings:
 
     Attributes:
         found: the string that ended the text, or None.
+        rest: what has come after that string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.found: str | None = None
+        self.rest = ""
 
     def push(self, text: str) -> str:
         """What of the text so far is certain to come before any stop string, and new."""
         if self.found is not None:
+            self.rest += text
             return ""
         self._held += text
         first = len(self._held)
@@ -80,11 +83,13 @@ class StopStrings:
         if self.found is None:
             first -= self._overlap()
         passed, self._held = self._held[:first], self._held[first:]
+        if self.found is not None:
+            self.rest, self._held = self._held[len(self.found) :], ""
         return passed
 
     def finish(self) -> str:
         """The text that was held back, since nothing follows."""
-        passed, self._held = ("" if self.found is not None else self._held), ""
+        passed, self._held = self._held, ""
         return passed
 
     def _overlap(self) -> int:

@@ -10,6 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tinkex.server.http_errors import Refusal
+from tinkex.server.openai import messages as anthropic
+from tinkex.server.openai.chat import chat_completions
 from tinkex.server.openai.completions import completions
 from tinkex.server.openai.events import error_body
 from tinkex.server.openai.names import find_model, model_names
@@ -17,6 +19,9 @@ from tinkex.server.request_context import Call, Handler, guarded, header_key, re
 
 #: OpenAI's own prefix, and the one of the official service.
 OPENAI_PREFIXES = ("/v1/", "/oai/api/v1/")
+#: Where the official service has Anthropic's form: its clients add "/v1/" to a base URL; and with
+#: "/anthropic" as base URL.
+ANTHROPIC_PREFIXES = ("/anthropic/api/v1/", "/anthropic/v1/")
 
 
 async def models(call: Call) -> Response:
@@ -44,15 +49,32 @@ def refuse(refusal: Refusal) -> Response:
 
 
 _OPENAI: list[tuple[str, str, Handler]] = [
+    ("POST", "chat/completions", chat_completions),
     ("POST", "completions", completions),
     ("GET", "models", models),
     ("GET", "models/{name:path}", model),
 ]
 
 
+_ANTHROPIC: list[tuple[str, str, Handler]] = [
+    ("POST", "messages", anthropic.messages),
+    ("POST", "messages/count_tokens", anthropic.count_tokens),
+]
+
+
 def routes() -> list[Route]:
-    return [
+    openai = [
         Route(prefix + path, guarded(handler, key_of=bearer_key, refuse=refuse), methods=[method])
         for prefix in OPENAI_PREFIXES
         for method, path, handler in _OPENAI
     ]
+    others = [
+        Route(
+            prefix + path,
+            guarded(handler, key_of=bearer_key, refuse=anthropic.refuse),
+            methods=[method],
+        )
+        for prefix in ANTHROPIC_PREFIXES
+        for method, path, handler in _ANTHROPIC
+    ]
+    return [*openai, *others]
