@@ -251,3 +251,42 @@ def test_ctrl_c_ends_the_wait_at_the_end_of_the_script(server):
     assert 130 == ended.status
     assert "tinkex: the program ended before" in ended.stderr
     assert 9 > ended.seconds
+
+
+# Threads of a ThreadPoolExecutor are joined at the end of the program: polls must be woken.
+
+
+@pytest.fixture(scope="module")
+def stuck_server(tmp_path_factory):
+    """It accepts everything and finishes nothing: a poll stays open for 30 s."""
+    made = ServerProcess(tmp_path_factory.mktemp("stuck"), stuck=True)
+    made.start()
+    yield made
+    made.close()
+
+
+OPEN_POLLS = """
+    s = service()
+    models = [s.create_lora_training_client("tiny") for _ in range({models})]
+    sampler = s.create_sampling_client(base_model="tiny")
+    work = [t.forward_backward([datum(1, 2, 3)], "cross_entropy") for t in models]
+    work += [sampler.sample([1, 2, 3]) for _ in models]
+    while not all(future.running() for future in work):
+        time.sleep(0.01)
+    time.sleep(1.0)  # for the polls to be open
+    {now}
+    {end}
+    """
+
+
+@pytest.mark.parametrize("models", [1, 64])
+@pytest.mark.parametrize(
+    "end", ["pass", "1 / 0", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"], ids=str
+)
+def test_open_polls_do_not_hold_up_the_end(stuck_server, models, end):
+    """A long poll may have 40 s to go. So may 64, and those of samples."""
+    script = OPEN_POLLS.format(models=models, now=NOW, end=end)
+    ended = run(stuck_server, script, "never", close=0.01)
+
+    assert "operations (0 not sent" in ended.stderr, ended.stderr
+    assert 2 > ended.seconds, ended.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -203,7 +204,8 @@ class FakeEngine:
 def main():
     """The server on the fake engine: python -m tests.support.fake_engine [PORT [HOME [OPTIONS]]].
 
-    OPTIONS: those of `main`, `limits`, and `real` for the real engine, in JSON.
+    OPTIONS: those of `main`, `limits`, `real` for the real engine, and
+    `stuck` for one that never finishes a batch or a sample, in JSON.
     """
     import sys
 
@@ -216,6 +218,8 @@ def main():
     for name in {"announce"} & set(options):
         options[name] = Path(options[name])
     engine = app.make_engine if options.pop("real", False) else FakeEngine
+    if options.pop("stuck", False):
+        engine = partial(FakeEngine, gate=threading.Event())
     sys.exit(
         app.main(
             port=int(port or 0),

@@ -38,12 +38,15 @@ def session() -> None:
 @server_options
 def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | None) -> None:
     """List sessions, the newest first."""
-    from tinkex.runtime.executor import DaemonExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
     with open_rest(**server) as rest:
         ids, more = first(rest.iter_sessions(access_scope, page=page_for(limit)), limit)
-        with DaemonExecutor(AT_ONCE, "tinkex-lookup") as pool:
+        pool = ThreadPoolExecutor(AT_ONCE, "tinkex-lookup")
+        try:
             found = list(pool.map(lambda one: _session(rest, one, access_scope), ids))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for the others
     if as_json:
         formatting.say_json({"sessions": found, "more": more})
         return

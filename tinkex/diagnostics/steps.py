@@ -12,7 +12,7 @@ from typing import Any, Literal
 import attrs
 
 from tinkex import errors
-from tinkex.runtime.executor import DaemonExecutor
+from tinkex.runtime.executor import on_daemon_thread
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -72,20 +72,18 @@ class Step:
 
 def run(steps: list[Step]) -> Iterator[Finding]:
     """Run *steps* until one fails; then yield one finding that names the steps not run."""
-    pool = DaemonExecutor(len(steps), "tinkex-doctor")
     for number, step in enumerate(steps):
-        finding = _finding(pool, step)
+        finding = _finding(step)
         yield finding
         if finding.status == "failed":
             left = ", ".join(one.name for one in steps[number + 1 :])
             if left:
                 yield Finding("not run", "skipped", left)
             break
-    pool.shutdown(wait=False)
 
 
-def _finding(pool: DaemonExecutor, step: Step) -> Finding:
-    future = pool.submit(step.function)
+def _finding(step: Step) -> Finding:
+    future = on_daemon_thread(step.function, "tinkex-doctor")
     if not wait([future], step.limit).done:
         advice = "The machine or the network may be overloaded; try again, or ask the operator."
         return Finding(step.name, "failed", f"not finished within {step.limit:.0f} s", advice)

@@ -1,50 +1,42 @@
-"""Threads and budgets: a pool that never holds up the end of the program, and a limit on bytes.
+"""Threads and budgets: pools that let the program end at once, and a limit on bytes.
 
-Knows nothing of HTTP or of operations.
+Does not know about HTTP or operations.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import threading
 import time
-from collections import deque
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: What to run, with what, what to do if it never runs, and since when it waits.
-_Task = tuple[Callable[..., Any], tuple[Any, ...], Callable[[], object], float]
 
+class Pool:
+    """A ThreadPoolExecutor for tasks whose result travels some other way.
 
-class DaemonExecutor(concurrent.futures.Executor):
-    """A thread pool whose threads never hold up the end of the program.
-
-    concurrent.futures.ThreadPoolExecutor joins its threads when the interpreter exits, and a thread
-    of ours may be 40 s into a long poll; so these are daemon threads. When a task waits and no
-    thread is idle, one is added at once up to *eager*; beyond that, while tasks keep waiting, more
-    are added every few milliseconds as long as the process leaves the processor idle: more threads
-    do not make a busy interpreter faster. Threads that stay idle end.
+    Python joins the threads of every ThreadPoolExecutor when the program ends. `end_all` makes that
+    quick, even for a thread that is 40 s into a long poll.
     """
 
-    IDLE_SECONDS = 10.0
-    TICK = 0.01  # seconds between two looks at whether to grow
-    PATIENCE = 0.25  # seconds a task waits at most before a thread is added, busy or not
-
-    def __init__(self, max_workers: int, name: str, eager: int = 8) -> None:
-        self._max_workers = max_workers
-        self._eager = min(eager, max_workers)
+    def __init__(self, max_workers: int, name: str) -> None:
         self._name = name
-        self._ready = threading.Condition()  # guards all below
-        self._tasks: deque[_Task] = deque()
-        self._threads = 0
-        self._idle = 0
-        self._numbered = 0
-        self._growing = False
-        self._closed = False
+        self._pid = os.getpid()
+        self._threads: list[threading.Thread] = []
+        self._executor = ThreadPoolExecutor(
+            max_workers,
+            thread_name_prefix=name,
+            initializer=lambda: self._threads.append(threading.current_thread()),
+        )
+        _pools.add(self)
 
     def start(
         self,
@@ -57,101 +49,63 @@ class DaemonExecutor(concurrent.futures.Executor):
         Args:
             dropped: is called instead, if the pool is shut down before *function* could start.
         """
-        with self._ready:
-            closed = self._closed
-            if not closed:
-                self._add_task((function, args, dropped, time.monotonic()))
-        if closed:
+        try:
+            task = self._executor.submit(self._run, function, *args)
+        except RuntimeError:  # shut down, or the program is ending
             dropped()
+        else:
+            task.add_done_callback(lambda done: dropped() if done.cancelled() else None)
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """The Executor way: run *fn* and return the future of its result."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as exc:
-                future.set_exception(exc)
-
-        self.start(run, dropped=future.cancel)
-        return future
-
-    def shutdown(self, wait: bool = False, *, cancel_futures: bool = True) -> None:
-        """Take nothing more and drop what waits; threads end after what they are doing."""
-        with self._ready:
-            self._closed = True
-            left = list(self._tasks)
-            self._tasks.clear()
-            self._ready.notify_all()
-        for _, _, dropped, _ in left:
-            dropped()
+    def shutdown(self) -> None:
+        """Take no more tasks and drop those that wait; threads end after what they are doing."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def thread_count(self) -> int:
-        return self._threads
+    def is_idle(self) -> bool:
+        """True if none of its threads lives any more, or it belongs to a parent process."""
+        return os.getpid() != self._pid or not any(t.is_alive() for t in self._threads)
 
-    def _add_task(self, task: _Task) -> None:
-        """Call with the lock held."""
-        self._tasks.append(task)
-        if self._idle >= len(self._tasks):
-            self._ready.notify()
-        elif self._threads < self._eager:
-            self._add_thread()
-        elif self._threads < self._max_workers and not self._growing:
-            self._growing = True
-            threading.Thread(target=self._grow, name=f"{self._name}-grow", daemon=True).start()
+    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except BaseException:
+            logger.exception("%s: a task raised", self._name)
 
-    def _add_thread(self) -> None:
-        """Call with the lock held."""
-        self._threads += 1
-        self._numbered += 1
-        name = f"{self._name}-{self._numbered}"
-        threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def _work(self) -> None:
-        while True:
-            with self._ready:
-                if not self._tasks_come():
-                    self._threads -= 1
-                    return
-                function, args, dropped, _ = self._tasks.popleft()
-            try:
-                function(*args)
-            except BaseException:
-                logger.exception("%s: a task raised", self._name)
-            del function, args, dropped  # what they hold must not live on while this thread idles
+#: All pools of this process that still exist.
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
-    def _tasks_come(self) -> bool:
-        """Wait for a task; False when none came for long, or none will. Call with the lock held."""
-        while not self._tasks and not self._closed:
-            self._idle += 1
-            notified = self._ready.wait(self.IDLE_SECONDS)
-            self._idle -= 1
-            if not notified:
-                break
-        return bool(self._tasks)
 
-    def _grow(self) -> None:
-        """Add threads while tasks wait. Runs on a thread of its own, as long as that is so."""
-        while True:
-            wall, cpu = time.monotonic(), time.process_time()
-            time.sleep(self.TICK)
-            now = time.monotonic()
-            busy = time.process_time() - cpu > 0.7 * (now - wall)
-            with self._ready:
-                if not self._tasks or self._closed or self._threads >= self._max_workers:
-                    self._growing = False
-                    return
-                overdue = now - self._tasks[0][3] > self.PATIENCE
-                if busy and not overdue:
-                    continue
-                room = self._max_workers - self._threads
-                wanted = min(len(self._tasks), room, 1 if busy else max(1, self._threads // 2))
-                for _ in range(wanted):
-                    self._add_thread()
+def end_all(wake: Callable[[], object], seconds: float = 3.0) -> None:
+    """At the end of the program: shut all pools down and wait until their threads have ended.
+
+    Args:
+        wake: interrupts what threads wait for; called again and again, since a thread may have been
+            about to begin its wait.
+        seconds: to wait at most. Python itself then waits for the rest.
+    """
+    pools = [pool for pool in list(_pools) if not pool.is_idle]
+    for pool in pools:
+        pool.shutdown()
+    deadline = time.monotonic() + seconds
+    wake()  # threads of other pools may wait for the same
+    while not all(pool.is_idle for pool in pools) and time.monotonic() < deadline:
+        time.sleep(0.01)
+        wake()
+
+
+def on_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
+    """Run *function* on a new thread that does not hold up the end of the program."""
+    future: Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 class ByteBudget:

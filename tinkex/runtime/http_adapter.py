@@ -11,11 +11,13 @@ on some version, every exchange takes the usual way. Does not know the API.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import logging
 import re
 import socket
+import weakref
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -59,6 +61,13 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         self._pools: dict[tuple[Any, ...], Any] = {}
         if quick_path_works():
             self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        if quick_path_works():
+            classes = {"http": _InterruptiblePool, "https": _InterruptiblePoolTLS}
+            manager.pool_classes_by_scheme = classes
+        return manager
 
     def send(
         self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **kwargs: Any
@@ -108,7 +117,41 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         super().close()
 
 
-class _Pool(urllib3.HTTPConnectionPool):
+#: Connections on which an exchange is under way.
+_in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def interrupt_all() -> None:
+    """At the end of the program: make every exchange that is under way fail now."""
+    try:
+        connections = list(_in_use)
+    except RuntimeError:  # one was added meanwhile; this function is called again
+        return
+    for conn in connections:
+        sock = getattr(conn, "sock", None)
+        if sock is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class _InterruptiblePool(urllib3.HTTPConnectionPool):
+    """A pool that notes which of its connections are in use."""
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        conn = super()._get_conn(timeout)
+        _in_use.add(conn)
+        return conn
+
+    def _put_conn(self, conn: Any) -> None:
+        _in_use.discard(conn)
+        super()._put_conn(conn)
+
+
+class _InterruptiblePoolTLS(_InterruptiblePool, urllib3.HTTPSConnectionPool):
+    """The same over TLS."""
+
+
+class _Pool(_InterruptiblePool):
     """A pool whose connections take the quick path where they can."""
 
     def urlopen(  # type: ignore[override]

@@ -23,7 +23,7 @@ import attrs
 from tinkex import errors, types, wire
 from tinkex.futures import fail, succeed
 from tinkex.runtime import operation_log
-from tinkex.runtime.executor import ByteBudget, DaemonExecutor
+from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.responses import Answer, error_detail
 from tinkex.runtime.retry import FEW_TRIES, ONCE
 from tinkex.runtime.transport import Transport
@@ -108,7 +108,7 @@ class Poller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
-        self._pool = DaemonExecutor(max_workers, "tinkex-poll")
+        self._pool = Pool(max_workers, "tinkex-poll")
         self._bytes = ByteBudget(max_response_bytes)
         self._clock = clock
         self._closed = threading.Event()

@@ -144,3 +144,11 @@ def pace_of(base_url: str, api_key: str, limits: SamplingLimits) -> Pace:
     """The one pace of all who sample at *base_url* with *api_key* in this process."""
     with _paces_lock:
         return _paces.setdefault((base_url, api_key), Pace(limits))
+
+
+def wake_all() -> None:
+    """Let everybody who waits for a rate limit look again: a session has ended."""
+    with _paces_lock:
+        paces = list(_paces.values())
+    for pace in paces:
+        pace.wake()

@@ -25,12 +25,14 @@ from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import (
     auth,
     embedded,
+    http_adapter,
     interpreter_exit,
     log_setup,
     operation_log,
+    rate_limit,
     telemetry,
 )
-from tinkex.runtime.executor import DaemonExecutor
+from tinkex.runtime.executor import Pool, end_all
 from tinkex.runtime.pending import PendingOperations, describe
 from tinkex.runtime.polling import Poller, Promise, queue_state, tell
 from tinkex.runtime.responses import Answer
@@ -223,9 +225,9 @@ class Session(Connection):
         self.sampler_numbers = Numbers()
         #: Whether the server creates a model from a checkpoint in one request; None: not known yet.
         self.restores_at_once: bool | None = None
-        self._background = DaemonExecutor(16, "tinkex-background")
+        self._background = Pool(16, "tinkex-background")
         #: Submits samples.
-        self.sample_pool = DaemonExecutor(settings.sampling.connections, "tinkex-sample")
+        self.sample_pool = Pool(settings.sampling.connections, "tinkex-sample")
         #: What the clients of the session have started: it ends with the session.
         self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
         #: What the clients of the session have submitted and is not done.
@@ -529,6 +531,7 @@ class Session(Connection):
         self.poller.close()
         self._background.shutdown()
         self.sample_pool.shutdown()
+        rate_limit.wake_all()
 
     def end_with_program(self, wait: float) -> str:
         """Wait *wait* seconds at most for what was submitted, then stop the threads.
@@ -598,6 +601,7 @@ def _end_program() -> None:
                 f"the end; patience.close ({session.config.patience.close:.0f} s) limits the wait.",
                 file=sys.stderr,
             )
+    end_all(http_adapter.interrupt_all)
     if status and not interpreter_exit.ends_by_exception():
         interpreter_exit.exit_with(status)
 
