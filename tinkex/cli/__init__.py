@@ -25,7 +25,7 @@ from tinkex.cli import (
     session,
     train,
 )
-from tinkex.cli.options import format_option
+from tinkex.cli.options import add_verbosity, format_option
 
 INTERRUPTED = 130
 
@@ -86,3 +86,6 @@ def version(as_json: bool) -> None:
         formatting.say_json({"version": __version__})
     else:
         formatting.say(f"tinkex {__version__}")
+
+
+add_verbosity(cli)

@@ -28,7 +28,7 @@ from tinkex.cli.listing import (
     page_for,
     say_how_many,
 )
-from tinkex.cli.options import Command, Duration, format_option, server_options
+from tinkex.cli.options import Command, Duration, format_option, is_quiet, server_options
 
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
     from tinkex import types
@@ -290,9 +290,12 @@ def export(
 @contextmanager
 def _download_bar() -> Iterator[Callable[[int, int | None], None]]:
     """A bar on stderr, if that is a terminal."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, file=sys.stderr) as bar:
+    disable = True if is_quiet() else None
+    with tqdm(
+        unit="B", unit_scale=True, unit_divisor=1024, disable=disable, file=sys.stderr
+    ) as bar:
 
         def progress(done: int, total: int | None) -> None:
             bar.total = total

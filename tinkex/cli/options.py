@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -128,3 +129,52 @@ def format_option(command: Command) -> Command:
         callback=lambda context, option, value: value == "json",
         help="What is printed; with json nothing else goes to standard output.",
     )(command)
+
+
+def add_verbosity(command: click.Command) -> None:
+    """Add -v and -q to *command* and to all commands below it."""
+    command.params += [
+        click.Option(
+            ["-v", "--verbose"],
+            count=True,
+            expose_value=False,
+            callback=_set_verbosity,
+            help="Log milestones to stderr; -vv logs every operation and retry.",
+        ),
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="No progress and no warnings; results and errors only.",
+        ),
+    ]
+    if isinstance(command, click.Group):
+        for below in command.commands.values():
+            add_verbosity(below)
+
+
+def is_quiet() -> bool:
+    """True if the running command was given -q."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_QUIET))
+
+
+_QUIET = "tinkex.quiet"
+
+
+def _set_verbosity(context: click.Context, option: click.Parameter, value: int) -> None:
+    if value:
+        _set_level(logging.INFO if value == 1 else logging.DEBUG)
+
+
+def _set_quiet(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_QUIET] = True
+        _set_level(logging.ERROR)
+
+
+def _set_level(level: int) -> None:
+    from tinkex.runtime import log_setup  # here, so that --help is quick
+
+    log_setup.set_level(level)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 #: Exit status of a program ended by Ctrl-C.
 INTERRUPTED = 130
@@ -26,16 +26,23 @@ PLAIN_SECONDS = 5.0
 
 
 class Progress:
-    """Steps of a run: a bar in a terminal, otherwise a line every few seconds. A Report."""
+    """Steps of a run: a bar in a terminal, otherwise a line every few seconds. A Report.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        clock: seconds; replaceable in tests.
+        quiet: show nothing.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         self._clock = clock
+        self._quiet = quiet
         self._bar: tqdm[Any] | None = None
         self._first_step = self._total = 0
         self._begun = self._last_line = clock()
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        if not self._quiet:
+            tqdm.write(text, file=sys.stderr)
 
     def rendered(self, done: int, total: int) -> None:
         """Examples turned into tokens so far."""
@@ -54,7 +61,7 @@ class Progress:
     def begin(self, step: int, total_steps: int) -> None:
         self._first_step, self._total = step, total_steps
         self._begun = self._last_line = self._clock()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def row(self, row: dict[str, float]) -> None:
@@ -68,6 +75,8 @@ class Progress:
         self._bar.update(int(row["step"]) - self._bar.n)
 
     def _print(self, row: dict[str, float]) -> None:
+        if self._quiet:
+            return
         step, now = int(row["step"]), self._clock()
         is_worth_a_line = "eval_loss" in row or step == self._total
         if not is_worth_a_line and now - self._last_line < PLAIN_SECONDS:

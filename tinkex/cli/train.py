@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from tinkex.cli import formatting
-from tinkex.cli.options import data_options, server_options
+from tinkex.cli.options import data_options, is_quiet, server_options
 
 if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
     from tinkex.data import files
@@ -170,6 +170,7 @@ def train(
             click.echo(f"The run in {output} is finished: nothing is left to do.", err=True)
             return 0
     tokenizer = _tokenizer(wanted.base_model)
+    report = progress.Progress(quiet=is_quiet())
     with progress.CtrlC() as ctrl_c:
         try:
             with ServiceClient(base_url=base_url, api_key=api_key) as service:
@@ -178,7 +179,7 @@ def train(
                     file,
                     wanted,
                     output,
-                    progress.Progress(),
+                    report,
                     state,
                     ctrl_c.deferred,
                     eval_data=held_out,
