@@ -1,4 +1,4 @@
-"""`tinkex conformance`: our server passes every check, and servers that break a rule fail it."""
+"""`tinkex conformance`: our server passes every check, and a server that breaks a rule fails it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import zstandard
 from tests.support import serve_again
 from tests.support.odd_servers import EMPTY, OddServer, Quirks
 from tinkex import cli, conformance, types, wire
-from tinkex.conformance.asking import is_missing, is_not_yet, zstd_bomb, zstd_frame
-from tinkex.conformance.checking import Check, try_out
+from tinkex.conformance.client import is_missing, is_not_yet, zstd_bomb, zstd_frame
+from tinkex.conformance.runner import Check, try_out
 from tinkex.runtime.transport import Answer
 
-#: Polls that are not held for half a minute; all else as `tinkex serve` has it.
+#: Polls are held for 2 s instead of half a minute; otherwise the defaults of `tinkex serve`.
 LIMITS = json.dumps({"poll_seconds": 2.0})
 
 
 class Serve:
-    """A `tinkex serve` that can be killed and started again by a shell command."""
+    """A `tinkex serve` that a shell command can kill and restart."""
 
     def __init__(self, folder, *options):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -50,7 +50,7 @@ class Serve:
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """In both dialects; one of them with two users."""
+    """One in both dialects with two users, one with JSON alone and without keys."""
     running = {
         "both": Serve(
             tmp_path_factory.mktemp("both"), "--api-key", "tml-one", "--api-key", "tml-two"
@@ -62,7 +62,7 @@ def servers(tmp_path_factory):
         serve_again.kill(server.pidfile)
 
 
-#: What does not apply: a server without keys has no users, and one of JSON alone no protobuf.
+#: Checks that do not apply: without keys there are no users, and without protobuf no zstd.
 NOT_OFFERED = {
     "both": set(),
     "json": {
@@ -76,7 +76,7 @@ NOT_OFFERED = {
 
 @pytest.mark.parametrize("dialect", ["both", pytest.param("json", marks=pytest.mark.slow)])
 def test_our_own_server_passes_every_check(servers, dialect, capsys, monkeypatch):
-    """From outside, as a user runs it, with a kill -9 in the middle."""
+    """As a user runs it, with a kill -9 in the middle."""
     server = servers[dialect]
     server.wait()
     options = ["--write", "--format", "json", "--restart", shlex.join(server.command)]
@@ -95,7 +95,7 @@ def test_our_own_server_passes_every_check(servers, dialect, capsys, monkeypatch
     assert NOT_OFFERED[dialect] == {n for n, o in outcomes.items() if o == "not offered"}
 
 
-#: A check, and a server that breaks its rule (and is otherwise in order).
+#: A check, and a server that breaks its rule and no other.
 BROKEN = {
     "fields of a newer SDK are ignored": Quirks(strict=True),
     "an unknown promise is a 410": Quirks(lost=404),
@@ -152,12 +152,12 @@ def test_a_server_that_breaks_a_rule_fails_its_check(name):
     result = outcome(BROKEN[name], name)
 
     assert ("fail", True) == (result.outcome, bool(result.reason)), result
-    assert "the check broke off" not in result.reason
+    assert "the check raised" not in result.reason
 
 
 @pytest.mark.parametrize("name", [n for n, quirks in BROKEN.items() if quirks != Quirks()])
 def test_the_same_server_without_the_oddity_passes_it(name):
-    """So that it is this rule that is seen, and nothing else."""
+    """So the check detects this rule and nothing else."""
     result = outcome(Quirks(optimizer="asked"), name)
 
     if "resent" not in name:
@@ -178,13 +178,13 @@ def test_the_same_server_without_the_oddity_passes_it(name):
     ],
     ids=["at once", "numbers", "json", "protobuf", "not yet", "wrapped", "older", "little"],
 )
-def test_checks_get_along_with_every_dialect(quirks):
-    """What is odd but not what a check is about must not fail it."""
+def test_checks_accept_every_variant_of_the_protocol(quirks):
+    """A check must not fail because of a variation that it does not examine."""
     for name in ("gradient of twice", "brings the weights back", "frozen"):
         assert "pass" == outcome(quirks, name).outcome
 
 
-# What is printed.
+# Output.
 
 
 def test_the_table_ends_in_a_summary_and_the_status_in_1(capsys):
@@ -199,7 +199,7 @@ def test_the_table_ends_in_a_summary_and_the_status_in_1(capsys):
     assert out.endswith("\n\n0 passed, 1 failed, 1 not offered.\n")
 
 
-def test_without_write_nothing_is_made_on_the_server(capsys):
+def test_without_write_nothing_is_created_on_the_server(capsys):
     with OddServer() as server:
         cli.main(["conformance", server.url])
 
@@ -208,7 +208,7 @@ def test_without_write_nothing_is_made_on_the_server(capsys):
     assert "healthz" in capsys.readouterr().out
 
 
-def test_what_was_made_is_removed_again():
+def test_what_was_created_is_deleted():
     with OddServer() as server:
         list(conformance.check(server.url, write=True, only=["brings the weights back"]))
 
@@ -218,27 +218,27 @@ def test_what_was_made_is_removed_again():
     assert 1 == server.seen["finish"]
 
 
-def test_a_server_that_is_not_there_is_an_error_and_no_list_of_failures(capsys):
+def test_an_unreachable_server_is_an_error_and_no_list_of_failures(capsys):
     assert 1 == cli.main(["conformance", "http://127.0.0.1:9"])
     out, err = capsys.readouterr()
     assert "" == out
     assert "http://127.0.0.1:9/api/v1/client/config: connection refused" in err
 
 
-def test_a_name_that_no_check_has_is_told(capsys):
+def test_a_name_that_no_check_has_is_an_error(capsys):
     with OddServer() as server:
         assert 1 == cli.main(["conformance", server.url, "--only", "nonsense"])
-    assert "no check has a name with nonsense in it" in capsys.readouterr().err
+    assert "no check has a name that contains nonsense" in capsys.readouterr().err
 
 
-def test_a_check_that_breaks_off_is_a_failure_with_its_reason():
+def test_a_check_that_raises_is_a_failure_with_its_reason():
     """One mistake in a check must not end the run."""
     result = try_out(Check("odd", "a rule", lambda lab: {}["nothing"]), None)
 
-    assert ("fail", "the check broke off: KeyError: 'nothing'") == (result.outcome, result.reason)
+    assert ("fail", "the check raised KeyError: 'nothing'") == (result.outcome, result.reason)
 
 
-def test_every_check_has_a_rule_and_a_name_of_its_own():
+def test_every_check_has_a_rule_and_a_unique_name():
     names = [check.name for check in conformance.CHECKS]
 
     assert len(names) == len(set(names))
@@ -246,7 +246,7 @@ def test_every_check_has_a_rule_and_a_name_of_its_own():
 
 
 def test_the_page_shows_every_check():
-    """In its order, in the output of a run on our own server."""
+    """In the same order, in the output of a run on our own server."""
     page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
     shown = [line[13:] for line in page.splitlines() if line.startswith("pass         ")]
 
@@ -255,7 +255,7 @@ def test_the_page_shows_every_check():
         assert line == check.name or line.startswith(f"{check.name}:")
 
 
-# How a server is asked.
+# The client of the checks.
 
 
 def answer(status, payload=None, content=None, **headers):
@@ -274,7 +274,7 @@ def answer(status, payload=None, content=None, **headers):
         (answer(400, {"detail": "no"}), False),
     ],
 )
-def test_not_yet_is_known_in_every_form(given, expected):
+def test_not_yet_is_recognized_in_every_form(given, expected):
     assert expected == is_not_yet(given)
 
 
@@ -289,12 +289,12 @@ def test_not_yet_is_known_in_every_form(given, expected):
         (answer(400, {"detail": "Not Found"}), False),
     ],
 )
-def test_a_missing_endpoint_is_told_from_a_missing_thing(given, expected):
+def test_a_missing_endpoint_differs_from_a_missing_object(given, expected):
     assert expected == is_missing(given)
 
 
 def test_the_zstd_frames_are_zstd():
-    """Made by hand, so that the checks need no library."""
+    """Written without a library, so that the checks need none."""
     body = bytes(range(256)) * 2000
 
     assert body == zstandard.ZstdDecompressor().decompressobj().decompress(zstd_frame(body))
@@ -303,8 +303,8 @@ def test_the_zstd_frames_are_zstd():
     assert len(zstd_bomb(2048)) < 100_000
 
 
-def test_a_request_of_a_check_is_the_protocol_s():
-    """The checks number requests themselves, but say the same as the SDK."""
+def test_requests_of_the_checks_follow_the_protocol():
+    """The checks number requests themselves, but send the same fields as the SDK."""
     with OddServer() as server:
         list(conformance.check(server.url, write=True, only=["used up", "uses its gradients"]))
 

@@ -8,7 +8,7 @@ import requests
 from tests.support.processes import ServerProcess
 from tests.support.wire_client import batch
 from tinkex import wire
-from tinkex.conformance.asking import zstd_bomb
+from tinkex.conformance.client import zstd_bomb
 from tinkex.server.http_errors import Refusal
 from tinkex.server.request_context import unpack
 

@@ -1,10 +1,10 @@
-"""Named checks of the Tinker API against any server: each a rule that some server breaks today.
+"""Named checks of a server against the Tinker API; each is a rule that some server breaks today.
 
     for result in conformance.check("http://127.0.0.1:8000", write=True): ...
 
-`asking` is how a server is asked, `lab` what is made there, `checking` what a check is; the checks
-are in the modules named after their subjects. Knows nothing of the SDK's clients, which would hide
-what is checked here.
+`client` sends the requests, `context` creates models and samplers, `runner` runs the checks, which
+are in the modules named after their subjects. The SDK's own clients are not used: they would retry
+and reorder, and so hide what is checked here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tinkex import config
-from tinkex.conformance import general, learning, order, sampling, storing
-from tinkex.conformance.asking import Asker
-from tinkex.conformance.checking import MARGIN, Check, Result, as_json, line, run, summary
-from tinkex.conformance.lab import Lab
+from tinkex.conformance import basics, checkpoints, ordering, sampling, training
+from tinkex.conformance.client import Client
+from tinkex.conformance.context import Context
+from tinkex.conformance.runner import MARGIN, Check, Result, as_json, line, run, summary
 
 #: Every check, in the order in which they are shown.
 CHECKS: tuple[Check, ...] = (
-    *general.CHECKS,
-    *order.CHECKS,
-    *learning.CHECKS,
+    *basics.CHECKS,
+    *ordering.CHECKS,
+    *training.CHECKS,
     *sampling.CHECKS,
-    *storing.CHECKS,
+    *checkpoints.CHECKS,
 )
 
 #: Seconds to wait for the result of one operation.
@@ -41,19 +41,21 @@ def check(
     only: Sequence[str] = (),
     patience: float = PATIENCE,
 ) -> Iterator[Result]:
-    """Run the checks against the server at *url*; the results, one by one.
+    """Run the checks against the server at *url*, and yield the results one by one.
 
     Args:
-        other_api_key: of another user, for what users must not see of each other.
-        base_model: to train; by default the first that the server names.
-        write: also run the checks that make a session, models and checkpoints. They are removed
-            again where the server lets us.
-        restart: a shell command that restarts the server, and ends when it has begun to.
-        only: parts of names; the checks whose name holds one of them.
+        api_key: of the server; None for the one in the environment.
+        other_api_key: of another user, to check that users cannot see each other's work.
+        base_model: to train; by default the first one that the server names.
+        write: also run the checks that create a session, models and checkpoints. These are removed
+            at the end, where the server allows it.
+        restart: a shell command that restarts the server and ends once the restart has begun.
+        only: run only the checks whose name contains one of these texts.
         patience: seconds to wait for the result of one operation.
 
     Raises:
-        ValueError, TinkexError: If the server cannot be reached at all.
+        ValueError: If no check matches *only*, or *url* is not valid.
+        TinkexError: If the server cannot be reached.
     """
     chosen = [
         one
@@ -61,17 +63,17 @@ def check(
         if (write or not one.writes) and (not only or any(part in one.name for part in only))
     ]
     if not chosen:
-        raise ValueError(f"no check has a name with {' or '.join(only)} in it.")
+        raise ValueError(f"no check has a name that contains {' or '.join(only)}.")
     quiet = config.Patience(report_after=1e6)
-    asker = Asker(config.load(url, api_key, patience=quiet), patience)
+    client = Client(config.load(url, api_key, patience=quiet), patience)
     other = None
     if other_api_key is not None:
-        other = Asker(config.load(url, other_api_key, patience=quiet), patience)
-    lab = Lab(asker, other=other, base_model=base_model, restart=restart)
+        other = Client(config.load(url, other_api_key, patience=quiet), patience)
+    ctx = Context(client, other=other, base_model=base_model, restart=restart)
     try:
-        yield from run(chosen, lab)
+        yield from run(chosen, ctx)
     finally:
-        lab.close()
+        ctx.close()
 
 
 __all__ = [

@@ -11,7 +11,7 @@ import time
 
 from tinkex import config, wire
 from tinkex._version import __version__
-from tinkex.conformance.asking import said
+from tinkex.conformance.client import said
 from tinkex.diagnostics.exchange import ask
 from tinkex.diagnostics.steps import Failed, Finding, Limits, Step
 from tinkex.runtime import embedded

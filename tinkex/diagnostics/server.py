@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from tinkex import config, errors, types, wire
-from tinkex.conformance.asking import as_object, is_missing, said
+from tinkex.conformance.client import as_object, is_missing, said
 from tinkex.diagnostics.endpoints import GROUPS, label
 from tinkex.diagnostics.exchange import NOBODY, ask
 from tinkex.diagnostics.network import Network

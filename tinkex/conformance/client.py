@@ -1,7 +1,7 @@
-"""How a check asks a server: bare requests, answers with their status, results waited for.
+"""The HTTP client of the checks: single requests, every status returned, results polled for.
 
-Unlike the SDK it numbers nothing by itself, sends nothing again and hides no status: order, repeats
-and refusals are what the checks are about. Knows nothing of what a right answer is.
+Unlike the SDK it does not number requests, retry or hide a status, because order, repeats and
+refusals are what the checks examine. Does not know what a correct answer is.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from tinkex.runtime.transport import Transport
 
 T = TypeVar("T")
 
-#: Every status is an answer to look at.
+#: Every status is returned to the check.
 _ANY_STATUS = frozenset(range(300, 600))
 
-#: Seconds that one poll may take; the protocol's clients give up here.
+#: Seconds that one poll may take; clients of the protocol time out then.
 POLL_SECONDS = 45.0
 
-#: How an unknown endpoint is told from an unknown thing.
+#: Statuses of an endpoint that the server does not have.
 _MISSING = (404, 405, 501)
 
 
 class Broken(Exception):
-    """The server does not keep the rule; says how."""
+    """The server breaks the rule; the message says how."""
 
 
 class NotOffered(Exception):
-    """The rule does not apply: the server has no such feature, or it was not asked for."""
+    """The rule does not apply: the server lacks the feature, or an option of the check is
+    missing."""
 
 
 @attrs.frozen
@@ -44,10 +45,10 @@ class Ended:
     """How an operation ended.
 
     Attributes:
-        answer: the last answer of the server about it.
-        request_id: its handle; "" if it was refused at once, or answered without one.
-        refused: whether it was refused when it was sent.
-        failure: the server's sentence, if it was refused or failed; else None.
+        answer: the server's last answer about it.
+        request_id: of its promise; "" if it was refused, or answered without a promise.
+        refused: True if the request itself was refused.
+        failure: the server's message if it was refused or failed, else None.
         payload: the decoded JSON; None for a protobuf result.
     """
 
@@ -58,7 +59,7 @@ class Ended:
     payload: Any
 
     def value(self, result: type[T], what: str) -> T:
-        """The result. Raises Broken if there is none, or it does not fit."""
+        """The result as an object of *result*. Raises Broken if it failed or cannot be read."""
         if self.failure is not None:
             when = "was refused" if self.refused else "failed"
             raise Broken(f"{what} {when} ({self.answer.status}): {self.failure}")
@@ -75,8 +76,11 @@ class Ended:
 
 
 class _FreshConnections(requests.adapters.HTTPAdapter):
-    """A connection for each request: one that the server has closed meanwhile would look like its
-    failure, and must not be asked twice."""
+    """One connection for each request.
+
+    A kept connection that the server has closed would look like a failure of the server, and a
+    check must not send a request twice.
+    """
 
     def send(self, *args: Any, **kwargs: Any) -> requests.Response:
         try:
@@ -85,8 +89,8 @@ class _FreshConnections(requests.adapters.HTTPAdapter):
             self.poolmanager.clear()
 
 
-class Asker:
-    """One key's way to a server.
+class Client:
+    """Sends the requests of the checks with one key.
 
     Args:
         patience: seconds to wait for the result of one operation.
@@ -97,13 +101,13 @@ class Asker:
         self.connection = Connection(settings, transport=transport)
         self.patience = patience
         self._transport = self.connection.transport
-        #: Whether batches go as protobuf; found out with the first.
+        #: True if batches go as protobuf; None until the first batch shows it.
         self.protobuf = self.connection.features.proto_write_fwdbwd
-        #: Checkpoints that were made, to be removed at the end.
+        #: Paths of created checkpoints, to be deleted at the end.
         self.saved: list[str] = []
 
     def with_key(self, key: str) -> Transport:
-        """Another key on the same server, for requests that should be refused."""
+        """A transport with another key, for requests that the server should refuse."""
         settings = attrs.evolve(self.connection.config, api_key=key)
         transport = Transport(settings, adapter=_FreshConnections())
         transport.established = True
@@ -119,7 +123,7 @@ class Asker:
         timeout: float = 60.0,
         transport: Transport | None = None,
     ) -> Answer:
-        """One request under /api/v1/, once, whatever its answer; *path* goes as it is.
+        """Send one request under /api/v1/, once, and return the answer; *path* is not encoded.
 
         Raises:
             TinkexError: If no answer comes.
@@ -137,24 +141,26 @@ class Asker:
         )
 
     def post(self, path: str, payload: Any = None, **options: Any) -> Answer:
+        """POST *payload* as JSON; *options* are those of `send`."""
         return self.send("POST", path, wire.dumps({} if payload is None else payload), **options)
 
     def get(self, path: str, **options: Any) -> Answer:
+        """GET *path*; *options* are those of `send`."""
         return self.send("GET", path, **options)
 
     def endpoint(self, method: str, path: str, payload: Any = None) -> Answer:
-        """The success of an endpoint that not every server has.
+        """Call an endpoint that not every server has; the answer is a success.
 
         Raises:
-            NotOffered: If this one does not.
-            Broken: If it refuses.
+            NotOffered: If the server does not have the endpoint.
+            Broken: If the server refuses the request.
         """
         body = b"" if payload is None else wire.dumps(payload)
         answer = self.send(method, path, body)
         if is_missing(answer):
             raise NotOffered(f"{answer.status} on {method} {path.split('?')[0]}")
         if answer.status >= 300:
-            raise Broken(f"{method} {path.split('?')[0]} gave {said(answer)}")
+            raise Broken(f"{method} {path.split('?')[0]} returned {said(answer)}")
         return answer
 
     # Promises.
@@ -169,7 +175,7 @@ class Asker:
         )
 
     def wait(self, request_id: str, seconds: float | None = None) -> Answer:
-        """Poll until there is an answer other than "not yet".
+        """Poll until the answer is not "not yet".
 
         Raises:
             Broken: If there is none within *seconds*.
@@ -187,14 +193,14 @@ class Asker:
         raise Broken(f"no result of {request_id} within {limit:.0f} s")
 
     def is_done(self, request_id: str, within: float = 1.0) -> bool:
-        """Whether there is a result by now, or soon."""
+        """True if there is a result now or *within* so many seconds."""
         try:
             return not is_not_yet(self.poll(request_id, within))
         except errors.APITimeoutError:
             return False
 
     def end(self, answer: Answer, seconds: float | None = None) -> Ended:
-        """How the operation ends whose sending gave *answer*."""
+        """Wait for the end of the operation; *answer* is the response to its request."""
         if answer.status >= 300:
             return Ended(answer, "", True, said(answer), {})
         request_id = request_id_of(answer)
@@ -207,7 +213,7 @@ class Asker:
 
 
 def request_id_of(answer: Answer) -> str:
-    """The handle in a promise; "" where the answer is none."""
+    """The request_id of a promise; "" if *answer* is not a promise."""
     if answer.status >= 300:
         return ""
     value = as_object(answer).get("request_id")
@@ -215,7 +221,7 @@ def request_id_of(answer: Answer) -> str:
 
 
 def is_not_yet(answer: Answer) -> bool:
-    """Whether a poll says that there is no result yet, in any of the ways in use."""
+    """True if a poll reports that there is no result yet, in any of the forms that servers use."""
     if answer.status in (408, 429):
         return True
     if answer.status != 200 or answer.is_protobuf:
@@ -225,7 +231,7 @@ def is_not_yet(answer: Answer) -> bool:
 
 
 def is_missing(answer: Answer) -> bool:
-    """Whether the server does not have the endpoint, rather than the thing."""
+    """True if the server lacks the endpoint; False if it lacks the object that was asked for."""
     if answer.status not in _MISSING:
         return False
     sentence = sentence_of(answer).lower()
@@ -237,7 +243,7 @@ def is_missing(answer: Answer) -> bool:
 
 
 def as_object(answer: Answer) -> dict[str, Any]:
-    """The JSON object in *answer*; {} where it holds something else."""
+    """The JSON object in *answer*; {} if it holds something else."""
     try:
         payload = answer.json()
     except errors.APIResponseValidationError:
@@ -246,7 +252,7 @@ def as_object(answer: Answer) -> dict[str, Any]:
 
 
 def sentence_of(answer: Answer) -> str:
-    """What the server says in an error body."""
+    """The message in an error body."""
     if answer.is_protobuf:
         return ""
     payload = as_object(answer)
@@ -254,7 +260,7 @@ def sentence_of(answer: Answer) -> str:
 
 
 def said(answer: Answer) -> str:
-    """Status and sentence, for a reason."""
+    """Status and message of *answer*, for the reason of a result."""
     sentence = sentence_of(answer)
     sentence = sentence if len(sentence) <= 160 else sentence[:157] + "..."
     return f"{answer.status}{f' ({sentence})' if sentence else ' with an empty body'}"
@@ -272,18 +278,18 @@ def _failure(answer: Answer) -> str | None:
 
 
 def zstd_frame(body: bytes) -> bytes:
-    """*body* as a zstd frame, uncompressed: it needs no library."""
+    """*body* as a zstd frame of uncompressed blocks; needs no library."""
     parts = [body[i : i + (1 << 17)] for i in range(0, len(body), 1 << 17)] or [b""]
     return _frame([(0, len(part), part) for part in parts])
 
 
 def zstd_bomb(mebibytes: int) -> bytes:
-    """A zstd frame of so many MiB of zeros, in 32 bytes each."""
+    """A zstd frame that unpacks to so many MiB of zeros, in 32 bytes each."""
     return _frame([(1, 1 << 17, b"\0")] * (8 * mebibytes))
 
 
 def _frame(blocks: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """Blocks of (kind: 0 as it is, 1 one byte repeated; size; content) as RFC 8878 has them."""
+    """Write blocks of (kind: 0 raw, 1 one repeated byte; size; content) as in RFC 8878."""
     out = [b"\x28\xb5\x2f\xfd\x00\x58"]  # magic; no content size, no checksum; a 2 MiB window
     for i, (kind, size, content) in enumerate(blocks):
         is_last = i == len(blocks) - 1

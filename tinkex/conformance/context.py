@@ -1,6 +1,6 @@
-"""What the checks work with: models and samplers on the server, and the lab that makes them.
+"""Models and samplers on the server, and the context that creates and removes them for the checks.
 
-Knows how to make a thing and to take it away again; what must be true of it is the checks'.
+Does not know what must be true of them; that is the subject of the checks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import attrs
 import numpy as np
 
 from tinkex import config, errors, types, wire
-from tinkex.conformance.asking import (
-    Asker,
+from tinkex.conformance.client import (
     Broken,
+    Client,
     NotOffered,
     as_object,
     request_id_of,
@@ -26,32 +26,33 @@ from tinkex.conformance.asking import (
 )
 from tinkex.runtime.responses import Answer
 
-#: Of the adapters that are made.
+#: Rank of the created adapters.
 RANK = 8
 
 
 class Model:
-    """A model on the server. `number` is the number of its last operation; checks may give others.
+    """A model on the server; `number` is the seq_id of its last operation.
 
-    The methods that return an `Answer` send one request; the others wait for its result.
+    The methods that return an `Answer` send one request; the others wait for its result. Checks may
+    pass other numbers.
     """
 
-    def __init__(self, asker: Asker, model_id: str, session_id: str) -> None:
-        self.asker = asker
+    def __init__(self, client: Client, model_id: str, session_id: str) -> None:
+        self.client = client
         self.model_id = model_id
         self.session_id = session_id
         self.number = 0
 
     def next(self, count: int = 1) -> int:
-        """Take *count* numbers; the first of them."""
+        """Reserve *count* numbers; returns the first."""
         self.number += count
         return self.number - count + 1
 
     def post(self, endpoint: str, number: int | None = None, /, **fields: Any) -> Answer:
-        """One numbered request in JSON."""
+        """Send one numbered request in JSON."""
         number = self.next() if number is None else number
         payload = {"model_id": self.model_id, "seq_id": number, **fields, "type": endpoint}
-        return self.asker.post(endpoint, payload)
+        return self.client.post(endpoint, payload)
 
     def batch(
         self,
@@ -63,20 +64,20 @@ class Model:
         protobuf: bool | None = None,
         compress: bool = False,
     ) -> Answer:
-        """One batch, in the dialect that the server takes."""
+        """Send one batch, in the dialect that the server accepts."""
         number = self.next() if number is None else number
         request = types.ForwardBackwardRequest(
             self.model_id, number, list(data), loss_fn, forward_only=forward_only
         )
-        asker = self.asker
+        client = self.client
         if protobuf is not None:
             return self._send(request, protobuf, compress)
-        if asker.protobuf is None:
+        if client.protobuf is None:
             answer = self._send(request, True)
-            asker.protobuf = answer.status not in (400, 415, 422, 500)
-            if asker.protobuf:
+            client.protobuf = answer.status not in (400, 415, 422, 500)
+            if client.protobuf:
                 return answer
-        return self._send(request, asker.protobuf)
+        return self._send(request, client.protobuf)
 
     def _send(
         self, request: types.ForwardBackwardRequest, protobuf: bool, compress: bool = False
@@ -85,24 +86,24 @@ class Model:
         headers = {"Content-Type": content_type}
         if compress:
             body, headers["Content-Encoding"] = zstd_frame(body), "zstd"
-        return self.asker.send("POST", path, body, headers)
+        return self.client.send("POST", path, body, headers)
 
     def step(self, number: int | None = None, /, **params: float) -> Answer:
-        """One optimizer step; *params* are AdamW's."""
+        """Send one optimizer step; *params* are those of AdamW."""
         adam = attrs.asdict(types.AdamParams(**params))
         return self.post("optim_step", number, adam_params=adam)
 
-    # The same, to their end.
+    # With their result.
 
     def run(self, answer: Answer, what: str) -> Any:
-        """The JSON of an operation that must work."""
-        ended = self.asker.end(answer)
+        """The JSON result of an operation that must succeed."""
+        ended = self.client.end(answer)
         if ended.failure is not None:
             ended.value(dict, what)  # raises
         return ended.payload
 
     def output(self, answer: Answer, what: str = "forward_backward") -> types.ForwardBackwardOutput:
-        return self.asker.end(answer).value(types.ForwardBackwardOutput, what)
+        return self.client.end(answer).value(types.ForwardBackwardOutput, what)
 
     def forward(self, data: Sequence[types.Datum]) -> types.ForwardBackwardOutput:
         return self.output(self.batch(data, forward_only=True), "forward")
@@ -110,36 +111,36 @@ class Model:
     def train(
         self, data: Sequence[types.Datum], learning_rate: float = 0.01, **params: float
     ) -> None:
-        """forward_backward and a step."""
+        """Run forward_backward and a step."""
         self.output(self.batch(data))
         self.run(self.step(learning_rate=learning_rate, **params), "optim_step")
 
     def logprobs(self, data: Sequence[types.Datum]) -> np.ndarray:
-        """Of the targets of *data*, one after another, under the current weights."""
+        """Log-probabilities of the targets of *data*, concatenated, under the current weights."""
         return logprobs_of(self.forward(data), data)
 
     def save(self, name: str, **fields: Any) -> str:
-        """The path of a checkpoint."""
+        """Save a checkpoint; returns its path."""
         return self._saved("save_weights", name, **fields)
 
     def save_for_sampler(self, name: str) -> str:
-        """The path of weights for samplers."""
+        """Save weights for samplers; returns their path."""
         return self._saved("save_weights_for_sampler", name)
 
     def _saved(self, endpoint: str, name: str, **fields: Any) -> str:
-        ended = self.asker.end(self.post(endpoint, path=name, **fields))
+        ended = self.client.end(self.post(endpoint, path=name, **fields))
         path = ended.value(types.SaveWeightsForSamplerResponse, endpoint).path
         if not path:
-            raise Broken(f"{endpoint} of {name!r} gave no path")
-        self.asker.saved.append(path)
+            raise Broken(f"{endpoint} of {name!r} returned no path")
+        self.client.saved.append(path)
         return path
 
 
 class Sampler:
     """A sampling session on the server."""
 
-    def __init__(self, asker: Asker, sampler_id: str) -> None:
-        self.asker = asker
+    def __init__(self, client: Client, sampler_id: str) -> None:
+        self.client = client
         self.sampler_id = sampler_id
         self._number = -1
 
@@ -152,7 +153,8 @@ class Sampler:
         params: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Answer:
-        """One request for samples; *params* over max_tokens 8, *fields* beside the prompt."""
+        """Send one request for samples; *params* override the defaults, *fields* go beside the
+        prompt."""
         if number is None:
             self._number += 1
             number = self._number
@@ -168,54 +170,55 @@ class Sampler:
             **fields,
             "type": "sample",
         }
-        return self.asker.post("asample", payload)
+        return self.client.post("asample", payload)
 
     def sample(
         self, prompt: Sequence[int], num_samples: int = 1, **options: Any
     ) -> types.SampleResponse:
         answer = self.post(prompt, num_samples, **options)
-        return self.asker.end(answer).value(types.SampleResponse, "asample")
+        return self.client.end(answer).value(types.SampleResponse, "asample")
 
     def score(self, tokens: Sequence[int]) -> np.ndarray:
-        """(N - 1,): log-probability of each token but the first, however the server aligns them."""
+        """(N - 1,): log-probability of each token but the first, for either alignment."""
         response = self.sample(tokens, params={"max_tokens": 1}, prompt_logprobs=True)
         if response.prompt_logprobs_np is None:
-            raise NotOffered("no prompt log-probabilities, by which this is seen")
+            raise NotOffered("no prompt log-probabilities, which this check needs")
         return response.prompt_logprobs_np[-(len(tokens) - 1) :]
 
 
 def logprobs_of(output: types.ForwardBackwardOutput, data: Sequence[types.Datum]) -> np.ndarray:
-    """The log-probabilities in *output*, one after another; of each datum as many as targets."""
+    """The log-probabilities in *output*, concatenated; for each datum as many as targets."""
     if len(output.loss_fn_outputs) != len(data):
-        raise Broken(f"{len(output.loss_fn_outputs)} outputs came for {len(data)} datums")
+        raise Broken(f"{len(output.loss_fn_outputs)} outputs for {len(data)} datums")
     parts = []
     for datum, one in zip(data, output.loss_fn_outputs):
         if "logprobs" not in one:
             raise Broken(f"an output holds {sorted(one)}, but no logprobs")
         values, wanted = one["logprobs"].to_numpy().ravel(), datum.model_input.length
         if values.size < wanted:
-            raise Broken(f"{values.size} logprobs came for {wanted} targets")
+            raise Broken(f"{values.size} logprobs for {wanted} targets")
         parts.append(values[:wanted].astype(np.float64))
     return np.concatenate(parts)
 
 
-class Lab:
-    """What the checks share: the server, its keys, a session, and names that nobody else uses.
+class Context:
+    """What the checks share: the server, its keys, a session, and unique names.
 
     Attributes:
-        asker: asks with the first key; other: with the second, or None.
+        client: sends with the first key.
+        other: sends with the second key, or None.
         restart: a shell command that restarts the server, or None.
     """
 
     def __init__(
         self,
-        asker: Asker,
+        client: Client,
         *,
-        other: Asker | None = None,
+        other: Client | None = None,
         base_model: str | None = None,
         restart: str | None = None,
     ) -> None:
-        self.asker = asker
+        self.client = client
         self.other = other
         self.restart = restart
         self._base_model = base_model
@@ -228,11 +231,11 @@ class Lab:
 
     @property
     def base_model(self) -> str:
-        """The given one, or the first that the server says can be trained."""
+        """The given one, or the first that can be trained according to the server."""
         if self._base_model is None:
-            answer = self.asker.get("get_server_capabilities")
+            answer = self.client.get("get_server_capabilities")
             if answer.status != 200:
-                raise Broken(f"get_server_capabilities gave {said(answer)}; give --base-model")
+                raise Broken(f"get_server_capabilities returned {said(answer)}; give --base-model")
             found = wire.from_json(types.GetServerCapabilitiesResponse, answer.json())
             names = [m.model_name for m in found.supported_models if m.model_name and m.trainable]
             if not names:
@@ -246,20 +249,20 @@ class Lab:
             self._session_id = self.new_session()
         return self._session_id
 
-    def new_session(self, asker: Asker | None = None) -> str:
+    def new_session(self, client: Client | None = None) -> str:
         payload = {
             "tags": ["tinkex-conformance"],
             "user_metadata": {},
             "sdk_version": config.PROTOCOL_VERSION,
             "type": "create_session",
         }
-        answer = (asker or self.asker).post("create_session", payload)
+        answer = (client or self.client).post("create_session", payload)
         if answer.status != 200 or "session_id" not in as_object(answer):
-            raise Broken(f"create_session gave {said(answer)}")
+            raise Broken(f"create_session returned {said(answer)}")
         return str(as_object(answer)["session_id"])
 
     def name(self) -> str:
-        """A name for a checkpoint."""
+        """A new name for a checkpoint."""
         self._names += 1
         return f"conformance-{self._run}-{self._names}"
 
@@ -272,8 +275,8 @@ class Lab:
         rank: int = RANK,
         **fields: Any,
     ) -> Answer:
-        """Send one create_model, with further *fields*."""
-        return self.asker.post(
+        """Send one create_model request, with further *fields*."""
+        return self.client.post(
             "create_model",
             {
                 "session_id": session_id or self.session_id,
@@ -295,29 +298,29 @@ class Lab:
 
     @contextmanager
     def model(self) -> Iterator[Model]:
-        """A new model, which is unloaded at the end."""
-        made = self.asker.end(self.create()).value(types.CreateModelResponse, "create_model")
-        with self.unloading(Model(self.asker, made.model_id, self.session_id)) as model:
+        """Create a model, and unload it at the end."""
+        made = self.client.end(self.create()).value(types.CreateModelResponse, "create_model")
+        with self.unloading(Model(self.client, made.model_id, self.session_id)) as model:
             yield model
 
     @contextmanager
     def unloading(self, model: Model) -> Iterator[Model]:
-        """Take *model* from the server at the end: some have few places for adapters."""
+        """Unload *model* at the end: some servers have room for few adapters."""
         try:
             yield model
         finally:
             try:
-                answer = self.asker.post(
+                answer = self.client.post(
                     "unload_model", {"model_id": model.model_id, "type": "unload_model"}
                 )
                 if request_id := request_id_of(answer):
-                    self.asker.is_done(request_id, 10.0)
+                    self.client.is_done(request_id, 10.0)
             except errors.TinkexError:
-                pass  # it is tidiness; what the check found counts
+                pass  # cleaning up; the result of the check counts
 
     def restored(self, path: str, *, optimizer: bool) -> Model:
-        """A new model from a checkpoint: by one request, or by the older three."""
-        answer = self.asker.post(
+        """A new model from a checkpoint: with one request, or with two on older servers."""
+        answer = self.client.post(
             "load_weights",
             {
                 "session_id": self.session_id,
@@ -328,28 +331,28 @@ class Lab:
             },
         )
         if answer.status < 300:
-            loaded = self.asker.end(answer).value(types.LoadWeightsResponse, "load_weights")
+            loaded = self.client.end(answer).value(types.LoadWeightsResponse, "load_weights")
             model_id = loaded.model_id or f"{self.session_id}:train:{self._model_numbers - 1}"
-            return Model(self.asker, model_id, self.session_id)
-        made = self.asker.end(self.create()).value(types.CreateModelResponse, "create_model")
-        model = Model(self.asker, made.model_id, self.session_id)
+            return Model(self.client, model_id, self.session_id)
+        made = self.client.end(self.create()).value(types.CreateModelResponse, "create_model")
+        model = Model(self.client, made.model_id, self.session_id)
         model.run(model.post("load_weights", path=path, optimizer=optimizer), "load_weights")
         return model
 
     # Samplers.
 
     def sampler_of(
-        self, *, asker: Asker | None = None, session_id: str = "", number: int | None = None,
+        self, *, client: Client | None = None, session_id: str = "", number: int | None = None,
         **source: str,
     ) -> Answer:  # fmt: skip
-        """Send one create_sampling_session; *source* is model_path or base_model."""
+        """Send one create_sampling_session request; *source* is model_path or base_model."""
         payload = {
             "session_id": session_id or self.session_id,
             "sampling_session_seq_id": self.sampler_number() if number is None else number,
             **source,
             "type": "create_sampling_session",
         }
-        return (asker or self.asker).post("create_sampling_session", payload)
+        return (client or self.client).post("create_sampling_session", payload)
 
     def open_sampler(self, path: str) -> Sampler:
         """A sampler of saved weights."""
@@ -357,39 +360,39 @@ class Lab:
 
     @property
     def sampler(self) -> Sampler:
-        """A sampler of the base model; where that cannot be had, of a fresh adapter."""
+        """A sampler of the base model; of a fresh adapter if the server does not offer that."""
         if self._sampler is None:
             answer = self.sampler_of(base_model=self.base_model)
             if answer.status == 200:
                 self._sampler = self._opened(answer)
             else:
-                made = self.asker.end(self.create()).value(
+                made = self.client.end(self.create()).value(
                     types.CreateModelResponse, "create_model"
                 )
-                model = Model(self.asker, made.model_id, self.session_id)
+                model = Model(self.client, made.model_id, self.session_id)
                 self._sampler = self.open_sampler(model.save_for_sampler(self.name()))
         return self._sampler
 
     def _opened(self, answer: Answer) -> Sampler:
         sampler_id = as_object(answer).get("sampling_session_id")
         if answer.status != 200 or not isinstance(sampler_id, str):
-            raise Broken(f"create_sampling_session gave {said(answer)}")
-        return Sampler(self.asker, sampler_id)
+            raise Broken(f"create_sampling_session returned {said(answer)}")
+        return Sampler(self.client, sampler_id)
 
     def close(self) -> None:
-        """Remove the checkpoints that were made, and end the session."""
-        for path in self.asker.saved:
+        """Delete the created checkpoints, finish the session, close the connections."""
+        for path in self.client.saved:
             run, _, checkpoint = path.removeprefix("tinker://").partition("/")
             try:
-                self.asker.send("DELETE", f"training_runs/{run}/checkpoints/{checkpoint}")
+                self.client.send("DELETE", f"training_runs/{run}/checkpoints/{checkpoint}")
             except errors.TinkexError:
                 break
         if self._session_id:
             path = f"sessions/{quote(self._session_id, safe='')}/finish"
             try:
-                self.asker.post(path, {"reason": {"type": "success"}, "detail": None}, timeout=10)
+                self.client.post(path, {"reason": {"type": "success"}, "detail": None}, timeout=10)
             except errors.TinkexError:
-                pass  # the checks are done
-        for asker in (self.asker, self.other):
-            if asker is not None:
-                asker.connection.close()
+                pass  # the checks are finished
+        for client in (self.client, self.other):
+            if client is not None:
+                client.connection.close()

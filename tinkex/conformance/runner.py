@@ -1,6 +1,6 @@
-"""What a check is: a function with a rule for its docstring, and what comes out of it.
+"""Runs checks: each is a function whose docstring is the rule; formats their results.
 
-Knows nothing of servers.
+Does not know about servers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Literal
 
 import attrs
 
-from tinkex.conformance.asking import Broken, NotOffered
-from tinkex.conformance.lab import Lab
+from tinkex.conformance.client import Broken, NotOffered
+from tinkex.conformance.context import Context
 from tinkex.errors import TinkexError
 
 Outcome = Literal["pass", "fail", "not offered"]
 
-#: A check returns what it saw, in a few words, or None.
-Function = Callable[[Lab], "str | None"]
+#: A check returns a few words on what it found, or None.
+Function = Callable[[Context], "str | None"]
 
 
 @attrs.frozen
@@ -29,9 +29,10 @@ class Check:
     """One rule.
 
     Attributes:
-        name: a few words; about: what is checked, and which server breaks it.
-        writes: whether it makes sessions, models or checkpoints on the server.
-        aside: whether it waits for long, and may run beside the others.
+        name: a few words.
+        about: the rule, and which server breaks it.
+        writes: True if it creates sessions, models or checkpoints on the server.
+        aside: True if it takes long and may run on a separate thread.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Check:
 
 @attrs.frozen
 class Result:
-    """What came out of a check; `reason` is why, or what was seen."""
+    """The result of a check; `reason` is why it failed, or what was found."""
 
     name: str
     outcome: Outcome
@@ -68,36 +69,36 @@ class Checks(list[Check]):
         return add
 
 
-def run(checks: Sequence[Check], lab: Lab) -> Iterator[Result]:
-    """The results, in the order of *checks*; each as soon as it is there."""
-    aside = {check.name: _Aside(check, lab) for check in checks if check.aside}
+def run(checks: Sequence[Check], ctx: Context) -> Iterator[Result]:
+    """Yield the results in the order of *checks*, each as soon as it is known."""
+    aside = {check.name: _Aside(check, ctx) for check in checks if check.aside}
     for check in checks:
-        yield aside[check.name].result() if check.aside else try_out(check, lab)
+        yield aside[check.name].result() if check.aside else try_out(check, ctx)
 
 
-def try_out(check: Check, lab: Lab) -> Result:
-    """The result of one check. Whatever goes wrong is a failure with its reason."""
+def try_out(check: Check, ctx: Context) -> Result:
+    """Run one check. Any exception becomes a failure with its reason."""
     started = time.monotonic()
     outcome: Outcome = "pass"
     try:
-        reason = check.function(lab) or ""
+        reason = check.function(ctx) or ""
     except NotOffered as exc:
         outcome, reason = "not offered", str(exc)
     except (Broken, TinkexError) as exc:
         outcome, reason = "fail", str(exc)
-    except Exception as exc:  # a check must not end the run
-        outcome, reason = "fail", f"the check broke off: {type(exc).__name__}: {exc}"
+    except Exception as exc:  # an error in a check must not end the run
+        outcome, reason = "fail", f"the check raised {type(exc).__name__}: {exc}"
     seconds = round(time.monotonic() - started, 3)
     return Result(check.name, outcome, " ".join(reason.split()), seconds, check.about)
 
 
 class _Aside:
-    """A check on a thread of its own."""
+    """A check on a separate thread."""
 
-    def __init__(self, check: Check, lab: Lab) -> None:
+    def __init__(self, check: Check, ctx: Context) -> None:
         self._results: list[Result] = []
         self._thread = threading.Thread(
-            target=lambda: self._results.append(try_out(check, lab)),
+            target=lambda: self._results.append(try_out(check, ctx)),
             name="tinkex-conformance",
             daemon=True,
         )
@@ -108,15 +109,15 @@ class _Aside:
         return self._results[0]
 
 
-# --- showing ------------------------------------------------------------------------------------
+# --- formatting ---------------------------------------------------------------------------------
 
 
-#: Columns of the outcome, before the rest of a line; and of all.
+#: Width of the outcome column, and of a line.
 MARGIN, _WIDTH = 13, 100
 
 
 def line(result: Result) -> str:
-    """One result for a terminal; under a failure, the rule."""
+    """Format one result for a terminal; a failure includes the rule."""
     paragraphs = [f"{result.name}: {result.reason}" if result.reason else result.name]
     if result.outcome == "fail":
         paragraphs.append(result.about)
@@ -136,14 +137,14 @@ def line(result: Result) -> str:
 
 
 def summary(results: Iterable[Result]) -> str:
-    """How many of each outcome."""
+    """The number of results of each outcome, in words."""
     outcomes = [result.outcome for result in results]
     passed, failed = outcomes.count("pass"), outcomes.count("fail")
     return f"{passed} passed, {failed} failed, {outcomes.count('not offered')} not offered"
 
 
 def as_json(url: str, results: Sequence[Result]) -> str:
-    """Everything, for programs."""
+    """All results as JSON."""
     payload = {
         "url": url,
         "ok": all(result.outcome != "fail" for result in results),
