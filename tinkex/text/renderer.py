@@ -361,7 +361,12 @@ class Renderer:
         start = self._start(conversation, i, until)
         if start is None or not conversation.shows_reasoning(i, until[start:]):
             return None
-        return _Turn(i, start, len(until))
+        stop = len(until)
+        if conversation.messages[i]["role"] == "assistant" and whole.startswith(
+            self._next_begins, stop
+        ):
+            stop += len(self._next_begins)
+        return _Turn(i, start, stop)
 
     def _start(self, conversation: Conversation, i: int, until: str) -> int | None:
         is_assistant = conversation.messages[i]["role"] == "assistant"
@@ -442,29 +447,48 @@ class Renderer:
     def stop(self) -> list[int] | list[str]:
         """What ends the assistant's turn: token ids, or texts if the template has no token for it.
 
-        The first special token that the template writes after what the assistant said.
+        The first special token that the template writes after what the assistant said: there, or
+        at the beginning of the user's next message.
         """
         if self.template is None:
             return [PLAIN_STOP]
-        said = "turnabout"
-        probe = Conversation.of(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}],
-            None,
-            "assistant",
-        )
-        tail = self._text(probe).rpartition(said)[2]
-        found = []
-        if isinstance(self.tokenizer, Tokenizer):
-            special = set(self.tokenizer.control_tokens.values())
-            ended = [
-                i for i in self.tokenizer.encode(tail, add_special_tokens=False) if i in special
-            ]
-            others = [self.tokenizer.control_tokens.get(text) for text in OTHER_STOPS]
-            found = [*ended[:1], *(i for i in others if i is not None and ended)]
+        tail, following = self._tails
         eos = getattr(self.tokenizer, "eos_token_id", None)
-        if found:
+        known: dict[str, int] = getattr(self.tokenizer, "control_tokens", {})
+        ends = self._control_tokens_in(tail)[:1] or self._control_tokens_in(following)[:1]
+        if ends:
+            found = [known[text] for text in (*ends, *OTHER_STOPS) if text in known]
             return [*dict.fromkeys([*found, *([eos] if eos is not None else [])])]
         return [tail.strip()] if tail.strip() else [eos] if eos is not None else []
+
+    @cached_property
+    def _tails(self) -> tuple[str, str]:
+        """What the template writes after a last message of the assistant; and between it and the
+        content of the user's next."""
+        said, asked = "turnabout", "nevertheless"
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": asked},
+        ]
+        conversation = Conversation.of(messages, None, "assistant")
+        tail = self._text(conversation.up_to(1)).rpartition(said)[2]
+        following = self._text(conversation).rpartition(said)[2].partition(asked)[0]
+        return tail, following
+
+    @cached_property
+    def _next_begins(self) -> str:
+        """The token that begins the user's next message, if the template ends a turn with none."""
+        try:
+            tail, following = self._tails
+        except templates.TemplateRefusedError:
+            return "\ufdd0"  # nothing is ever equal to it
+        found = self._control_tokens_in(following)[:1]
+        is_next = found and not tail.strip() and following.startswith(found[0])
+        return found[0] if is_next else "\ufdd0"
+
+    def _control_tokens_in(self, text: str) -> list[str]:
+        return self._control_token.findall(text) if self._control_token else []
 
     # Tokens
 

@@ -1,0 +1,91 @@
+"""Tokenizers made for tests: byte-level and SentencePiece-like, with each template's tokens."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from tinkex.text.tokenizer import Tokenizer
+
+TEMPLATES = Path(__file__).parent / "templates"
+#: What the byte pairs are learned from; long enough for tokens of several characters.
+CORPUS = ["The capital of France is Paris. What is the weather in Berlin? It is sunny today.\n"] * 9
+#: Names and text of the special tokens that templates take from the tokenizer.
+SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL = {
+    "deepseek": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"},
+    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>"},
+    "granite": {"bos_token": "<|end_of_text|>", "eos_token": "<|end_of_text|>"},
+    "glm4": {"eos_token": "<|endoftext|>"},
+    "gptoss": {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"},
+    "llama2": SENTENCEPIECE,
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    "mistral": SENTENCEPIECE,
+    "olmo2": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    "phi4": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+    "qwen": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "smollm": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    "zephyr": SENTENCEPIECE,
+}
+#: What looks like a special token in a template, and is none.
+_CONTROL = re.compile(
+    r"<[|｜][^<>|｜\n']{2,40}[|｜]>|<(?:start|end)_of_turn>|\[/?[A-Z]+(?:_[A-Z]+)*\]"
+)
+_ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@lru_cache
+def backend(template, special, is_sentencepiece):
+    """A `tokenizers.Tokenizer` trained on a few sentences."""
+    control = sorted({*_CONTROL.findall(template), *special} - {"[/INST]", "[INST]"})
+    trainer_options = {"vocab_size": 500, "show_progress": False}
+    if is_sentencepiece:
+        made = tokenizers.Tokenizer(
+            models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        made.decoder = decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+        special_tokens = ["<unk>", *[f"<0x{i:02X}>" for i in range(256)]]
+        trainer = trainers.BpeTrainer(special_tokens=special_tokens, **trainer_options)
+    else:
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        made.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **trainer_options)
+    made.train_from_iterator(CORPUS, trainer)
+    made.add_special_tokens(control)
+    made.add_tokens([text for text in _ADDED if text in template])
+    return made
+
+
+@pytest.fixture
+def load():
+    """Our tokenizer for a template of tests/text/templates, and transformers' for the same."""
+
+    def load(name, is_sentencepiece=False):
+        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        special = next(v for k, v in SPECIAL.items() if name.startswith(k))
+        made = backend(template, tuple(special.values()), is_sentencepiece)
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, chat_template=template, **special
+        )
+        return Tokenizer(made, {**special, "chat_template": template}), theirs
+
+    return load
