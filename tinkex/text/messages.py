@@ -22,12 +22,19 @@ WEIGHT_KEYS = ("weight", "trainable")
 
 @attrs.frozen
 class Conversation:
-    """Checked messages, in the form that templates read."""
+    """Checked messages, in the form that templates read.
+
+    Attributes:
+        counts: whether each message counts.
+        texts: what was rendered of it before, by the number of messages and whether a generation
+            prompt followed. The conversations that `up_to` and `before` give share it.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Mapping[str, Any]] | None
     train_on: TrainOn
     counts: tuple[bool, ...]
+    texts: dict[tuple[int, bool], Any] = attrs.field(factory=dict, eq=False, repr=False)
 
     @classmethod
     def of(cls, messages: Any, tools: Any, train_on: TrainOn) -> Conversation:
@@ -61,9 +68,8 @@ class Conversation:
         """Arguments of calls as objects, as text; content beside calls as given, null, "", none."""
         for arguments in (_as_object, _as_text):
             for content in ({}, {"content": None}, {"content": ""}, None):
-                yield attrs.evolve(
-                    self, messages=[_form(m, arguments, content) for m in self.messages]
-                )
+                messages = [_form(m, arguments, content) for m in self.messages]
+                yield attrs.evolve(self, messages=messages, texts={})
 
     def missing_calls(self, text: str) -> str | None:
         """What of the tools, calls and their results *text* does not say, or None."""

@@ -284,14 +284,18 @@ class Renderer:
         self, conversation: Conversation, prompted: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         assert self.template is not None
-        return templates.render_template(
-            self.template,
-            conversation.messages,
-            tools=conversation.tools,
-            add_generation_prompt=prompted,
-            variables=self._variables,
-            date=self.date,
-        )
+        key = (len(conversation.messages), prompted)
+        if key not in conversation.texts:
+            conversation.texts[key] = templates.render_template(
+                self.template,
+                conversation.messages,
+                tools=conversation.tools,
+                add_generation_prompt=prompted,
+                variables=self._variables,
+                date=self.date,
+            )
+        text, marks = conversation.texts[key]
+        return text, marks
 
     def _accepted(self, conversation: Conversation) -> Conversation:
         """The conversation in the form in which the template shows all of it.
