@@ -26,6 +26,7 @@ from tinkex.engine.model import Base
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
 from tinkex.engine.training_pass import Pass, prepare
+from tinkex.text.gguf import is_gguf
 
 #: Part of the machine's memory that keys and values of running samples may take.
 SAMPLING_SHARE = 0.25
@@ -450,10 +451,10 @@ def _words(shape: lora.Shape) -> str:
 
 
 def _canonical(base_model: str) -> str:
-    """One name for one model: a directory's absolute path, or the name as it is."""
+    """One name for one model: the absolute path of a directory or GGUF file, or the name as is."""
     path = Path(base_model).expanduser()
-    is_directory = base_model != tiny.NAME and path.is_dir()
-    return str(path.resolve()) if is_directory else base_model
+    is_here = base_model != tiny.NAME and (path.is_dir() or is_gguf(base_model))
+    return str(path.resolve()) if is_here else base_model
 
 
 def _device(name: str) -> torch.device:

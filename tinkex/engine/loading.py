@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from tinkex.engine import tiny
+from tinkex.engine import gguf, tiny
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
+from tinkex.text import gguf as gguf_file
 
 #: model_type in config.json of the architectures whose layers `model` computes.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -54,6 +56,8 @@ def load(name: str, device: torch.device) -> Loaded:
     """
     if name == tiny.NAME:
         return _load_tiny(device)
+    if gguf_file.is_gguf(name):
+        return _load_gguf(name, device)
     source = _check_source(name)
     return _load_hf(name, source, device)
 
@@ -85,6 +89,21 @@ def _load_tiny(device: torch.device) -> Loaded:
     return Loaded(
         base, tiny.TOKENIZER_ID, config["architectures"][0], lambda: _decoder(tiny.DIRECTORY)
     )
+
+
+def _load_gguf(name: str, device: torch.device) -> Loaded:
+    path = Path(name).expanduser().resolve()
+    file = gguf_file.read(path)
+    content = gguf.config(file)
+    tensors = gguf.Tensors(file, content, compute_dtype(device), device)
+    rope = Rope(gguf.inverse_frequencies(file, content).to(device))
+    base = assemble(_spec(SimpleNamespace(**content), None), tensors, rope)
+    return Loaded(base, str(path), content["architectures"][0], lambda: _gguf_decoder(path))
+
+
+def _gguf_decoder(path: Path) -> Decode:
+    tokenizer = gguf_file.build_tokenizer(gguf_file.read(path))
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 def _check_source(name: str) -> str:

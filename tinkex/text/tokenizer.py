@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinkex import errors
-from tinkex.text import templates
+from tinkex.text import gguf, templates
 
 T = TypeVar("T")
 
@@ -183,7 +183,7 @@ def tokenizer_id(model_name: str, told: str | None = None) -> str:
         return model_name  # it is in the package, wherever the server has it
     if told:
         return told if Path(told).is_absolute() else told.split(":", 1)[0]
-    if Path(model_name).is_dir():
+    if Path(model_name).is_dir() or gguf.is_gguf(model_name):
         return model_name
     name = model_name.split(":", 1)[0]
     if name.startswith("meta-llama/Llama-3"):
@@ -250,6 +250,8 @@ def _load(identifier: str, revision: str | None, load_fn: LoadFunction | None) -
         return from_directory(Path(__file__).parents[1] / "engine" / BUILT_IN[identifier])
     if Path(identifier).is_dir():
         return from_directory(Path(identifier))
+    if gguf.is_gguf(identifier):
+        return from_gguf(Path(identifier))
     if identifier == KIMI_K2:
         return _from_kimi(revision or KIMI_K2_REVISION)
     return _from_hub(identifier, revision)
@@ -270,6 +272,15 @@ def from_directory(directory: Path) -> Tokenizer:
     except Exception as exc:  # the library raises bare Exception
         raise errors.TokenizerError(f"{path} is not a usable tokenizer: {exc}") from exc
     return Tokenizer(backend, _settings(directory))
+
+
+def from_gguf(path: Path) -> Tokenizer:
+    """The tokenizer in a GGUF file."""
+    try:
+        file = gguf.read(path)
+        return Tokenizer(gguf.build_tokenizer(file), gguf.settings(file))
+    except (ValueError, OSError) as exc:
+        raise errors.TokenizerError(str(exc)) from exc
 
 
 def _settings(directory: Path) -> dict[str, Any]:

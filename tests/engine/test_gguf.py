@@ -1,0 +1,224 @@
+"""GGUF files as base models: against transformers' own reading, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.support import hf_reference as hf
+from tinkex import types
+from tinkex.engine import gguf as reading
+from tinkex.engine import gguf_writer, loading
+from tinkex.engine.engine import Engine
+from tinkex.engine.model import FrozenLinears, Packing, Training
+from tinkex.text import gguf as header
+from tinkex.text import tokenizer
+
+CPU = torch.device("cpu")
+
+
+def logits(name, tokens):
+    base = loading.load(str(name), CPU).base
+    packing = Packing([len(tokens)], base.device)
+    with torch.no_grad():
+        hidden = Training(base, FrozenLinears(base), packing).forward(tokens, save=False)
+        return FrozenLinears(base).forward("head", hidden)
+
+
+def make_gguf(folder, kind="llama", stored="F32"):
+    """A small model in *folder* and its GGUF file."""
+    base = hf.make_base(folder / "base", kind)
+    path = folder / "model.gguf"
+    gguf_writer.write(base, path, stored)
+    return base, path
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied-biased", "llama3-rope", "mistral", "qwen2", "qwen3"]
+)
+def test_each_family_is_computed_as_transformers_computes_the_directory(kind, tmp_path):
+    """Names, order of rows, biases, head norms, rotary factors: all survive."""
+    base, path = make_gguf(tmp_path, kind)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, hf.VOCAB, 60))
+    with torch.no_grad():
+        expected = hf.load_base(base)(input_ids=tokens[None]).logits[0]
+
+    torch.testing.assert_close(logits(path, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_each_family_is_read_as_transformers_reads_the_file(kind, tmp_path):
+    """transformers has a reader of its own, so a mistake in our writer cannot hide one in it."""
+    _, path = make_gguf(tmp_path, kind)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, hf.VOCAB, 60))
+    # transformers does not read the size of Qwen3's heads from the file.
+    told = {"head_dim": 16} if kind == "qwen3" else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, **told
+    )
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=tokens[None]).logits[0]
+
+    torch.testing.assert_close(logits(path, tokens), expected, atol=1e-3, rtol=1e-3)
+
+
+def write_quantized(path, kind):
+    """A file with one matrix of random blocks; what the `gguf` package makes of it."""
+    number = gguf.GGMLQuantizationType[kind]
+    per_block, size = gguf.GGML_QUANT_SIZES[number]
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (6, 512 // per_block * size), dtype=np.uint8)
+    if kind in ("F32", "F16", "BF16"):
+        values = rng.normal(size=(6, 512)).astype(np.float32)
+        raw = {
+            "F32": lambda: values.view(np.uint8),
+            "F16": lambda: values.astype(np.float16).view(np.uint8),
+            "BF16": lambda: gguf.quantize(values, number),
+        }[kind]()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("output.weight", np.ascontiguousarray(raw), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf.dequantize(raw.reshape(6, -1), number) if kind[0] in "QB" else None
+
+
+@pytest.mark.parametrize(
+    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"]
+)
+@np.errstate(all="ignore")  # random bytes are all sorts of numbers
+def test_every_supported_type_is_dequantized(kind, tmp_path):
+    """Block by block gives the same as all at once."""
+    expected = write_quantized(tmp_path / "x.gguf", kind)
+    file = header.read(tmp_path / "x.gguf")
+    theirs = gguf.GGUFReader(tmp_path / "x.gguf").tensors[0].data
+    if expected is None:
+        expected = np.asarray(theirs, np.float32)
+
+    rows = [reading.read_rows(file, file.tensors["output.weight"], i, i + 2) for i in (0, 2, 4)]
+
+    assert np.array_equal(expected, np.concatenate(rows), equal_nan=True)
+
+
+def test_a_gguf_file_is_trained_sampled_and_merged_like_any_base_model(tmp_path):
+    base, path = make_gguf(tmp_path)
+    engine = Engine(device="cpu", threads=1)
+    for name in (str(base), str(path)):
+        engine.load_base(name)
+        engine.create_model(name, name, types.LoraConfig(rank=4), seed=0)
+    data = [hf.datum(np.arange(20) % hf.VOCAB)]
+
+    losses = [
+        hf.drive(engine.forward_backward(str(name), data, "cross_entropy", None)).loss
+        for name in (base, path)
+    ]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert str(path) == engine.base_info(str(path)).tokenizer_id
+
+
+def test_the_tokenizer_and_the_chat_template_come_out_of_the_file(tmp_path):
+    base, path = make_gguf(tmp_path)
+    expected, actual = tokenizer.load(str(base)), tokenizer.load(str(path))
+    text = "<|turn|>user\nGrüße, it's 42!<|end_turn|>"
+
+    assert expected.encode(text) == actual.encode(text)
+    assert text == actual.decode(actual.encode(text))
+    assert expected.chat_template == actual.chat_template
+    assert expected.eos_token_id == actual.eos_token_id
+
+
+def byte_level(pattern, **model):
+    """A small byte-level tokenizer that splits like *pattern*."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE(**model))
+    trained.pre_tokenizer = pattern
+    trained.decoder = decoders.ByteLevel()
+    texts = [Path(__file__).read_text(encoding="utf-8"), "Grüße 2024 naïve it's DON'T"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    return trained
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+def test_each_way_of_splitting_words_is_recognised_and_restored(name, tmp_path):
+    base = hf.make_base(tmp_path / "base")
+    original = byte_level(header.splitter(name))
+    original.save(str(base / "tokenizer.json"))
+    gguf_writer.write(base, tmp_path / "model.gguf", "F16")
+    file = header.read(tmp_path / "model.gguf")
+    text = Path(header.__file__).read_text(encoding="utf-8")[:3000] + " I'll pay 12345!\n\n  x"
+
+    actual = header.build_tokenizer(file)
+
+    assert name == file.metadata["tokenizer.ggml.pre"]
+    expected = [piece for piece, _ in original.pre_tokenizer.pre_tokenize_str(text)]
+    assert expected == [piece for piece, _ in actual.pre_tokenizer.pre_tokenize_str(text)]
+    assert original.encode(text).ids == actual.encode(text).ids
+
+
+# What is refused
+
+
+def refused(path):
+    with pytest.raises(ValueError) as caught:
+        loading.load(str(path), CPU)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("part", [0.0005, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused_wherever_it_ends(part, tmp_path):
+    _, path = make_gguf(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(5, int(len(whole) * part))])
+
+    message = refused(path)
+
+    assert "truncated" in message
+    assert "download it again" in message
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+
+    assert "is not a GGUF file: it begins with b'PK" in refused(tmp_path / "model.gguf")
+
+
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path):
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    assert "git lfs pull" in refused(tmp_path / "model.gguf")
+
+
+def test_an_unknown_quantization_is_named_with_those_that_work(tmp_path):
+    _, path = make_gguf(tmp_path)
+    file = header.read(path)
+    name = file.tensors["output.weight"].name.encode()
+    raw = bytearray(path.read_bytes())
+    at = raw.index(name) + len(name) + 4 + 2 * 8
+    raw[at : at + 4] = (10).to_bytes(4, "little")
+    path.write_bytes(raw)
+
+    assert "'output.weight' is quantized as Q2_K; supported are F32, F16, Q4_0" in refused(path)
+
+
+def test_another_architecture_is_named_with_those_that_work(tmp_path):
+    _, path = make_gguf(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"llama", b"gemma", 1))
+
+    assert "it has architecture 'gemma'" in refused(path)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    _, path = make_gguf(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
+
+    assert "no tensor 'blk.1.ffn_up.weight'" in refused(path)
