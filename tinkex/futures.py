@@ -7,13 +7,14 @@ Does not know about servers; polling.py and worker.py resolve what is made here.
 from __future__ import annotations
 
 import concurrent.futures
-import html
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
+
+from tinkex.types import display
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -196,7 +197,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
-        return html_table(f"OperationFuture of {self.what}", self._in_words())
+        return display.html_fields(f"OperationFuture of {self.what}", self._in_words())
 
     def _in_words(self) -> dict[str, str]:
         """State, time and what the server said so far, in words."""
@@ -219,16 +220,6 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         if self.done():
             return "done" if super().exception() is None else "failed"
         return "running" if self.running() else "queued"
-
-
-def html_table(title: str, rows: Mapping[str, object]) -> str:
-    """A small HTML table for `_repr_html_`: a title, and a row for each name and value."""
-    cells = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(str(name))}</th>"
-        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
-        for name, value in rows.items()
-    )
-    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
 
 def fail(future: Future[Any], exc: BaseException) -> None:

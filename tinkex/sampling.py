@@ -602,7 +602,10 @@ class _Sample:
         """The promise is resolved, or lost."""
         exc = inner.exception()
         if exc is None:
-            succeed(self._future, _aligned(inner.result(), self._request.prompt))
+            response = _aligned(inner.result(), self._request.prompt)
+            if self._client._tokenizer is not None:
+                types.show_with(response, self._client._tokenizer)
+            succeed(self._future, response)
         elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
             self._lost += 1
             if self._lost % 2 == 0:  # under its own number, too, the server had it no more

@@ -41,6 +41,7 @@ from tinkex.types.sampling import (
     SamplingParams,
     Stop,
     TopkLogprobs,
+    show_with,
 )
 from tinkex.types.service import (
     AuthTokenRequest,
@@ -162,4 +163,5 @@ __all__ = [
     "check_metadata",
     "check_name",
     "check_ttl",
+    "show_with",
 ]

@@ -16,7 +16,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.types import checks
+from tinkex.types import checks, display
 
 DType = Literal["int64", "float32"]
 ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData
@@ -118,6 +118,9 @@ class EncodedTextChunk:
         """How many tokens it takes up."""
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        return f"EncodedTextChunk({display.tokens(self.tokens)})"
+
 
 def _check_bytes(instance: object, attribute: object, value: Any) -> None:
     if not isinstance(value, bytes):
@@ -193,6 +196,11 @@ class ModelInput:
     """What the model reads, in chunks of text (and images, where the server takes them)."""
 
     chunks: tuple[Chunk, ...] = attrs.field(converter=_as_chunks)
+
+    def __repr__(self) -> str:
+        if len(self.chunks) == 1 and isinstance(self.chunks[0], EncodedTextChunk):
+            return f"ModelInput({display.tokens(self.chunks[0].tokens)})"
+        return display.lines(f"ModelInput of {len(self.chunks)} chunks", self.chunks, repr)
 
     @classmethod
     def from_ints(cls, tokens: ArrayLike) -> ModelInput:
@@ -469,6 +477,10 @@ class Datum:
 
     model_input: ModelInput = attrs.field(validator=_check_model_input)
     loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name} {list(t.shape)}" for name, t in self.loss_fn_inputs.items())
+        return f"<Datum of {self.model_input!r}; {names}>"
 
     @classmethod
     def from_messages(

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import attrs
 
+from tinkex.types import display
+
 CheckpointType = Literal["training", "sampler", "external"]
 
 _SEGMENTS: dict[str, CheckpointType] = {
@@ -79,13 +81,33 @@ class Checkpoint:
 
     @property
     def training_run_id(self) -> str:
+        """The training run that saved it."""
         return ParsedCheckpointTinkerPath.from_tinker_path(self.tinker_path).training_run_id
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {_words(*_checkpoint_row(self))}>"
+
+    def _repr_html_(self) -> str:
+        """Its fields as a table, for notebooks."""
+        return display.html_fields("Checkpoint", attrs.asdict(self))
 
 
 @attrs.frozen
 class CheckpointsListResponse:
+    """A page of checkpoints, newest first."""
+
     checkpoints: list[Checkpoint] = attrs.field(factory=list)
     cursor: Cursor | None = None
+
+    def __repr__(self) -> str:
+        title = display.count(len(self.checkpoints), "checkpoint")
+        return f"<{display.lines(title, self.checkpoints, repr)}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        title = display.count(len(self.checkpoints), "checkpoint")
+        header = ["path", "type", "size", "time", "expires"]
+        return display.html_rows(title, header, map(_checkpoint_row, self.checkpoints))
 
 
 @attrs.frozen
@@ -103,11 +125,31 @@ class TrainingRun:
     last_sampler_checkpoint: Checkpoint | None = None
     user_metadata: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        return f"<TrainingRun {_words(*_run_row(self))}>"
+
+    def _repr_html_(self) -> str:
+        """Its fields as a table, for notebooks."""
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(TrainingRun)}
+        return display.html_fields("TrainingRun", fields)
+
 
 @attrs.frozen
 class TrainingRunsResponse:
+    """A page of training runs, newest first."""
+
     training_runs: list[TrainingRun] = attrs.field(factory=list)
     cursor: Cursor | None = None
+
+    def __repr__(self) -> str:
+        title = display.count(len(self.training_runs), "training run")
+        return f"<{display.lines(title, self.training_runs, repr)}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        title = display.count(len(self.training_runs), "training run")
+        header = ["id", "base model", "adapter", "last request", "last checkpoint"]
+        return display.html_rows(title, header, map(_run_row, self.training_runs))
 
 
 @attrs.frozen
@@ -135,3 +177,32 @@ class SetTtlRequest:
 class CheckpointArchiveUrlResponse:
     url: str
     expires: str | None = None
+
+
+def _checkpoint_row(checkpoint: Checkpoint) -> tuple[str | None, ...]:
+    """Path, type, size, time, expiry."""
+    size = checkpoint.size_bytes
+    expires = checkpoint.expires_at
+    return (
+        checkpoint.tinker_path,
+        checkpoint.checkpoint_type + (", public" if checkpoint.public else ""),
+        None if size is None else f"{size / 1e6:,.1f} MB",
+        checkpoint.time,
+        f"expires {expires}" if expires else None,
+    )
+
+
+def _run_row(run: TrainingRun) -> tuple[str | None, ...]:
+    """Id, base model, adapter, time of the last request, last checkpoint."""
+    last = run.last_checkpoint or run.last_sampler_checkpoint
+    return (
+        run.training_run_id,
+        run.base_model,
+        (f"LoRA rank {run.lora_rank}" if run.lora_rank else "LoRA") if run.is_lora else None,
+        run.last_request_time,
+        last.tinker_path if last else None,
+    )
+
+
+def _words(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)

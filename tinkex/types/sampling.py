@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, Union
@@ -10,7 +12,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from tinkex.types import checks
+from tinkex.types import checks, display
 from tinkex.types.data import MAX_TOKEN_ID, ModelInput, TensorData, as_tokens, to_array
 
 StopReason = Literal["stop", "length"]
@@ -163,6 +165,10 @@ class TopkLogprobs:
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]
 
+    def __repr__(self) -> str:
+        positions, k = self.token_ids.shape
+        return f"TopkLogprobs({display.count(positions, 'position')}, k={k})"
+
     def tolist(self) -> list[list[tuple[int, float]] | None]:
         """For each position its (token id, log-probability) pairs, or None where there are none."""
         rows: list[list[tuple[int, float]] | None] = []
@@ -231,6 +237,19 @@ class SampledSequence:
     def __len__(self) -> int:
         return len(self.tokens_np)
 
+    def __repr__(self) -> str:
+        return f"SampledSequence({self.summary(_tokenizers.get(self))})"
+
+    def summary(self, tokenizer: Any = None) -> str:
+        """The sequence in one line: its stop reason, its text or else its first tokens."""
+        shown = display.tokens(self.tokens_np)
+        if tokenizer is not None:
+            # Only what is shown is decoded. A repr never fails, whatever the tokenizer is.
+            with contextlib.suppress(Exception):
+                beginning = tokenizer.decode(self.tokens_np[: display.MOST_TEXT].tolist())
+                shown = f"{display.count(len(self), 'token')}: {display.text(beginning)}"
+        return f"{self.stop_reason}, {shown}"
+
 
 @attrs.frozen(eq=False)
 class SampleResponse:
@@ -266,9 +285,37 @@ class SampleResponse:
             return None
         return self.topk_prompt_logprobs_np.tolist()
 
+    def __repr__(self) -> str:
+        title = f"SampleResponse of {display.count(len(self.sequences), 'sequence')}"
+        if self.prompt_logprobs_np is not None:
+            title += f", prompt_logprobs of {display.count(len(self.prompt_logprobs_np), 'token')}"
+        tokenizer = _tokenizers.get(self)
+        return f"<{display.lines(title, self.sequences, lambda s: s.summary(tokenizer))}>"
+
+    def _repr_html_(self) -> str:
+        """A table of the first sequences, for notebooks."""
+        tokenizer = _tokenizers.get(self)
+        rows = [
+            (i, *sequence.summary(tokenizer).split(", ", 1))
+            for i, sequence in enumerate(self.sequences[: display.MOST_ITEMS])
+        ]
+        title = f"SampleResponse of {display.count(len(self.sequences), 'sequence')}"
+        return display.html_rows(title, ["", "stop reason", "tokens"], rows)
+
     def text(self, tokenizer: Any, skip_special_tokens: bool = False) -> str:
         """The first sequence as text; arguments as for `SampledSequence.text`."""
         return self.sequences[0].text(tokenizer, skip_special_tokens)
+
+
+#: Tokenizers to show responses and sequences with, where they are known. They are kept apart from
+#: the values, which are compared, pickled and sent.
+_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def show_with(response: SampleResponse, tokenizer: Any) -> None:
+    """Have *response* and its sequences shown as text in a REPL, by *tokenizer*."""
+    for shown in (response, *response.sequences):
+        _tokenizers[shown] = tokenizer
 
 
 @attrs.frozen

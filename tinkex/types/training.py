@@ -7,11 +7,11 @@ from typing import Any
 
 import attrs
 
-from tinkex.types import checks
+from tinkex.types import checks, display
 from tinkex.types.data import Datum, TensorData
 from tinkex.types.losses import LossConfigValue
 
-#: Largest LoRA rank that makes sense on any model we know of.
+#: Largest LoRA rank that is accepted.
 MAX_RANK = 4096
 
 
@@ -21,7 +21,7 @@ class LoraConfig:
 
     Args:
         rank: of the low-rank matrices, 1 to 4096.
-        seed: of the adapter's initialisation; None lets the server choose.
+        seed: of the adapter's initialization; None lets the server choose.
         train_mlp, train_attn, train_unembed: which linear layers are adapted; at least one.
     """
 
@@ -110,7 +110,7 @@ class ModelData:
 
 @attrs.frozen
 class GetInfoResponse:
-    """What a server says of a model."""
+    """What the server knows about a model."""
 
     model_id: str
     model_data: ModelData = attrs.field(factory=ModelData)
@@ -120,7 +120,7 @@ class GetInfoResponse:
 
     @property
     def base_model(self) -> str | None:
-        """The base model's name, wherever the server put it."""
+        """The base model's name, in whichever field the server sends it."""
         return self.model_data.model_name or self.model_name
 
 
@@ -161,6 +161,16 @@ class ForwardBackwardOutput:
     metrics: dict[str, float] = attrs.field(factory=dict)
     loss_fn_output_type: str = "ArrayRecord"
 
+    def __repr__(self) -> str:
+        datums = display.count(len(self.loss_fn_outputs), "datum")
+        names = ", ".join(sorted(self.loss_fn_outputs[0])) if self.loss_fn_outputs else "nothing"
+        return f"<ForwardBackwardOutput of {datums}: {names}; {display.numbers(self.metrics)}>"
+
+    def _repr_html_(self) -> str:
+        """The metrics as a table, for notebooks."""
+        title = f"ForwardBackwardOutput of {display.count(len(self.loss_fn_outputs), 'datum')}"
+        return display.html_fields(title, self.metrics)
+
     @property
     def loss(self) -> float:
         """The loss summed over tokens and datums ("loss:sum"); ValueError if there is none."""
@@ -180,9 +190,18 @@ class OptimStepRequest:
 
 @attrs.frozen
 class OptimStepResponse:
-    """What optim_step resolves to; metrics are whatever the server measured."""
+    """What optim_step resolves to.
+
+    Attributes:
+        metrics: what the server measured. "no_gradient" is 1.0 if there was no gradient to apply
+            (embedded engine).
+    """
 
     metrics: dict[str, float] = attrs.field(factory=dict, converter=checks.dict_or_empty)
+
+    def _repr_html_(self) -> str:
+        """The metrics as a table, for notebooks."""
+        return display.html_fields("OptimStepResponse", self.metrics)
 
 
 @attrs.frozen
