@@ -142,6 +142,9 @@ class FakeTraining:
 class FakeSampling:
     """Says the likeliest token, over and over."""
 
+    def get_base_model(self):
+        return "fake"
+
     def __init__(self, service, logits):
         self.service, self.logits = service, logits
 

@@ -14,6 +14,7 @@ import click
 from tinkex import errors
 from tinkex._version import __version__
 from tinkex.cli import (
+    chat,
     checkpoint,
     conformance,
     doctor,
@@ -68,6 +69,7 @@ for _command in (
     train.train,
     serve.serve,
     sample.sample,
+    chat.chat,
     conformance.conformance,
     run.run,
     checkpoint.checkpoint,

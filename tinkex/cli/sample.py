@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from tinkex.cli import formatting
+from tinkex.cli import answers, formatting
 from tinkex.cli.options import server_options
 from tinkex.cli.train import progress_of
 
@@ -92,7 +92,7 @@ def sample(
     is_asked = prompt is not None or prompt_file is not None or messages_file is None
     text = _read_prompt(prompt, prompt_file) if is_asked else ""
     with ServiceClient(base_url=base_url, api_key=api_key) as service:
-        base_model, model_path = _what_to_sample(model)
+        base_model, model_path = what_to_sample(model)
         sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
         tokenizer = sampler.get_tokenizer()
         renderer = Renderer(tokenizer)
@@ -112,7 +112,10 @@ def sample(
             stop=ends or None,
         )
         model_input = types.ModelInput.from_ints(tokens)
-        if num_samples == 1 and not as_json and _streamed(sampler, model_input, params, tokenizer):
+        if num_samples == 1 and not as_json:
+            for piece in answers.pieces(sampler, model_input, params, tokenizer):
+                click.echo(answers.shown(piece), nl=False)
+            click.echo()
             return
         response = sampler.sample(
             model_input, num_samples=num_samples, sampling_params=params
@@ -128,28 +131,6 @@ def sample(
             }
             answer = json.dumps(value, ensure_ascii=False)
         formatting.say(answer)
-
-
-def _streamed(sampler: Any, model_input: Any, params: Any, tokenizer: Any) -> bool:
-    """Print a sample as its tokens arrive. False, and nothing printed, if the server cannot."""
-    from tinkex import errors
-
-    tokens: list[int] = []
-    shown = ""
-    try:
-        for chunk in sampler.sample_stream(model_input, sampling_params=params):
-            if chunk.token is not None:
-                tokens.append(chunk.token)
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
-                # The last character may still be incomplete.
-                if not text.endswith("\ufffd") and text.startswith(shown):
-                    click.echo(text[len(shown) :], nl=False)
-                    shown = text
-    except errors.NotOfferedError:
-        return False
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    click.echo(text[len(shown) :])
-    return True
 
 
 def _read_messages(system: str | None, messages_file: Any) -> list[dict[str, Any]]:
@@ -181,7 +162,7 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
     return prompt
 
 
-def _what_to_sample(model: str) -> tuple[str | None, str | None]:
+def what_to_sample(model: str) -> tuple[str | None, str | None]:
     """The base model, or else the path of saved weights, that *model* stands for."""
     from tinkex.recipes import run_folder, settings
 

@@ -1,0 +1,342 @@
+"""`tinkex chat`: a conversation with a run, a checkpoint or a base model.
+
+What the command needs is imported when it runs, so that `tinkex --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+
+from tinkex.cli import answers
+from tinkex.cli.options import server_options
+from tinkex.cli.sample import what_to_sample
+
+HELP = """\
+/reset             forget the conversation; the system prompt stays
+/system [TEXT]     set the system prompt, and forget the conversation; without TEXT, show it
+/temperature [X]   set the temperature; without X, show it
+/compare [TEXT]    the answers of the base model and of this one to TEXT (default: your last
+                   message), side by side; the conversation stays as it is
+/save FILE         write the conversation to FILE, as `tinkex train` reads it
+/help              show this
+/quit              end, like Ctrl-D
+
+Ctrl-C stops an answer, not the chat. Up and down recall what you have written."""
+
+#: Lines that are remembered for the next chat.
+HISTORY_LINES = 1000
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--system", help="The system prompt.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.7,
+    show_default=True,
+    help="0 takes the likeliest token each time.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Same seed and messages, same answers.")
+@server_options
+def chat(
+    model: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    base_url: str | None,
+    api_key: str | None,
+) -> None:
+    """Talk with MODEL: answers appear as they are generated.
+
+    MODEL is the --output folder of a finished `tinkex train`, a tinker:// path of weights saved
+    for sampling, or a base model as for `tinkex train`. Default: the folder `run`, if there is
+    one, else the built-in model `tiny`. Input that is not a terminal is read line by line.
+    """
+    from tinkex import ServiceClient
+
+    model = model or ("run" if Path("run", "state.json").is_file() else "tiny")
+    base_model, model_path = what_to_sample(model)
+    with ServiceClient(base_url=base_url, api_key=api_key) as service:
+        sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
+        tokenizer = sampler.get_tokenizer()
+        settings = Settings(max_tokens, temperature, seed)
+
+        def base() -> Any:
+            return service.create_sampling_client(base_model=sampler.get_base_model())
+
+        conversation = Conversation(sampler, tokenizer, settings, base if model_path else None)
+        conversation.set_system(system or "")
+        _greet(model, conversation)
+        _talk(conversation)
+
+
+def _greet(model: str, conversation: Conversation) -> None:
+    if not conversation.has_template:
+        click.echo(
+            f"{model} has no chat template: the conversation is written as 'User: ...' and "
+            "'Assistant: ...', which a base model may not follow.",
+            err=True,
+        )
+    if sys.stdin.isatty():
+        click.echo(f"Chat with {model}. /help lists the commands, Ctrl-D ends.", err=True)
+
+
+@attrs.define
+class Settings:
+    """How answers are sampled."""
+
+    max_tokens: int
+    temperature: float
+    seed: int | None
+
+
+class Conversation:
+    """
+    What was said, and the model that says the rest.
+
+    Args:
+        base: makes the sampler of the base model; None if the model is a base model itself.
+    """
+
+    def __init__(
+        self, sampler: Any, tokenizer: Any, settings: Settings, base: Callable[[], Any] | None
+    ) -> None:
+        from tinkex.text.renderer import Renderer
+
+        self.settings = settings
+        self.messages: list[dict[str, Any]] = []
+        self.system = ""
+        self._sampler = sampler
+        self._tokenizer = tokenizer
+        self._renderer = Renderer(tokenizer)
+        self._make_base = base
+        self._base: Any = None
+
+    @property
+    def has_template(self) -> bool:
+        return self._renderer.template is not None
+
+    def set_system(self, text: str) -> None:
+        self.system = text
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, text: str) -> Iterator[str]:
+        """
+        The answer to *text*, piece by piece. It is remembered, also if it is stopped half-way.
+
+        Raises:
+            ValueError, TinkexError: If the model does not take the conversation. *text* is
+                forgotten then.
+        """
+        from tinkex.text.responses import parse_response
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        tokens: list[int] = []
+        try:
+            yield from self._answer(self._sampler, asked, tokens)
+        finally:
+            if tokens:
+                answer = parse_response(tokens, self._tokenizer)
+                self.messages = [*asked, answer]
+
+    def compare(self, text: str) -> tuple[str, str]:
+        """
+        The answers of the base model and of this one to *text*, here in the conversation.
+
+        Raises:
+            ValueError: If there is nothing to compare or to answer.
+        """
+        if self._make_base is None:
+            raise ValueError("this is the base model; there is nothing to compare it with.")
+        before = self.messages
+        if not text:
+            asked = [i for i, message in enumerate(before) if message["role"] == "user"]
+            if not asked:
+                raise ValueError("nothing was asked yet; write /compare TEXT.")
+            text, before = str(before[asked[-1]]["content"]), before[: asked[-1]]
+        if self._base is None:
+            self._base = self._make_base()
+        messages = [*before, {"role": "user", "content": text}]
+        theirs, ours = (
+            "".join(self._answer(sampler, messages, [])) for sampler in (self._base, self._sampler)
+        )
+        return theirs, ours
+
+    def _answer(
+        self, sampler: Any, messages: list[dict[str, Any]], tokens: list[int]
+    ) -> Iterator[str]:
+        from tinkex import types
+
+        prompt = self._renderer.prompt(messages)
+        params = types.SamplingParams(
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+            stop=prompt.stop or None,
+        )
+        return answers.pieces(sampler, prompt.model_input, params, self._tokenizer, tokens)
+
+
+# The terminal
+
+
+def _talk(conversation: Conversation) -> None:
+    from tinkex import errors
+
+    with _history():
+        for line in _lines():
+            text = line.strip()
+            if text == "/quit":
+                return
+            try:
+                if text.startswith("/"):
+                    _command(conversation, text)
+                elif text:
+                    _show(conversation.ask(text))
+            except (errors.TinkexError, ValueError, OSError) as exc:
+                click.echo(f"error: {exc}", err=True)
+
+
+def _lines() -> Iterator[str]:
+    """What the user writes, line by line, until Ctrl-D."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> ") if is_terminal else sys.stdin.readline()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:  # of a line that is being written: begin another
+            click.echo()
+            continue
+        if not line and not is_terminal:
+            return
+        yield line
+
+
+def _show(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes; Ctrl-C stops it."""
+    try:
+        for piece in pieces:
+            click.echo(answers.shown(piece), nl=False)
+        click.echo()
+    except KeyboardInterrupt:
+        click.echo(" [stopped]")
+    finally:
+        close = getattr(pieces, "close", None)
+        if close is not None:
+            close()
+
+
+def _command(conversation: Conversation, text: str) -> None:
+    """Raises ValueError with what is wrong."""
+    name, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if name == "/reset":
+        conversation.reset()
+        click.echo("The conversation is forgotten.", err=True)
+    elif name == "/system":
+        _system(conversation, rest)
+    elif name == "/temperature":
+        _temperature(conversation, rest)
+    elif name == "/compare":
+        _print_side_by_side(*conversation.compare(rest))
+    elif name == "/save":
+        _save(conversation, rest)
+    elif name == "/help":
+        click.echo(HELP, err=True)
+    else:
+        raise ValueError(f"there is no command {name}; /help lists them.")
+
+
+def _system(conversation: Conversation, text: str) -> None:
+    if text:
+        conversation.set_system(text)
+        click.echo("The system prompt is set, the conversation forgotten.", err=True)
+    else:
+        click.echo(conversation.system or "There is no system prompt.", err=True)
+
+
+def _temperature(conversation: Conversation, text: str) -> None:
+    if text:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"the temperature must be a number from 0, got {text!r}.")
+        conversation.settings.temperature = value
+    click.echo(f"The temperature is {conversation.settings.temperature:g}.", err=True)
+
+
+def _save(conversation: Conversation, file: str) -> None:
+    if not file:
+        raise ValueError("name a file: /save FILE")
+    if not any(message["role"] == "assistant" for message in conversation.messages):
+        raise ValueError("nothing was said yet; there is nothing to save.")
+    row = json.dumps({"messages": conversation.messages}, ensure_ascii=False)
+    with open(os.path.expanduser(file), "a", encoding="utf-8") as lines:
+        print(row, file=lines)
+    click.echo(f"Added to {file}.", err=True)
+
+
+def _print_side_by_side(theirs: str, ours: str) -> None:
+    width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3) // 2)
+    columns = [
+        [title, "-" * width, *(_wrapped(text, width))]
+        for title, text in (("base model", theirs), ("fine-tuned", ours))
+    ]
+    rows = max(map(len, columns))
+    left, right = (column + [""] * (rows - len(column)) for column in columns)
+    for one, other in zip(left, right):
+        click.echo(answers.shown(f"{one:<{width}} | {other}".rstrip()))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [textwrap.wrap(line, width) or [""] for line in text.strip().splitlines()]
+    return [line for part in lines for line in part]
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Arrow keys recall earlier lines, also those of earlier chats."""
+    try:
+        import readline
+    except ImportError:  # Python without it
+        yield
+        return
+    if not sys.stdin.isatty():
+        yield
+        return
+    from tinkex import config
+
+    file = config.home() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(HISTORY_LINES)
+        with contextlib.suppress(OSError):  # a chat is worth more than its history
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            readline.write_history_file(file)
+            file.chmod(0o600)
