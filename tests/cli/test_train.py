@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from tests.support.fake_service import ByteTokenizer
 from tinkex import cli, errors
+from tinkex.text import tokenizer
 
 
 def resume(tmp_path, *options):
@@ -121,3 +123,117 @@ def test_when_the_server_fails_the_way_on_is_said(train, service, tmp_path, caps
     err = capsys.readouterr().err
     assert f"tinkex train --resume --output {tmp_path / 'run'}" in err
     assert err.endswith("error: the server is gone\n")
+
+
+# Data
+
+
+def test_a_row_that_the_template_refuses_is_named_before_the_model_is_loaded(
+    train, service, data, monkeypatch, capsys
+):
+    """Loading takes minutes; then the run would end without saying which line it was."""
+    refusing = "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}x"
+    monkeypatch.setattr(tokenizer, "load", lambda _: Templated(refusing))
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines = [{"messages": turn}, {"messages": turn * 2}, {"messages": turn}]
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+
+    assert 1 == train()
+    assert "line 2: the chat template does not accept these messages: too long" in (
+        capsys.readouterr().err
+    )
+    assert [] == service.created
+
+
+class Templated(ByteTokenizer):
+    def __init__(self, chat_template):
+        self.chat_template = chat_template
+
+
+def test_a_separate_file_is_held_out(train, tmp_path, capsys):
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "abab"}))
+
+    assert 0 == train("--eval-data", str(tmp_path / "eval.jsonl"))
+    assert "40 examples to train on, 1 held out." in capsys.readouterr().err
+
+
+def test_a_separate_file_is_read_again_when_resuming(train, service, tmp_path, capsys):
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "abab"}))
+    kill_after(service, 6)
+    with pytest.raises(Killed):
+        train("--eval-data", str(tmp_path / "eval.jsonl"), "--batch-size", "8", "--save-every", "1")
+    service.on_operation = lambda name: None
+
+    assert 0 == resume(tmp_path)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "other"}))
+    assert 1 == resume(tmp_path)
+    assert "is not the data that the run to resume was started with" in capsys.readouterr().err
+
+
+def test_columns_of_other_names_are_mapped(train, data, capsys):
+    data.write_text("\n".join(['{"question": "q", "answer": "a"}'] * 40))
+
+    assert 1 == train()
+    assert "try --map prompt=question,completion=answer" in capsys.readouterr().err
+    assert 0 == train("--map", "prompt=question,completion=answer")
+
+
+def test_preference_pairs_are_not_trained_on_as_if_they_were_examples(train, data, capsys):
+    data.write_text('{"prompt": "q", "chosen": "good", "rejected": "bad"}')
+
+    assert 1 == train()
+    assert "only preference training reads" in capsys.readouterr().err
+
+
+def test_several_files_are_trained_on(service, data, tmp_path, capsys):
+    command = ["train", str(data), str(data), "--base-model", "fake", "--output"]
+
+    assert 0 == cli.main([*command, str(tmp_path / "run")])
+    assert "76 examples to train on, 4 held out." in capsys.readouterr().err
+
+
+# Models
+
+
+def test_a_relative_model_is_recorded_as_an_absolute_path(train, service, tmp_path, monkeypatch):
+    """From another folder the same name would be another model."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    train("--base-model", "model")
+
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert str(tmp_path / "model") == state["settings"]["base_model"]
+    assert str(tmp_path / "model") == service.created[0][0]
+
+
+def test_the_date_is_recorded(train, tmp_path):
+    """Some templates write it: a resumed run has the prompt of the start."""
+    train("--date", "2024-07-26")
+
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert "2024-07-26" == state["settings"]["date"]
+
+
+def test_a_run_may_start_from_the_weights_of_another(train, service, data, tmp_path, capsys):
+    train("--rank", "5")
+    saved = json.loads((tmp_path / "run" / "state.json").read_text())["checkpoint"]
+    command = ["train", str(data), "--from", str(tmp_path / "run"), "--output"]
+
+    assert 0 == cli.main([*command, str(tmp_path / "second")])
+
+    state = json.loads((tmp_path / "second" / "state.json").read_text())["settings"]
+    assert (saved, "fake", 5) == (state["start_from"], state["base_model"], state["rank"])
+    assert (saved, {"weights_only": True}) in service.created
+
+
+def test_from_needs_a_run_or_a_path(train, tmp_path, capsys):
+    assert 2 == train("--from", str(tmp_path))
+    assert "is neither a run that has a checkpoint nor a tinker:// path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "5"])
+def test_an_absurd_learning_rate_is_refused_at_the_start(train, service, rate, capsys):
+    assert 0 != train("--learning-rate", rate)
+    assert "learning_rate must be above 0 and at most 1" in capsys.readouterr().err
+    assert [] == service.addresses

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.support.fake_service import ByteTokenizer, FakeService
-from tinkex import errors
+from tinkex import errors, types
 from tinkex.data import datums, files, records
 from tinkex.recipes import run_folder, supervised
 from tinkex.recipes.settings import Settings
@@ -217,6 +217,59 @@ def test_learning_rate_schedules(schedule, expected):
     rates = [settings.learning_rate_at(step, total_steps=6) for step in range(1, 7)]
 
     assert pytest.approx(expected, abs=1e-6) == rates
+
+
+# Divergence
+
+
+class Spoiled(FakeService):
+    """From a step on, the log-probabilities of training are multiplied."""
+
+    def __init__(self, step, factor):
+        super().__init__()
+        self.step, self.factor = step, factor
+
+    def create_lora_training_client(self, *args, **kwargs):
+        training = super().create_lora_training_client(*args, **kwargs)
+        forward_backward = training.forward_backward
+        steps = itertools.count(1)
+
+        def spoiled(data, loss_fn):
+            future = forward_backward(data, loss_fn)
+            if next(steps) >= self.step:
+                for out in future.result().loss_fn_outputs:
+                    logprobs = out["logprobs"].to_numpy() * self.factor
+                    out["logprobs"] = types.TensorData.from_numpy(logprobs)
+            return future
+
+        training.forward_backward = spoiled
+        return training
+
+
+LONG = attrs.evolve(SETTINGS, epochs=8, save_every=2)  # 40 steps
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    """A checkpoint after it would be of no use."""
+    with pytest.raises(
+        supervised.DivergedError, match=r"loss nan at step 7.*learning rate is 0\.5"
+    ):
+        run(service=Spoiled(7, np.nan), settings=LONG)
+
+    state = run_folder.load_state(tmp_path / "run")
+    assert 6 >= state.step
+
+
+def test_a_loss_that_stays_far_above_the_first_stops_the_run(run):
+    """Twenty steps in a row, for single batches may be hard."""
+    with pytest.raises(supervised.DivergedError, match=r"at step 2[1-9]"):
+        run(service=Spoiled(2, 1e6), settings=LONG)
+
+
+def test_a_single_hard_batch_does_not(run):
+    service = Spoiled(39, 1e6)
+
+    assert run(service=service, settings=LONG).adapter is not None
 
 
 # Stopping and resuming

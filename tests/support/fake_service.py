@@ -48,6 +48,11 @@ class FakeService:
         logits, momentum = self.checkpoints[path]
         return FakeTraining(self, len(self.created), logits.copy(), momentum.copy())
 
+    def create_training_client_from_state(self, path):
+        self.created.append((path, {"weights_only": True}))
+        logits, _ = self.checkpoints[path]
+        return FakeTraining(self, len(self.created), logits.copy(), np.zeros(258))
+
     def create_sampling_client(self, model_path=None, base_model=None):
         logits = np.zeros(258) if model_path is None else self.checkpoints[model_path][0]
         return FakeSampling(self, logits)
