@@ -1,4 +1,4 @@
-"""`tinkex checkpoint`: which checkpoints are meant, what is asked before, what is said after."""
+"""`tinkex checkpoint`: which checkpoints are selected, the question before, the output after."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_list_lists_all(run, storage):
 
 
 def test_list_says_that_there_is_more(run, storage):
-    assert (0, "The newest 2 checkpoints; --limit 0 lists all.\n") == run("list", "--limit", "2")[
-        ::2
-    ]
+    assert (0, "Only the newest 2 checkpoints are shown; --limit 0 lists all.\n") == run(
+        "list", "--limit", "2"
+    )[::2]
     assert 5 == len(run("list", "--limit", "0")[1].splitlines())
 
 
@@ -128,7 +128,7 @@ def test_nothing_is_said_to_be_nothing(run, server):
     """On stderr: stdout is for results."""
     Storage(server)
 
-    assert (0, "", "There is no checkpoint.\n") == run("list")
+    assert (0, "", "No checkpoints found.\n") == run("list")
     assert {"checkpoints": [], "more": False} == json.loads(run("list", "-f", "json")[1])
 
 
@@ -178,7 +178,7 @@ def test_anything_but_yes_is_no(run, storage, server, answer):
 
     assert (1, "") == (status, out)
     assert err.endswith("Nothing was changed.\n")
-    assert ("--yes says that you are sure" in err) == (answer == "")
+    assert ("give --yes to confirm" in err) == (answer == "")
     assert [] == changes(server)
 
 
@@ -204,7 +204,7 @@ def test_delete_by_age(run, storage):
     assert [S, C] == list(storage.checkpoints)
     status, out, err = run("delete", "--older-than", "36h", "--yes")
 
-    assert (0, "", "There is no such checkpoint.\n") == (status, out, err)
+    assert (0, "", "No checkpoint matches.\n") == (status, out, err)
 
 
 def test_delete_says_which_failed_and_goes_on(run, storage):
@@ -232,7 +232,7 @@ def test_when_the_server_goes_away_what_was_done_is_said(run, storage, server, m
 
 def test_a_name_that_fits_nothing_is_a_failure(run, storage):
     """A mistyped name must not look like success."""
-    assert (1, "", "There is no such checkpoint.\n") == run("delete", "sTep-*", "--yes")
+    assert (1, "", "No checkpoint matches.\n") == run("delete", "sTep-*", "--yes")
 
 
 @pytest.mark.parametrize("bad", ["tinker://r1", "tinker://r1/pictures/x", "tinker://r1/../x"])
@@ -246,7 +246,7 @@ def test_delete_wants_to_know_which(run, server):
     status, out, err = run("delete")
 
     assert (2, "") == (status, out)
-    assert "Say which" in err
+    assert "Give a PATH, --run-id" in err
     assert [] == server.requests
 
 

@@ -1,8 +1,8 @@
 """
-The real program, on a real server with real checkpoints: what a person types, and what comes back.
+The real program on a real server with real checkpoints: what a user types, and what is printed.
 
-One server serves them all, on a base model of two layers; what the commands do in every corner is
-held to account in test_checkpoint.py, test_run.py and tests/test_diagnostics.py.
+One server with a base model of two layers serves all tests. The details of the commands are tested
+in test_checkpoint.py, test_run.py, test_session.py and tests/test_diagnostics.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENS = np.arange(40) * 7 % hf.VOCAB
 
 
 def environment(**more):
-    """Ours, without what names a server."""
+    """Our environment without the variables that name a server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER_", "TINKEX_"))}
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **more}
 
@@ -100,7 +100,7 @@ def tinkex_program(url, run_id, tmp_path):
 
 
 def good(done):
-    """stdout of a run that did what it should, without a word on stderr."""
+    """stdout of a run that succeeded with nothing on stderr."""
     assert (0, "") == (done.returncode, done.stderr), done
     return done.stdout
 
@@ -150,7 +150,7 @@ def test_publish_unpublish_and_set_ttl(tinkex_program, run_id):
 
 
 def test_delete_asks_and_deletes(tinkex_program, run_id):
-    """By a pattern, with a question; no is no."""
+    """By a pattern, after a question; "no" changes nothing."""
     path = f"tinker://{run_id}/weights/step-0"
     refused = tinkex_program("checkpoint", "delete", "weights/step-0", answer="n\n")
     done = tinkex_program("checkpoint", "delete", "weights/step-0", answer="y\n")
@@ -164,7 +164,7 @@ def test_delete_asks_and_deletes(tinkex_program, run_id):
 
 
 def test_download(tinkex_program, run_id, tmp_path):
-    """Into a folder called after the checkpoint, where the command is run."""
+    """Into a folder with the name of the checkpoint, in the current directory."""
     out = good(tinkex_program("checkpoint", "download", f"tinker://{run_id}/weights/step-2"))
     folder = tmp_path / out.strip()
     again = tinkex_program("checkpoint", "download", f"tinker://{run_id}/weights/step-2")
@@ -175,7 +175,7 @@ def test_download(tinkex_program, run_id, tmp_path):
 
 
 def test_export_is_what_peft_and_transformers_load(tinkex_program, run_id, base, tmp_path):
-    """As they are; the adapter itself says where its base model is."""
+    """Without changes; the adapter names its base model."""
     path = f"tinker://{run_id}/sampler_weights/final"
     good(tinkex_program("checkpoint", "export", path, "adapter"))
     good(tinkex_program("checkpoint", "export", path, "whole", "--merge"))
@@ -208,7 +208,7 @@ def test_doctor_on_a_closed_port(tinkex_program):
 
 
 def test_without_a_server_commands_work_on_the_embedded_home(tinkex_program, home, run_id):
-    """`tinkex checkpoint list` just works after `tinkex train`; the notice goes to stderr."""
+    """`tinkex checkpoint list` works after `tinkex train`; the notice goes to stderr."""
     arguments = ("checkpoint", "list", "final", "-f", "json")
     done = tinkex_program(*arguments, TINKER_BASE_URL="", TINKEX_HOME=str(home))
     [checkpoint] = json.loads(done.stdout)["checkpoints"]
@@ -217,7 +217,7 @@ def test_without_a_server_commands_work_on_the_embedded_home(tinkex_program, hom
     assert done.stderr.startswith("tinkex: embedded engine at http://127.0.0.1:")
 
 
-def test_a_server_that_is_not_there_is_told_in_seconds(tinkex_program):
+def test_an_unreachable_server_is_an_error_within_seconds(tinkex_program):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     done = tinkex_program("run", "list", "--base-url", f"http://127.0.0.1:{port}")
@@ -234,7 +234,7 @@ def test_a_server_that_is_not_there_is_told_in_seconds(tinkex_program):
         (["checkpoint", "list", "--older-than", "soon"], 2),
     ],
 )
-def test_mistakes_have_their_status_and_stay_off_stdout(tinkex_program, arguments, status):
+def test_errors_have_their_status_and_print_nothing_to_stdout(tinkex_program, arguments, status):
     done = tinkex_program(*arguments)
 
     assert (status, "") == (done.returncode, done.stdout)
@@ -242,8 +242,8 @@ def test_mistakes_have_their_status_and_stay_off_stdout(tinkex_program, argument
 
 
 @pytest.mark.parametrize("path, status", [("step-*", 0), ("none", 1)])
-def test_a_reader_that_leaves_early_changes_nothing(url, run_id, path, status):
-    """`tinkex checkpoint set-ttl ... | head -1`: the status is that of the work."""
+def test_a_closed_pipe_does_not_change_the_status(url, run_id, path, status):
+    """`tinkex checkpoint set-ttl ... | head -1`: the status is that of the command."""
     program = subprocess.Popen(
         [sys.executable, "-m", "tinkex", "checkpoint", "set-ttl", path, "--remove", "--yes"],
         env=environment(TINKER_BASE_URL=url),
@@ -251,12 +251,12 @@ def test_a_reader_that_leaves_early_changes_nothing(url, run_id, path, status):
         stderr=subprocess.PIPE,
         text=True,
     )
-    program.stdout.close()  # before anything was written
+    program.stdout.close()  # before anything is written
     with program.stderr:
         said = program.stderr.read()
 
     assert status == program.wait()
-    assert ("" if status == 0 else "There is no such checkpoint.\n") == said
+    assert ("" if status == 0 else "No checkpoint matches.\n") == said
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])

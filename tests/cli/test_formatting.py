@@ -88,5 +88,5 @@ def test_durations_are_written_with_a_unit_or_as_seconds(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "0d", "-1", "1.5h", "1y", "d", "1h30m", "9" * 12])
 def test_what_is_no_duration_is_wrong_usage(text):
-    with pytest.raises(click.UsageError, match="is no duration; give seconds, or a number with"):
+    with pytest.raises(click.UsageError, match="is not a duration; give seconds, or a number with"):
         options.Duration().convert(text, None, None)

@@ -11,7 +11,7 @@ from tinkex import _version, cli, errors
 
 
 def test_help_imports_nothing_heavy():
-    """Whoever asks for help wants it now."""
+    """Help must appear at once."""
     code = (
         "import sys, tinkex.cli; status = tinkex.cli.main(['--help']); "
         "heavy = {'numpy', 'requests', 'torch', 'google.protobuf', 'tqdm', 'cattrs'}; "
@@ -35,7 +35,7 @@ def test_version_prints_the_version(capsys):
     assert f"tinkex, version {_version.__version__}\n" == capsys.readouterr().out
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     """`tinkex train --help | head -1`"""
     command = f"{sys.executable} -m tinkex train --help | head -c 1"
 

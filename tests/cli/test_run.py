@@ -21,7 +21,7 @@ def test_run_list_shows_the_last_used(run, storage):
     assert (0, "") == (status, err)
     assert ["Run", "r1", "r2"] == [line.split()[0] for line in out.splitlines()]
     assert "rank 8" in out
-    assert "broken" in out
+    assert "corrupted" in out
 
 
 def test_a_list_pages_by_itself_and_ends(run, storage, server):
@@ -34,18 +34,18 @@ def test_a_list_pages_by_itself_and_ends(run, storage, server):
 
 
 def test_a_short_list_is_one_request(run, storage, server):
-    """One more than is shown is asked for, to know whether there are more."""
+    """One more than is shown is requested, to know whether there are more."""
     for i in range(30):
         storage.add_run(f"r{i}")
     _, out, err = run("run", "list")
 
     assert 21 == len(out.splitlines())
-    assert "The newest 20 training runs; --limit 0 lists all.\n" == err
+    assert "Only the newest 20 training runs are shown; --limit 0 lists all.\n" == err
     assert [(21, 0)] == pages(server, "training_runs")
 
 
-def test_a_server_that_knows_no_pages_does_not_go_on_for_ever(run, server):
-    """It sends the same, whatever the offset, and no total."""
+def test_a_server_without_pages_does_not_cause_an_endless_loop(run, server):
+    """It sends the same list for every offset, and no total."""
     server.always("training_runs", answer({"training_runs": [{"training_run_id": "r"}]}))
     found = json.loads(run("run", "list", "--limit", "0", "-f", "json")[1])
 
@@ -64,7 +64,7 @@ def test_run_info_has_its_checkpoints(run, storage):
     assert ["weights/new", "weights/old"] == [c["checkpoint_id"] for c in values["checkpoints"]]
 
 
-def test_run_info_does_without_a_list_of_checkpoints(run, storage, server):
+def test_run_info_works_without_a_list_of_checkpoints(run, storage, server):
     storage.add_run("r1")
     status, out, err = run("run", "info", "r1")
 
@@ -83,7 +83,7 @@ def test_run_info_does_without_a_list_of_checkpoints(run, storage, server):
     ],
 )
 def test_what_a_server_does_not_offer_is_named(run, server, command, path):
-    """SkyRL, TuFT and the others each lack something else."""
+    """SkyRL, TuFT and others lack different endpoints."""
     status, out, err = run(*command)
 
     assert (1, "") == (status, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 
-def test_session_list_says_what_is_in_each(run, storage):
+def test_session_list_shows_runs_samplers_and_metadata(run, storage):
     storage.add_session("s1", training_run_ids=["a", "b"], user_metadata={"team": "red"})
     storage.add_session("s2", display_name="trial")
     _, out, _ = run("session", "list")
@@ -16,8 +16,8 @@ def test_session_list_says_what_is_in_each(run, storage):
     assert ["s1", "s2"] == [one["session_id"] for one in values["sessions"]]
 
 
-def test_session_list_does_with_ids_alone(run, storage, server):
-    """Where a server offers no more, or a session has just gone."""
+def test_session_list_works_with_ids_alone(run, storage, server):
+    """If a server offers no more, or a session has just ended."""
     storage.add_session("s1")
     server.lacks.add("sessions/s1")
 

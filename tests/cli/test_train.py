@@ -80,7 +80,7 @@ def test_a_second_run_does_not_write_over_the_first(train, capsys):
     train()
 
     assert 2 == train()
-    assert "holds a run already (finished). Continue it with --resume" in capsys.readouterr().err
+    assert "already contains a run (finished). Continue it with --resume" in capsys.readouterr().err
 
 
 def test_resume_takes_up_the_settings_it_was_started_with(train, service, tmp_path, capsys):
@@ -105,11 +105,11 @@ def test_resume_refuses_other_settings(train, service, tmp_path, capsys):
 
 def test_resume_of_nothing_and_of_something_finished(train, tmp_path, capsys):
     assert 2 == resume(tmp_path)
-    assert "holds no run to resume" in capsys.readouterr().err
+    assert "there is no run to resume in" in capsys.readouterr().err
     train()
 
     assert 0 == resume(tmp_path)
-    assert "nothing is left to do" in capsys.readouterr().err
+    assert "is already finished" in capsys.readouterr().err
 
 
 def test_when_the_server_fails_the_way_on_is_said(train, service, tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""The command line: arguments in, clients called, text out.
+"""The command line: the group of commands, error messages and exit status.
 
-Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 wrong usage,
-130 interrupted. What a command needs is imported when it runs, so that `tinkex --help` is quick.
+Each command has its own module. Results go to stdout, everything else to stderr. Exit status: 0
+success, 1 failure, 2 wrong usage, 130 interrupted. Modules are imported when a command needs them,
+so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from tinkex.cli import (
 )
 from tinkex.cli.options import add_verbosity, format_option
 
+#: Exit status after Ctrl-C.
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command; returns its exit status."""
     traceback_wanted = "--traceback" in (sys.argv if argv is None else argv)
     try:
         status = cli.main(argv, prog_name="tinkex", standalone_mode=False)
@@ -52,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--traceback", is_flag=True, help="Show where in the program an error arose.")
+@click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 @click.version_option(__version__, prog_name="tinkex")
 def cli(traceback: bool) -> None:
-    """Fine-tune language models: on this machine, an open server or the official service.
+    """Fine-tune language models on this machine, an open server or the official service.
 
     Without --base-url and without TINKER_API_KEY or TINKER_BASE_URL in the environment, commands
     run on the embedded engine (pip install 'tinkex[local]').

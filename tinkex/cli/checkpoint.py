@@ -1,6 +1,6 @@
-"""The command `tinkex checkpoint`: arguments in, `RestClient` called, text out.
+"""`tinkex checkpoint`: list, download, export, publish, expire and delete checkpoints.
 
-The clients are imported when a command runs, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -26,56 +26,61 @@ from tinkex.cli.listing import (
     metadata_rows,
     open_rest,
     page_for,
-    say_how_many,
+    print_count,
 )
 from tinkex.cli.options import Command, Duration, format_option, is_quiet, server_options
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex import types
     from tinkex.rest import RestClient
 
 
 @click.group()
 def checkpoint() -> None:
-    """List, fetch, publish and delete checkpoints.
+    """List, download, publish and delete checkpoints.
 
-    A PATH is tinker://RUN/weights/NAME, to go on training from, or
+    A PATH is tinker://RUN/weights/NAME, to resume training from, or
     tinker://RUN/sampler_weights/NAME, to sample from.
 
-    Where several can be given it may be a pattern, with * ? [...]. With tinker:// it is one for the
-    whole path, without for its end: 'weights/step-*', or just 'step-*'. Quote it.
+    Commands that take several paths also accept patterns with * ? [...]. A pattern with tinker://
+    must match the whole path, any other its end: 'weights/step-*' or 'step-*'. Quote patterns.
     """
 
 
 def selection_options(command: Command) -> Command:
-    """--run-id, --type (told as *kind*) and --older-than (in seconds)."""
+    """--run-id, --type (received as *kind*) and --older-than (in seconds)."""
     for option in (
         click.option(
             "--older-than",
             type=Duration(),
             metavar="TIME",
-            help="Only those made longer ago, like 12h, 30d or 8w.",
+            help="Only checkpoints older than this, such as 12h, 30d or 8w.",
         ),
         click.option(
-            "--type", "kind", type=click.Choice(["training", "sampler"]), help="Only these."
+            "--type",
+            "kind",
+            type=click.Choice(["training", "sampler"]),
+            help="Only checkpoints of this type.",
         ),
-        click.option("--run-id", metavar="RUN", help="Only those of this training run."),
+        click.option("--run-id", metavar="RUN", help="Only checkpoints of this training run."),
     ):
         command = option(command)
     return command
 
 
 paths_argument = click.argument("patterns", metavar="PATH...", nargs=-1, required=True)
-yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
 
 
 @attrs.frozen
 class Selection:
-    """Which checkpoints: those that fit one of the patterns (if there are any) and all the rest.
+    """Selects checkpoints: one of the patterns (if any) and all other conditions must match.
 
     Args:
         patterns: see `tinkex checkpoint --help`.
-        older_than: seconds since they were made, at least.
+        run_id: only checkpoints of this run.
+        kind: "training" or "sampler".
+        older_than: minimum age in seconds.
     """
 
     patterns: tuple[str, ...] = ()
@@ -102,7 +107,7 @@ class Selection:
         return made is not None and now - made > timedelta(seconds=self.older_than)
 
     def listed(self, rest: RestClient, page: int = PAGE) -> Iterator[types.Checkpoint]:
-        """Those on the server, the newest first."""
+        """The matching checkpoints on the server, newest first."""
         now = datetime.now(timezone.utc)
         if self.run_id is None:
             found = rest.iter_user_checkpoints(page=page)
@@ -112,7 +117,7 @@ class Selection:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether *pattern* is of *path*: of the whole with tinker://, else of its last segments."""
+    """True if *pattern* matches *path*: all of it with tinker://, else its last segments."""
     if pattern.startswith("tinker://"):
         return fnmatch.fnmatchcase(path, pattern)
     segments, wanted = path.removeprefix("tinker://").split("/"), pattern.split("/")
@@ -121,7 +126,7 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether it may stand for several paths, or for the end of one."""
+    """True if *path* may match several paths, or the end of one."""
     return not path.startswith("tinker://") or any(letter in path for letter in "*?[")
 
 
@@ -144,7 +149,7 @@ def list_checkpoints(
     as_json: bool,
     **server: str | None,
 ) -> None:
-    """List checkpoints, the newest first: all, or those that fit."""
+    """List all checkpoints, or those that match, newest first."""
     selection = Selection(patterns, run_id, kind, older_than)
     page = PAGE if patterns or selection.is_filtered else page_for(limit)
     with open_rest(**server) as rest:
@@ -152,7 +157,7 @@ def list_checkpoints(
     if as_json:
         formatting.say_json({"checkpoints": [attrs.asdict(one) for one in found], "more": more})
         return
-    say_how_many("checkpoint", len(found), more)
+    print_count("checkpoint", len(found), more)
     if found:
         formatting.say(checkpoint_table(found))
 
@@ -169,7 +174,7 @@ def checkpoint_table(checkpoints: Sequence[types.Checkpoint]) -> str:
         )
         for one in checkpoints
     ]
-    return formatting.table(("Path", "Type", "Size", "Public", "Made", "Expires"), rows)
+    return formatting.table(("Path", "Type", "Size", "Public", "Created", "Expires"), rows)
 
 
 @checkpoint.command("info")
@@ -177,7 +182,7 @@ def checkpoint_table(checkpoints: Sequence[types.Checkpoint]) -> str:
 @format_option
 @server_options
 def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
-    """Show what a checkpoint is of."""
+    """Show the details of a checkpoint."""
     with open_rest(**server) as rest:
         entry, info = _look_up(rest, path)
     if as_json:
@@ -192,7 +197,7 @@ def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
             ("Type", entry.checkpoint_type),
             ("Size", formatting.size(entry.size_bytes)),
             ("Public", "yes" if entry.public else "no"),
-            ("Made", formatting.when(entry.time)),
+            ("Created", formatting.when(entry.time)),
             ("Expires", formatting.when(entry.expires_at, "never")),
             *metadata_rows(entry.user_metadata),
         ]
@@ -207,10 +212,10 @@ def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
 def _look_up(
     rest: RestClient, path: str
 ) -> tuple[types.Checkpoint | None, types.WeightsInfoResponse | None]:
-    """Its entry in the list and what its weights are of, as far as the server offers both.
+    """The list entry of a checkpoint and the info of its weights; None where not offered.
 
     Raises:
-        NotFoundError: If there is no such checkpoint, or the server offers neither.
+        NotFoundError: If the checkpoint does not exist, or the server offers neither.
     """
     from tinkex import errors, types
 
@@ -235,15 +240,17 @@ def _look_up(
 @checkpoint.command()
 @click.argument("path")
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--force", is_flag=True, help="Replace what is there, once the new one is complete.")
+@click.option(
+    "--force", is_flag=True, help="Replace an existing FOLDER, once the new one is complete."
+)
 @format_option
 @server_options
 def download(
     path: str, folder: Path | None, force: bool, as_json: bool, **server: str | None
 ) -> None:
-    """Fetch the files of a checkpoint, as the server has them, into FOLDER.
+    """Download the files of a checkpoint into FOLDER.
 
-    Without FOLDER, into a new one that is called after the checkpoint.
+    The default FOLDER is a new one with the name of the checkpoint.
     """
     from tinkex import types
 
@@ -252,7 +259,7 @@ def download(
         folder = Path(re.sub(r"[^\w.-]+", "_", f"{parsed.training_run_id}_{parsed.checkpoint_id}"))
     with open_rest(**server) as rest, _download_bar() as progress:
         rest.download_checkpoint(path, folder, force, progress)
-    _say_where(path, folder, as_json)
+    _print_folder(path, folder, as_json)
 
 
 @checkpoint.command()
@@ -261,13 +268,15 @@ def download(
 @click.option(
     "--merge",
     is_flag=True,
-    help="Make a whole Hugging Face model: the base model with the adapter folded in. Needs the "
-    "base model, and pip install 'tinkex[local]'.",
+    help="Write a complete Hugging Face model: the base model with the adapter merged in. Needs "
+    "the base model, and pip install 'tinkex[local]'.",
 )
 @click.option(
-    "--base-model", help="A directory or hub id. Default: the name that the server has for it."
+    "--base-model", help="Directory or Hugging Face id. Default: the name in the checkpoint."
 )
-@click.option("--force", is_flag=True, help="Replace what is there, once the new one is complete.")
+@click.option(
+    "--force", is_flag=True, help="Replace an existing FOLDER, once the new one is complete."
+)
 @format_option
 @server_options
 def export(
@@ -279,17 +288,17 @@ def export(
     as_json: bool,
     **server: str | None,
 ) -> None:
-    """Make FOLDER a PEFT adapter, or with --merge a whole model."""
+    """Write a PEFT adapter, or with --merge a complete model, into FOLDER."""
     with open_rest(**server) as rest, _download_bar() as progress:
         rest.export_checkpoint(
             path, folder, merge, base_model=base_model, force=force, progress=progress
         )
-    _say_where(path, folder, as_json)
+    _print_folder(path, folder, as_json)
 
 
 @contextmanager
 def _download_bar() -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr, if that is a terminal."""
+    """A progress bar on stderr, if that is a terminal."""
     from tqdm.auto import tqdm
 
     disable = True if is_quiet() else None
@@ -304,7 +313,7 @@ def _download_bar() -> Iterator[Callable[[int, int | None], None]]:
         yield progress
 
 
-def _say_where(path: str, folder: Path, as_json: bool) -> None:
+def _print_folder(path: str, folder: Path, as_json: bool) -> None:
     if as_json:
         formatting.say_json({"tinker_path": path, "folder": str(folder.absolute())})
     else:
@@ -317,7 +326,7 @@ def _say_where(path: str, folder: Path, as_json: bool) -> None:
 @format_option
 @server_options
 def publish(patterns: tuple[str, ...], yes: bool, as_json: bool, **server: str | None) -> int:
-    """Let every key of the server read checkpoints."""
+    """Make checkpoints readable for all users of the server."""
     with open_rest(**server) as rest:
         change = Change("Publish {}?", "Published {}", rest.publish_checkpoint_from_tinker_path)
         return change.apply(rest, Selection(patterns), yes, as_json)
@@ -329,17 +338,22 @@ def publish(patterns: tuple[str, ...], yes: bool, as_json: bool, **server: str |
 @format_option
 @server_options
 def unpublish(patterns: tuple[str, ...], yes: bool, as_json: bool, **server: str | None) -> int:
-    """Keep published checkpoints to yourself again."""
+    """Make published checkpoints private again."""
     with open_rest(**server) as rest:
         action = rest.unpublish_checkpoint_from_tinker_path
-        change = Change("Keep {} to yourself?", "Unpublished {}", action)
+        change = Change("Make {} private?", "Unpublished {}", action)
         return change.apply(rest, Selection(patterns), yes, as_json)
 
 
 @checkpoint.command("set-ttl")
 @paths_argument
-@click.option("--ttl", type=Duration(), metavar="TIME", help="From now, like 3600, 12h or 30d.")
-@click.option("--remove", is_flag=True, help="Let them never expire.")
+@click.option(
+    "--ttl",
+    type=Duration(),
+    metavar="TIME",
+    help="Time until they expire, such as 3600, 12h or 30d.",
+)
+@click.option("--remove", is_flag=True, help="Remove the expiry.")
 @yes_option
 @format_option
 @server_options
@@ -351,13 +365,13 @@ def set_ttl(
     as_json: bool,
     **server: str | None,
 ) -> int:
-    """Let checkpoints expire, or never."""
+    """Set when checkpoints expire."""
     if (ttl is None) is not remove:
-        raise click.UsageError("Give --ttl TIME or --remove, and not both.")
+        raise click.UsageError("Give either --ttl TIME or --remove.")
     when = "never" if ttl is None else f"in {formatting.duration(ttl)}"
     with open_rest(**server) as rest:
         change = Change(
-            f"Let {{}} expire {when}?",
+            f"Set {{}} to expire {when}?",
             f"Expires {when}: {{}}",
             lambda path: rest.set_checkpoint_ttl_from_tinker_path(path, ttl),
         )
@@ -379,14 +393,14 @@ def delete(
     as_json: bool,
     **server: str | None,
 ) -> int:
-    """Delete checkpoints: those that fit a PATH (if one is given) and the options.
+    """Delete the checkpoints that match a PATH (if given) and the options.
 
-    `tinkex checkpoint list` with the same arguments shows which. Asks once, with all their names.
+    `tinkex checkpoint list` with the same arguments shows them. Asks once, with all names.
     """
     selection = Selection(patterns, run_id, kind, older_than)
     if not patterns and not selection.is_filtered:
         raise click.UsageError(
-            "Say which: PATH, --run-id, --type or --older-than ('tinker://*' is all)."
+            "Give a PATH, --run-id, --type or --older-than ('tinker://*' means all)."
         )
     with open_rest(**server) as rest:
         action = rest.delete_checkpoint_from_tinker_path
@@ -396,12 +410,13 @@ def delete(
 
 @attrs.frozen
 class Change:
-    """One thing to do to each of several checkpoints.
+    """One action on each of several checkpoints.
 
     Args:
-        question, done: what is said before (of all) and after (of each).
-        action: does it to one path.
-        is_final: whether it cannot be taken back, and is asked about even for a single path.
+        question: asked once; {} stands for the number of checkpoints.
+        done: printed for each; {} stands for its path.
+        action: changes one path.
+        is_final: True if it cannot be undone; then even a single path must be confirmed.
     """
 
     question: str
@@ -410,10 +425,10 @@ class Change:
     is_final: bool = False
 
     def apply(self, rest: RestClient, selection: Selection, yes: bool, as_json: bool) -> int:
-        """Find them, ask, do it to each, and say what was done; the exit status."""
+        """Select, confirm, change each and print the result; returns the exit status."""
         paths, known = _chosen(rest, selection)
         if not paths:
-            click.echo("There is no such checkpoint.", err=True)
+            click.echo("No checkpoint matches.", err=True)
         is_exact = not any(map(is_pattern, selection.patterns))
         must_ask = bool(paths) and not yes and (self.is_final or not is_exact)
         if must_ask and not self._is_confirmed(paths, known):
@@ -423,14 +438,14 @@ class Change:
         failures: list[dict[str, str]] = []
         try:
             _each(self.action, paths, done, failures)
-        finally:  # what was done is said, whatever comes after it
+        finally:  # also after an exception, print what was changed
             self._say(done, failures, as_json)
-        # That nothing is old enough is no failure; that a name fits nothing is one.
+        # No checkpoint that is old enough is a success; a name without a match is a failure.
         found = bool(paths) or selection.is_filtered
         return 0 if found and not failures else 1
 
     def _is_confirmed(self, paths: Sequence[str], known: Sequence[types.Checkpoint]) -> bool:
-        """Asked on stderr; no answer is a no."""
+        """Ask on stderr; no answer means no."""
         others = set(paths) - {one.tinker_path for one in known}
         listing = [checkpoint_table(known)] if known else []
         click.echo("\n".join([*listing, *sorted(others)]), err=True)
@@ -441,7 +456,7 @@ class Change:
         click.echo(f"{self.question.format(what)} [y/N] ", nl=False, err=True)
         answer = sys.stdin.readline()
         if not answer:
-            click.echo("\nNo answer; --yes says that you are sure.", err=True)
+            click.echo("\nNo answer; give --yes to confirm without a question.", err=True)
         return answer.strip().lower() in ("y", "yes")
 
     def _say(self, done: list[str], failures: list[dict[str, str]], as_json: bool) -> None:
@@ -455,10 +470,10 @@ class Change:
 
 
 def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[types.Checkpoint]]:
-    """The paths that are meant, and their entries where they had to be looked up.
+    """The selected paths, and their list entries where these were fetched.
 
     Raises:
-        ValueError: For a path that is none.
+        ValueError: If a path is not valid.
     """
     from tinkex import types
 
@@ -469,7 +484,7 @@ def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[typ
         return list(dict.fromkeys(exact)), []
     known = list(selection.listed(rest))
     paths = [one.tinker_path for one in known]
-    # A pattern may fit nothing; who writes a path out means it, and hears if it is not there.
+    # A pattern may match nothing; an exact path that does not exist is an error of its action.
     missing = [] if selection.is_filtered else [path for path in exact if path not in paths]
     return [*paths, *missing], known
 
@@ -480,7 +495,7 @@ def _each(
     done: list[str],
     failures: list[dict[str, str]],
 ) -> None:
-    """Do it to each path. What the server refuses for one does not keep it from the others."""
+    """Apply *action* to each path; a refusal of one does not stop the others."""
     from tinkex import errors
 
     for path in paths:
@@ -488,6 +503,6 @@ def _each(
             action(path)
             done.append(path)
         except errors.NotOfferedError:
-            raise  # to none of them
+            raise  # the server does not offer it for any path
         except errors.APIStatusError as exc:
             failures.append({"tinker_path": path, "error": exc.detail or str(exc)})

@@ -17,21 +17,24 @@ _OUTCOME_COLORS = {"pass": "green", "fail": "red", "not offered": None}
 @click.option(
     "--write",
     is_flag=True,
-    help="Also the checks that make a session, models and checkpoints on the server; these are "
-    "removed again.",
+    help="Also run the checks that create a session, models and checkpoints on the server; these "
+    "are deleted at the end.",
 )
-@click.option("--base-model", help="To train. Default: the first that the server offers.")
-@click.option("--other-api-key", help="Key of another user, who should see nothing of ours.")
+@click.option("--base-model", help="Model to train. Default: the first that the server offers.")
+@click.option(
+    "--other-api-key",
+    help="Key of a second user, to check that users cannot see each other's work.",
+)
 @click.option(
     "--restart",
     metavar="COMMAND",
-    help="A shell command that restarts the server, to see what it still knows then.",
+    help="Shell command that restarts the server, to check what survives.",
 )
 @click.option(
     "--only",
     multiple=True,
-    metavar="WORDS",
-    help="Checks with WORDS in their name. May be repeated.",
+    metavar="TEXT",
+    help="Run only checks with TEXT in their name. May be repeated.",
 )
 @click.option(
     "--patience",
@@ -43,10 +46,11 @@ _OUTCOME_COLORS = {"pass": "green", "fail": "red", "not offered": None}
 @format_option
 @key_option
 def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **options: Any) -> int:
-    """Check how the training server at URL keeps to the Tinker API.
+    """Check whether the training server at URL follows the Tinker API.
 
-    Each check is a rule that some server breaks today, and ends in pass, fail or not offered, with
-    the reason. Without --write nothing is changed on the server. Exit status 1 if a check fails.
+    Each check is a rule that some server breaks today. Its outcome is pass, fail or not offered,
+    with the reason. Without --write nothing is changed on the server. Exit status 1 if a check
+    fails.
     """
     from tinkex import conformance as rules
 

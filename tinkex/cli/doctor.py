@@ -12,13 +12,13 @@ import click
 from tinkex.cli import formatting
 from tinkex.cli.options import format_option, key_option
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.diagnostics import Finding
 
 _COLORS = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": None}
 _WIDTH = 100
 _INDENT = 20
-#: A method stays on the line of its path.
+#: No line break between a method and its path.
 _METHOD = re.compile(r"\b(GET|PUT|POST|DELETE) ")
 
 
@@ -27,11 +27,11 @@ _METHOD = re.compile(r"\b(GET|PUT|POST|DELETE) ")
 @format_option
 @key_option
 def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
-    """Say what works and what does not, here or at URL, and what to do.
+    """Find out what works and what does not, here or at URL, and how to fix it.
 
-    Without URL: with the server in TINKER_BASE_URL, or on this machine with the embedded engine.
-    Takes each step from the name of the host to the models on offer, until one fails without which
-    nothing works; the exit status is then 1. Changes nothing on the server.
+    Without URL it checks the server in TINKER_BASE_URL, or this machine and the embedded engine.
+    The steps go from the host name to the models of the server. A failed step ends the check with
+    exit status 1 if later steps depend on it. Changes nothing on the server.
     """
     from tinkex import diagnostics
 

@@ -1,6 +1,6 @@
-"""How results are written: tables and JSON, times in words, sizes in units.
+"""Formatting of command output: tables, JSON, relative times, sizes.
 
-Results go to stdout. Knows nothing of what the results mean.
+Results go to stdout. Does not know what the results mean.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 _TIMES = (("day", 86400), ("hour", 3600), ("minute", 60))
-#: Beyond this a date says more than a number of days.
+#: Times further away than this are shown as a date.
 _DATE_AFTER = 60 * 86400  # seconds
 
 
@@ -33,7 +33,7 @@ def size(count: int | None) -> str:
 
 
 def moment(text: str | None) -> datetime | None:
-    """An ISO 8601 time, in UTC unless it says otherwise; None if it is none."""
+    """Parse an ISO 8601 time, in UTC by default; None if *text* is not one."""
     if not text:
         return None
     try:
@@ -44,10 +44,11 @@ def moment(text: str | None) -> datetime | None:
 
 
 def when(text: str | None, missing: str = "?", now: datetime | None = None) -> str:
-    """An ISO 8601 time as seen from now: "3 hours ago", "in 2 days", or its date if that is far.
+    """An ISO 8601 time relative to now: "3 hours ago", "in 2 days", or the date if it is far away.
 
     Args:
-        missing: what a time that is not there means.
+        missing: returned if there is no time.
+        now: for tests.
     """
     if not text:
         return missing
@@ -65,7 +66,7 @@ def when(text: str | None, missing: str = "?", now: datetime | None = None) -> s
 
 
 def duration(seconds: int) -> str:
-    """A length of time, exactly, in the largest unit that does it: 30 days, 90 minutes."""
+    """A duration in the largest unit that expresses it exactly: 30 days, 90 minutes."""
     for unit, length in _TIMES:
         if seconds and seconds % length == 0:
             return plural(seconds // length, unit)
@@ -78,7 +79,7 @@ def plural(number: int, thing: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as what is in them; nothing is cut, so that it can be copied."""
+    """A table with columns as wide as their content; nothing is cut, so that it can be copied."""
     widths = [max(map(len, column)) for column in zip(headings, *rows)]
 
     def line(cells: Sequence[str]) -> str:
@@ -88,7 +89,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values, one to a line."""
+    """Names and values, one pair per line."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         f"{click.style(name.ljust(width), bold=True)}  {value}" for name, value in rows
@@ -96,14 +97,14 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def say(text: str) -> None:
-    """A result, on stdout. That nobody reads on, as in `tinkex ... | head`, is no error."""
+    """Print a result on stdout. A closed pipe, as in `tinkex ... | head`, is not an error."""
     try:
         click.echo(text)
     except BrokenPipeError:
-        # What is still to come, and what is left in Python's buffers, is written into nothing.
+        # Discard the rest of the output, also what is still in Python's buffers.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_json(value: Any) -> None:
-    """Plain data, as a result."""
+    """Print plain data as JSON on stdout."""
     say(json.dumps(value, indent=2, ensure_ascii=False))

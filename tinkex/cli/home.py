@@ -1,4 +1,4 @@
-"""`tinkex home`: looks after the folder in which the local server keeps its files."""
+"""`tinkex home`: maintain the folder in which the local server stores its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinkex.cli.options import format_option
 
 @click.group()
 def home() -> None:
-    """Look after the folder of the local server."""
+    """Maintain the folder of the local server."""
 
 
 @home.command()
@@ -21,11 +21,11 @@ def home() -> None:
     "--home",
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="The folder to check. Default: TINKEX_HOME, or ~/.tinkex.",
+    help="Folder to check. Default: TINKEX_HOME, or ~/.tinkex.",
 )
 @format_option
 def check(folder: Path | None, as_json: bool) -> int:
-    """Compare the files of all checkpoints with the hashes made when they were saved.
+    """Compare the files of all checkpoints with the hashes recorded at saving.
 
     Changes nothing; servers may be running. The exit status is 1 if a checkpoint is damaged.
     """

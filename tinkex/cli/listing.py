@@ -1,6 +1,6 @@
-"""What the commands that list stored things have in common: whom they ask, how many, in what words.
+"""Shared by the commands on runs, sessions and checkpoints: the client, limits, common columns.
 
-The clients are imported when a command runs, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import click
 
 from tinkex.cli import formatting
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex import types
     from tinkex.rest import RestClient
 
 T = TypeVar("T")
 
-#: Things listed unless --limit says otherwise.
+#: Default of --limit.
 LISTED = 20
-#: Things asked for at once, at most.
+#: Most items in one request.
 PAGE = 100
-#: Seconds that a server may be away in the middle of a command: somebody waits for it.
+#: Seconds that a server may be unreachable during a command: a user is waiting.
 NO_ANSWER = 30.0
 
 limit_option = click.option(
@@ -32,20 +32,20 @@ limit_option = click.option(
     type=click.IntRange(0),
     default=LISTED,
     show_default=True,
-    help="List so many, the newest; 0 lists all.",
+    help="List the newest entries up to this number; 0 lists all.",
 )
 scope_option = click.option(
     "--access-scope",
     type=click.Choice(["owned", "accessible"]),
     default="owned",
     show_default=True,
-    help="Yours, or all that you may see.",
+    help="Your own, or all that you have access to.",
 )
 
 
 @contextmanager
 def open_rest(base_url: str | None, api_key: str | None) -> Iterator[RestClient]:
-    """A client of what is stored on the server that is named, or in the embedded home."""
+    """Open a RestClient of the named server, or of the embedded engine."""
     from tinkex import config
     from tinkex.rest import RestClient
     from tinkex.runtime.session import Connection, connect
@@ -57,7 +57,7 @@ def open_rest(base_url: str | None, api_key: str | None) -> Iterator[RestClient]
 
 
 def first(things: Iterator[T], limit: int) -> tuple[list[T], bool]:
-    """At most *limit* of them (0: all), and whether there are more."""
+    """The first *limit* of *things* (0: all), and True if there are more."""
     if not limit:
         return list(things), False
     found = list(islice(things, limit + 1))
@@ -65,27 +65,30 @@ def first(things: Iterator[T], limit: int) -> tuple[list[T], bool]:
 
 
 def page_for(limit: int) -> int:
-    """How many to ask for at once, if *limit* and one more are wanted."""
+    """The page size with which *limit* items and one more are fetched."""
     return min(limit + 1, PAGE) if limit else PAGE
 
 
-def say_how_many(thing: str, number: int, more: bool) -> None:
-    """On stderr, if there is anything to say: that there are none, or more than are listed."""
+def print_count(thing: str, number: int, more: bool) -> None:
+    """Print a note on stderr if there are none, or more than are listed."""
     if not number:
-        click.echo(f"There is no {thing}.", err=True)
+        click.echo(f"No {thing}s found.", err=True)
     elif more:
-        click.echo(f"The newest {formatting.plural(number, thing)}; --limit 0 lists all.", err=True)
+        click.echo(
+            f"Only the newest {formatting.plural(number, thing)} are shown; --limit 0 lists all.",
+            err=True,
+        )
 
 
 def lora(of: types.TrainingRun | types.WeightsInfoResponse) -> str:
-    """Its rank, in words."""
+    """The LoRA rank for a table: "rank 8", "yes" if it is unknown, "no"."""
     if not of.is_lora:
         return "no"
     return f"rank {of.lora_rank}" if of.lora_rank else "yes"
 
 
 def metadata_rows(metadata: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """The line on the user's own notes, if there are any."""
+    """A line with the user's metadata, if there is any."""
     if not metadata:
         return []
     return [("Metadata", ", ".join(f"{key}={value}" for key, value in metadata.items()))]

@@ -1,4 +1,4 @@
-"""Options that several commands share. Knows click, and nothing of what the commands do."""
+"""Options that several commands share. Does not know what the commands do."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Duration(click.ParamType):
         match = re.fullmatch(r"([0-9]{1,9})([smhdw]?)", str(value).strip())
         if match is None or int(match[1]) == 0:
             self.fail(
-                f"{value!r} is no duration; give seconds, or a number with s, m, h, d or w, "
-                "like 12h or 30d.",
+                f"{value!r} is not a duration; give seconds, or a number with s, m, h, d or w, "
+                "such as 12h or 30d.",
                 param,
                 ctx,
             )
@@ -35,20 +35,21 @@ class Duration(click.ParamType):
 def key_option(command: Command) -> Command:
     """--api-key."""
     return click.option(
-        "--api-key", help="Key for the server. TINKER_API_KEY keeps it from other users' eyes."
+        "--api-key",
+        help="Key for the server. Other users cannot see it if you set TINKER_API_KEY instead.",
     )(command)
 
 
 def server_options(command: Command) -> Command:
     """--base-url and --api-key."""
     url = click.option(
-        "--base-url", help="Address of a server. Default: TINKER_BASE_URL, or the embedded engine."
+        "--base-url", help="URL of the server. Default: TINKER_BASE_URL, or the embedded engine."
     )
     return url(key_option(command))
 
 
 class Mapping(click.ParamType):
-    """wanted=given,wanted=given."""
+    """Key names as wanted=given,wanted=given."""
 
     name = "mapping"
 
@@ -57,7 +58,11 @@ class Mapping(click.ParamType):
             return value
         pairs = [part.partition("=") for part in str(value).split(",")]
         if not all(wanted.strip() and given.strip() for wanted, _, given in pairs):
-            self.fail(f"{value!r} is not like prompt=question,completion=answer.", param, ctx)
+            self.fail(
+                f"{value!r} is not a mapping; write it like prompt=question,completion=answer.",
+                param,
+                ctx,
+            )
         return {wanted.strip(): given.strip() for wanted, _, given in pairs}
 
 
@@ -74,42 +79,43 @@ SHAPES = (
 
 
 def data_options(command: Command) -> Command:
-    """How data is read and rendered: --format, --map, --skip-bad-lines, --train-on and more."""
+    """How data is read and rendered: --format, --map, --skip-bad-lines, --train-on and others."""
     options = [
         click.option(
             "--format",
             "data_format",
             type=click.Choice(SHAPES),
-            help="What the rows are. Default: told by their keys.",
+            help="Format of the rows. Default: detected from their keys.",
         ),
         click.option(
             "--map",
             "data_map",
             type=Mapping(),
             metavar="WANTED=GIVEN,...",
-            help="Names of keys in the data: prompt=question,completion=answer.",
+            help="Names of the keys in the data, such as prompt=question,completion=answer.",
         ),
         click.option(
-            "--skip-bad-lines", is_flag=True, help="Leave bad lines out instead of refusing."
+            "--skip-bad-lines", is_flag=True, help="Skip invalid rows instead of stopping."
         ),
         click.option(
             "--train-on",
             type=click.Choice(["assistant", "last", "all"]),
             default="assistant",
             show_default=True,
-            help="Of a conversation: the assistant's messages, the last of them, every token.",
+            help="What is learnt of a conversation: all messages of the assistant, "
+            "the last one, or every token.",
         ),
         click.option(
             "--split-turns/--no-split-turns",
             default=True,
             show_default=True,
-            help="Make several examples of a conversation whose earlier turns the chat template "
-            "shortens.",
+            help="Split a conversation into several examples where the chat template shortens "
+            "earlier turns.",
         ),
         click.option(
             "--date",
             metavar="YYYY-MM-DD",
-            help="Today, for chat templates that write it. Default: the day of the start.",
+            help="Date for chat templates that contain one. Default: the day of the start.",
         ),
     ]
     for option in reversed(options):
@@ -118,7 +124,7 @@ def data_options(command: Command) -> Command:
 
 
 def format_option(command: Command) -> Command:
-    """--format; the command is told *as_json*."""
+    """--format, which the command receives as the bool *as_json*."""
     return click.option(
         "--format",
         "-f",
@@ -127,7 +133,7 @@ def format_option(command: Command) -> Command:
         default="table",
         show_default=True,
         callback=lambda context, option, value: value == "json",
-        help="What is printed; with json nothing else goes to standard output.",
+        help="Output format; json prints nothing else to standard output.",
     )(command)
 
 

@@ -1,6 +1,6 @@
-"""How a run looks in a terminal, and what Ctrl-C and SIGTERM do to it.
+"""Progress of a run in a terminal, and how Ctrl-C and SIGTERM stop it.
 
-Progress goes to stderr; stdout is for results. Knows nothing of what is running.
+Progress goes to stderr; stdout is for results. Does not know what is running.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-#: Exit status of a program ended by Ctrl-C.
-INTERRUPTED = 130
-#: Seconds after the first Ctrl-C at which the process is gone in any case.
+#: Seconds after the first Ctrl-C at which the process exits in any case.
 LAST_RESORT_SECONDS = 4.7
 #: Seconds between two plain progress lines.
 PLAIN_SECONDS = 5.0
@@ -45,7 +43,7 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def rendered(self, done: int, total: int) -> None:
-        """Examples turned into tokens so far."""
+        """Show how many of *total* examples have been tokenized."""
         now = self._clock()
         if sys.stderr.isatty():
             if self._bar is None:
@@ -105,18 +103,18 @@ def _words(row: dict[str, float]) -> list[str]:
 
 
 class CtrlC:
-    """What Ctrl-C does while this context is entered, and SIGTERM: a job scheduler's Ctrl-C.
+    """Handles Ctrl-C, and SIGTERM, the Ctrl-C of job schedulers, while this context is entered.
 
-    Within `deferred` the first one is only noted, elsewhere it raises KeyboardInterrupt. The
-    second one exits at once, and so does the time: `LAST_RESORT_SECONDS` after the first the
-    process is gone, whatever it is waiting for.
+    Inside `deferred` the first signal is only recorded, elsewhere it raises KeyboardInterrupt. The
+    second one exits at once. `LAST_RESORT_SECONDS` after the first the process exits in any case,
+    whatever it is waiting for.
 
     Attributes:
-        status: what to exit with: 130 after Ctrl-C, 143 after SIGTERM.
+        status: the exit status: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
     def __init__(self) -> None:
-        self.status = INTERRUPTED
+        self.status = 128 + signal.SIGINT
         self._is_deferred = self._is_pressed = False
         self._last_resort: threading.Timer | None = None
 
@@ -135,7 +133,7 @@ class CtrlC:
 
     @contextmanager
     def deferred(self) -> Iterator[Callable[[], bool]]:
-        """Gives what says whether Ctrl-C was pressed."""
+        """Yields a function that returns True once a signal has arrived."""
         self._is_deferred = True
         try:
             yield lambda: self._is_pressed
@@ -143,7 +141,7 @@ class CtrlC:
             self._is_deferred = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # Nothing is printed here: the signal may have come in the middle of another print.
+        # Do not print here: the signal may have interrupted another print.
         if self._is_pressed:
             os._exit(self.status)
         self._is_pressed = True

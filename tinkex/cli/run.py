@@ -16,12 +16,12 @@ from tinkex.cli.listing import (
     metadata_rows,
     open_rest,
     page_for,
-    say_how_many,
+    print_count,
     scope_option,
 )
 from tinkex.cli.options import format_option, server_options
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex import types
 
 
@@ -36,13 +36,13 @@ def run() -> None:
 @format_option
 @server_options
 def list_runs(limit: int, access_scope: Any, as_json: bool, **server: str | None) -> None:
-    """List training runs, the last used first."""
+    """List training runs, most recently used first."""
     with open_rest(**server) as rest:
         runs, more = first(rest.iter_training_runs(access_scope, page=page_for(limit)), limit)
     if as_json:
         formatting.say_json({"runs": [attrs.asdict(run) for run in runs], "more": more})
         return
-    say_how_many("training run", len(runs), more)
+    print_count("training run", len(runs), more)
     if runs:
         headings = ("Run", "Base model", "LoRA", "Status", "Last used", "Last checkpoint")
         formatting.say(formatting.table(headings, [_run_row(run) for run in runs]))
@@ -62,7 +62,7 @@ def _run_row(run: types.TrainingRun) -> tuple[str, ...]:
 
 
 def _status(run: types.TrainingRun) -> str:
-    return "broken" if run.corrupted else "good"
+    return "corrupted" if run.corrupted else "good"
 
 
 @run.command("info")
@@ -79,7 +79,7 @@ def run_info(run_id: str, access_scope: Any, as_json: bool, **server: str | None
         try:
             checkpoints = newest_first(rest.list_checkpoints(run_id).checkpoints)
         except errors.NotOfferedError as exc:
-            click.echo(f"Without its checkpoints: {exc}", err=True)
+            click.echo(f"Checkpoints are not listed: {exc}", err=True)
             checkpoints = []
     if as_json:
         listed = [attrs.asdict(checkpoint) for checkpoint in checkpoints]

@@ -1,6 +1,6 @@
 """`tinkex sample`: continue a prompt with a run, a checkpoint or a base model.
 
-What the command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when the command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -20,47 +20,59 @@ from tinkex.cli.train import progress_of
 
 @click.command()
 @click.argument("model")
-@click.option("--prompt", help="What to continue. Default: --prompt-file, or else standard input.")
+@click.option("--prompt", help="Text to continue. Default: --prompt-file, or standard input.")
 @click.option(
     "--prompt-file",
     type=click.File("r", encoding="utf-8"),
-    help="A file to continue; - is standard input. A newline at its end is left out.",
+    help="File with the prompt; - is standard input. A newline at its end is removed.",
 )
-@click.option("--chat", is_flag=True, help="The prompt is what a user says in a conversation.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user message of a conversation.")
 @click.option("--system", help="The system prompt of the conversation. Implies --chat.")
 @click.option(
     "--messages",
     "messages_file",
     type=click.File("r", encoding="utf-8"),
-    help="A conversation to continue, a JSON list of messages; - is standard input. --prompt, if "
-    "given, follows it. Implies --chat.",
+    help="File with a conversation to continue, a JSON list of messages; - is standard input. "
+    "--prompt is added at its end. Implies --chat.",
 )
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--num-samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of samples.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Maximum tokens per sample.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0),
     default=1.0,
     show_default=True,
-    help="0 takes the likeliest token each time.",
+    help="Sampling temperature; 0 always takes the likeliest token.",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Among the likeliest tokens of this probability.",
+    help="Sample from the likeliest tokens with this total probability.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(-1),
     default=-1,
     show_default=True,
-    help="Among so many tokens; -1 is all.",
+    help="Sample from this many likeliest tokens; -1 means all.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Same seed, same samples.")
+@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same samples.")
 @click.option("--stop", multiple=True, help="Text that ends a sample. May be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a sample, on a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per sample.")
 @server_options
 def sample(
     model: str,
@@ -153,7 +165,7 @@ def _read_messages(system: str | None, messages_file: Any) -> list[dict[str, Any
 
 def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
     if prompt is not None and prompt_file is not None:
-        raise click.UsageError("Give --prompt or --prompt-file, not both.")
+        raise click.UsageError("Give either --prompt or --prompt-file, not both.")
     if prompt is None:
         prompt = (prompt_file or sys.stdin).read()
         prompt = prompt.removesuffix("\n")
@@ -163,7 +175,7 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
 
 
 def what_to_sample(model: str) -> tuple[str | None, str | None]:
-    """The base model, or else the path of saved weights, that *model* stands for."""
+    """(base model, None) or (None, path of saved weights), depending on what *model* is."""
     from tinkex.recipes import run_folder, settings
 
     if model.startswith("tinker://"):
@@ -173,7 +185,7 @@ def what_to_sample(model: str) -> tuple[str | None, str | None]:
         return settings.resolve_base_model(model), None
     if state.sampler_path is None:
         raise click.UsageError(
-            f"The run in {model} is not finished ({progress_of(state)}); continue it first: "
+            f"The run in {model} is not finished ({progress_of(state)}). Finish it first with: "
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
     return None, state.sampler_path

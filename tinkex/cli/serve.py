@@ -14,18 +14,22 @@ import click
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 is a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    help="Port; 0 picks a free one.",
 )
 @click.option(
     "--base-model",
     "base_models",
     multiple=True,
-    help="Load this model at once. May be repeated; others are loaded when asked for.",
+    help="Load this model at the start. May be repeated; other models are loaded when first used.",
 )
 @click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where runs and checkpoints are kept. Default: TINKEX_HOME, or ~/.tinkex.",
+    help="Folder of runs and checkpoints. Default: TINKEX_HOME, or ~/.tinkex.",
 )
 @click.option(
     "--api-key",
@@ -33,23 +37,23 @@ import click
     multiple=True,
     envvar="TINKEX_SERVE_KEYS",
     show_envvar=True,
-    help="Key of a user; each sees only what is theirs. May be repeated. Without one, who comes "
-    "on loopback is let in, and for any other --host a key is made up and printed.",
+    help="Key of a user, who sees only their own work. May be repeated. Without keys, everyone on "
+    "loopback has access, and for any other --host a key is generated and printed.",
 )
 @click.option(
     "--dialect",
     type=click.Choice(["both", "json"]),
     default="both",
     show_default=True,
-    help="What is spoken: JSON and protobuf, or JSON alone.",
+    help="Accept JSON and protobuf, or JSON only.",
 )
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)
 @click.option("--parent-pid", type=int, hidden=True)
 def serve(**options: Any) -> int:
     """Run the training server.
 
-    Serves the Tinker API until it is stopped: for other processes, machines (with --api-key) and
-    the official SDK. Prints its address.
+    Serves the Tinker API to other processes, other machines (with --api-key) and the official SDK
+    until it is stopped. Prints its address.
     """
     from tinkex import errors
 

@@ -14,12 +14,12 @@ from tinkex.cli.listing import (
     metadata_rows,
     open_rest,
     page_for,
-    say_how_many,
+    print_count,
     scope_option,
 )
 from tinkex.cli.options import format_option, server_options
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.rest import RestClient
 
 #: Sessions looked up at the same time.
@@ -37,7 +37,7 @@ def session() -> None:
 @format_option
 @server_options
 def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | None) -> None:
-    """List sessions, the newest first."""
+    """List sessions, newest first."""
     from concurrent.futures import ThreadPoolExecutor
 
     with open_rest(**server) as rest:
@@ -50,7 +50,7 @@ def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | 
     if as_json:
         formatting.say_json({"sessions": found, "more": more})
         return
-    say_how_many("session", len(found), more)
+    print_count("session", len(found), more)
     if found:
         rows = [
             (
@@ -66,7 +66,7 @@ def list_sessions(limit: int, access_scope: Any, as_json: bool, **server: str | 
 
 
 def _session(rest: RestClient, session_id: str, access_scope: Any) -> dict[str, Any]:
-    """What there is to know of it; its id alone if it has gone or the server does not say."""
+    """The session as a dict; only its id if it no longer exists or the server has no details."""
     from tinkex import errors
 
     try:

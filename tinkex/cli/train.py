@@ -1,6 +1,6 @@
-"""`tinkex train`: start a supervised run, or resume one, and print what it reached.
+"""`tinkex train`: start or resume a supervised run, and print its result.
 
-What the command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when the command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -17,108 +17,120 @@ from click.core import ParameterSource
 from tinkex.cli import formatting
 from tinkex.cli.options import data_options, is_quiet, server_options
 
-if TYPE_CHECKING:  # for annotations alone: neither numpy nor requests is loaded for --help
+if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.data import files
     from tinkex.recipes import run_folder, settings, supervised
 
 
 @click.command()
 @click.argument("data", nargs=-1)
-@click.option("--base-model", help="tiny (built in), a model directory, or a hub id.")
+@click.option("--base-model", help="tiny (built in), a model directory, or a Hugging Face id.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
-    help="Folder for metrics, state and the adapter.",
+    help="Folder for metrics, checkpoint state and the adapter.",
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --output, as it was started.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output with its settings.")
 @click.option(
-    "--rank", type=click.IntRange(1), default=32, show_default=True, help="Of the LoRA adapter."
+    "--rank",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Rank of the LoRA adapter.",
 )
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
     default=1e-4,
     show_default=True,
-    help="Of AdamW, at its highest.",
+    help="Highest learning rate of AdamW.",
 )
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "linear", "cosine"]),
     default="constant",
     show_default=True,
-    help="The learning rate over the run: the same, or falling to 0 at the end.",
+    help="Learning rate after the warmup: constant, or falling to 0 at the end.",
 )
 @click.option(
     "--warmup-steps",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Steps over which the learning rate first rises.",
+    help="Steps in which the learning rate rises from 0.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples a step."
+    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples per step."
 )
 @click.option(
     "--epochs",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Times that each example is seen.",
+    help="Passes over the examples.",
 )
-@click.option("--max-steps", type=click.IntRange(1), help="Stop after so many steps.")
+@click.option("--max-steps", type=click.IntRange(1), help="Stop after this many steps.")
 @click.option(
     "--max-length",
     type=click.IntRange(2),
     default=1024,
     show_default=True,
-    help="Tokens of an example that are read; the rest is cut off.",
+    help="Maximum tokens per example; longer ones are cut.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of the adapter, the order of the data and the held-out part.",
+    help="Seed of the adapter, of the order of the data and of the held-out part.",
 )
 @click.option(
     "--eval-fraction",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.05,
     show_default=True,
-    help="Part of the examples that is held out.",
+    help="Fraction of the examples that is held out for evaluation.",
 )
 @click.option(
     "--eval-every",
     type=click.IntRange(1),
-    help="Steps between evaluations. Default: a tenth of the run.",
+    help="Steps between two evaluations. Default: a tenth of the run.",
 )
 @click.option(
     "--save-every",
     type=click.IntRange(1),
-    help="Steps between checkpoints. Default: a tenth of the run.",
+    help="Steps between two checkpoints. Default: a tenth of the run.",
 )
-@click.option("--train-mlp/--no-train-mlp", default=True, show_default=True, help="Adapt the MLPs.")
 @click.option(
-    "--train-attn/--no-train-attn", default=True, show_default=True, help="Adapt the attention."
+    "--train-mlp/--no-train-mlp",
+    default=True,
+    show_default=True,
+    help="Train adapters in the MLPs.",
+)
+@click.option(
+    "--train-attn/--no-train-attn",
+    default=True,
+    show_default=True,
+    help="Train adapters in the attention layers.",
 )
 @click.option(
     "--train-unembed/--no-train-unembed",
     default=True,
     show_default=True,
-    help="Adapt the unembedding (some inference servers cannot load that).",
+    help="Train an adapter in the unembedding; some inference servers cannot load it.",
 )
 @click.option(
     "--from",
     "start_from",
     metavar="RUN|tinker://...",
-    help="Start with the weights of a run, or of a checkpoint on the server.",
+    help="Start with the weights of another run, or of a checkpoint on the server.",
 )
 @click.option(
     "--eval-data",
     multiple=True,
     metavar="FILE",
-    help="Hold these examples out, instead of a part of DATA. May be repeated.",
+    help="Evaluate on these examples instead of a part of DATA. May be repeated.",
 )
 @data_options
 @server_options
@@ -135,13 +147,13 @@ def train(
 ) -> int:
     """Fine-tune a model on DATA.
 
-    DATA is one or more files or folders (- is standard input, hf://org/name a data set of the hub)
-    of JSON lines, a JSON array, CSV, TSV or Parquet. A row is {"messages": [{"role": ...,
-    "content": ...}, ...]}, or {"prompt": ..., "completion": ...}, or {"text": ...}, ShareGPT's
-    or Alpaca's. The assistant's messages, completions and texts are learnt.
+    DATA is one or more files or folders (- is standard input, hf://org/name a Hugging Face data
+    set) of JSON lines, a JSON array, CSV, TSV or Parquet. A row is {"messages": [{"role": ...,
+    "content": ...}, ...]}, {"prompt": ..., "completion": ...}, {"text": ...}, or in the format of
+    ShareGPT or Alpaca. The model learns the assistant's messages, the completions and the texts.
 
-    Ctrl-C (or SIGTERM) saves a checkpoint; --resume --output FOLDER continues from it and ends in
-    the same weights as if nothing had happened. With --resume, omitted options are as they were.
+    Ctrl-C (or SIGTERM) saves a checkpoint. --resume --output FOLDER continues from it and ends with
+    the same weights as an uninterrupted run. With --resume, omitted options keep their values.
     """
     from tinkex import ServiceClient, errors
     from tinkex.cli import progress
@@ -149,7 +161,7 @@ def train(
 
     state = run_folder.load_state(output)
     if state is not None and not state.has_begun and not resume:
-        state = None  # it failed before there was a model
+        state = None  # it failed before it created a model
     _check_folder(output, state, resume)
     given["base_model"] = given["base_model"] and settings.resolve_base_model(given["base_model"])
     if state is not None:
@@ -167,7 +179,7 @@ def train(
     if state is not None:
         run_folder.check_same(state, wanted, file, held_out)
         if state.is_finished:
-            click.echo(f"The run in {output} is finished: nothing is left to do.", err=True)
+            click.echo(f"The run in {output} is already finished.", err=True)
             return 0
     tokenizer = _tokenizer(wanted.base_model)
     report = progress.Progress(quiet=is_quiet())
@@ -186,10 +198,10 @@ def train(
                     tokenizer=tokenizer,
                 )
         except (errors.TinkexError, KeyboardInterrupt):
-            _say_how_to_resume(output)
+            _print_resume_command(output)
             raise
     if outcome.adapter is None:
-        _say_how_to_resume(output)
+        _print_resume_command(output)
         return ctrl_c.status
     _print_outcome(outcome, output)
     return 0
@@ -204,7 +216,8 @@ def _read(sources: tuple[str, ...], wanted: settings.Settings) -> files.DataFile
 
 
 def _tokenizer(base_model: str) -> Any:
-    """The model's, to check the data before the model is loaded; None if only the server has it."""
+    """The tokenizer, to check the data before the model is loaded; None if only the server has
+    it."""
     from tinkex import errors
     from tinkex.text import tokenizer
 
@@ -215,7 +228,7 @@ def _tokenizer(base_model: str) -> Any:
 
 
 def _start_from(given: dict[str, Any]) -> None:
-    """Replace a run given as --from by its checkpoint, and take over its model and rank."""
+    """Replace a run given as --from by its checkpoint, with its base model and rank."""
     from tinkex.recipes import run_folder
 
     source = given["start_from"]
@@ -225,8 +238,8 @@ def _start_from(given: dict[str, Any]) -> None:
     state = run_folder.load_state(folder) or run_folder.load_state(folder.parent)
     if state is None or state.checkpoint is None:
         raise click.UsageError(
-            f"--from {source} is neither a run that has a checkpoint nor a tinker:// path. An "
-            "adapter of another program cannot be sent to a server."
+            f"--from {source} is neither a run with a checkpoint nor a tinker:// path. Adapters "
+            "of other programs cannot be sent to a server."
         )
     model = given["base_model"] or state.settings.base_model
     if model != state.settings.base_model:
@@ -243,11 +256,14 @@ def _is_explicit(context: click.Context, name: str) -> bool:
 
 def _check_folder(output: Path, state: run_folder.State | None, resume: bool) -> None:
     if resume and state is None:
-        raise click.UsageError(f"{output} holds no run to resume; omit --resume to start one.")
+        raise click.UsageError(
+            f"there is no run to resume in {output}; omit --resume to start one."
+        )
     if state is not None and not resume:
         raise click.UsageError(
-            f"{output} holds a run already ({progress_of(state)}). Continue it with "
-            "--resume, or give another --output, or remove that folder."
+            f"{output} already contains a run ({progress_of(state)}). Continue it with "
+            "--resume, or "
+            "start a new run with a different --output."
         )
 
 
@@ -258,8 +274,8 @@ def progress_of(state: run_folder.State) -> str:
     return f"saved after step {state.step} of {state.total_steps or '?'}"
 
 
-def _say_how_to_resume(output: Path) -> None:
-    """On stderr: where the run in *output* stands, and the command that goes on with it."""
+def _print_resume_command(output: Path) -> None:
+    """Print on stderr where the run in *output* stands, and the command that resumes it."""
     from tinkex.recipes import run_folder
 
     state = run_folder.load_state(output)
@@ -280,7 +296,7 @@ def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
             f"({(after - before) / before:+.1%})."
         )
     formatting.say(f"Adapter: {outcome.adapter}")
-    formatting.say(f"Ask it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
+    formatting.say(f"Try it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
 
 
 def _one_line(text: str, width: int = 300) -> str:
