@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from contextlib import closing as way_closed
 
 import pytest
 import requests
@@ -121,6 +122,37 @@ def test_every_exception_of_requests_is_translated_at_this_border(established, s
         with pytest.raises(errors.APIConnectionError, match=HEALTHZ) as caught:
             established.call(wire.HEALTHZ, retry=ONCE)
         assert problem is caught.value.__cause__
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        status(400, {"error": "the key tml-very-secret is not liked"}),
+        status(500, "traceback: headers={'X-API-Key': 'tml-very-secret'}"),
+        status(307, None, Location="https://elsewhere.test/tml-very-secret"),
+        status(200, "not JSON: tml-very-secret"),
+        status(200, {"status": ["tml-very-secret"]}),
+        status(404, {"detail": [{"loc": ["tml-very-secret"], "msg": "hidden-token"}]}),
+    ],
+)
+def test_a_server_that_repeats_our_secrets_does_not_get_them_into_messages(server, answer):
+    """Servers in debug mode echo requests; their answers end up in bug reports."""
+    way = transport(server, api_key="tml-very-secret", default_headers={"X-Token": "hidden-token"})
+    server.always("healthz", answer)
+
+    with way_closed(way), pytest.raises(errors.APIError) as caught:
+        way.call(wire.HEALTHZ, retry=ONCE)
+
+    shown = f"{caught.value!r} {caught.value} {vars(caught.value)}"
+    assert "very-secret" not in shown and "hidden-token" not in shown
+
+
+def test_a_result_that_holds_no_secret_is_left_alone(server):
+    way = transport(server, api_key="tml-very-secret")
+    server.always("healthz", status(200, {"status": "ok"}))
+
+    with way_closed(way):
+        assert "ok" == way.call(wire.HEALTHZ).status
 
 
 def test_secrets_and_queries_are_in_no_message(server):

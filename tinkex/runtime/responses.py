@@ -11,11 +11,12 @@ import email.utils
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 import requests
+from requests.structures import CaseInsensitiveDict
 
 from tinkex import errors, wire
 from tinkex.runtime.wait_log import one_line
@@ -59,6 +60,31 @@ class Answer:
                 "the URL of a training server, without a proxy's login page before it?",
                 url=self.url,
             ) from exc
+
+
+#: Shorter keys are not looked for: too much would read like one.
+LEAST_SECRET = 8
+
+
+def without_secrets(answer: Answer, secrets: Iterable[str]) -> Answer:
+    """
+    *answer* with "***" where the server repeats one of our secrets, in its text or a header.
+
+    What a server says ends up in exceptions, logs and bug reports. Binary results stay as they are:
+    no text of theirs is shown.
+    """
+    wanted = [secret for secret in secrets if len(secret) >= LEAST_SECRET]
+    if answer.is_protobuf or not wanted:
+        return answer
+    content, headers = answer.content, answer.headers
+    for secret in wanted:
+        content = content.replace(secret.encode(), b"***")
+        if any(secret in value for value in headers.values()):
+            shown = {name: value.replace(secret, "***") for name, value in headers.items()}
+            headers = CaseInsensitiveDict(shown)
+    if content is answer.content and headers is answer.headers:
+        return answer
+    return attrs.evolve(answer, content=content, headers=headers)
 
 
 def check_whole(answer: Answer) -> None:

@@ -27,9 +27,18 @@ from tinkex.config import PROTOCOL_VERSION, Config
 from tinkex.futures import Progress
 from tinkex.runtime import tracing
 from tinkex.runtime.http_session import HttpSession
-from tinkex.runtime.responses import Answer, check_whole, connection_error, status_error
+from tinkex.runtime.responses import (
+    Answer,
+    check_whole,
+    connection_error,
+    status_error,
+    without_secrets,
+)
 from tinkex.runtime.retry import Retry, Tries
 from tinkex.runtime.wait_log import Wait, WaitLog, one_line
+
+#: Words in the names of headers whose values are secrets.
+SECRET_HEADERS = ("auth", "cookie", "key", "secret", "token")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,6 +80,11 @@ class Transport:
             "X-Stainless-Runtime": sys.implementation.name,
             **config.default_headers,
         }
+        self._secret_headers = [
+            value
+            for name, value in config.default_headers.items()
+            if any(word in name.lower() for word in SECRET_HEADERS)
+        ]
         #: Gives the key to send; replaced where a server wants keys exchanged for tokens.
         self.get_key: Callable[[], str] = lambda: config.api_key
         #: Called once when a token is refused as invalid; True asks for the request to be replayed.
@@ -218,12 +232,19 @@ class Transport:
         if answer.status == 401 and invalid and self.refresh_key():
             answer = send(method, url, body, headers, timeout, number)
         self.waits.heard()
-        if answer.status < 300 or answer.status in accept:
+        is_answer = answer.status < 300 or answer.status in accept
+        if is_answer:
             check_whole(answer)
+        answer = without_secrets(answer, self._secrets())
+        if is_answer:
             parsed = parse(answer)
             self.established = True
             return parsed
         raise status_error(answer, method)
+
+    def _secrets(self) -> set[str]:
+        """What we send and nothing that is shown may hold."""
+        return {self.config.api_key, self.get_key(), *self._secret_headers}
 
     def _traced(
         self,
@@ -299,7 +320,7 @@ class Transport:
             answer = Answer(response.status_code, response.headers, response.content, url)
         except requests.RequestException as exc:
             raise connection_error(exc, method, url, limit) from exc
-        raise status_error(answer, method)
+        raise status_error(without_secrets(answer, self._secrets()), method)
 
     def is_ours(self, url: str) -> bool:
         """Whether *url* is on the server that the key is for."""
