@@ -1409,7 +1409,7 @@ def messages(caplog):
     return [(r.levelname, r.getMessage()) for r in caplog.records]
 
 
-UNSEEN = "{} failed, and result() was not called: {}forward_backward on {}: "
+UNSEEN = "{} failed, and result() was not called: {}forward_backward on {} failed on"
 
 
 def test_a_failure_that_is_not_looked_at_is_logged_when_the_next_operation_is_done(
