@@ -1549,6 +1549,7 @@ def test_ctrl_c_gets_through_while_a_result_is_awaited():
                 future.result()
             except KeyboardInterrupt:
                 print("interrupted", future.done())
+                release.set()
         """
     )
 

@@ -26,6 +26,7 @@ from tinkex.futures import OperationFuture, fail, gather, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.pending import drop
 from tinkex.runtime.polling import check_timeout
+from tinkex.runtime.queue_state import PauseWarning
 from tinkex.runtime.responses import connection_error, error_detail
 from tinkex.runtime.retry import ONCE, Retry, check_retry
 from tinkex.runtime.sample_watch import CompletionWatch
@@ -85,10 +86,14 @@ class SamplingClient:
         self._retry = retry_config
         self._clone = clone
         self._owns_session = owns_session
-        self._lock = threading.Lock()  # guards _next, _tokenizer and _pause_logged
+        self._lock = threading.Lock()  # guards _next and _tokenizer
         self._next = clone * CLONE_BLOCK
         self._tokenizer: Any = None
-        self._pause_logged = -math.inf
+        self._warn_of_pause = PauseWarning(
+            f"Sampling is paused for {sampling_session_id}",
+            PAUSE_REASONS,
+            session.transport.waits.now,
+        )
         limits, features = session.config.sampling, session.features
         most = max(1, min(limits.bytes_in_dispatch, features.sample_dispatch_bytes_semaphore_size))
         limits = attrs.evolve(limits, bytes_in_dispatch=most)
@@ -491,15 +496,7 @@ class SamplingClient:
 
     def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
         """Warns that sampling is paused, once a minute at most."""
-        if state == "active":
-            return
-        now = self._session.transport.waits.now()
-        with self._lock:
-            if now - self._pause_logged < 60.0:
-                return
-            self._pause_logged = now
-        why = reason or PAUSE_REASONS.get(state, "unknown")
-        logger.warning("Sampling is paused for %s. Reason: %s", self.sampling_session_id, why)
+        self._warn_of_pause(state, reason)
 
 
 class _Sample:
@@ -581,7 +578,7 @@ class _Sample:
             wire.SAMPLE,
             self._post,
             inner,
-            lane=self._client.sampling_session_id,
+            queue=self._client.sampling_session_id,
             ordered=False,
             poll_timeout=self._poll_timeout,
             on_queue_state=self._client.on_queue_state_change,

@@ -10,13 +10,16 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import attrs
 import requests
 
-from tinkex import training, types, wire
+from tinkex import types, wire
 from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture
 from tinkex.rest import RestClient
+from tinkex.runtime.new_model import check_base_model
 from tinkex.runtime.pending import drop
+from tinkex.runtime.queue_state import QueueStateObserver, check_observer
 from tinkex.runtime.restore import check_restore, restore
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect, is_normal_end
@@ -100,7 +103,7 @@ class ServiceClient:
         user_metadata: dict[str, Any] | None = None,
         *,
         adapter: str | None = None,
-        queue_state_observer: training.QueueStateObserver | None = None,
+        queue_state_observer: QueueStateObserver | None = None,
     ) -> TrainingClient:
         """A new model: *base_model* with a fresh LoRA adapter.
 
@@ -152,11 +155,11 @@ class ServiceClient:
         user_metadata: dict[str, Any] | None = None,
         *,
         adapter: str | None = None,
-        queue_state_observer: training.QueueStateObserver | None = None,
+        queue_state_observer: QueueStateObserver | None = None,
     ) -> Callable[[], TrainingClient]:
         """Check all arguments, and return the function that creates the model."""
-        training.check_base_model(base_model)
-        training.check_observer(queue_state_observer)
+        check_base_model(base_model)
+        check_observer(queue_state_observer)
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter must be the path of a PEFT adapter folder, got {adapter!r}.")
         return partial(
@@ -178,13 +181,15 @@ class ServiceClient:
             path: `tinker://...`, from `save_state`.
             user_metadata: stored with the new model.
         """
-        return restore(self._session, path, optimizer=False, user_metadata=user_metadata)
+        made = restore(self._session, path, optimizer=False, user_metadata=user_metadata)
+        return TrainingClient(self._session, **attrs.asdict(made))
 
     def create_training_client_from_state_with_optimizer(
         self, path: str, user_metadata: dict[str, Any] | None = None
     ) -> TrainingClient:
         """A new model with the weights and the optimizer state saved at *path*."""
-        return restore(self._session, path, optimizer=True, user_metadata=user_metadata)
+        made = restore(self._session, path, optimizer=True, user_metadata=user_metadata)
+        return TrainingClient(self._session, **attrs.asdict(made))
 
     def create_training_client_from_state_async(
         self, path: str, user_metadata: dict[str, Any] | None = None

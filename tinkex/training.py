@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import pickle
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import attrs
 
 from tinkex import config, errors, types, wire
-from tinkex.futures import OperationFuture, fail, gather, succeed
-from tinkex.runtime import batching, custom_loss, operation_log
-from tinkex.runtime.pending import drop
-from tinkex.runtime.polling import check_timeout as _check_poll_timeout
+from tinkex.futures import OperationFuture, gather
+from tinkex.runtime import batching, custom_loss
+from tinkex.runtime.model_queue import ModelQueue
+from tinkex.runtime.new_model import check_base_model, create_model
+from tinkex.runtime.polling import check_timeout
+from tinkex.runtime.queue_state import PauseWarning, QueueStateObserver, check_observer
 from tinkex.runtime.retry import Retry, check_retry
-from tinkex.runtime.session import (
-    CLOSE_TIMEOUT,
-    HURRIED_TIMEOUT,
-    Session,
-    check_close_timeout,
-    connect,
-    exit_timeout,
-    is_missing_route,
-    is_normal_end,
-    not_offered,
-)
-from tinkex.runtime.wait_log import Wait
-from tinkex.runtime.worker import OrderedWorker, Turn
+from tinkex.runtime.session import Session, connect, exit_timeout, is_normal_end
+from tinkex.runtime.worker import Turn
 from tinkex.sampling import SamplingClient
 from tinkex.text import tokenizer
-
-T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
@@ -50,14 +37,6 @@ PAUSE_REASONS = {
     "paused_rate_limit": "concurrent training clients rate limit hit",
     "paused_capacity": "Tinker backend is running short on capacity, please wait",
 }
-PAUSE_LOG_INTERVAL = 60.0  # seconds between two warnings of the same model
-
-
-class QueueStateObserver(Protocol):
-    """Is told when the server says why an operation waits."""
-
-    def __call__(self, state: str, reason: str | None) -> None:
-        """state: active, paused_rate_limit, paused_capacity or another; reason: its own words."""
 
 
 @attrs.frozen
@@ -109,15 +88,19 @@ class TrainingClient:
         self.name = name
         self._session = session
         self._base_model = base_model
-        self._observer = queue_state_observer or self.on_queue_state_change
-        self._owns_session = owns_session
-        self._worker = OrderedWorker(f"tinkex-{name or model_id}", first_seq_id=first_seq_id)
-        session.dependents.add(self._worker)
-        self._lock = threading.Lock()  # guards all below
+        self._warn_of_pause = PauseWarning(
+            f"Training is paused for {model_id}", PAUSE_REASONS, session.transport.waits.now
+        )
+        self._queue = ModelQueue(
+            session,
+            model_id,
+            name=name or model_id,
+            on_queue_state=queue_state_observer or self._warn_of_pause,
+            first_seq_id=first_seq_id,
+            owns_session=owns_session,
+        )
+        self._lock = threading.Lock()  # guards the two below
         self._info: types.GetInfoResponse | None = None
-        self._ended = ""
-        self._unloaded = False
-        self._pause_logged = -math.inf
         #: True if a gradient may be accumulated on the server; a model that was attached to may
         #: have one from before.
         self._has_gradient = first_seq_id > 1
@@ -224,17 +207,15 @@ class TrainingClient:
         **options: Any,
     ) -> TrainingClient:
         """Create a model in *session*. A number whose model was refused is used again."""
-        number = model_seq_id if model_seq_id is not None else session.model_numbers.take()
-        request = types.CreateModelRequest(
-            session.session_id, number, base_model, lora_config, user_metadata, adapter=adapter
+        made = create_model(
+            session,
+            base_model,
+            lora_config,
+            user_metadata=user_metadata,
+            model_seq_id=model_seq_id,
+            adapter=adapter,
         )
-        future: OperationFuture[types.CreateModelResponse]
-        future = OperationFuture(f"create_model of {base_model}")
-        operation_log.submitted(future, model=base_model)
-        created = made_model(
-            session, wire.CREATE_MODEL, request, future, number, is_ours=model_seq_id is None
-        )
-        return cls(session, created.model_id, base_model=base_model, **options)
+        return cls(session, made.model_id, base_model=base_model, **options)
 
     # Training.
 
@@ -300,20 +281,20 @@ class TrainingClient:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (data, logprobs), got {loss_fn!r}.")
         chosen = custom_loss.check(data, framework)
-        _check_poll_timeout(poll_timeout)
+        check_timeout(poll_timeout)
         data = list(data)
         forward_data = custom_loss.forward_data(data)
         what = f"forward_backward_custom on {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:
-            first = self._send_batches(
+            first = self._queue.send_batches(
                 turn, wire.FORWARD, forward_data, "cross_entropy", None, what, poll_timeout
             )
             joined: OperationFuture[types.ForwardBackwardOutput] = OperationFuture(what)
             gather(first, batching.join, joined)
             logprobs = custom_loss.logprobs_of(turn.wait_for(joined), data)
             loss = custom_loss.evaluate(data, logprobs, loss_fn, chosen)
-            second = self._send_batches(
+            second = self._queue.send_batches(
                 turn, wire.FORWARD_BACKWARD, loss.data, "cross_entropy", None, what, poll_timeout
             )
             gather(
@@ -322,7 +303,7 @@ class TrainingClient:
                 future,
             )
 
-        future = self._put(run, what, partial(_count_tokens, data))
+        future = self._queue.put(run, what, partial(_count_tokens, data))
         self._note_gradient(True)
         return future
 
@@ -366,7 +347,7 @@ class TrainingClient:
                 "or give single fields: optim_step(learning_rate=1e-4)."
             )
         params = types.as_params(types.AdamParams, adam_params, "adam_params", **fields)
-        future = self._operation(
+        future = self._queue.operation(
             wire.OPTIM_STEP,
             lambda seq_id: types.OptimStepRequest(self.model_id, seq_id, params),
             poll_timeout,
@@ -406,7 +387,7 @@ class TrainingClient:
         user_metadata = types.check_metadata(user_metadata)
         if not isinstance(overwrite, bool):
             raise TypeError(f"overwrite must be True or False, got {overwrite!r}.")
-        return self._operation(
+        return self._queue.operation(
             wire.SAVE_WEIGHTS,
             lambda seq_id: types.SaveWeightsRequest(
                 self.model_id, seq_id, name, ttl_seconds, overwrite, user_metadata
@@ -438,7 +419,7 @@ class TrainingClient:
         """Save the weights, without optimizer, for sampling clients to use."""
         name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
         user_metadata = types.check_metadata(user_metadata)
-        return self._operation(
+        return self._queue.operation(
             wire.SAVE_WEIGHTS_FOR_SAMPLER,
             lambda seq_id: types.SaveWeightsForSamplerRequest(
                 self.model_id,
@@ -468,7 +449,7 @@ class TrainingClient:
             types.check_name(path)
         ttl_seconds = types.check_ttl(ttl_seconds)
         check_retry(retry_config)
-        _check_poll_timeout(poll_timeout)
+        check_timeout(poll_timeout)
         what = f"save_weights_and_get_sampling_client of {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[SamplingClient]) -> None:
@@ -477,7 +458,7 @@ class TrainingClient:
             self._save_for_sampler(turn, saved, path, ttl_seconds, poll_timeout)
             gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
 
-        return self._put(run, what, saves=what)
+        return self._queue.put(run, what, saves=what)
 
     def _save_for_sampler(
         self,
@@ -499,7 +480,7 @@ class TrainingClient:
                 ttl_seconds=ttl_seconds,
             )
             try:
-                self._start(wire.SAVE_WEIGHTS_FOR_SAMPLER, request, saved, poll_timeout)
+                self._queue.start(wire.SAVE_WEIGHTS_FOR_SAMPLER, request, saved, poll_timeout)
             except BaseException as exc:
                 if number is not None and not getattr(exc, "outcome_unknown", False):
                     self._session.sampler_numbers.give_back(number)
@@ -540,7 +521,7 @@ class TrainingClient:
     ) -> SamplingClient:
         """A sampling client of the weights saved at *model_path*."""
         types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
-        self._check_open("create_sampling_client")
+        self._queue.check_open("create_sampling_client")
         return SamplingClient.create(
             self._session,
             model_path=model_path,
@@ -552,7 +533,7 @@ class TrainingClient:
         self, model_path: str, *, retry_config: Retry | None = None
     ) -> OperationFuture[SamplingClient]:
         """`create_sampling_client`, as a future."""
-        self._check_open("create_sampling_client")
+        self._queue.check_open("create_sampling_client")
         types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
         check_retry(retry_config)
         create = partial(self.create_sampling_client, model_path, retry_config=retry_config)
@@ -562,7 +543,7 @@ class TrainingClient:
 
     def get_info(self) -> types.GetInfoResponse:
         """What the server says of this model; asked once."""
-        self._check_open("get_info")
+        self._queue.check_open("get_info")
         with self._lock:
             info = self._info
         if info is None:
@@ -637,28 +618,7 @@ class TrainingClient:
             NotOfferedError: If the server has no such endpoint; the model then ends with the
                 session.
         """
-        what = f"unload_model of {self.model_id}"
-
-        def run(turn: Turn, future: OperationFuture[types.UnloadModelResponse]) -> None:
-            request = types.UnloadModelRequest(self.model_id)
-            done: OperationFuture[types.UnloadModelResponse]
-            done = OperationFuture(what, turn.progress)
-            try:
-                self._start(wire.UNLOAD_MODEL, request, done, None)
-                response = turn.wait_for(done)  # what is called later must know how it went
-            except errors.NotFoundError as exc:
-                if not is_missing_route(exc):
-                    raise
-                fail(future, not_offered(exc, wire.UNLOAD_MODEL.path))
-                return
-            with self._lock:
-                self._unloaded = True
-                self._ended = f"model {self.model_id} was unloaded"
-            if self._owns_session:
-                self._session.close()
-            succeed(future, response)
-
-        return self._put(run, what)
+        return self._queue.unload()
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Wait until what was submitted is done, and end the client's thread. Safe to call twice.
@@ -673,36 +633,7 @@ class TrainingClient:
             ClientClosedError: If something was not done in time; says how much. Only logged while
                 another exception is being handled, and with cancel.
         """
-        patience = check_close_timeout(timeout, self._session.config.patience.close)
-        with self._lock:
-            self._ended = self._ended or f"the client of model {self.model_id} is closed"
-        started = time.monotonic()
-        left = ""
-        if not self._worker.is_current_thread:
-            self._worker.end()
-            try:
-                left = self._session.wait_for_pending(self.model_id, 0.0 if cancel else patience)
-            except BaseException:  # Ctrl-C: the user does not want to wait
-                self._end(cancel=True, timeout=HURRIED_TIMEOUT)
-                raise
-        left_over = CLOSE_TIMEOUT if cancel or left else patience - (time.monotonic() - started)
-        self._end(cancel=cancel, timeout=min(max(left_over, 0.0), patience))
-        self._session.pending.report(self.model_id)
-        drop(
-            left,
-            whose=f"the client of model {self.model_id}",
-            normal_end=not cancel,
-            seconds=patience,
-        )
-
-    def _end(self, *, cancel: bool, timeout: float) -> None:
-        """End the thread and, if it is this client's own, the session."""
-        started = time.monotonic()
-        self._worker.close(cancel=cancel, timeout=timeout)
-        if self._owns_session:
-            left = max(HURRIED_TIMEOUT, timeout - (time.monotonic() - started))
-            reason = "interrupted" if cancel else "success"
-            self._session.close(reason, timeout=min(left, CLOSE_TIMEOUT))
+        self._queue.close(cancel=cancel, timeout=timeout)
 
     def __enter__(self) -> TrainingClient:
         return self
@@ -716,23 +647,13 @@ class TrainingClient:
         self.close(cancel=not is_normal_end(exc), timeout=exit_timeout(exc))
 
     def __repr__(self) -> str:
-        in_flight = self._session.poller.in_flight(self.model_id)
-        state = self._ended or f"{self._worker.queued} queued, {in_flight} in flight"
-        return f"<TrainingClient {self.name or self.model_id} [{state}]>"
+        return f"<TrainingClient {self.name or self.model_id} [{self._queue.state}]>"
 
     # Queue state.
 
     def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
         """The default observer: warns that training is paused, once a minute at most."""
-        if state == "active":
-            return
-        now = self._session.transport.waits.now()
-        with self._lock:
-            if now - self._pause_logged < PAUSE_LOG_INTERVAL:
-                return
-            self._pause_logged = now
-        why = reason or PAUSE_REASONS.get(state, "unknown")
-        logger.warning("Training is paused for %s. Reason: %s", self.model_id, why)
+        self._warn_of_pause(state, reason)
 
     # The way down.
 
@@ -745,14 +666,16 @@ class TrainingClient:
         poll_timeout: float | None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         data, settings = self._checked(data, loss_fn, loss_fn_config)
-        _check_poll_timeout(poll_timeout)
+        check_timeout(poll_timeout)
         what = f"{operation.path} on {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:
-            parts = self._send_batches(turn, operation, data, loss_fn, settings, what, poll_timeout)
+            parts = self._queue.send_batches(
+                turn, operation, data, loss_fn, settings, what, poll_timeout
+            )
             gather(parts, batching.join, future)
 
-        result = self._put(run, what, partial(_count_tokens, data))
+        result = self._queue.put(run, what, partial(_count_tokens, data))
         if operation is wire.FORWARD_BACKWARD:
             self._note_gradient(True)
         return result
@@ -768,65 +691,11 @@ class TrainingClient:
         types.check_data(data, loss_fn)
         return list(data), settings
 
-    def _send_batches(
-        self,
-        turn: Turn,
-        operation: wire.Operation[types.ForwardBackwardOutput],
-        data: list[types.Datum],
-        loss_fn: str,
-        settings: dict[str, float | str] | None,
-        what: str,
-        poll_timeout: float | None = None,
-    ) -> list[OperationFuture[types.ForwardBackwardOutput]]:
-        """Send *data* in as many requests as need be. Runs on the worker thread."""
-        features = self._session.features
-        batches = batching.split(
-            data, features.fwdbwd_max_chunk_len, features.fwdbwd_max_chunk_bytes_count
-        )
-        parts = []
-        for i, batch in enumerate(batches):
-            part = f", part {i + 1} of {len(batches)}" if len(batches) > 1 else ""
-            future: OperationFuture[types.ForwardBackwardOutput]
-            future = OperationFuture(what + part, turn.progress)
-            turn.send(
-                lambda seq_id, batch=batch, future=future: self._start(  # type: ignore[misc]
-                    operation,
-                    types.ForwardBackwardRequest(
-                        self.model_id,
-                        seq_id,
-                        batch,
-                        loss_fn,
-                        settings,
-                        forward_only=operation is wire.FORWARD,
-                    ),
-                    future,
-                    poll_timeout,
-                )
-            )
-            parts.append(future)
-        return parts
-
-    def _operation(
-        self,
-        operation: wire.Operation[T],
-        request: Callable[[int], Any],
-        poll_timeout: float | None,
-        *,
-        saves: str = "",
-    ) -> OperationFuture[T]:
-        """Queue an operation of one request, which is made when its number is known."""
-        _check_poll_timeout(poll_timeout)
-
-        def run(turn: Turn, future: OperationFuture[T]) -> None:
-            turn.send(lambda seq_id: self._start(operation, request(seq_id), future, poll_timeout))
-
-        return self._put(run, f"{operation.path} on {self.model_id}", saves=saves)
-
     def _load(
         self, path: str, *, optimizer: bool, poll_timeout: float | None
     ) -> OperationFuture[types.LoadWeightsResponse]:
         types.ParsedCheckpointTinkerPath.from_tinker_path(path)
-        return self._operation(
+        return self._queue.operation(
             wire.LOAD_WEIGHTS,
             lambda seq_id: types.LoadWeightsRequest(
                 path, optimizer, model_id=self.model_id, seq_id=seq_id
@@ -834,79 +703,10 @@ class TrainingClient:
             poll_timeout,
         )
 
-    def _start(
-        self,
-        operation: wire.Operation[T],
-        request: Any,
-        future: OperationFuture[T],
-        poll_timeout: float | None,
-    ) -> None:
-        """Send one request, and have *future* resolved. Runs on the worker thread."""
-        is_batch = isinstance(request, types.ForwardBackwardRequest)
-        post: Callable[[Any, Wait], Any] = (
-            self._session.post_batch if is_batch else partial(self._session.post, operation)
-        )
-        self._session.start(
-            operation,
-            partial(post, request),
-            future,
-            lane=self.model_id,
-            poll_timeout=poll_timeout,
-            on_queue_state=self._observer,
-            seq_id=getattr(request, "seq_id", None),
-        )
-
-    def _put(
-        self,
-        run: Callable[[Turn, OperationFuture[T]], None],
-        what: str,
-        tokens: Callable[[], int] = lambda: 0,
-        *,
-        saves: str = "",
-    ) -> OperationFuture[T]:
-        """Queue a call; *saves* is what to call it in a warning, if it saves the weights."""
-        self._check_open(what)
-
-        def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
-            if self._unloaded:  # by a call before this one
-                raise self._is_ended(what)
-            run(turn, future)
-
-        note = partial(operation_log.submitted, model=self.model_id, tokens=tokens)
-        future = self._worker.put(run_unless_unloaded, what, note)
-        self._session.pending.add(self.model_id, future, saves=saves)
-        return future
-
-    def _check_open(self, what: str) -> None:
-        if self._ended:
-            raise self._is_ended(what)
-        self._session.check_open()
-
-    def _is_ended(self, what: str) -> errors.ClientClosedError:
-        return errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
-
 
 def _count_tokens(data: list[types.Datum]) -> int:
     """Text tokens that the model reads."""
     return sum(batching.count_tokens(datum.model_input) for datum in data)
-
-
-def check_base_model(base_model: object) -> None:
-    """ValueError or TypeError unless it is the name of a model."""
-    if base_model is None:
-        raise ValueError("base_model is required to create a model.")
-    if not isinstance(base_model, str):
-        raise TypeError(f"invalid base_model: {base_model!r} (a str is needed).")
-    if not base_model.strip():
-        raise ValueError("base_model must not be empty.")
-
-
-def check_observer(observer: object) -> None:
-    """TypeError unless it can be told of queue states."""
-    if observer is not None and not callable(observer):
-        raise TypeError(
-            f"queue_state_observer must be a function (state, reason), got {observer!r}."
-        )
 
 
 def _check_start(
@@ -930,27 +730,3 @@ def _check_picklable(name: str, value: object) -> None:
             f"{name}={value!r} cannot be pickled ({exc}), and a spec must be: give a function of a "
             "module rather than a lambda, or set it where the client is started."
         ) from exc
-
-
-def made_model(
-    session: Session,
-    operation: wire.Operation[T],
-    request: Any,
-    future: OperationFuture[T],
-    number: int,
-    *,
-    is_ours: bool = True,
-) -> T:
-    """The result of an operation that makes a model under *number*.
-
-    A number whose request was refused is given back. One that the server has accepted is not, even
-    if the operation then fails: sent again it would mean the same, failed, operation.
-    """
-    try:
-        lane = f"create-{session.session_id}-{number}"
-        session.start(operation, partial(session.post, operation, request), future, lane=lane)
-    except errors.TinkexError as exc:
-        if is_ours and not getattr(exc, "outcome_unknown", False):
-            session.model_numbers.give_back(number)
-        raise
-    return future.result()

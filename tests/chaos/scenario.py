@@ -95,7 +95,7 @@ def run(service, home: Path, steps: int = FULL, on_step=lambda step: None) -> Ou
     samples = [sample for future in samplings for sample in _samples(future.result(PATIENCE))]
     results = [_digest(call.result(PATIENCE), training.model_id) for call in calls]
     results += [repr([s.tokens for s in sample.result(PATIENCE).sequences]) for sample in samples]
-    operations = training._worker.seq_id
+    operations = training._queue.seq_id
     training.close()
     return Outcome(operations, len(samples), results, weights(home, last.path), [*saved, last.path])
 

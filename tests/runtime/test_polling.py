@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import deque
 
 import pytest
@@ -77,6 +78,13 @@ def world():
 
 
 # What is asked.
+
+
+def drain(poller, queue):
+    """Wait until nothing of *queue* is in flight."""
+    deadline = time.monotonic() + 10
+    while poller.in_flight(queue) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def test_a_question_is_the_protocol_s(world):
@@ -601,7 +609,7 @@ def test_no_more_bytes_are_under_way_than_the_server_allows():
         return reply
 
     world.server.always("retrieve_future", behaves)
-    futures = [world.watch(request_id=f"r{i}", lane=f"l{i}") for i in range(20)]
+    futures = [world.watch(request_id=f"r{i}", queue=f"l{i}") for i in range(20)]
     for future in futures:
         future.result(20)
 
@@ -665,7 +673,7 @@ def test_of_an_ordered_lane_only_the_oldest_few_are_asked_for(world):
     entered, release = threading.Event(), threading.Event()
     world.server.always("retrieve_future", blocked(entered, release))
     for i in range(50):
-        world.watch(request_id=f"r{i}", lane="m1")
+        world.watch(request_id=f"r{i}", queue="m1")
     entered.wait(10)
 
     assert 4 >= len(world.asked)
@@ -677,19 +685,19 @@ def test_lanes_do_not_hold_each_other_back(world):
     entered, release = threading.Event(), threading.Event()
     world.polls(*[blocked(entered, release)] * 4)
     for i in range(10):
-        world.watch(request_id=f"r{i}", lane="m1")
+        world.watch(request_id=f"r{i}", queue="m1")
     entered.wait(10)
-    while len(world.asked) < 4:  # until all four of the first lane are asked
+    while len(world.asked) < 4:  # until all four of the first queue are asked
         threading.Event().wait(0.001)
 
-    assert world.watch(request_id="other", lane="m2").result(10)
+    assert world.watch(request_id="other", queue="m2").result(10)
     release.set()
 
 
 def test_draining_waits_for_what_is_in_flight(world):
     world.polls(*[pending()] * 5)
-    futures = [world.watch(request_id=f"r{i}", lane="m1") for i in range(10)]
-    world.poller.drain("m1", timeout=10)
+    futures = [world.watch(request_id=f"r{i}", queue="m1") for i in range(10)]
+    drain(world.poller, "m1")
 
     assert all(future.done() for future in futures)
 
@@ -755,7 +763,7 @@ def test_one_lane_can_be_abandoned(world):
     """A sampling client that is closed takes only its own samples with it."""
     entered, release = threading.Event(), threading.Event()
     world.server.always("retrieve_future", blocked(entered, release, answer(DONE)))
-    mine, other = world.watch(lane="a"), world.watch(lane="b")
+    mine, other = world.watch(queue="a"), world.watch(queue="b")
     entered.wait(10)
     world.poller.abandon("a", errors.ClientClosedError("closed"))
 
@@ -774,6 +782,6 @@ def test_what_was_resolved_by_somebody_else_is_asked_for_no_more(world):
     entered.wait(10)
     promise.future.set_result("mine")
     release.set()
-    world.poller.drain("", timeout=10)
+    drain(world.poller, "")
 
     assert "mine" == promise.future.result()

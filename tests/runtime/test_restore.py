@@ -8,7 +8,9 @@ import pytest
 
 from tests.support.fake_server import FakeServer, session, status
 from tinkex import errors, types
+from tinkex.runtime.new_model import NewModel
 from tinkex.runtime.restore import restore
+from tinkex.training import TrainingClient
 
 ADAM = types.AdamParams(learning_rate=1e-3)
 CHECKPOINT = "tinker://s0:train:0/weights/best"
@@ -21,10 +23,10 @@ def server():
 
 def test_a_model_is_restored_by_one_request_where_the_server_takes_it(server):
     with session(server) as s:
-        client = restore(s, CHECKPOINT, optimizer=True, user_metadata={"a": 1})
+        made = restore(s, CHECKPOINT, optimizer=True, user_metadata={"a": 1})
 
-        assert "s0:train:0" == client.model_id
-        client.optim_step(ADAM).result(10)
+        assert NewModel("s0:train:0") == made
+        TrainingClient(s, made.model_id).optim_step(ADAM).result(10)
     [body] = server.bodies("load_weights")
     assert (True, 0, {"a": 1}) == (body["optimizer"], body["model_seq_id"], body["user_metadata"])
     assert [(1, "optim_step")] == [(seq_id, what) for _, seq_id, what in server.executed]
@@ -41,12 +43,13 @@ def test_an_older_server_is_asked_by_the_older_three(server, fault):
     """Rank and flags are the checkpoint's."""
     server.script("load_weights", fault)
     with session(server) as s:
-        client = restore(s, CHECKPOINT, optimizer=False)
+        first = restore(s, CHECKPOINT, optimizer=False)
         second = restore(s, CHECKPOINT, optimizer=False)
     lora = server.bodies("create_model")[0]["lora_config"]
 
     assert (8, False, True) == (lora["rank"], lora["train_mlp"], lora["train_attn"])
-    assert ["s0:train:0", "s0:train:1"] == [client.model_id, second.model_id]
+    assert ["s0:train:0", "s0:train:1"] == [first.model_id, second.model_id]
+    assert 2 == first.first_seq_id  # the load was the first operation
     assert [False, True, True] == ["model_id" in b for b in server.bodies("load_weights")]
 
 

@@ -199,7 +199,7 @@ def operation(s, path=wire.OPTIM_STEP, **options):
     """An optimizer step, sent."""
     future = OperationFuture(f"{path.path} on m1")
     request = types.OptimStepRequest("m1", 1)
-    s.start(path, lambda wait: s.post(path, request, wait), future, lane="m1", **options)
+    s.start(path, lambda wait: s.post(path, request, wait), future, queue="m1", **options)
     return future
 
 
@@ -273,7 +273,7 @@ def batch(s, *, forward_only=False, seq_id=1):
     request = types.ForwardBackwardRequest(
         "m1", seq_id, [datum()], "cross_entropy", forward_only=forward_only
     )
-    s.start(wire.FORWARD_BACKWARD, lambda wait: s.post_batch(request, wait), future, lane="m1")
+    s.start(wire.FORWARD_BACKWARD, lambda wait: s.post_batch(request, wait), future, queue="m1")
     return future.result(10)
 
 

@@ -6,7 +6,6 @@ lives in transport.py. Knows nothing of models or of the order of operations.
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from tinkex import errors, types, wire
 from tinkex.futures import fail, succeed
 from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, Pool
+from tinkex.runtime.queue_state import queue_state, tell
 from tinkex.runtime.responses import Answer, error_detail
 from tinkex.runtime.retry import FEW_TRIES, ONCE
 from tinkex.runtime.transport import Transport
@@ -48,7 +48,7 @@ class Promise(Generic[T]):
         request_id: the server's handle.
         operation: what it is.
         future: to be resolved.
-        lane: promises of one lane are polled oldest first; see `Poller`.
+        queue: name of its queue; a queue is polled oldest first, see `Poller`.
         deadline: on the poller's clock; None is never.
         resubmit: sends the same request again (same seq_id) and returns the server's handle; for
             a server that has lost the promise. None where that cannot be done.
@@ -58,7 +58,7 @@ class Promise(Generic[T]):
     request_id: str
     operation: wire.Operation[T]
     future: Future[T]
-    lane: str = ""
+    queue: str = ""
     deadline: float | None = None
     resubmit: Callable[[], str] | None = None
     on_queue_state: Callable[[str, str | None], None] | None = None
@@ -87,13 +87,13 @@ class NotYet(Exception):
 class Poller:
     """Resolves promises by asking the server for their results, many at once.
 
-    Promises are polled by lanes. A lane of a model is ordered: its operations finish in order, so
-    the few oldest are polled and the rest wait their turn. In the unordered lane of a sampler all
+    Promises are polled by queues. A queue of a model is ordered: its operations finish in order, so
+    the few oldest are polled and the rest wait their turn. In the unordered queue of a sampler all
     are polled, as far as there are threads; then each goes to the back of the line after a "not
     yet", so that a slow operation never keeps a finished one waiting for long.
 
-    States of a promise: queued in its lane -> asked -> (not yet -> asked)* -> resolved. Whatever is
-    raised on the way resolves its future; none is ever dropped.
+    States of a promise: queued -> asked -> (not yet -> asked)* -> resolved. Whatever is raised on
+    the way resolves its future; none is ever dropped.
     """
 
     ORDERED_WIDTH = 4
@@ -113,8 +113,8 @@ class Poller:
         self._clock = clock
         self._closed = threading.Event()
         self._sleep = sleep or (lambda seconds: _void(self._closed.wait(seconds)))
-        self._lock = threading.Lock()  # guards _lanes, _asked and _open
-        self._lanes: dict[str, deque[Promise[Any]]] = {}
+        self._lock = threading.Lock()  # guards _queues, _asked and _open
+        self._queues: dict[str, deque[Promise[Any]]] = {}
         self._asked: dict[str, int] = {}
         self._open: set[Promise[Any]] = set()
         self._width = max_workers
@@ -130,15 +130,15 @@ class Poller:
             else:
                 refused = False
                 self._open.add(promise)
-                self._lanes.setdefault(promise.lane, deque()).append(promise)
-                asked = self._asked.get(promise.lane, 0)
+                self._queues.setdefault(promise.queue, deque()).append(promise)
+                asked = self._asked.get(promise.queue, 0)
                 start = asked < width
                 if start:
-                    self._asked[promise.lane] = asked + 1
+                    self._asked[promise.queue] = asked + 1
         if refused:
             self._resolve_error(promise, errors.ClientClosedError("The session is closed."))
         elif start:
-            self._pool.start(self._run_lane, promise.lane, ordered)
+            self._pool.start(self._run_queue, promise.queue, ordered)
 
     def begin_wait(self, promise: Promise[Any]) -> Wait:
         """Report the wait for *promise* from now on."""
@@ -150,23 +150,19 @@ class Poller:
         """The time by the clock of deadlines, in seconds."""
         return self._clock()
 
-    def in_flight(self, lane: str) -> int:
-        """How many promises of *lane* are not resolved yet."""
+    def in_flight(self, queue: str) -> int:
+        """How many promises of *queue* are not resolved yet."""
         with self._lock:
-            return sum(p.lane == lane for p in self._open)
+            return sum(p.queue == queue for p in self._open)
 
-    def drain(self, lane: str, timeout: float) -> None:
-        """Wait until nothing of *lane* is in flight, *timeout* seconds at most."""
-        concurrent.futures.wait([promise.future for promise in self._of(lane)], timeout)
-
-    def abandon(self, lane: str, exc: BaseException) -> None:
-        """Fail what of *lane* is not resolved, and ask for it no more."""
-        for promise in self._of(lane):
+    def abandon(self, queue: str, exc: BaseException) -> None:
+        """Fail what of *queue* is not resolved, and ask for it no more."""
+        for promise in self._of(queue):
             self._resolve_error(promise, exc)
 
-    def _of(self, lane: str) -> list[Promise[Any]]:
+    def _of(self, queue: str) -> list[Promise[Any]]:
         with self._lock:
-            return [promise for promise in self._open if promise.lane == lane]
+            return [promise for promise in self._open if promise.queue == queue]
 
     def close(self) -> None:
         """Fail what is not resolved, and take nothing more."""
@@ -182,22 +178,22 @@ class Poller:
             )
         self._pool.shutdown()
 
-    def _run_lane(self, lane: str, ordered: bool) -> None:
-        """Take promises from *lane* until it is empty. Runs on a pool thread."""
+    def _run_queue(self, queue: str, ordered: bool) -> None:
+        """Take promises from *queue* until it is empty. Runs on a pool thread."""
         while True:
             with self._lock:
-                queue = self._lanes.get(lane)
-                if not queue or self._closed.is_set():
-                    self._asked[lane] -= 1
-                    if not self._asked[lane]:
-                        del self._asked[lane]
-                        self._lanes.pop(lane, None)
+                waiting = self._queues.get(queue)
+                if not waiting or self._closed.is_set():
+                    self._asked[queue] -= 1
+                    if not self._asked[queue]:
+                        del self._asked[queue]
+                        self._queues.pop(queue, None)
                     return
-                promise = queue.popleft()
-            self._ask_until_done(promise, queue, ordered)
+                promise = waiting.popleft()
+            self._ask_until_done(promise, waiting, ordered)
 
     def _ask_until_done(
-        self, promise: Promise[Any], queue: deque[Promise[Any]], ordered: bool
+        self, promise: Promise[Any], waiting: deque[Promise[Any]], ordered: bool
     ) -> None:
         while not self._closed.is_set() and not promise.future.done():
             try:
@@ -207,9 +203,9 @@ class Poller:
                 if not_yet.pause:
                     self._sleep(not_yet.pause)
                 # One that holds bytes keeps its thread: the others may all be waiting for them.
-                if not ordered and queue and not promise.reserved_bytes:
+                if not ordered and waiting and not promise.reserved_bytes:
                     with self._lock:
-                        queue.append(promise)
+                        waiting.append(promise)
                     return
             except BaseException as exc:
                 self._resolve_error(promise, exc)
@@ -471,21 +467,6 @@ def check_timeout(poll_timeout: object) -> None:
         raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
     if not 0 < poll_timeout < math.inf:
         raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
-
-
-def queue_state(payload: dict[str, Any]) -> tuple[str, str | None]:
-    """What an answer says of the queue: (state, reason in the server's words)."""
-    state = str(payload.get("queue_state") or "active").strip().lower()
-    reason = payload.get("queue_state_reason")
-    return state, reason if isinstance(reason, str) and reason else None
-
-
-def tell(observer: Callable[[str, str | None], None], state: str, reason: str | None) -> None:
-    """Call a queue state observer; whatever it raises is only logged."""
-    try:
-        observer(state, reason)
-    except Exception:
-        logger.exception("a queue state observer raised; waiting goes on")
 
 
 #: Operations whose results may come as protobuf.

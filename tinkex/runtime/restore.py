@@ -1,26 +1,27 @@
-"""A new model of a checkpoint: in one request where the server takes it so, else in three.
-
-Knows the two ways; the model itself is training.py's.
-"""
+"""A new model from a checkpoint: in one request where the server supports it, else in three."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import attrs
+
 from tinkex import errors, types, wire
 from tinkex.futures import OperationFuture
+from tinkex.runtime.model_queue import ModelQueue
+from tinkex.runtime.new_model import NewModel, create_model, made_model
 from tinkex.runtime.session import Session
-from tinkex.training import TrainingClient, made_model
 
 logger = logging.getLogger("tinkex")
 
 
-def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> TrainingClient:
-    """A new model of the checkpoint at *path*, with its rank and flags.
+def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> NewModel:
+    """A new model from the checkpoint at *path*, with its rank and flags.
 
-    One request where the server takes it so; else the older three: what is it of? make one like it;
-    load. A restore that fails leaves nothing behind, and its number is used again.
+    Servers that do not support the single request get the three older ones: look up the base
+    model, create a model like it, load the weights. A restore that fails leaves nothing behind, and
+    its number is used again.
     """
     check_restore(path, options.get("user_metadata"))
     if session.restores_at_once is not False:
@@ -34,7 +35,7 @@ def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> 
 
 
 def check_restore(path: str, user_metadata: object) -> None:
-    """ValueError or TypeError for what can be seen to be wrong."""
+    """ValueError or TypeError if the arguments of `restore` are wrong."""
     types.ParsedCheckpointTinkerPath.from_tinker_path(path)
     types.check_metadata(user_metadata)
 
@@ -45,8 +46,7 @@ def _restore_at_once(
     optimizer: bool,
     *,
     user_metadata: dict[str, Any] | None = None,
-    **options: Any,
-) -> TrainingClient:
+) -> NewModel:
     number = session.model_numbers.take()
     request = types.LoadWeightsRequest(
         path,
@@ -59,11 +59,11 @@ def _restore_at_once(
     future = OperationFuture(f"create_training_client_from_state of {path}")
     model_id = made_model(session, wire.LOAD_WEIGHTS, request, future, number).model_id
     session.restores_at_once = True
-    return TrainingClient(session, model_id or f"{session.session_id}:train:{number}", **options)
+    return NewModel(model_id or f"{session.session_id}:train:{number}")
 
 
 def _wants_older_calls(exc: errors.APIStatusError) -> bool:
-    """How servers that know only the older form answer: they miss model_id or seq_id."""
+    """True if the server supports only the older form: it complains about model_id or seq_id."""
     return exc.status == 422 or (
         exc.status in (400, 404) and any(w in exc.detail for w in ("model_id", "seq_id"))
     )
@@ -71,7 +71,7 @@ def _wants_older_calls(exc: errors.APIStatusError) -> bool:
 
 def _restore_by_three_calls(
     session: Session, path: str, optimizer: bool, **options: Any
-) -> TrainingClient:
+) -> NewModel:
     info = session.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(path))
     lora = types.LoraConfig(
         rank=info.lora_rank or types.LoraConfig().rank,
@@ -79,20 +79,27 @@ def _restore_by_three_calls(
         train_mlp=info.train_mlp is not False,
         train_attn=info.train_attn is not False,
     )
-    client = TrainingClient.create(session, info.base_model, lora, **options)
+    made = create_model(session, info.base_model, lora, **options)
+    queue = ModelQueue(session, made.model_id, name=f"restore-{made.model_id}")
     try:
-        load = client.load_state_with_optimizer if optimizer else client.load_state
-        load(path).result()
+        queue.operation(
+            wire.LOAD_WEIGHTS,
+            lambda seq_id: types.LoadWeightsRequest(
+                path, optimizer, model_id=made.model_id, seq_id=seq_id
+            ),
+            None,
+        ).result()
     except BaseException:
-        _abandon(client)
+        _abandon(queue)
         raise
-    return client
+    queue.close()
+    return attrs.evolve(made, first_seq_id=queue.seq_id + 1)
 
 
-def _abandon(client: TrainingClient) -> None:
-    """End a model that nobody will use; its server may be the reason, so without a word."""
+def _abandon(queue: ModelQueue) -> None:
+    """Unload a model that will not be used; the server may be why, so a failure is only logged."""
     try:
-        client.unload_model().result(timeout=10)
+        queue.unload().result(timeout=10)
     except Exception as exc:
         logger.debug("the model of a failed restore was not unloaded: %s", exc)
-    client.close(cancel=True, timeout=5)
+    queue.close(cancel=True, timeout=5)

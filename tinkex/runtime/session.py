@@ -34,7 +34,8 @@ from tinkex.runtime import (
 )
 from tinkex.runtime.executor import Pool, end_all
 from tinkex.runtime.pending import PendingOperations, describe
-from tinkex.runtime.polling import Poller, Promise, queue_state, tell
+from tinkex.runtime.polling import Poller, Promise
+from tinkex.runtime.queue_state import tell_of_refusal
 from tinkex.runtime.responses import Answer
 from tinkex.runtime.retry import ONCE, Retry
 from tinkex.runtime.transport import Transport
@@ -275,7 +276,7 @@ class Session(Connection):
         send: Callable[[Wait], T | types.Promise],
         future: Any,
         *,
-        lane: str,
+        queue: str,
         ordered: bool = True,
         poll_timeout: float | None = None,
         on_queue_state: Callable[[str, str | None], None] | None = None,
@@ -295,7 +296,7 @@ class Session(Connection):
         with nullcontext(own) if wait else own as wait:
             wait.progress = getattr(future, "progress", None)
             if on_queue_state is not None:
-                wait.on_failure = partial(tell_of_queue, on_queue_state)
+                wait.on_failure = partial(tell_of_refusal, on_queue_state)
             try:
                 answer = send(wait)
             except errors.APIStatusError as exc:
@@ -312,7 +313,7 @@ class Session(Connection):
             answer.request_id,
             operation,
             future,
-            lane=lane,
+            queue=queue,
             deadline=deadline,
             resubmit=partial(self._resubmit, send) if ordered else None,
             on_queue_state=on_queue_state,
@@ -638,13 +639,6 @@ def exit_timeout(exc: BaseException | None) -> float | None:
     if is_normal_end(exc) or isinstance(exc, Exception):
         return None
     return HURRIED_TIMEOUT
-
-
-def tell_of_queue(observer: Callable[[str, str | None], None], error: object) -> None:
-    """A refusal (429, 503) may say why the server is paused."""
-    body = getattr(error, "body", None)
-    if isinstance(body, dict) and body.get("queue_state"):
-        tell(observer, *queue_state(body))
 
 
 def is_missing_route(exc: errors.APIStatusError) -> bool:

@@ -1,0 +1,241 @@
+"""The operations of one model, in the order of the calls.
+
+Gives each call its place in the queue, sends it on the model's worker thread, has the poller wait
+for its result, and ends all of it. What the operations mean is the training client's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from tinkex import errors, types, wire
+from tinkex.futures import OperationFuture, fail, succeed
+from tinkex.runtime import batching, operation_log
+from tinkex.runtime.pending import drop
+from tinkex.runtime.polling import check_timeout
+from tinkex.runtime.queue_state import Observer
+from tinkex.runtime.session import (
+    CLOSE_TIMEOUT,
+    HURRIED_TIMEOUT,
+    Session,
+    check_close_timeout,
+    is_missing_route,
+    not_offered,
+)
+from tinkex.runtime.wait_log import Wait
+from tinkex.runtime.worker import OrderedWorker, Turn
+
+T = TypeVar("T")
+
+
+class ModelQueue:
+    """Queues, sends and ends the operations of a model.
+
+    Args:
+        name: of the worker thread.
+        on_queue_state: called when the server says why an operation waits.
+        first_seq_id: number of the first operation.
+        owns_session: True if the session ends with the model.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model_id: str,
+        *,
+        name: str,
+        on_queue_state: Observer | None = None,
+        first_seq_id: int = 1,
+        owns_session: bool = False,
+    ) -> None:
+        self.model_id = model_id
+        self._session = session
+        self._on_queue_state = on_queue_state
+        self._owns_session = owns_session
+        self._worker = OrderedWorker(f"tinkex-{name}", first_seq_id=first_seq_id)
+        session.dependents.add(self._worker)
+        self._lock = threading.Lock()  # guards both below
+        self._ended = ""
+        self._unloaded = False
+
+    @property
+    def state(self) -> str:
+        """What is queued and in flight, or how it ended, in words."""
+        in_flight = self._session.poller.in_flight(self.model_id)
+        return self._ended or f"{self._worker.queued} queued, {in_flight} in flight"
+
+    @property
+    def seq_id(self) -> int:
+        """The number of the last operation that the server accepted; 0 before the first."""
+        return self._worker.seq_id
+
+    # Submitting.
+
+    def put(
+        self,
+        run: Callable[[Turn, OperationFuture[T]], None],
+        what: str,
+        tokens: Callable[[], int] = lambda: 0,
+        *,
+        saves: str = "",
+    ) -> OperationFuture[T]:
+        """Queue a call; *saves* is what to call it in a warning, if it saves the weights."""
+        self.check_open(what)
+
+        def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
+            if self._unloaded:  # by a call before this one
+                raise self._is_ended(what)
+            run(turn, future)
+
+        note = partial(operation_log.submitted, model=self.model_id, tokens=tokens)
+        future = self._worker.put(run_unless_unloaded, what, note)
+        self._session.pending.add(self.model_id, future, saves=saves)
+        return future
+
+    def operation(
+        self,
+        operation: wire.Operation[T],
+        request: Callable[[int], Any],
+        poll_timeout: float | None,
+        *,
+        saves: str = "",
+    ) -> OperationFuture[T]:
+        """Queue an operation of one request, which is made when its number is known."""
+        check_timeout(poll_timeout)
+
+        def run(turn: Turn, future: OperationFuture[T]) -> None:
+            turn.send(lambda seq_id: self.start(operation, request(seq_id), future, poll_timeout))
+
+        return self.put(run, f"{operation.path} on {self.model_id}", saves=saves)
+
+    def send_batches(
+        self,
+        turn: Turn,
+        operation: wire.Operation[types.ForwardBackwardOutput],
+        data: list[types.Datum],
+        loss_fn: str,
+        settings: dict[str, float | str] | None,
+        what: str,
+        poll_timeout: float | None = None,
+    ) -> list[OperationFuture[types.ForwardBackwardOutput]]:
+        """Send *data* in as many requests as need be. Runs on the worker thread."""
+        features = self._session.features
+        batches = batching.split(
+            data, features.fwdbwd_max_chunk_len, features.fwdbwd_max_chunk_bytes_count
+        )
+        parts = []
+        for i, batch in enumerate(batches):
+            part = f", part {i + 1} of {len(batches)}" if len(batches) > 1 else ""
+            future: OperationFuture[types.ForwardBackwardOutput]
+            future = OperationFuture(what + part, turn.progress)
+            turn.send(
+                lambda seq_id, batch=batch, future=future: self.start(  # type: ignore[misc]
+                    operation,
+                    types.ForwardBackwardRequest(
+                        self.model_id,
+                        seq_id,
+                        batch,
+                        loss_fn,
+                        settings,
+                        forward_only=operation is wire.FORWARD,
+                    ),
+                    future,
+                    poll_timeout,
+                )
+            )
+            parts.append(future)
+        return parts
+
+    def start(
+        self,
+        operation: wire.Operation[T],
+        request: Any,
+        future: OperationFuture[T],
+        poll_timeout: float | None,
+    ) -> None:
+        """Send one request, and have *future* resolved. Runs on the worker thread."""
+        is_batch = isinstance(request, types.ForwardBackwardRequest)
+        post: Callable[[Any, Wait], Any] = (
+            self._session.post_batch if is_batch else partial(self._session.post, operation)
+        )
+        self._session.start(
+            operation,
+            partial(post, request),
+            future,
+            queue=self.model_id,
+            poll_timeout=poll_timeout,
+            on_queue_state=self._on_queue_state,
+            seq_id=getattr(request, "seq_id", None),
+        )
+
+    def check_open(self, what: str) -> None:
+        if self._ended:
+            raise self._is_ended(what)
+        self._session.check_open()
+
+    def _is_ended(self, what: str) -> errors.ClientClosedError:
+        return errors.ClientClosedError(f"{what} was not sent: {self._ended}.")
+
+    # Ending.
+
+    def unload(self) -> OperationFuture[types.UnloadModelResponse]:
+        """Queue the end of the model; see `TrainingClient.unload_model`."""
+        what = f"unload_model of {self.model_id}"
+
+        def run(turn: Turn, future: OperationFuture[types.UnloadModelResponse]) -> None:
+            request = types.UnloadModelRequest(self.model_id)
+            done: OperationFuture[types.UnloadModelResponse]
+            done = OperationFuture(what, turn.progress)
+            try:
+                self.start(wire.UNLOAD_MODEL, request, done, None)
+                response = turn.wait_for(done)  # what is called later must know how it went
+            except errors.NotFoundError as exc:
+                if not is_missing_route(exc):
+                    raise
+                fail(future, not_offered(exc, wire.UNLOAD_MODEL.path))
+                return
+            with self._lock:
+                self._unloaded = True
+                self._ended = f"model {self.model_id} was unloaded"
+            if self._owns_session:
+                self._session.close()
+            succeed(future, response)
+
+        return self.put(run, what)
+
+    def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
+        """Wait for what was submitted, or cancel it; see `TrainingClient.close`."""
+        patience = check_close_timeout(timeout, self._session.config.patience.close)
+        with self._lock:
+            self._ended = self._ended or f"the client of model {self.model_id} is closed"
+        started = time.monotonic()
+        left = ""
+        if not self._worker.is_current_thread:
+            self._worker.end()
+            try:
+                left = self._session.wait_for_pending(self.model_id, 0.0 if cancel else patience)
+            except BaseException:  # Ctrl-C: the user does not want to wait
+                self._end(cancel=True, timeout=HURRIED_TIMEOUT)
+                raise
+        left_over = CLOSE_TIMEOUT if cancel or left else patience - (time.monotonic() - started)
+        self._end(cancel=cancel, timeout=min(max(left_over, 0.0), patience))
+        self._session.pending.report(self.model_id)
+        drop(
+            left,
+            whose=f"the client of model {self.model_id}",
+            normal_end=not cancel,
+            seconds=patience,
+        )
+
+    def _end(self, *, cancel: bool, timeout: float) -> None:
+        """End the worker thread and, if it is this queue's own, the session."""
+        started = time.monotonic()
+        self._worker.close(cancel=cancel, timeout=timeout)
+        if self._owns_session:
+            left = max(HURRIED_TIMEOUT, timeout - (time.monotonic() - started))
+            reason = "interrupted" if cancel else "success"
+            self._session.close(reason, timeout=min(left, CLOSE_TIMEOUT))
