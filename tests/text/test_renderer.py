@@ -83,6 +83,23 @@ def test_tokens_are_those_of_transformers(pair, kind, turns):
     assert theirs(reference, messages) == rendered.tokens.tolist()
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5", "qwen3"])
+def test_with_the_vocabulary_of_the_model_itself(load, kind):
+    """Ids of published models: "user" is 872, "assistant" 77091."""
+    ours, reference = load(kind, is_real=True)
+
+    rendered = tinkex.render(TURNS, ours)
+
+    assert theirs(reference, TURNS) == rendered.tokens.tolist()
+    assert [151644, 77091, 198] == rendered.tokens[-rendered_length(rendered) - 3 :][:3].tolist()
+    assert 151645 in tinkex.render_prompt([ASK], ours).stop
+
+
+def rendered_length(rendered):
+    """Tokens from the beginning of the last turn to the end."""
+    return len(rendered.tokens) - rendered.spans[-1].start
+
+
 @every_kind
 def test_without_a_system_message_too(pair, kind):
     """Some templates write one themselves, some with the date of today."""

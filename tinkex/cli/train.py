@@ -170,7 +170,7 @@ def train(
         given = {name: value for name, value in given.items() if _is_explicit(context, name)}
         wanted = attrs.evolve(state.settings, **given)
     else:
-        _start_from(given)
+        _start_from(given, base_url, api_key)
         if not data or given["base_model"] is None:
             raise click.UsageError(f"Missing {'--base-model' if data else 'DATA'}.")
         wanted = settings.Settings(**given)
@@ -227,12 +227,19 @@ def _tokenizer(base_model: str) -> Any:
         return None
 
 
-def _start_from(given: dict[str, Any]) -> None:
+def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None) -> None:
     """Replace a run given as --from by its checkpoint, with its base model and rank."""
+    from tinkex import ServiceClient
     from tinkex.recipes import run_folder
 
     source = given["start_from"]
-    if source is None or source.startswith("tinker://"):
+    if source is None:
+        return
+    if source.startswith("tinker://"):
+        if given["base_model"] is None:
+            with ServiceClient(base_url=base_url, api_key=api_key) as service:
+                info = service.create_rest_client().get_weights_info_by_tinker_path(source)
+            given |= {"base_model": info.base_model, "rank": info.lora_rank or given["rank"]}
         return
     folder = Path(source)
     state = run_folder.load_state(folder) or run_folder.load_state(folder.parent)

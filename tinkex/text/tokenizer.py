@@ -132,7 +132,9 @@ class Tokenizer:
     @cached_property
     def _added(self) -> dict[int, str]:
         entries = self._settings.get("added_tokens_decoder", {})
-        return {int(i): entry["content"] for i, entry in entries.items() if entry.get("special")}
+        return {
+            int(i): entry["content"] for i, entry in entries.items() if entry.get("special", True)
+        }
 
     @cached_property
     def fingerprint(self) -> str:
