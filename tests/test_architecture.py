@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "tinkex"
 #: may import one another, without cycles. Modules of one row do not import one another.
 FLOORS = [
     "_version types/ errors",
-    "wire/ config futures text/ runtime/executor cli/progress cli/formatting",
+    "wire/ config futures text/ runtime/executor cli/progress cli/formatting checkpoints/archive",
     "runtime/interpreter_exit runtime/queue_state runtime/wait_log runtime/tracing "
     "runtime/log_setup",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "

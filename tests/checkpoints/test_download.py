@@ -1,8 +1,9 @@
-"""Fetching a checkpoint: streamed, resumed, checked, unpacked safely, moved into place."""
+"""Downloading a checkpoint: streamed, resumed, verified, unpacked, moved into place."""
 
 from __future__ import annotations
 
 import base64
+import builtins
 import gzip
 import hashlib
 import io
@@ -35,7 +36,7 @@ PART = 1 << 16  # bytes; what is written at a time
 
 
 def tar(files, mode="w", **members):
-    """An archive of *files*; *members* are TarInfos for what is no plain file."""
+    """An archive of *files*; *members* are TarInfos of other kinds."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, content in files.items():
@@ -77,33 +78,35 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
-# Where it is.
+# The URL.
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-def test_a_redirect_says_where_the_archive_is(rest, server, code):
+def test_a_redirect_gives_the_url(rest, server, code):
     server.stored["GET", ARCHIVE] = (code, None, {"Location": URL, "Expires": "tomorrow"})
     found = rest.get_checkpoint_archive_url(PATH)
 
     assert (URL, "tomorrow") == (found.url, found.expires)
 
 
-def test_so_does_a_body(rest, server):
+def test_a_json_body_gives_the_url(rest, server):
     server.stored["GET", ARCHIVE] = (200, {"url": URL, "expires": "tomorrow"})
 
     assert URL == rest.get_checkpoint_archive_url(PATH).url
 
 
-def test_a_relative_one_is_of_the_server(rest, server):
+def test_a_relative_url_is_on_the_server(rest, server):
     server.stored["GET", ARCHIVE] = (302, None, {"Location": "/files/a"})
 
     assert "http://training.test/files/a" == rest.get_checkpoint_archive_url(PATH).url
 
 
-def test_a_redirect_to_nowhere_is_an_error(rest, server):
+def test_a_redirect_without_location_is_an_error(rest, server):
     server.stored["GET", ARCHIVE] = (302, None)
 
-    with pytest.raises(errors.APIResponseValidationError, match="redirects without saying where"):
+    with pytest.raises(
+        errors.APIResponseValidationError, match="redirects without a Location header"
+    ):
         rest.get_checkpoint_archive_url(PATH)
 
 
@@ -117,11 +120,11 @@ def test_statement_28_a_server_that_is_still_packing_is_asked_again_every_30_s(
 
     assert URL == found.url
     assert [30.0] * 5 == server.clock.slept == told
-    assert f"the server is still packing {PATH}; again in 30 s" in caplog.text
+    assert f"the server is still packing {PATH}; next attempt in 30 s" in caplog.text
 
 
 def test_statement_28_but_six_times_in_all(rest, server):
-    """After that it is not packing, it is broken. (statement 28)"""
+    """After that the server is broken, not packing. (statement 28)"""
     server.always(ARCHIVE, status(503, {"detail": "packing"}))
 
     with pytest.raises(errors.InternalServerError, match="packing"):
@@ -131,20 +134,20 @@ def test_statement_28_but_six_times_in_all(rest, server):
 
 
 @pytest.mark.parametrize("fault", [reset(), timeout(), status(502), garbage()])
-def test_other_trouble_is_tried_again_as_always(rest, server, fault):
+def test_other_failures_are_retried(rest, server, fault):
     server.script(ARCHIVE, fault)
 
     assert URL == rest.get_checkpoint_archive_url(PATH).url
 
 
-def test_a_checkpoint_that_is_not_there_is_told(rest, server):
+def test_a_missing_checkpoint_is_an_error(rest, server):
     server.stored["GET", ARCHIVE] = (404, {"detail": "no such checkpoint"})
 
     with pytest.raises(errors.NotFoundError, match="no such checkpoint"):
         rest.get_checkpoint_archive_url(PATH)
 
 
-# Whole.
+# The download.
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
@@ -156,7 +159,7 @@ def test_a_checkpoint_becomes_a_folder(rest, server, out, mode):
     assert [out] == list(out.parent.iterdir())
 
 
-def test_progress_is_told_as_it_comes(rest, server, out):
+def test_progress_is_reported(rest, server, out):
     told = []
     rest.download_checkpoint(PATH, out, progress=lambda *seen: told.append(seen))
     total = len(server.files[URL])
@@ -164,8 +167,8 @@ def test_progress_is_told_as_it_comes(rest, server, out):
     assert (total, total) == told[-1]
 
 
-def test_the_key_does_not_go_to_where_the_archive_is(rest, server, out):
-    """It is somebody else's server."""
+def test_the_key_is_not_sent_to_another_host(rest, server, out):
+    """The archive may be on a storage service."""
     rest.download_checkpoint(PATH, out)
     [seen] = server.seen(URL)
 
@@ -173,7 +176,7 @@ def test_the_key_does_not_go_to_where_the_archive_is(rest, server, out):
     assert "tml-secret" == server.seen(ARCHIVE)[0].headers["X-API-Key"]
 
 
-def test_but_to_our_own(rest, server, out):
+def test_the_key_is_sent_to_the_server_itself(rest, server, out):
     server.stored["GET", ARCHIVE] = (302, None, {"Location": "/files/a"})
     server.stored["GET", "/files/a"] = (200, tar(FILES))
     rest.download_checkpoint(PATH, out)
@@ -181,7 +184,7 @@ def test_but_to_our_own(rest, server, out):
     assert "tml-secret" == server.seen("/files/a")[0].headers["X-API-Key"]
 
 
-def test_a_broken_connection_is_gone_on_from_where_it_broke(rest, server, out):
+def test_a_broken_download_is_resumed(rest, server, out):
     server.script(URL, cut(PART), cut(2 * PART + 500), reset(), cut(0))
     rest.download_checkpoint(PATH, out)
 
@@ -192,8 +195,8 @@ def test_a_broken_connection_is_gone_on_from_where_it_broke(rest, server, out):
     ]
 
 
-def test_a_server_that_begins_again_is_followed(rest, server, out):
-    """One that knows no ranges answers 200 with all of it."""
+def test_a_server_without_ranges_starts_again(rest, server, out):
+    """It answers 200 with the whole archive."""
     whole = server.files[URL]
     server.script(URL, cut(PART), answer(whole))
     rest.download_checkpoint(PATH, out)
@@ -201,8 +204,8 @@ def test_a_server_that_begins_again_is_followed(rest, server, out):
     assert contents(out) == FILES
 
 
-def test_another_part_than_was_asked_for_is_not_taken(rest, server, out):
-    """Else the file would be a patchwork, of the right size."""
+def test_a_different_part_is_discarded(rest, server, out):
+    """Otherwise the file would have the right size and the wrong content."""
     whole = server.files[URL]
     wrong = status(206, whole[500:], **{"Content-Range": f"bytes 500-{len(whole) - 1}/*"})
     server.script(URL, cut(PART), wrong)
@@ -211,7 +214,7 @@ def test_another_part_than_was_asked_for_is_not_taken(rest, server, out):
     assert contents(out) == FILES
 
 
-def test_an_archive_that_has_changed_meanwhile_is_fetched_anew(rest, server, out):
+def test_an_archive_that_has_changed_is_fetched_from_the_start(rest, server, out):
     server.script(URL, cut(PART), status(416))
     rest.download_checkpoint(PATH, out)
 
@@ -219,7 +222,7 @@ def test_an_archive_that_has_changed_meanwhile_is_fetched_anew(rest, server, out
 
 
 @pytest.mark.parametrize("code", [403, 410, 503])
-def test_an_address_that_has_expired_is_asked_for_again(rest, server, out, code):
+def test_an_expired_url_is_requested_again(rest, server, out, code):
     server.script(URL, cut(PART), status(code))
     rest.download_checkpoint(PATH, out)
 
@@ -227,7 +230,7 @@ def test_an_address_that_has_expired_is_asked_for_again(rest, server, out, code)
     assert 2 == len(server.seen(ARCHIVE))
 
 
-def test_a_connection_that_breaks_time_after_time_is_told_with_how_far_it_came(rest, server, out):
+def test_a_connection_that_breaks_again_and_again_is_an_error_with_the_progress(rest, server, out):
     server.script(URL, cut(PART), *[reset()] * 8)
 
     with pytest.raises(errors.DownloadError, match="broke off after 65536 bytes, 8 times in a row"):
@@ -235,19 +238,47 @@ def test_a_connection_that_breaks_time_after_time_is_told_with_how_far_it_came(r
     assert not out.exists()
 
 
-def test_a_refusal_is_told(rest, server, out):
+def test_a_refusal_is_an_error(rest, server, out):
     server.always(URL, status(404, b"<Error>NoSuchKey</Error>"))
 
     with pytest.raises(errors.NotFoundError, match="NoSuchKey"):
         rest.download_checkpoint(PATH, out)
 
 
-# Checked.
+# Full disks.
+
+
+def test_a_download_that_cannot_fit_fails_before_it_begins(rest, server, out, monkeypatch):
+    """The archive and the unpacked files are on the disk at the same time."""
+    whole = len(server.files[URL])
+    usage = type("Usage", (), {"free": 2 * whole - 1})
+    monkeypatch.setattr("tinkex.checkpoints.download.shutil.disk_usage", lambda path: usage)
+
+    message = f"needs {2 * whole} bytes, but only {2 * whole - 1} are free in {out.parent}"
+    with pytest.raises(errors.DownloadError, match=message):
+        rest.download_checkpoint(PATH, out)
+    assert [] == list(out.parent.iterdir())
+
+
+def test_a_disk_that_fills_up_is_named_and_leaves_nothing(rest, server, out, monkeypatch):
+    """Writing to /dev/full fails like that."""
+
+    def open_full(path, mode):
+        return builtins.open("/dev/full", "r+b", 0)
+
+    monkeypatch.setattr("tinkex.checkpoints.download.open", open_full, raising=False)
+
+    with pytest.raises(errors.DownloadError, match=r"cannot be written \(No space left on device"):
+        rest.download_checkpoint(PATH, out)
+    assert [] == list(out.parent.iterdir())
+
+
+# Verification.
 
 
 @pytest.mark.parametrize("form", ["Repr-Digest", "X-Content-SHA256"])
 @pytest.mark.parametrize("right", [True, False])
-def test_a_hash_that_the_server_announces_is_held_against_what_came(rest, server, out, form, right):
+def test_the_announced_hash_is_verified(rest, server, out, form, right):
     whole = server.files[URL]
     told = whole if right else b"another"
     value = hashlib.sha256(told).hexdigest()
@@ -282,7 +313,7 @@ def damaged(content):
     ],
     ids=["empty", "text", "cut", "cut gz", "damaged gz", "damaged xz", "damaged bz2"],
 )
-def test_a_damaged_archive_is_an_error_of_ours_and_leaves_nothing(rest, server, out, content):
+def test_a_damaged_archive_is_a_download_error_and_leaves_nothing(rest, server, out, content):
     server.files[URL] = content
 
     with pytest.raises(errors.DownloadError, match="cannot be unpacked"):
@@ -290,7 +321,7 @@ def test_a_damaged_archive_is_an_error_of_ours_and_leaves_nothing(rest, server, 
     assert [] == list(out.parent.iterdir())
 
 
-# Safely.
+# Unpacking.
 
 
 @pytest.mark.parametrize(
@@ -308,7 +339,7 @@ def test_a_damaged_archive_is_an_error_of_ours_and_leaves_nothing(rest, server, 
     ],
     ids=["absolute", "..", "a/..", "backslash", "drive", "symlink", "hardlink", "fifo", "device"],
 )
-def test_a_member_that_would_leave_the_folder_is_refused(rest, server, out, archive):
+def test_an_unsafe_member_is_refused(rest, server, out, archive):
     server.files[URL] = archive
 
     with pytest.raises(errors.DownloadError, match="a member that is not safe to unpack"):
@@ -316,7 +347,7 @@ def test_a_member_that_would_leave_the_folder_is_refused(rest, server, out, arch
     assert [] == list(out.parent.iterdir())
 
 
-def test_folders_in_an_archive_are_made(rest, server, out):
+def test_folders_in_an_archive_are_created(rest, server, out):
     folders = {name: special(name, tarfile.DIRTYPE) for name in (".", "./empty")}
     server.files[URL] = tar({"./a/b.txt": b"x"}, **folders)
     rest.download_checkpoint(PATH, out)
@@ -325,7 +356,7 @@ def test_folders_in_an_archive_are_made(rest, server, out):
     assert (out / "empty").is_dir()
 
 
-def test_a_member_that_is_there_twice_is_refused(rest, server, out):
+def test_a_duplicate_member_is_refused(rest, server, out):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for content in (b"one", b"two"):
@@ -338,30 +369,33 @@ def test_a_member_that_is_there_twice_is_refused(rest, server, out):
         rest.download_checkpoint(PATH, out)
 
 
-# Into place.
+# Moving into place.
 
 
 @pytest.mark.parametrize("there", ["folder", "file"])
-def test_what_is_there_is_not_replaced_unasked(rest, server, out, there):
+def test_an_existing_folder_is_not_replaced_without_force(rest, server, out, there):
     if there == "folder":
         out.mkdir()
         (out / "mine.txt").write_text("mine")
     else:
         out.write_text("mine")
 
-    with pytest.raises(FileExistsError, match="is there already; give another folder, or force"):
+    with pytest.raises(
+        FileExistsError,
+        match="already exists; choose another folder",
+    ):
         rest.download_checkpoint(PATH, out)
     assert [] == server.seen(ARCHIVE)
 
 
-def test_an_empty_folder_is_taken(rest, out):
+def test_an_empty_folder_is_used(rest, out):
     out.mkdir()
     rest.download_checkpoint(PATH, out)
 
     assert contents(out) == FILES
 
 
-def test_with_force_it_is_replaced_when_the_new_one_is_whole(rest, out):
+def test_with_force_it_is_replaced_when_the_new_one_is_complete(rest, out):
     out.mkdir()
     (out / "old.txt").write_text("old")
     rest.download_checkpoint(PATH, out, force=True)
@@ -370,8 +404,8 @@ def test_with_force_it_is_replaced_when_the_new_one_is_whole(rest, out):
     assert [out] == list(out.parent.iterdir())
 
 
-def test_nothing_is_deleted_before_the_new_one_is_whole(rest, server, out):
-    """Theirs deletes first and fetches then."""
+def test_nothing_is_deleted_before_the_new_one_is_complete(rest, server, out):
+    """The official SDK deletes first and then downloads."""
     out.mkdir()
     (out / "old.txt").write_text("old")
     server.files[URL] = b"damaged"
@@ -381,7 +415,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(rest, server, out):
     assert {"old.txt": b"old"} == contents(out)
 
 
-def test_ctrl_c_on_the_way_leaves_nothing(rest, out):
+def test_ctrl_c_leaves_nothing(rest, out):
     def interrupt(*seen):
         raise KeyboardInterrupt
 
@@ -390,7 +424,7 @@ def test_ctrl_c_on_the_way_leaves_nothing(rest, out):
     assert [] == list(out.parent.iterdir())
 
 
-def test_folders_above_are_made(rest, tmp_path):
+def test_parent_folders_are_created(rest, tmp_path):
     deep = tmp_path / "a" / "b" / "c"
     rest.download_checkpoint(PATH, str(deep))
 

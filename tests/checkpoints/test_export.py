@@ -15,6 +15,7 @@ from tinkex import errors
 from tinkex.checkpoints import export
 
 PATH = "tinker://r1/sampler_weights/a"
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -92,7 +93,7 @@ def test_where_the_server_does_not_say_the_adapter_s_own_word_stands(rest, serve
     assert "its/own" == base_of(rest.export_checkpoint(PATH, tmp_path / "out"))
 
 
-def test_a_folder_around_the_adapter_is_taken_off(rest, server, tmp_path):
+def test_a_folder_around_the_adapter_is_removed(rest, server, tmp_path):
     """Some servers pack one."""
     server.files["a.tar"] = adapter("checkpoint-1__adapter")
 
@@ -102,16 +103,20 @@ def test_a_folder_around_the_adapter_is_taken_off(rest, server, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (archive(**{"model.bin": b""}), "holds no PEFT adapter .* but model.bin"),
-        (archive(), "but nothing"),
-        (archive(**{"adapter_config.json": b"{}"}), "but adapter_config.json"),
-        (archive(**{"adapter_config.json": b"[]", WEIGHTS: b""}), "no adapter's configuration"),
-        (archive(**{"adapter_config.json": b"{", WEIGHTS: b""}), "no adapter's configuration"),
+        (archive(**{"model.bin": b""}), "is not a PEFT adapter .* contains model.bin"),
+        (archive(), "contains nothing"),
+        (archive(**{"adapter_config.json": b"{}"}), "contains adapter_config.json"),
+        (
+            archive(**{"adapter_config.json": b"[]", WEIGHTS: b""}),
+            "not the configuration of an adapter",
+        ),
+        (
+            archive(**{"adapter_config.json": b"{", WEIGHTS: b""}),
+            "not the configuration of an adapter",
+        ),
     ],
 )
-def test_what_is_no_adapter_is_an_error_and_leaves_nothing(
-    rest, server, tmp_path, content, message
-):
+def test_other_content_is_an_error_and_leaves_nothing(rest, server, tmp_path, content, message):
     server.files["a.tar"] = content
 
     with pytest.raises(errors.DownloadError, match=message):
@@ -119,21 +124,21 @@ def test_what_is_no_adapter_is_an_error_and_leaves_nothing(
     assert [] == list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(rest, tmp_path):
+def test_an_existing_folder_is_not_replaced_without_force(rest, tmp_path):
     (tmp_path / "mine").write_text("mine")
 
-    with pytest.raises(FileExistsError, match="give another folder, or force"):
+    with pytest.raises(FileExistsError, match="choose another folder"):
         rest.export_checkpoint(PATH, tmp_path)
     assert b"weights" == (
         rest.export_checkpoint(PATH, tmp_path, force=True) / WEIGHTS
     ).read_bytes()  # fmt: skip
 
 
-# Merging (that the numbers are right, local/test_checkpoints.py and test_command_line.py hold)
+# Merging (engine/test_checkpoints.py and cli/test_command_line.py test the numbers)
 
 
-def test_merging_without_the_extra_says_how_to_get_it(rest, server, tmp_path, monkeypatch):
-    """Before gigabytes are fetched."""
+def test_merging_without_the_extra_names_the_command(rest, server, tmp_path, monkeypatch):
+    """Before gigabytes are downloaded."""
     monkeypatch.setitem(sys.modules, "tinkex.engine.checkpoints", None)
 
     with pytest.raises(errors.MissingExtraError, match=r"pip install 'tinkex\[local\]'"):
@@ -142,14 +147,14 @@ def test_merging_without_the_extra_says_how_to_get_it(rest, server, tmp_path, mo
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "~/none", "a/b/c", ""])
-def test_a_base_model_that_is_nowhere_is_told(name):
-    """The server may know it by a folder of its own machine."""
-    with pytest.raises(ValueError, match=r"is no directory of this machine; say where it is"):
+def test_an_unknown_base_model_is_an_error(name):
+    """The name may be a folder on the server's machine."""
+    with pytest.raises(ValueError, match=r"is not a directory on this machine; give its directory"):
         export.resolve(name)
 
 
-def test_a_hub_s_model_is_taken_from_its_cache(tmp_path, monkeypatch):
-    """Or fetched; here there is no hub."""
+def test_a_hugging_face_model_is_taken_from_its_cache(tmp_path, monkeypatch):
+    """Or downloaded; this test is offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--org--base" / "snapshots" / "0123"
@@ -158,7 +163,7 @@ def test_a_hub_s_model_is_taken_from_its_cache(tmp_path, monkeypatch):
     (tmp_path / "models--org--base" / "refs" / "main").write_text("0123")
 
     assert str(snapshot) == export.resolve("org/base")
-    with pytest.raises(ValueError, match=r"cannot be had from the hub .*say where it is"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded .*give its directory"):
         export.resolve("org/other")
     assert "tiny" == export.resolve("tiny")
     assert str(tmp_path) == export.resolve(str(tmp_path))

@@ -171,7 +171,7 @@ def test_download(tinkex_program, run_id, tmp_path):
 
     assert (folder / "optimizer.safetensors").exists()
     assert 1 == again.returncode
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_export_is_what_peft_and_transformers_load(tinkex_program, run_id, base, tmp_path):
