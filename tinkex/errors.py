@@ -1,33 +1,33 @@
-"""Every exception tinkex raises. Read this page and you know what can go wrong.
+"""All exceptions of tinkex, as a tree: what went wrong, and which errors are retried.
 
 TinkexError
-  APIError                          talking to the server did not work out
-    APIConnectionError              no answer came back  (retried)
-      APITimeoutError               none came back in time  (retried; a TimeoutError)
-    APIResponseValidationError      an answer came back that makes no sense
+  APIError                          a request to the server failed
+    APIConnectionError              there was no answer  (retried)
+      APITimeoutError               there was none in time  (retried; a TimeoutError)
+    APIResponseValidationError      the answer could not be read
     APIStatusError                  the server answered with an error  (retried: 408, 425, 429, 5xx)
       BadRequestError               400
       AuthenticationError           401
       BillingError                  402
       PermissionDeniedError         403
       NotFoundError                 404
-        NotOfferedError             404, 405 or 501: this server does not have the endpoint
+        NotOfferedError             404, 405 or 501: the server does not have the endpoint
       ConflictError                 409
-        OutcomeUnknownError         409 on our own resend: it may or may not have run
+        OutcomeUnknownError         409 after a resend: the request may or may not have run
       PromiseExpiredError           410
       UnprocessableEntityError      422
       RateLimitError                429
       InternalServerError           5xx
   RequestFailedError                the operation was accepted, ran, and failed
-  PriorOperationFailedError         never sent: an operation before it failed
+  PriorOperationFailedError         not sent: an operation before it failed
   ClientClosedError                 the client, the session or the model is closed
-  EngineError                       the embedded engine could not start, or died
-  MissingExtraError                 a part of tinkex is not installed (also an ImportError)
-  TokenizerError                    no tokenizer could be loaded (also a ValueError)
-  DownloadError                     a checkpoint could not be downloaded whole
+  EngineError                       the embedded engine did not start, or died
+  MissingExtraError                 an optional package is not installed (also an ImportError)
+  TokenizerError                    a tokenizer could not be loaded (also a ValueError)
+  DownloadError                     a checkpoint could not be downloaded completely
 
-What the caller did wrong is a plain ValueError or TypeError, raised before anything is sent.
-This module imports nothing of tinkex.
+Wrong arguments are a plain ValueError or TypeError, raised before anything is sent.
+This module imports no other module of tinkex.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from typing import Any, Literal
 
 Category = Literal["user", "server", "unknown"]
 
-#: Statuses after which the same request may be sent again. Not 501: the server has no such thing.
+#: Statuses after which the same request may be sent again. Not 501: the server does not have the
+#: endpoint.
 RETRYABLE_STATUSES = frozenset({408, 425, 429, *range(500, 600)} - {501})
 
 
 class TinkexError(Exception):
     """Base of every exception raised by tinkex."""
 
-    #: Whether the same request may simply be sent again.
+    #: True if the same request may be sent again.
     retryable: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled whole, whatever the constructor takes: errors cross processes, too."""
+        """Pickle all attributes, whatever the constructor takes: errors cross processes."""
         return _remade, (type(self), self.args, vars(self))
 
 
@@ -61,12 +62,12 @@ def _remade(
 
 
 class APIError(TinkexError):
-    """Talking to the server did not work out.
+    """A request to the server failed.
 
     Attributes:
-        method, url: of the request, where there was one; without its query, which may be secret.
+        method, url: of the request, if there was one; without the query, which may be secret.
         attempts: how many times it was sent.
-        outcome_unknown: whether the server may have carried it out although no good answer came.
+        outcome_unknown: True if the server may have run it although its answer was lost.
     """
 
     outcome_unknown: bool = False
@@ -79,19 +80,19 @@ class APIError(TinkexError):
 
 
 class APIConnectionError(APIError):
-    """No answer came back. The server may or may not have seen the request."""
+    """There was no answer. The server may or may not have received the request."""
 
     retryable = True
 
 
 class APITimeoutError(APIConnectionError, TimeoutError):
-    """No answer came back in time. The server may or may not have seen the request."""
+    """There was no answer in time. The server may or may not have received the request."""
 
 
 class APIResponseValidationError(APIError):
-    """An answer came back that is not what the protocol promises (bad JSON, missing field, ...)."""
+    """The answer does not follow the protocol (bad JSON, a missing field, ...)."""
 
-    #: A proxy may have garbled it; the request carries its order number, so again is safe.
+    #: A proxy may have changed it. A resend is safe: the request carries its seq_id.
     retryable = True
 
 
@@ -101,10 +102,10 @@ class APIStatusError(APIError):
     Attributes:
         status: the HTTP status.
         body: the decoded JSON body, the text of it, or None.
-        detail: the server's own sentence.
-        category: "user" (a change of the request can help), "server" or "unknown".
-        retry_after: seconds the server asks us to wait, or None.
-        should_retry: what the server says of trying again (x-should-retry), or None.
+        detail: the server's own message.
+        category: "user" (change the request), "server" or "unknown".
+        retry_after: seconds that the server asks to wait, or None.
+        should_retry: the server's x-should-retry header, or None.
     """
 
     def __init__(
@@ -152,43 +153,43 @@ class AuthenticationError(APIStatusError):
 
 
 class BillingError(APIStatusError):
-    """402: the account cannot pay."""
+    """402: the account has no credit left."""
 
 
 class PermissionDeniedError(APIStatusError):
-    """403: the key is good, but not for this."""
+    """403: the key is valid, but may not do this."""
 
 
 class NotFoundError(APIStatusError):
-    """404: there is no such thing."""
+    """404: the model, checkpoint, run or session does not exist."""
 
 
 class NotOfferedError(NotFoundError):
-    """This server does not offer the endpoint at all."""
+    """404, 405 or 501: the server does not have the endpoint."""
 
 
 class ConflictError(APIStatusError):
-    """409: the request clashes with something that is there already."""
+    """409: the request conflicts with something that exists."""
 
 
 class OutcomeUnknownError(ConflictError):
-    """Our resend was refused and the first answer was lost: it may or may not have run."""
+    """409 after a resend: the first answer was lost, so the request may or may not have run."""
 
 
 class PromiseExpiredError(APIStatusError):
-    """410: the server no longer knows this operation's result."""
+    """410: the server no longer has the operation's result."""
 
 
 class UnprocessableEntityError(APIStatusError):
-    """422: the body is not what the endpoint wants."""
+    """422: the server cannot read the body."""
 
 
 class RateLimitError(APIStatusError):
-    """429: too many requests; retried after a pause."""
+    """429: too many requests. Retried after a pause."""
 
 
 class InternalServerError(APIStatusError):
-    """5xx: the server broke; retried."""
+    """5xx: the server failed. Retried."""
 
 
 _BY_STATUS: dict[int, type[APIStatusError]] = {
@@ -205,17 +206,17 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 
 
 def status_error_class(status: int) -> type[APIStatusError]:
-    """The class that stands for an HTTP error status."""
+    """The exception class for an HTTP error status."""
     if status >= 500:
         return InternalServerError
     return _BY_STATUS.get(status, APIStatusError)
 
 
 class RequestFailedError(TinkexError):
-    """The server accepted the operation, ran it, and it failed.
+    """The server accepted the operation, and it failed.
 
     Attributes:
-        request_id: the server's handle of the operation.
+        request_id: the server's id of the operation.
         category: "user", "server" or "unknown".
     """
 
@@ -228,24 +229,24 @@ class RequestFailedError(TinkexError):
 
 
 class PriorOperationFailedError(TinkexError):
-    """Never sent: an operation before it on the same model failed (`__cause__` is that failure)."""
+    """Not sent: an operation before it on the same model failed. `__cause__` is that failure."""
 
 
 class ClientClosedError(TinkexError):
-    """The client (or its session, or its model on the server) is closed."""
+    """The client, its session, or its model on the server is closed."""
 
 
 class EngineError(TinkexError):
-    """The embedded engine could not start, or has died."""
+    """The embedded engine did not start, or died."""
 
 
 class MissingExtraError(TinkexError, ImportError):
-    """A part of tinkex that is not installed is needed."""
+    """An optional package is needed that is not installed."""
 
 
 class TokenizerError(TinkexError, ValueError):
-    """No tokenizer could be loaded for a model."""
+    """The tokenizer of a model could not be loaded."""
 
 
 class DownloadError(TinkexError):
-    """A checkpoint could not be downloaded, or what came is not whole."""
+    """A checkpoint could not be downloaded, or the download is incomplete."""

@@ -35,7 +35,7 @@ class Progress:
         seq_ids, request_ids: of its requests, as far as they are accepted.
         retries: requests that failed and were sent again.
         polls: answers "not yet".
-        queue_state: why the server waits, in its own word; "" before it says so.
+        queue_state: as the server names it; "" until a poll is answered.
         sent, received: bytes of bodies, in all exchanges.
         span: OpenTelemetry's, or None.
     """
@@ -89,7 +89,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         #: end right after that.
         self.on_end: Callable[[Any, BaseException | None], None] | None = None
         self._ended: float | None = None  # when it was resolved; time.monotonic()
-        #: Called when a failure has been handed to the caller.
+        #: Called after a failure was raised to, or returned to, the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
         #: True once a failure was handed to the caller, and while the caller waits for the result.
         self.is_retrieved = False
@@ -223,7 +223,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
 
 def fail(future: Future[Any], exc: BaseException) -> None:
-    """Give *future* an exception unless it is resolved already (a race that must not raise)."""
+    """Resolve *future* with an exception, unless it is resolved: such a race must not raise."""
     try:
         future.set_exception(exc)
     except concurrent.futures.InvalidStateError:
@@ -231,7 +231,7 @@ def fail(future: Future[Any], exc: BaseException) -> None:
 
 
 def succeed(future: Future[T], value: T) -> None:
-    """Give *future* its result unless it is resolved already."""
+    """Resolve *future* with its result, unless it is resolved."""
     try:
         future.set_result(value)
     except concurrent.futures.InvalidStateError:

@@ -259,18 +259,21 @@ def test_vcrpy_records_and_replays(server, url, tmp_path):
     recorder = vcr.VCR(match_on=["method", "path"])
     cassette = str(tmp_path / "cassette.yaml")
 
-    def lookups():
-        with tinkex.RestClient(url) as rest:
-            return rest.get_session("s0").training_run_ids
+    def losses():
+        with tinkex.ServiceClient(url) as service:
+            training = service.create_lora_training_client("tiny")
+            loss = training.forward_backward([datum(1, 2)], "cross_entropy").result(20).loss
+            training.optim_step(ADAM).result(20)
+            return loss
 
-    server.stored["GET", "sessions/s0"] = (200, {"training_run_ids": ["r1"]})
     with recorder.use_cassette(cassette, record_mode="once"):
-        assert ["r1"] == lookups()
+        recorded = losses()
     asked = len(server.requests)
     with recorder.use_cassette(cassette, record_mode="none") as replayed:
-        assert ["r1"] == lookups()
+        assert recorded == losses()
 
     assert asked == len(server.requests) == replayed.play_count
+    assert http_adapter.quick_path_works(), "again, after the cassette"
 
 
 def test_responses_intercepts(monkeypatch):
@@ -326,14 +329,14 @@ def test_connections_of_other_classes_take_the_usual_way(url, monkeypatch):
     class Recorded(urllib3.connection.HTTPConnection):
         """As a mock would do it: a subclass, in a module of its own."""
 
-    monkeypatch.setattr(urllib3.HTTPConnectionPool, "ConnectionCls", Recorded)
-    taken = []
-    monkeypatch.setattr(http_adapter, "_write", lambda *args: taken.append(args))
+    with requests.Session() as session:
+        session.mount("http://", KeptConnections())  # made before the mock is there
+        monkeypatch.setattr(urllib3.HTTPConnectionPool, "ConnectionCls", Recorded)
+        taken = []
+        monkeypatch.setattr(http_adapter, "_write", lambda *args: taken.append(args))
 
-    with tinkex.ServiceClient(url) as service:
-        assert "ok" == service.health().status
-
-    assert [] == taken
+        assert 200 == session.get(f"{url}/api/v1/healthz").status_code
+        assert [] == taken
 
 
 def test_no_pool_warns_of_discarded_connections(url, caplog):

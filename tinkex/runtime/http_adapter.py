@@ -33,7 +33,7 @@ SMALL = 1 << 16
 #: Largest Content-Length that is read in one piece, in bytes.
 LONGEST = 1 << 30
 
-#: What may not be in a request's target: it would end it, or begin another line.
+#: Characters that may not be in a request's target: they would end it or start another line.
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
 #: Where a header continues on the next line.
 _FOLDED = re.compile(r"\r?\n[ \t]+")
@@ -143,7 +143,8 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
         return conn
 
     def _put_conn(self, conn: Any) -> None:
-        _in_use.discard(conn)
+        if conn is not None:  # urllib3 puts None for a connection that it has dropped
+            _in_use.discard(conn)
         super()._put_conn(conn)
 
 
@@ -180,7 +181,7 @@ class _Pool(_InterruptiblePool):
             conn.close()
             raise urllib3.exceptions.ProtocolError("Connection aborted.", exc) from exc
         except BaseException:
-            conn.close()  # what is still under way must not be the answer to the next request
+            conn.close()  # its late answer must not be taken for the answer to the next request
             raise
         if isinstance(answer, Reply):
             self._put_conn(conn)  # the others come back when they have been read
@@ -209,7 +210,7 @@ class _Pool(_InterruptiblePool):
         return None
 
     def _head(self, method: str, url: str, headers: Mapping[str, str]) -> bytes:
-        """A request up to its body; nothing if it is not one for the quick path."""
+        """A request up to its body; empty if it cannot take the quick path."""
         if method == "HEAD" or _UNSAFE.search(url) or "Host" in headers:
             return b""
         port = "" if self.port in (None, 80 if self.scheme == "http" else 443) else f":{self.port}"
@@ -236,7 +237,7 @@ class _Pool(_InterruptiblePool):
     def _read_other(
         self, conn: Any, reader: BinaryIO, method: str, url: str
     ) -> urllib3.HTTPResponse:
-        """An answer that is not plain, as http.client reads it; nothing of it is taken yet."""
+        """An answer that http.client must read; none of it has been consumed."""
         answer = http.client.HTTPResponse(_Opened(reader), method=method)  # type: ignore[arg-type]
         answer.begin()
         if answer.will_close:
@@ -265,7 +266,7 @@ class _PoolTLS(_Pool, urllib3.HTTPSConnectionPool):
 
 @attrs.frozen
 class _Opened:
-    """Stands for the socket where http.client wants to open its reader."""
+    """A socket for http.client, whose reader is already open."""
 
     reader: BinaryIO
 
@@ -297,12 +298,19 @@ def _state(adapter: Any) -> dict[str, Any]:
     return {**state, "max_retries": getattr(retries, "total", retries)}
 
 
-@functools.cache
 def quick_path_works() -> bool:
-    """Self-test: True if the private names used here still do what they did.
+    """True if the private names used here still do what they did, by a self-test.
 
-    Makes one exchange over a pair of sockets in this process.
+    False while a mock (vcrpy) has put its own connection class in place of urllib3's.
     """
+    connection_class = urllib3.HTTPConnectionPool.ConnectionCls
+    is_mocked = connection_class.__module__ != "urllib3.connection"
+    return not is_mocked and _self_test()
+
+
+@functools.cache
+def _self_test() -> bool:
+    """Make one exchange over a pair of sockets in this process."""
     ours, theirs = socket.socketpair()
     pool = _Pool("localhost", 80)
     try:
@@ -353,8 +361,8 @@ def _write(sock: Any, head: bytes, body: bytes) -> None:
 
 
 def _read_plain(reader: Any) -> Reply | None:
-    """A final answer of known length whose head came in one piece; None, and nothing is taken, if
-    it is another."""
+    """A final answer of known length whose head came in one piece; None, with nothing consumed,
+    for any other answer."""
     start = reader.peek(1)
     end = start.find(b"\r\n\r\n")
     if end < 0 or start[:9] != b"HTTP/1.1 ":

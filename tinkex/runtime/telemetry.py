@@ -1,7 +1,7 @@
-"""Telling the service how a session goes: opt-in (TINKER_TELEMETRY=1), never in anybody's way.
+"""Sends usage events of a session to the service; opt-in (TINKER_TELEMETRY=1).
 
 Events wait in a bounded queue, a daemon thread sends them in batches, and what cannot be sent is
-dropped. Knows nothing of the operations; holds no user data but error texts that it is given.
+dropped. Does not know about operations. Events hold no user data, except error texts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Reporter:
         self._thread.start()
 
     def log(self, event: str, severity: str = "INFO", **fields: Any) -> bool:
-        """Queue one event; whether there was room for it."""
+        """Queue one event. Returns False if the queue is full and the event is dropped."""
         with self._lock:
             if len(self._events) >= QUEUE_LIMIT:
                 self._dropped += 1
@@ -71,11 +71,11 @@ class Reporter:
         return True
 
     def log_event(self, name: str, data: dict[str, Any], severity: str = "INFO") -> bool:
-        """Queue an event of a name of your own."""
+        """Queue an event with your own name and data."""
         return self.log("GENERIC_EVENT", severity, event_name=name, event_data=data)
 
     def log_exception(self, exc: BaseException, severity: str = "ERROR") -> bool:
-        """Queue an exception, with its own traceback."""
+        """Queue an exception with its traceback."""
         return self.log(
             "UNHANDLED_EXCEPTION",
             severity,
@@ -85,7 +85,7 @@ class Reporter:
         )
 
     def flush(self) -> None:
-        """Send what is queued, from this thread; what cannot be sent is dropped."""
+        """Send what is queued, on this thread; what cannot be sent is dropped."""
         while True:
             with self._lock:
                 batch = [self._events.popleft() for _ in range(min(BATCH, len(self._events)))]
@@ -128,10 +128,10 @@ class Reporter:
             )
             return True
         except errors.TinkexError as exc:
-            logger.debug("%d telemetry events are lost: %s", len(batch), exc)
+            logger.debug("%d telemetry events were dropped: %s", len(batch), exc)
             return False
 
 
 def start(transport: Transport, session_id: str) -> Reporter | None:
-    """The reporter of a session, or None where telemetry was not asked for."""
+    """The reporter of a session, or None if telemetry is off."""
     return Reporter(transport, session_id) if transport.config.telemetry else None

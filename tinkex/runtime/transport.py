@@ -85,13 +85,13 @@ class Transport:
             for name, value in config.default_headers.items()
             if any(word in name.lower() for word in SECRET_HEADERS)
         ]
-        #: Gives the key to send; replaced where a server wants keys exchanged for tokens.
+        #: Returns the key to send; replaced where a server exchanges keys for tokens.
         self.get_key: Callable[[], str] = lambda: config.api_key
-        #: Called once when a token is refused as invalid; True asks for the request to be replayed.
+        #: Called when a token is refused as invalid; if it returns True, the request is sent again.
         self.refresh_key: Callable[[], bool] = lambda: False
-        #: What to say of a server that is known to be gone for good; None while it may answer.
+        #: Returns why the server will not answer again, or None while it may.
         self.obituary: Callable[[], str | None] = lambda: None
-        #: Whether this server was ever heard of; before, failures are told at once.
+        #: True after the first answer; before that, a request gives up within seconds.
         self.established = False
 
     def url(self, path: str, **parameters: str) -> str:
@@ -109,7 +109,7 @@ class Transport:
         timeout: float | None = None,
         **parameters: str,
     ) -> T:
-        """Send *request* to an endpoint that answers at once, and return its typed answer."""
+        """Send *request* to an endpoint that answers at once, and return the decoded result."""
         return self.send(
             endpoint.method,
             self.url(endpoint.path, **parameters),
@@ -136,11 +136,11 @@ class Transport:
             ) from exc
 
     def structure_result(self, operation: wire.Operation[T], payload: Any, url: str) -> T:
-        """Decoded JSON as the result of *operation*. APIResponseValidationError if it is none."""
+        """Decoded JSON as the result of *operation*. APIResponseValidationError if it is not."""
         if isinstance(payload, dict) and not wire.resembles(operation.result, payload):
             raise errors.APIResponseValidationError(
-                f"{url} answered with {one_line(payload)}, in which there is nothing of a "
-                f"{operation.result.__name__}. Is a proxy between?",
+                f"{url} answered with {one_line(payload)}, which has no field of "
+                f"{operation.result.__name__}; did a proxy answer instead of the server?",
                 url=url,
             )
         return self.structure(operation.result, payload, url)
@@ -159,18 +159,19 @@ class Transport:
         parse: Callable[[Answer], R],
         wait: Wait | None = None,
     ) -> R:
-        """Send one request, again where that may help, and return what its answer parses to.
+        """Send one request, with retries, and return its parsed answer.
 
         Args:
-            timeout: seconds for the answer to begin.
-            retry: the policy; None is patient with a server that was heard of before, and gives
-                up within `patience.first_contact` on one that was not.
-            accept: error statuses that are answers, too, rather than errors.
-            parse: makes the result of the answer; a retryable APIError it raises is tried again.
-            wait: is told of failures; None begins one of its own.
+            timeout: seconds until the answer begins.
+            retry: when to send it again; None keeps trying for `patience.no_answer`, or for
+                `patience.first_contact` if the server has never answered.
+            accept: error statuses that count as answers.
+            parse: converts the answer; if it raises a retryable APIError, the request is sent
+                again.
+            wait: notes failures; by default a new one.
 
         Raises:
-            APIError: Its subclasses tell what went wrong; the message has the URL.
+            APIError: A subclass for what went wrong; the message has the URL.
         """
         if query:
             given = {k: v for k, v in query.items() if v is not None}
@@ -323,7 +324,7 @@ class Transport:
         raise status_error(without_secrets(answer, self._secrets()), method)
 
     def is_ours(self, url: str) -> bool:
-        """Whether *url* is on the server that the key is for."""
+        """True if *url* is on the server that the key is for."""
         ours, other = urlsplit(self.config.base_url), urlsplit(url)
         return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
 
@@ -332,19 +333,19 @@ class Transport:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Close the idle connections and try nothing again; those in use close as they end."""
+        """Close idle connections and stop retrying; connections in use close when they are done."""
         self._closed.set()
         self._http.close()
         self.waits.close()
 
 
-#: Names each request: a random part for the process and a count, which costs less than a uuid each.
+#: Identify each request: random per process, and a count; cheaper than a uuid for each.
 _PROCESS = uuid.uuid4().hex
 _REQUESTS = itertools.count()
 
 
 def _another_process() -> None:
-    """A forked child counts on from the same number: its keys must not be its parent's."""
+    """A forked child continues the count: its keys must differ from its parent's."""
     global _PROCESS
     _PROCESS = uuid.uuid4().hex
 

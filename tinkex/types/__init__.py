@@ -1,7 +1,7 @@
 """Everything that travels between a client and a training server.
 
-Frozen attrs classes over numpy arrays, grouped by subject. They hold data and check it when they
-are made; they never send it. Imports nothing of tinkex.
+Frozen attrs classes over numpy arrays, grouped by subject. They check their data when they are
+made. Imports no other part of tinkex.
 """
 
 from tinkex.types.checks import as_params, check_metadata, check_name, check_ttl

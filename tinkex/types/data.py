@@ -53,7 +53,7 @@ def to_array(value: ArrayLike) -> np.ndarray:
 
 
 def _own(made: np.ndarray, array: np.ndarray, value: ArrayLike) -> np.ndarray:
-    """*made* of *array* of *value*; a copy, if its giver could still change it under our hands."""
+    """*made* (from *array*, from *value*); a copy if the caller could still change its memory."""
     lent = isinstance(value, np.ndarray) or hasattr(value, "detach")
     if lent and array.flags.writeable and np.may_share_memory(made, array):
         made = made.copy()
@@ -249,7 +249,7 @@ class ModelInput:
             if not isinstance(chunk, EncodedTextChunk):
                 raise ValueError(
                     f"chunk {i} is an {type(chunk).__name__}, which has no token ids; only "
-                    "text can be used here, so leave it out."
+                    "text can be used here, so omit it."
                 )
             parts.append(chunk.tokens)
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
@@ -395,7 +395,7 @@ class TensorData:
         return dense
 
     def to_torch(self) -> Any:
-        """The array as a torch tensor of its own (torch must be installed)."""
+        """The array as a new torch tensor (torch must be installed)."""
         import torch  # only here: the SDK works without it
 
         return torch.from_numpy(self.to_numpy().copy())
@@ -432,7 +432,7 @@ def as_tensor(name: str, value: ArrayLike) -> TensorData:
     """A loss input as it travels; *name* says its dtype.
 
     Raises:
-        ValueError: For a plain list under a name whose dtype nobody knows.
+        ValueError: For a plain list under an unknown name, whose dtype is not defined.
         TypeError: If the numbers are of the wrong kind.
     """
     if isinstance(value, TensorData):

@@ -121,7 +121,7 @@ def check_data(data: Sequence[Datum], loss_fn: str, only: Sequence[str] | None =
         only: names of the loss inputs to look at; None is all.
 
     Raises:
-        ValueError: Naming the datum, the input, the value and the mend.
+        ValueError: Naming the datum, the input, the value and the fix.
         TypeError: If *data* is not a sequence of Datum.
     """
     if isinstance(data, Datum):

@@ -18,7 +18,7 @@ from tinkex.types.data import MAX_TOKEN_ID, ModelInput, TensorData, as_tokens, t
 StopReason = Literal["stop", "length"]
 Stop = Union[str, Sequence[str], Sequence[int], None]
 
-#: Top-k cells that hold nothing carry this log-probability.
+#: Log-probability in the empty cells of a top-k table.
 ABSENT_LOGPROB = -99999.0
 
 
@@ -60,7 +60,7 @@ class SamplingParams:
         max_tokens: most tokens to generate; None is as many as the model's context takes.
         seed: same seed and same request, same tokens; None is random.
         stop: one string, several strings or several token ids that end a sequence. None: the
-            model's end-of-text token does; []: nothing does.
+            model's end-of-text token; []: none.
         temperature: 1 is the model's own distribution, 0 always takes the likeliest token.
         top_k: sample among the k likeliest only; -1 is all.
         top_p: sample among the likeliest tokens that together have this probability; 1 is all.
@@ -159,7 +159,7 @@ class TopkLogprobs:
 
     Attributes:
         token_ids: (L, k) int32.
-        logprobs: (L, k) float32, in nats; a cell that holds nothing is `ABSENT_LOGPROB`.
+        logprobs: (L, k) float32, in nats; `ABSENT_LOGPROB` in empty cells.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -253,14 +253,14 @@ class SampledSequence:
 
 @attrs.frozen(eq=False)
 class SampleResponse:
-    """What sample resolves to.
+    """The result of `sample`.
 
     Attributes:
         sequences: one for each of num_samples.
         prompt_logprobs_np: (N,) float32, NaN where not computed (the first always), or None.
         topk_prompt_logprobs_np: (N, k), or None.
         target_prompt_logprobs: (N - 1, K) float32, or None.
-        prompt_cache_hit_tokens: how much of the prompt the server did not have to compute.
+        prompt_cache_hit_tokens: tokens of the prompt that the server took from its cache.
     """
 
     sequences: list[SampledSequence]

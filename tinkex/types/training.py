@@ -136,7 +136,7 @@ class UnloadModelResponse:
 
 @attrs.frozen
 class ForwardBackwardRequest:
-    """One batch: compute the loss, and unless *forward_only* add its gradients to the model's."""
+    """One batch: compute the loss and, unless *forward_only*, add its gradients to the model's."""
 
     model_id: str
     seq_id: int
@@ -148,7 +148,7 @@ class ForwardBackwardRequest:
 
 @attrs.frozen
 class ForwardBackwardOutput:
-    """What forward and forward_backward resolve to.
+    """The result of `forward` and `forward_backward`.
 
     Attributes:
         loss_fn_outputs: for each datum, arrays by name; "logprobs" is float32 in the shape of the
@@ -190,7 +190,7 @@ class OptimStepRequest:
 
 @attrs.frozen
 class OptimStepResponse:
-    """What optim_step resolves to.
+    """The result of `optim_step`.
 
     Attributes:
         metrics: what the server measured. "no_gradient" is 1.0 if there was no gradient to apply
@@ -271,7 +271,7 @@ class WeightsInfoRequest:
 
 @attrs.frozen
 class WeightsInfoResponse:
-    """What a checkpoint is of."""
+    """The model that a checkpoint belongs to."""
 
     base_model: str
     is_lora: bool = True
