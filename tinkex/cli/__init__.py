@@ -22,6 +22,7 @@ from tinkex.cli import (
     doctor,
     formatting,
     home,
+    model,
     run,
     sample,
     serve,
@@ -78,6 +79,7 @@ for _command in (
     run.run,
     checkpoint.checkpoint,
     session.session,
+    model.model,
     doctor.doctor,
     home.home,
 ):

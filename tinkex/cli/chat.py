@@ -19,6 +19,7 @@ import attrs
 import click
 
 from tinkex.cli import answers
+from tinkex.cli.model import fetched
 from tinkex.cli.options import server_options
 from tinkex.cli.sample import what_to_sample
 
@@ -72,6 +73,7 @@ def chat(
 
     model = model or ("run" if Path("run", "state.json").is_file() else "tiny")
     base_model, model_path = what_to_sample(model)
+    fetched(base_model or "", base_url, api_key)
     with ServiceClient(base_url=base_url, api_key=api_key) as service:
         sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
         tokenizer = sampler.get_tokenizer()

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from tinkex.cli import answers, formatting
+from tinkex.cli.model import fetched
 from tinkex.cli.options import server_options
 from tinkex.cli.train import progress_of
 
@@ -105,6 +106,7 @@ def sample(
     text = _read_prompt(prompt, prompt_file) if is_asked else ""
     with ServiceClient(base_url=base_url, api_key=api_key) as service:
         base_model, model_path = what_to_sample(model)
+        fetched(base_model or "", base_url, api_key)
         sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
         tokenizer = sampler.get_tokenizer()
         renderer = Renderer(tokenizer)

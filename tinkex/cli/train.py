@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from tinkex.cli import formatting
+from tinkex.cli.model import fetched
 from tinkex.cli.options import data_options, is_quiet, server_options
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
@@ -24,7 +25,10 @@ if TYPE_CHECKING:  # only annotations need these: --help must not import numpy a
 
 @click.command()
 @click.argument("data", nargs=-1)
-@click.option("--base-model", help="tiny (built in), a model directory, or a Hugging Face id.")
+@click.option(
+    "--base-model",
+    help="smollm2 (fetched once), tiny (built in), a model directory, a GGUF file, or a hub id.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
@@ -181,7 +185,7 @@ def train(
         if state.is_finished:
             click.echo(f"The run in {output} is already finished.", err=True)
             return 0
-    tokenizer = _tokenizer(wanted.base_model)
+    tokenizer = _tokenizer(fetched(wanted.base_model, base_url, api_key))
     report = progress.Progress(quiet=is_quiet())
     with progress.CtrlC() as ctrl_c:
         try:
@@ -219,8 +223,11 @@ def _tokenizer(base_model: str) -> Any:
     """The tokenizer, to check the data before the model is loaded; None if only the server has
     it."""
     from tinkex import errors
+    from tinkex.engine import registry
     from tinkex.text import tokenizer
 
+    if base_model in registry.KNOWN:  # a name of ours, and of nothing on the hub
+        return None
     try:
         return tokenizer.load(tokenizer.tokenizer_id(base_model))
     except errors.TinkexError:

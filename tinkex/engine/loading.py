@@ -14,12 +14,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from tinkex.engine import gguf, tiny
+from tinkex.engine import fetch, gguf, registry, tiny
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
 from tinkex.text import gguf as gguf_file
 
-#: model_type in config.json of the architectures whose layers `model` computes.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = registry.ARCHITECTURES
 
 #: Kinds of position embedding whose angles do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -49,7 +48,7 @@ class Loaded:
 
 
 def load(name: str, device: torch.device) -> Loaded:
-    """Load *name*: "tiny", a local directory or a hub id.
+    """Load *name*: "tiny", a known name, a local directory, a GGUF file or a hub id.
 
     Raises:
         ValueError: If there is no such model, or it is not one of `ARCHITECTURES`.
@@ -58,7 +57,7 @@ def load(name: str, device: torch.device) -> Loaded:
         return _load_tiny(device)
     if gguf_file.is_gguf(name):
         return _load_gguf(name, device)
-    source = _check_source(name)
+    source = _check_source(str(fetch.ensure(name)) if name in registry.KNOWN else name)
     return _load_hf(name, source, device)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from tinkex.data import datums
+from tinkex.text import gguf
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -107,8 +108,8 @@ FREE = {"eval_every", "save_every"}
 
 def resolve_base_model(name: str) -> str:
     """
-    The absolute path if *name* is a folder here, otherwise the name.
+    The absolute path if *name* is a folder or a GGUF file here, otherwise the name.
 
     A relative path would mean another model, or none, from another working directory.
     """
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if Path(name).is_dir() or gguf.is_gguf(name) else name

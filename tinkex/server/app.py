@@ -349,6 +349,8 @@ def main(
     os.umask(0o077)  # files 0600, folders 0700: training data and weights are nobody else's
     sys.setswitchinterval(0.001)  # the event loop waits this long for a busy compute thread
     made_up = _made_up_key(host, api_keys)
+    if home is not None:  # the engine keeps the models that it fetches there
+        os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
     try:
         server = LocalServer(
             home or Path(os.environ.get(HOME_VARIABLE) or "~/.tinkex"),

