@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tinkex.cli import demo
@@ -119,6 +120,40 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(tinkex, undisturbed, how):
     assert rows(undisturbed[0]) == rows(folder)
     name = "adapter/adapter_model.safetensors"
     assert (undisturbed[0] / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_engine_that_dies_is_started_again_and_the_run_resumed(tinkex, undisturbed):
+    """Killed or out of memory: nobody has to be there. The run ends in the same bits."""
+    process = tinkex(*TRAIN, "--output", "died")
+    wait_for_step(process, tinkex.folder / "died", 9)
+    [engine] = [
+        child for child in psutil.Process(process.pid).children() if "serve" in child.cmdline()
+    ]
+    engine.kill()
+    status, _, err = finish(process)
+
+    assert 0 == status, err
+    assert "has died (status -9)" in err
+    assert "Starting it again and resuming after step 8 (1 of 3)." in err
+    assert rows(undisturbed[0]) == rows(tinkex.folder / "died")
+    name = "adapter/adapter_model.safetensors"
+    assert (undisturbed[0] / name).read_bytes() == (tinkex.folder / "died" / name).read_bytes()
+
+
+def test_a_folder_is_one_process_s_at_a_time(tinkex):
+    """Two that resume one run would both write its metrics, and report each other's checkpoints."""
+    folder = tinkex.folder / "shared"
+    process = tinkex(*TRAIN, "--output", "shared")
+    wait_for_step(process, folder, 2)
+    status, _, err = finish(tinkex("train", "--resume", "--output", "shared"))
+
+    assert 1 == status
+    assert f"is in use by process {process.pid} on " in err
+    process.kill()  # which leaves the file behind, but not the lock
+    finish(process)
+    assert (folder / "lock").exists()
+    status, _, err = finish(tinkex("train", "--resume", "--output", "shared", "--max-steps", "9"))
+    assert "in use" not in err
 
 
 def test_a_finished_run_can_be_asked(tinkex, undisturbed):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # only annotations need these: --help must not import numpy a
     from tinkex.data import files
     from tinkex.recipes import run_folder, settings, supervised
 
+#: How often a run starts the embedded engine again after that has died.
+RESTARTS = 3
+
 
 @click.command()
 @click.argument("data", nargs=-1)
@@ -159,6 +162,25 @@ def train(
     Ctrl-C (or SIGTERM) saves a checkpoint. --resume --output FOLDER continues from it and ends with
     the same weights as an uninterrupted run. With --resume, omitted options keep their values.
     """
+    from tinkex.recipes import run_folder
+
+    if resume and not output.exists():
+        _check_folder(output, None, resume)
+    with run_folder.locked(output):
+        return _train(context, data, eval_data, output, resume, base_url, api_key, given)
+
+
+def _train(
+    context: click.Context,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    output: Path,
+    resume: bool,
+    base_url: str | None,
+    api_key: str | None,
+    given: dict[str, Any],
+) -> int:
+    """The command, when no other process uses the folder."""
     from tinkex import ServiceClient, errors
     from tinkex.cli import progress
     from tinkex.recipes import run_folder, settings, supervised
@@ -187,23 +209,39 @@ def train(
             return 0
     tokenizer = _tokenizer(fetched(wanted.base_model, base_url, api_key))
     report = progress.Progress(quiet=is_quiet())
+    restarts = 0
     with progress.CtrlC() as ctrl_c:
-        try:
-            with ServiceClient(base_url=base_url, api_key=api_key) as service:
-                outcome = supervised.run(
-                    service,
-                    file,
-                    wanted,
-                    output,
-                    report,
-                    state,
-                    ctrl_c.deferred,
-                    eval_data=held_out,
-                    tokenizer=tokenizer,
+        while True:
+            began = False
+            try:
+                with ServiceClient(base_url=base_url, api_key=api_key) as service:
+                    began = True
+                    outcome = supervised.run(
+                        service,
+                        file,
+                        wanted,
+                        output,
+                        report,
+                        state,
+                        ctrl_c.deferred,
+                        eval_data=held_out,
+                        tokenizer=tokenizer,
+                    )
+                break
+            except errors.EngineError as exc:
+                if not began or restarts == RESTARTS:
+                    _print_resume_command(output)
+                    raise
+                restarts += 1
+                state = run_folder.load_state(output)
+                step = 0 if state is None else state.step
+                report.say(
+                    f"{exc} Starting it again and resuming after step {step} "
+                    f"({restarts} of {RESTARTS})."
                 )
-        except (errors.TinkexError, KeyboardInterrupt):
-            _print_resume_command(output)
-            raise
+            except (errors.TinkexError, KeyboardInterrupt):
+                _print_resume_command(output)
+                raise
     if outcome.adapter is None:
         _print_resume_command(output)
         return ctrl_c.status

@@ -2,14 +2,19 @@
 
 metrics.jsonl       one object a step, from step 0, the evaluation before training
 state.json          the settings, and the last checkpoint (replaced as a whole)
+lock                exists while a process works on the run: its host and process id
 rendered-*.npz      the data as tokens, so that resuming does not render it again
 adapter/            at the end: adapter_config.json and adapter_model.safetensors, as PEFT has them
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -52,6 +57,55 @@ class State:
     @property
     def is_finished(self) -> bool:
         return self.sampler_path is not None
+
+
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """
+    Use *folder* for a run, alone. It is made if it is not there.
+
+    The lock ends with the process, however that ends, so a stale one is no obstacle.
+
+    Raises:
+        ValueError: If another process is using the folder; names it.
+        OSError: If the folder cannot be made or written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _open_locked(folder / LOCK)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(folder / LOCK)
+            folder.rmdir()  # if nothing else was written to it
+        file.close()
+
+
+def _open_locked(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{path.parent} is in use by {holder}; wait until that has ended, or use another "
+                "--output."
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            # Whoever held it before has removed the file if that is another one by now.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def load_state(folder: Path) -> State | None:
