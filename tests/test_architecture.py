@@ -22,9 +22,9 @@ FLOORS = [
     "runtime/interpreter_exit runtime/queue_state runtime/wait_log runtime/tracing "
     "runtime/log_setup",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "
-    "runtime/pending runtime/rate_limit runtime/responses data/ cli/options",
+    "runtime/pending runtime/responses data/ cli/options",
     "runtime/retry runtime/http_session",
-    "runtime/transport",
+    "runtime/transport runtime/rate_limit",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
     "runtime/session",
     "runtime/sample_watch runtime/model_queue runtime/new_model checkpoints/download",

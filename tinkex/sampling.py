@@ -19,6 +19,7 @@ from typing import Any, Union
 import attrs
 import numpy as np
 import requests
+import tenacity
 
 from tinkex import errors, types, wire
 from tinkex.config import Config
@@ -522,6 +523,7 @@ class _Sample:
         self._poll_timeout = poll_timeout
         self._lost = 0
         self._give_up_at = math.inf
+        self._pause = 0.0  # after the last 429, in seconds
 
     def take_place(self) -> None:
         """Start, and make room for another at the end."""
@@ -553,24 +555,32 @@ class _Sample:
         if client._retry is not None and client._retry.budget is not None:
             self._give_up_at = client._session.transport.waits.now() + client._retry.budget
         with client._session.transport.waits.begin(f"the server to take {inner.what}") as wait:
-            while not self._sent(inner, wait):
-                pass
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(errors.RateLimitError),
+                stop=self._has_given_up,
+                wait=self._note_rate_limit,
+                sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
+                before_sleep=lambda state: wait.failed_once(state.outcome.exception()),  # type: ignore[union-attr]
+                reraise=True,
+            )
+            retrying(self._send, inner, wait)
 
-    def _sent(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> bool:
-        """Submit when there is room; False after a 429."""
+    def _send(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
+        """Submit when there is room. RateLimitError if the server answers 429."""
         client = self._client
         with client._pace.admitted(self._nbytes, client._is_closed):
             client._check_not_closed()
-            try:
-                self._start(inner, wait)
-            except errors.RateLimitError as exc:
-                pause = client._pace.throttled(self._nbytes, exc.retry_after)
-                wait.failed_once(exc)
-                if client._session.transport.waits.now() + pause >= self._give_up_at:
-                    raise
-                return False
+            self._start(inner, wait)
         client._pace.succeeded()
-        return True
+
+    def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
+        exc = state.outcome.exception() if state.outcome else None
+        self._pause = self._client._pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
+        return self._pause
+
+    def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
+        now = self._client._session.transport.waits.now()
+        return now + self._pause >= self._give_up_at
 
     def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
         session = self._client._session

@@ -18,20 +18,18 @@ from pathlib import Path
 
 import attrs
 import requests
+import tenacity
 
 from tinkex import errors, types, wire
 from tinkex.checkpoints.archive import unpack
 from tinkex.runtime.responses import Answer, connection_error
-from tinkex.runtime.retry import Retry
+from tinkex.runtime.retry import CUT, CUT_TRIES, PACKING, Retry, seconds
 from tinkex.runtime.session import Connection, is_missing_route, not_offered
 
 logger = logging.getLogger("tinkex")
 
 Progress = Callable[[int, "int | None"], None]
 
-PACKING_TRIES = 6
-PACKING_PAUSE = 30.0  # seconds
-CUT_TRIES = 8  # broken connections in a row without progress
 BLOCK = 1 << 16  # bytes; after a broken connection at most this many are fetched twice
 
 
@@ -45,19 +43,27 @@ def archive_url(
     Args:
         on_wait: called before each pause with its length in seconds.
     """
-    for attempt in range(PACKING_TRIES):
-        try:
-            return _ask_for_url(connection, path)
-        except errors.APIStatusError as exc:
-            if is_missing_route(exc):
-                return _ask_without_segment(connection, path, exc)
-            if exc.status != 503 or attempt == PACKING_TRIES - 1:
-                raise
-            logger.warning("the server is still packing %s; next attempt in 30 s", path.tinker_path)
-            if on_wait is not None:
-                on_wait(PACKING_PAUSE)
-            connection.transport.sleep(PACKING_PAUSE)
-    raise errors.DownloadError(f"the server did not finish packing {path.tinker_path}.")
+
+    def note(state: tenacity.RetryCallState) -> None:
+        pause = state.upcoming_sleep
+        logger.warning(
+            "the server is still packing %s; next attempt in %.0f s", path.tinker_path, pause
+        )
+        if on_wait is not None:
+            on_wait(pause)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda exc: getattr(exc, "status", 0) == 503),
+        before_sleep=note,
+        sleep=connection.transport.sleep,  # type: ignore[arg-type]
+        **PACKING,
+    )
+    try:
+        return retrying(_ask_for_url, connection, path)
+    except errors.APIStatusError as exc:
+        if is_missing_route(exc):
+            return _ask_without_segment(connection, path, exc)
+        raise
 
 
 def _ask_without_segment(
@@ -163,30 +169,35 @@ def fetch(
     target: Path,
     progress: Progress | None,
 ) -> None:
-    """Stream the archive to *target*; a broken connection is resumed at the next byte."""
+    """Stream the archive to *target*, continuing where a broken connection left it.
+
+    Raises:
+        DownloadError: If the connection breaks time after time without progress, or what came is
+            not what the server announced.
+    """
     url = archive_url(connection, path).url
-    cuts, state = 0, _Download(target, progress)
-    while True:
-        before = state.size
-        try:
-            state.fetch_rest(connection, url)
-            break
-        except errors.APIConnectionError as exc:
-            cuts = 0 if state.size > before else cuts + 1
-            if cuts >= CUT_TRIES:
-                raise errors.DownloadError(
-                    f"the download of {path.tinker_path} broke off after {state.size} bytes, "
-                    f"{CUT_TRIES} times in a row: {exc}"
-                ) from exc
-            connection.transport.sleep(min(0.1 * 2**cuts, 5.0))
-        except errors.APIStatusError as exc:
-            if exc.status not in (403, 410, 416, 503) or cuts >= CUT_TRIES:
-                raise
-            cuts += 1
-            if exc.status == 416:  # the archive has changed
-                state.size = 0
-            connection.transport.sleep(min(0.1 * 2**cuts, 5.0))
+    state = _Download(target, progress)
+
+    def attempt() -> None:
+        nonlocal url
+        if state.is_refused:
             url = archive_url(connection, path).url  # the URL has expired
+        state.fetch_rest(connection, url)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(state.may_help),
+        stop=lambda _: state.cuts >= CUT_TRIES,
+        wait=lambda _: seconds(CUT, max(state.cuts, 1)),
+        sleep=connection.transport.sleep,  # type: ignore[arg-type]
+        reraise=True,
+    )
+    try:
+        retrying(attempt)
+    except errors.APIConnectionError as exc:
+        raise errors.DownloadError(
+            f"the download of {path.tinker_path} broke off after {state.size} bytes, "
+            f"{CUT_TRIES} times in a row: {exc}"
+        ) from exc
     state.check(path.tinker_path)
 
 
@@ -199,9 +210,28 @@ class _Download:
         self._total: int | None = None
         self._sha256 = ""
         self._etag = ""
+        self._size_before = 0
         self.size = 0
+        self.cuts = 0  # failures in a row without progress
+        self.is_refused = False  # the last failure was an error status
+
+    def may_help(self, exc: BaseException) -> bool:
+        """Note a failure. Returns True if another try may help."""
+        status = exc.status if isinstance(exc, errors.APIStatusError) else None
+        if status not in (None, 403, 410, 416, 503) or not isinstance(exc, errors.APIError):
+            return False
+        self.is_refused = status is not None
+        if not self.is_refused and self.size > self._size_before:
+            self.cuts = 0
+        else:
+            self.cuts += 1
+        if status == 416:  # the archive has changed
+            self.size = 0
+        return self.is_refused or isinstance(exc, errors.APIConnectionError)
 
     def fetch_rest(self, connection: Connection, url: str) -> None:
+        """Fetch what is missing from *url*."""
+        self._size_before, self.is_refused = self.size, False
         headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
         if self.size:
             headers["Range"] = f"bytes={self.size}-"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import threading
 import time
 from collections import Counter, deque
@@ -25,7 +24,16 @@ from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.queue_state import queue_state, tell
 from tinkex.runtime.responses import Answer, error_detail
-from tinkex.runtime.retry import FEW_TRIES, ONCE
+from tinkex.runtime.retry import (
+    FEW_TRIES,
+    LOST,
+    NOT_YET,
+    ONCE,
+    PAUSED,
+    POLL_FAILED,
+    Backoff,
+    seconds,
+)
 from tinkex.runtime.transport import Transport
 from tinkex.runtime.wait_log import Wait
 
@@ -350,12 +358,13 @@ class Poller:
             promise.pauses = 0
             return 0.0
         paused = promise.queue_state[0] in ("paused_rate_limit", "paused_capacity")
-        return self._backoff(promise, 1.0 if paused else 0.02, 1.0 if paused else 2.0)
+        return self._backoff(promise, PAUSED if paused else NOT_YET)
 
-    def _backoff(self, promise: Promise[Any], first: float, longest: float) -> float:
-        step = min(first * 2 ** min(promise.pauses, 20), longest)
+    def _backoff(
+        self, promise: Promise[Any], wait: Backoff, exc: BaseException | None = None
+    ) -> float:
         promise.pauses += 1
-        return self._clipped(promise, step * random.uniform(0.75, 1.0))
+        return self._clipped(promise, seconds(wait, promise.pauses, exc))
 
     def _clipped(self, promise: Promise[Any], pause: float) -> float:
         """No pause goes beyond the deadline."""
@@ -404,8 +413,7 @@ class Poller:
             promise.failing_since, promise.pauses = now, 0
         if promise.wait is not None:
             promise.wait.failed_once(exc)
-        asked = getattr(exc, "retry_after", None)
-        pause = self._clipped(promise, asked) if asked else self._backoff(promise, 0.1, 10.0)
+        pause = self._backoff(promise, POLL_FAILED, exc)
         if now + pause - promise.failing_since >= self._transport.config.patience.no_answer:
             return exc
         return NotYet(pause)
@@ -446,7 +454,7 @@ class Poller:
         self._release(promise)
         promise.request_id = promise.resubmit()
         promise.metadata_only = True
-        return NotYet(self._backoff(promise, 0.05, 1.0))
+        return NotYet(self._backoff(promise, LOST))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
         if promise.deadline is None or self._clock() < promise.deadline:

@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import tenacity
+
 from tinkex.config import SamplingLimits
+from tinkex.runtime.retry import seconds
 
 #: A prompt of more bytes than this costs a longer pause after a 429.
 LARGE_PROMPT = 128 * 1024
@@ -60,9 +63,8 @@ class Pace:
 
     def throttled(self, nbytes: int, retry_after: float | None) -> float:
         """The server said 429: everybody waits. Returns for how many seconds."""
-        pause = LARGE_PAUSE if nbytes > LARGE_PROMPT else SMALL_PAUSE
-        if retry_after is not None:
-            pause = max(retry_after, 0.01)
+        usual = tenacity.wait_fixed(LARGE_PAUSE if nbytes > LARGE_PROMPT else SMALL_PAUSE)
+        pause = seconds(usual) if retry_after is None else max(retry_after, 0.01)
         with self._changed:
             # Never sooner than an earlier answer asked for.
             self._quiet_until = max(self._quiet_until, self._clock() + pause)

@@ -1,7 +1,7 @@
-"""When a request that failed is sent again, as values and as tenacity's strategies.
+"""When something is tried again, and after how long: tenacity's strategies for all of tinkex.
 
-Retry means: the same request again, because it failed. Asking again because the answer was "not
-yet" is polling, and lives in polling.py. Sends nothing.
+A retry sends the same request again because it failed. A poll asks again because the answer was
+"not yet"; its pauses are here, too. Sends nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,62 @@ from tinkex.config import Config
 from tinkex.runtime.wait_log import Wait
 
 R = TypeVar("R")
+
+
+class Backoff(tenacity.wait.wait_base):
+    """Waits as long as the server asks for (Retry-After), else an exponential step with jitter.
+
+    Args:
+        first, longest: seconds of the first and of the longest step.
+        least: a wait is drawn between this part of the step and the whole step.
+    """
+
+    def __init__(self, first: float, longest: float, least: float = 0.75) -> None:
+        self._step = tenacity.wait_exponential(multiplier=first, max=longest)
+        self._least = least
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        asked = getattr(_failure(retry_state), "retry_after", None)
+        if asked:  # a Retry-After of 0 is not followed: it would be a busy loop
+            return float(asked)
+        return self._step(retry_state) * random.uniform(self._least, 1.0)
+
+
+def seconds(
+    wait: tenacity.wait.wait_base, attempt: int = 1, exc: BaseException | None = None
+) -> float:
+    """What *wait* says after try number *attempt* (from 1) failed with *exc*.
+
+    For those who count their tries themselves, since these are made on several threads.
+    """
+    state = tenacity.RetryCallState(None, None, (), {})  # type: ignore[arg-type]
+    state.attempt_number = attempt
+    if exc is not None:
+        state.set_exception((type(exc), exc, exc.__traceback__))
+    return wait(state)
+
+
+def _failure(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+#: Between two polls that were answered "not yet" sooner than a long poll would be.
+NOT_YET = Backoff(0.02, 2.0)
+#: The same, while the server has paused the work.
+PAUSED = Backoff(1.0, 1.0)
+#: After a poll that failed; after a promise that the server has lost.
+POLL_FAILED, LOST = Backoff(0.1, 10.0), Backoff(0.05, 1.0)
+#: After the one poll for all samples failed: everybody waits for it.
+WATCH_FAILED = tenacity.wait_fixed(0.5)
+#: While a server packs an archive.
+PACKING: dict[str, Any] = {
+    "stop": tenacity.stop_after_attempt(6),
+    "wait": tenacity.wait_fixed(30.0),
+    "reraise": True,
+}
+#: After a download that broke off; `CUT_TRIES` of these in a row without progress end it.
+CUT = Backoff(0.2, 5.0, least=1.0)
+CUT_TRIES = 8
 
 #: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
 #: that means it should be heard soon. By status; 0 is a success that cannot be read.
@@ -61,11 +117,7 @@ class Retry:
 
     def pause(self, attempt: int, exc: BaseException | None = None) -> float:
         """Seconds to wait after try number *attempt* (from 1) failed with *exc*."""
-        asked = getattr(exc, "retry_after", None)
-        if asked:  # "at once" is not believed: it would be a hot loop
-            return float(asked)
-        step = min(self.first * 2.0 ** min(attempt - 1, 20), self.longest)
-        return step * random.uniform(0.5, 1.0)
+        return seconds(Backoff(self.first, self.longest, least=0.5), attempt, exc)
 
 
 ONCE = Retry(budget=0)
@@ -137,7 +189,7 @@ class Tries:
             raise
 
     def may_help(self, state: tenacity.RetryCallState) -> bool:
-        exc = state.outcome.exception() if state.outcome else None
+        exc = _failure(state)
         if not isinstance(exc, errors.APIError):
             return False
         self._pause = self._policy.pause(self._number, exc)

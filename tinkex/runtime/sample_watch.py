@@ -7,7 +7,6 @@ nothing of sampling but the session's id.
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections import Counter
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 from tinkex import errors, types, wire
 from tinkex.futures import fail
 from tinkex.runtime.polling import LONG_POLL, Promise
-from tinkex.runtime.retry import FEW_TRIES, ONCE
+from tinkex.runtime.retry import FEW_TRIES, NOT_YET, ONCE, WATCH_FAILED, seconds
 from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
 
-PAUSE = 0.5  # seconds after a poll that failed
-SHORTEST, LONGEST = 0.02, 2.0  # seconds after one that was no long poll, and found nothing
 LINGER = 5.0  # seconds that the thread stays when nothing is waited for
 DOUBT = 60.0  # seconds without news after which each sample is asked for by itself
 
@@ -128,7 +125,7 @@ class CompletionWatch:
                 elif now() - failing_since >= self._session.config.patience.no_answer:
                     self._fail_all(exc)
                 else:
-                    pause(PAUSE)
+                    pause(seconds(WATCH_FAILED))
             except BaseException as exc:  # whatever it is, nobody may wait for ever
                 logger.exception("waiting for samples failed")
                 self._fail_all(exc)
@@ -165,9 +162,8 @@ class CompletionWatch:
             self._news_at = now
             self._poll_each()
         elif now - began < LONG_POLL:
-            step = min(SHORTEST * 2 ** min(self._in_vain, 20), LONGEST)
             self._in_vain += 1
-            self._session.transport.sleep(step * random.uniform(0.75, 1.0))
+            self._session.transport.sleep(seconds(NOT_YET, self._in_vain))
         return answer.cursor
 
     def _note(self, exc: errors.APIError) -> None:
