@@ -241,7 +241,7 @@ def test_a_run_may_start_from_a_path_whose_model_the_server_knows(train, data, t
 
 def test_from_needs_a_run_or_a_path(train, tmp_path, capsys):
     assert 2 == train("--from", str(tmp_path))
-    assert "is neither a run that has a checkpoint nor a tinker:// path" in capsys.readouterr().err
+    assert "is neither a run with a checkpoint nor a tinker:// path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", ["nan", "inf", "5"])
