@@ -493,7 +493,7 @@ def test_doctor_exits_1_with_advice(capsys):
 def test_doctor_in_json(capsys):
     assert 1 == cli.main(["doctor", f"http://127.0.0.1:{closed_port()}", "--format", "json"])
     out, err = capsys.readouterr()
-    told = json.loads(out)
+    report = json.loads(out)
 
-    assert (False, "") == (told["ok"], err)
-    assert ["ok", "failed", "skipped"] == [step["status"] for step in told["steps"]]
+    assert (False, "") == (report["ok"], err)
+    assert ["ok", "failed", "skipped"] == [step["status"] for step in report["steps"]]

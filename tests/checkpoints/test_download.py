@@ -114,12 +114,12 @@ def test_statement_28_a_server_that_is_still_packing_is_asked_again_every_30_s(
     rest, server, caplog
 ):
     """Generic retries would give up, or ask every second, for minutes. (statement 28)"""
-    told = []
+    calls = []
     server.script(ARCHIVE, *[status(503)] * 5)
-    found = rest.get_checkpoint_archive_url(PATH, on_wait=told.append)
+    found = rest.get_checkpoint_archive_url(PATH, on_wait=calls.append)
 
     assert URL == found.url
-    assert [30.0] * 5 == server.clock.slept == told
+    assert [30.0] * 5 == server.clock.slept == calls
     assert f"the server is still packing {PATH}; next attempt in 30 s" in caplog.text
 
 
@@ -160,11 +160,11 @@ def test_a_checkpoint_becomes_a_folder(rest, server, out, mode):
 
 
 def test_progress_is_reported(rest, server, out):
-    told = []
-    rest.download_checkpoint(PATH, out, progress=lambda *seen: told.append(seen))
+    calls = []
+    rest.download_checkpoint(PATH, out, progress=lambda *seen: calls.append(seen))
     total = len(server.files[URL])
 
-    assert (total, total) == told[-1]
+    assert (total, total) == calls[-1]
 
 
 def test_the_key_is_not_sent_to_another_host(rest, server, out):
@@ -280,8 +280,8 @@ def test_a_disk_that_fills_up_is_named_and_leaves_nothing(rest, server, out, mon
 @pytest.mark.parametrize("right", [True, False])
 def test_the_announced_hash_is_verified(rest, server, out, form, right):
     whole = server.files[URL]
-    told = whole if right else b"another"
-    value = hashlib.sha256(told).hexdigest()
+    announced = whole if right else b"another"
+    value = hashlib.sha256(announced).hexdigest()
     if form == "Repr-Digest":
         value = f"sha-256=:{base64.b64encode(bytes.fromhex(value)).decode()}:"
     server.always(URL, answer(whole, **{form: value}))

@@ -1,4 +1,4 @@
-"""A checkpoint for others: what is in the folder, whose base it names, and what is said first."""
+"""Exporting a checkpoint: the files, the name of the base model, early errors."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def base_of(folder):
 
 
 def test_the_folder_is_an_adapter_and_nothing_else(rest, server, tmp_path):
-    """The optimizer's state is several times as large, and nobody else can read it."""
+    """The optimizer state is several times as large, and other programs cannot read it."""
     server.files["a.tar"] = adapter(**{"optimizer.safetensors": b"m", "checkpoint.json": b"{}"})
     folder = rest.export_checkpoint(PATH, tmp_path / "out")
 
@@ -78,14 +78,14 @@ def test_the_adapter_names_the_base_model_that_the_server_names(rest, tmp_path):
 
 
 def test_another_base_model_may_be_named(rest, server, tmp_path):
-    """A folder of this machine, for example; then the server is not asked."""
+    """For example a folder on this machine; then the server is not asked."""
     folder = rest.export_checkpoint(PATH, tmp_path / "out", base_model="/models/base")
 
     assert "/models/base" == base_of(folder)
     assert [] == server.seen("weights_info")
 
 
-def test_where_the_server_does_not_say_the_adapter_s_own_word_stands(rest, server, tmp_path):
+def test_without_an_answer_of_the_server_the_name_in_the_adapter_is_kept(rest, server, tmp_path):
     server.lacks.add("weights_info")
     config = b'{"base_model_name_or_path": "its/own"}'
     server.files["a.tar"] = archive(**{"adapter_config.json": config, WEIGHTS: b""})

@@ -1,4 +1,4 @@
-"""Times in words, sizes in units, tables; and durations as people write them."""
+"""Relative times, sizes, tables; and durations in options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOW = datetime(2026, 3, 10, 12, 0, 0, tzinfo=timezone.utc)
         (3000 * 1024**4, "3000.0 TB"),
     ],
 )
-def test_sizes_have_the_unit_that_fits(count, text):
+def test_sizes_have_a_fitting_unit(count, text):
     assert text == formatting.size(count)
 
 
@@ -44,13 +44,13 @@ def test_sizes_have_the_unit_that_fits(count, text):
         (400 * 86400, "2027-04-14"),
     ],
 )
-def test_times_are_in_words_until_a_date_says_more(seconds, text):
+def test_times_are_relative_unless_they_are_far_away(seconds, text):
     moment = (NOW + timedelta(seconds=seconds)).isoformat()
 
     assert text == formatting.when(moment, now=NOW)
 
 
-def test_times_come_in_the_forms_of_many_servers():
+def test_times_may_have_the_forms_of_many_servers():
     """With Z, with an offset, without a zone (then it is UTC), or as something else."""
     forms = ["2026-03-10T10:00:00Z", "2026-03-10T12:00:00+02:00", "2026-03-10T10:00:00.123456"]
 
@@ -66,12 +66,12 @@ def test_times_come_in_the_forms_of_many_servers():
     [(1, "1 second"), (90, "90 seconds"), (5400, "90 minutes"), (7200, "2 hours"),
      (30 * 86400, "30 days"), (86401, "86401 seconds")],
 )  # fmt: skip
-def test_a_duration_is_said_exactly(seconds, text):
+def test_a_duration_is_exact(seconds, text):
     assert text == formatting.duration(seconds)
 
 
-def test_a_table_cuts_nothing_off():
-    """Paths are there to be copied."""
+def test_a_table_is_not_cut():
+    """Users copy paths from it."""
     path = "tinker://" + "x" * 200
     lines = click.unstyle(formatting.table(("Path", "Size"), [(path, "1 B"), ("short", "10 B")]))
 
@@ -82,11 +82,11 @@ def test_a_table_cuts_nothing_off():
     "text, seconds",
     [("3600", 3600), ("90s", 90), ("15m", 900), ("12h", 43200), ("30d", 2592000), ("2w", 1209600)],
 )
-def test_durations_are_written_with_a_unit_or_as_seconds(text, seconds):
+def test_durations_have_a_unit_or_are_seconds(text, seconds):
     assert seconds == options.Duration().convert(text, None, None)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0d", "-1", "1.5h", "1y", "d", "1h30m", "9" * 12])
-def test_what_is_no_duration_is_wrong_usage(text):
+def test_an_invalid_duration_is_wrong_usage(text):
     with pytest.raises(click.UsageError, match="is not a duration; give seconds, or a number with"):
         options.Duration().convert(text, None, None)

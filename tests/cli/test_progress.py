@@ -40,7 +40,7 @@ def clock():
 
 
 def test_outside_of_a_terminal_a_line_comes_every_few_seconds(clock, capsys):
-    """Thousands of lines in the log of a job help nobody."""
+    """Not thousands of lines in the log of a job."""
     bar = progress.Progress(clock)
 
     bar.begin(0, 100)
@@ -144,8 +144,8 @@ def interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(interrupted, tmp_path, number, expected):
-    """And so does SIGTERM, by which a job scheduler ends what has had its time."""
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_command(interrupted, tmp_path, number, expected):
+    """So does SIGTERM, which job schedulers send at the end of a job's time."""
     status, seconds, err = interrupted(number=number, slow_from=20, seconds=0.05)
 
     assert expected == status
@@ -169,12 +169,12 @@ def test_a_second_ctrl_c_exits_at_once(interrupted):
     assert seconds < 1.5
 
 
-def test_elsewhere_ctrl_c_interrupts_as_always():
+def test_ctrl_c_raises_keyboard_interrupt_elsewhere():
     with pytest.raises(KeyboardInterrupt), progress.CtrlC():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_deferred_ctrl_c_is_noted():
+def test_deferred_ctrl_c_is_recorded():
     with progress.CtrlC() as ctrl_c, ctrl_c.deferred() as is_pressed:
         before = is_pressed()
         signal.raise_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ def test_deferred_ctrl_c_is_noted():
     assert (False, True) == (before, after)
 
 
-def test_afterwards_ctrl_c_is_as_it_was():
+def test_the_previous_signal_handlers_are_restored():
     numbers = (signal.SIGINT, signal.SIGTERM)
     was = [signal.getsignal(number) for number in numbers]
 

@@ -13,7 +13,7 @@ from tinkex import cli, errors
 
 
 def test_sample_continues_a_prompt(train, tmp_path, capsys):
-    """By the run's folder: nobody wants to copy paths of checkpoints."""
+    """A run is named by its folder, not by the path of a checkpoint."""
     train("--learning-rate", "0.5")
     capsys.readouterr()
 
@@ -75,7 +75,7 @@ def test_sample_continues_a_conversation(service, tmp_path, wrap):
 
 
 @pytest.mark.parametrize("content", ["hi", "5", '["hi"]'])
-def test_what_is_no_conversation_is_refused(service, tmp_path, content, capsys):
+def test_an_invalid_conversation_is_refused(service, tmp_path, content, capsys):
     (tmp_path / "chat.json").write_text(content)
 
     assert 2 == cli.main(["sample", "fake", "--messages", str(tmp_path / "chat.json")])
@@ -83,7 +83,7 @@ def test_what_is_no_conversation_is_refused(service, tmp_path, content, capsys):
 
 
 def test_sample_prints_tokens_as_they_arrive(service, monkeypatch, capsys):
-    """Whoever waits for an answer reads along."""
+    """Users read along while they wait."""
     service.checkpoints["tinker://a"] = (np.eye(258)[97], None)
     seen = []
     stream = FakeSampling.sample_stream

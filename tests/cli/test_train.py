@@ -16,7 +16,7 @@ def resume(tmp_path, *options):
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the death of the process."""
 
 
 def kill_after(service, operations):
@@ -41,14 +41,14 @@ def test_train_prints_its_result_on_stdout_and_the_rest_on_stderr(train, tmp_pat
     assert "step 2/2" in err
 
 
-def test_train_says_what_it_needs(service, data, tmp_path, capsys):
+def test_train_names_missing_arguments(service, data, tmp_path, capsys):
     assert 2 == cli.main(["train", str(data), "--output", str(tmp_path)])
     assert "Missing --base-model" in capsys.readouterr().err
     assert 2 == cli.main(["train", "--base-model", "fake", "--output", str(tmp_path)])
     assert "Missing DATA" in capsys.readouterr().err
 
 
-def test_bad_data_is_refused_before_anything_is_asked_of_a_server(train, service, data, capsys):
+def test_bad_data_is_refused_before_the_first_request(train, service, data, capsys):
     data.write_text('{"text": ""}\n{"text": "good"}')
 
     assert 1 == train()
@@ -63,27 +63,27 @@ def test_bad_lines_can_be_skipped_and_are_counted(train, data, capsys):
     assert "1 bad lines left out" in capsys.readouterr().err
 
 
-def test_a_missing_file_is_an_error_in_words(service, tmp_path, capsys):
+def test_a_missing_file_is_an_error(service, tmp_path, capsys):
     command = ["train", "no.jsonl", "--base-model", "fake", "--output", str(tmp_path / "run")]
 
     assert 1 == cli.main(command)
     assert "No such file or directory: 'no.jsonl'" in capsys.readouterr().err
 
 
-def test_a_server_is_named_on_the_command_line(train, service):
+def test_the_server_is_an_option(train, service):
     train("--base-url", "http://localhost:1", "--api-key", "k")
 
     assert [("http://localhost:1", "k")] == service.addresses
 
 
-def test_a_second_run_does_not_write_over_the_first(train, capsys):
+def test_a_second_run_does_not_overwrite_the_first(train, capsys):
     train()
 
     assert 2 == train()
     assert "already contains a run (finished). Continue it with --resume" in capsys.readouterr().err
 
 
-def test_resume_takes_up_the_settings_it_was_started_with(train, service, tmp_path, capsys):
+def test_resume_uses_the_settings_of_the_start(train, service, tmp_path, capsys):
     kill_after(service, 6)
     with pytest.raises(Killed):
         train("--epochs", "3", "--batch-size", "8", "--rank", "5", "--save-every", "1")
@@ -112,7 +112,7 @@ def test_resume_of_nothing_and_of_something_finished(train, tmp_path, capsys):
     assert "is already finished" in capsys.readouterr().err
 
 
-def test_when_the_server_fails_the_way_on_is_said(train, service, tmp_path, capsys):
+def test_when_the_server_fails_the_resume_command_is_printed(train, service, tmp_path, capsys):
     def fails(name):
         if "step-000001" in str(service.checkpoints):
             raise errors.APIConnectionError("the server is gone")

@@ -61,7 +61,7 @@ BATCHES = [
 
 SAMPLER = {"sampling_session_id": "s:sample:0"}
 
-#: Everything else: endpoint, which of its requests in the recordings, and ours.
+#: All other requests: endpoint, index of the recorded request, and ours.
 REQUESTS = [
     (wire.CREATE_MODEL, 0, types.CreateModelRequest("s", 0, "tiny", types.LoraConfig(8, seed=7))),
     (
@@ -126,14 +126,14 @@ REQUESTS = [
     (wire.RETRIEVE_FUTURE, 0, types.RetrieveFutureRequest("r", allow_metadata_only=True)),
 ]
 
-#: What a version does otherwise, or not at all.
+#: Requests that a version sends differently, or not at all.
 NOT_CALLED = {
     ("0.24.1", wire.FINISH_SESSION.path),
     ("0.24.1", wire.GET_INFO.path),
     ("0.38.0", wire.WEIGHTS_INFO.path),
 }
 
-#: Defaults that 0.38.0 sends and we leave out, for servers that do not know the fields.
+#: Defaults that 0.38.0 sends and we omit, for servers that do not know the fields.
 NEWER_DEFAULTS = {
     "create_model": {"optimizer_config": {"type": "adamw"}},
     "save_weights_for_sampler": {"kind": "snapshot"},
@@ -146,7 +146,7 @@ NEWER_DEFAULTS = {
 
 
 def recorded(version: str, path: str) -> list[dict]:
-    """The requests to *path*, in order; {parameters} in it stand for anything."""
+    """The requests to *path*, in order; {parameters} in it match anything."""
     everything = json.loads((GOLDEN / f"{version}.json").read_text())["requests"]
     tail = path.rsplit("}/", 1)[-1]
     return [
@@ -166,7 +166,7 @@ def recorded(version: str, path: str) -> list[dict]:
     ],
 )
 def test_a_request_is_the_official_one(version, endpoint, which, ours):
-    """Field by field; nothing more, and less only where the table above says so."""
+    """Field by field; only the fields of NEWER_DEFAULTS may be missing."""
     theirs = recorded(version, endpoint.path)
     newer = NEWER_DEFAULTS.get(endpoint.path, {}) if version == "0.38.0" else {}
 
@@ -200,7 +200,7 @@ def test_batches_in_json_are_the_official_ones():
 
 
 def test_the_messages_are_the_official_ones_by_number():
-    """A batch with everything in it, against field numbers written out by hand."""
+    """A batch with every kind of field, compared with field numbers written by hand."""
     batch = attrs.evolve(
         BATCHES[0],
         seq_id=5,

@@ -1,4 +1,4 @@
-"""Reading JSON: every type returns as it went, what is accepted, and what is refused where."""
+"""Reading JSON: every type round-trips, variants are accepted, errors name the place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tinkex import types, wire
 
-# --- what comes in: everything round-trips ------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------
 
 EXAMPLES = {
     "session_id": "s",
@@ -44,7 +44,7 @@ EXAMPLES = {
     "chunks": (types.EncodedTextChunk([1]),),
 }
 
-#: Not sent on their own, compared by arrays (test_wire), or never sent at all.
+#: Sent only inside of other types, compared by arrays (test_wire), or never sent.
 NOT_ALONE = {
     types.EncodedTextChunk,
     types.ImageChunk,
@@ -66,8 +66,8 @@ def travelling_types() -> list[type]:
 
 
 @pytest.mark.parametrize("cls", travelling_types())
-def test_every_type_comes_back_as_it_went(cls):
-    """A type added later is covered by being there."""
+def test_every_type_round_trips(cls):
+    """New types are included automatically."""
     required = [a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING]
     expected = cls(**{name: EXAMPLES[name] for name in required})
 
@@ -80,18 +80,18 @@ def test_every_type_comes_back_as_it_went(cls):
     "endpoint", [v for v in vars(wire).values() if isinstance(v, wire.Endpoint)]
 )
 def test_every_type_of_the_table_can_be_read(endpoint):
-    """A type without a JSON form would be found out by a user."""
+    """Otherwise a user would be the first to find a type without a JSON form."""
     for cls in (endpoint.result, endpoint.request):
         if cls not in (None, wire.Nothing):
             with pytest.raises(wire.DecodeError, match=cls.__name__):
                 wire.from_json(cls, "not an object")
 
 
-# --- what comes in: what is forgiven ------------------------------------------------------------
+# --- accepted variants --------------------------------------------------------------------------
 
 
 def test_unknown_fields_are_ignored():
-    """Servers grow; an old client must not break on it."""
+    """An old client must work with a newer server."""
     promise = wire.from_json(
         types.Promise, {"request_id": "1", "future_id": "1", "status": "pending"}
     )
@@ -99,7 +99,7 @@ def test_unknown_fields_are_ignored():
     assert types.Promise("1") == promise
 
 
-def test_null_stands_for_the_default():
+def test_null_means_the_default():
     """Old SDKs send prompt_logprobs: null, servers metrics: null."""
     assert types.OptimStepResponse({}) == wire.from_json(types.OptimStepResponse, {"metrics": None})
     assert types.ForwardBackwardOutput() == wire.from_json(types.ForwardBackwardOutput, {})
@@ -110,7 +110,7 @@ def test_null_stands_for_the_default():
     assert types.SampleRequest(types.ModelInput.empty()) == sample
 
 
-def test_an_int_is_a_float_and_a_whole_float_an_int():
+def test_whole_numbers_may_be_written_as_floats_and_floats_as_ints():
     """JSON writers differ in how they write 3.0."""
     adam = wire.from_json(types.AdamParams, {"learning_rate": 1})
     request = wire.from_json(types.OptimStepRequest, {"model_id": "m", "seq_id": 3.0})
@@ -120,14 +120,14 @@ def test_an_int_is_a_float_and_a_whole_float_an_int():
     assert isinstance(request.seq_id, int)
 
 
-def test_chunks_of_old_sdks_name_no_type():
+def test_chunks_may_lack_a_type():
     assert types.ModelInput.from_ints([1, 2]) == wire.from_json(
         types.ModelInput, {"chunks": [{"tokens": [1, 2]}]}
     )
 
 
 def test_a_tensor_without_shape_is_flat():
-    """The Elixir SDK leaves the shape out of training requests."""
+    """The Elixir SDK omits the shape in training requests."""
     tensor = wire.from_json(types.TensorData, {"data": [1, 2], "dtype": "float32", "shape": None})
 
     assert types.TensorData([1.0, 2.0]) == tensor
@@ -142,17 +142,17 @@ def test_models_may_be_bare_names():
     assert ["a", "b"] == capabilities.model_names
 
 
-def test_the_base_model_is_found_wherever_servers_put_it():
-    """SkyRL has base_model beside or instead of model_name."""
+def test_the_base_model_may_be_in_several_places():
+    """SkyRL sends base_model next to model_data, or instead of model_name."""
     inside = {"model_id": "m", "model_data": {"base_model": "b", "lora_config": {"rank": 8}}}
-    beside = {"model_id": "m", "base_model": "b", "is_lora": False}
+    outside = {"model_id": "m", "base_model": "b", "is_lora": False}
 
     assert "b" == wire.from_json(types.GetInfoResponse, inside).base_model
-    assert "b" == wire.from_json(types.GetInfoResponse, beside).base_model
-    assert False is wire.from_json(types.GetInfoResponse, beside).is_lora
+    assert "b" == wire.from_json(types.GetInfoResponse, outside).base_model
+    assert False is wire.from_json(types.GetInfoResponse, outside).is_lora
 
 
-def test_a_training_run_may_call_its_id_id_and_write_booleans_as_text():
+def test_a_training_run_may_have_an_id_field_and_booleans_as_text():
     run = wire.from_json(types.TrainingRun, {"id": "m", "is_lora": "false", "corrupted": "true"})
 
     assert types.TrainingRun("m", is_lora=False, corrupted=True) == run
@@ -177,8 +177,8 @@ def test_top_k_cells_may_be_pairs_or_objects():
     assert [[(5, -1.0)]] == sample.sequences[0].topk_logprobs
 
 
-def test_metrics_that_are_no_numbers_do_not_cost_the_result():
-    """The batch is in the gradients already; losing its result for a label would be absurd."""
+def test_metrics_that_are_not_numbers_are_skipped():
+    """The gradients are already computed; a label must not lose the result."""
     output = wire.from_json(
         types.ForwardBackwardOutput,
         {
@@ -199,8 +199,7 @@ def test_metrics_that_are_no_numbers_do_not_cost_the_result():
     assert math.isnan(output.metrics["diverged"])
 
 
-def test_the_real_answers_of_an_open_server_are_read():
-    """Recorded from SkyRL."""
+def test_recorded_answers_of_skyrl_are_read():
     sample = wire.from_json(
         types.SampleResponse,
         {
@@ -223,7 +222,7 @@ def test_the_real_answers_of_an_open_server_are_read():
     assert types.SaveWeightsForSamplerResponse(None, "sampling_4d") == saved
 
 
-# --- what comes in: what is not -----------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 BATCH = {
     "model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]},
@@ -306,7 +305,7 @@ IN_CHUNK = r"forward_backward_input.data\[0\].model_input.chunks\[0\]"
     ],
 )  # fmt: skip
 def test_a_bad_batch_is_refused_with_its_place(payload, message):
-    """The sentence is all that the author of another client gets to see."""
+    """The message is all that the author of another client sees."""
     with pytest.raises(wire.DecodeError, match=message):
         wire.from_json(types.ForwardBackwardRequest, payload)
 
@@ -343,8 +342,8 @@ def test_a_bad_value_is_refused_with_its_place(cls, payload, message):
         wire.from_json(cls, payload)
 
 
-def test_metadata_nested_without_end_is_refused():
-    """It would be read here and break whoever writes it again."""
+def test_deeply_nested_metadata_is_refused():
+    """It could be read, but not be written again."""
     deep = {}
     for _ in range(60):
         deep = {"a": deep}
@@ -372,7 +371,7 @@ def test_metadata_nested_without_end_is_refused():
     ],
 )
 def test_what_is_not_json_is_refused(body):
-    """Of whatever kind, and never with anything but a DecodeError."""
+    """Always with a DecodeError."""
     with pytest.raises(wire.DecodeError, match="the body is not"):
         wire.loads(body)
 
@@ -421,7 +420,7 @@ WHOLE = {
 
 
 def places(value, path=()):
-    """Every place in a payload, as the keys that lead there."""
+    """Every place in a payload, as a tuple of keys."""
     yield path
     items = value.items() if isinstance(value, dict) else ()
     items = enumerate(value) if isinstance(value, list) else items
@@ -439,9 +438,9 @@ def replaced(value, path, odd):
 
 @settings(max_examples=500)
 @given(st.data())
-def test_no_payload_whatever_brings_down_the_reader(data):
-    """One odd value anywhere in a good payload: an object or a DecodeError, nothing else; and what
-    was taken can be sent on."""
+def test_no_payload_crashes_the_reader(data):
+    """One odd value anywhere in a good payload gives an object or a DecodeError, and an accepted
+    object can be written again."""
     cls = data.draw(st.sampled_from(list(WHOLE)))
     payload = WHOLE[cls]
     path = data.draw(st.sampled_from(list(places(payload))))

@@ -13,7 +13,7 @@ from tinkex import types, wire
 
 
 def test_optim_step_is_what_the_official_sdk_sends():
-    """All six numbers go out, defaults too: servers may have other defaults."""
+    """All six numbers are sent, also defaults: servers may have different defaults."""
     request = types.OptimStepRequest("m", 3, types.AdamParams(learning_rate=0.01))
 
     assert {
@@ -31,8 +31,8 @@ def test_optim_step_is_what_the_official_sdk_sends():
     } == wire.to_json(request, "optim_step")
 
 
-def test_create_model_leaves_out_what_older_servers_do_not_know():
-    """Servers that refuse unknown fields must still take it."""
+def test_create_model_omits_what_older_servers_do_not_know():
+    """Servers that refuse unknown fields must accept it."""
     request = types.CreateModelRequest("s", 0, "tiny", types.LoraConfig(rank=8, seed=7))
 
     assert {
@@ -49,7 +49,7 @@ def test_create_model_leaves_out_what_older_servers_do_not_know():
     } == wire.to_json(request)
 
 
-def test_a_newer_field_goes_out_once_it_is_used():
+def test_a_newer_field_is_sent_if_it_is_used():
     request = types.SampleRequest(
         types.ModelInput.from_ints([1]), topk_sample_logprobs=2, record_stability_info=True
     )
@@ -60,7 +60,7 @@ def test_a_newer_field_goes_out_once_it_is_used():
     assert True is plain["record_stability_info"]
 
 
-def test_sample_is_what_the_official_sdk_sends_less_its_newer_defaults():
+def test_sample_is_what_the_official_sdk_sends_without_newer_defaults():
     request = types.SampleRequest(
         types.ModelInput.from_ints([19, 261]),
         types.SamplingParams(max_tokens=8, seed=3, stop=["9"], temperature=0.7, top_k=50),
@@ -88,8 +88,8 @@ def test_sample_is_what_the_official_sdk_sends_less_its_newer_defaults():
     } == wire.to_json(request, "sample")
 
 
-def test_stop_none_and_stop_nothing_are_not_the_same():
-    """None lets end-of-text stop, an empty list lets nothing stop: the latter must travel."""
+def test_stop_none_differs_from_an_empty_list():
+    """None: end of text stops a sample. An empty list: nothing does, so it must be sent."""
     nothing = types.SampleRequest(types.ModelInput.empty(), types.SamplingParams(stop=[]))
     default = types.SampleRequest(types.ModelInput.empty(), types.SamplingParams())
 
@@ -127,7 +127,7 @@ def test_a_batch_is_what_sdk_0_24_sends():
     assert {"forward_input": batch, "model_id": "m", "seq_id": 2} == wire.to_json(forward)
 
 
-def test_images_travel_as_base64():
+def test_images_are_sent_as_base64():
     chunk = types.ImageChunk(b"\x89PNG", "png", expected_tokens=4)
     pointer = types.ImageAssetPointerChunk("asset://1", "jpeg")
 
@@ -148,7 +148,7 @@ def test_an_image_asset_cannot_go_into_protobuf():
         wire.encode_request(request, protobuf=True)
 
 
-def test_a_sparse_tensor_travels_in_its_parts():
+def test_a_sparse_tensor_is_sent_in_its_parts():
     tensor = types.TensorData.from_dense(np.array([[0] * 9 + [5], [0] * 10, [7] + [0] * 9]))
 
     assert {
@@ -160,14 +160,14 @@ def test_a_sparse_tensor_travels_in_its_parts():
     } == wire.to_json(tensor)
 
 
-def test_what_is_asked_to_be_null_is_null():
-    """A TTL of null says "never"; left out, it would say nothing."""
+def test_fields_with_send_null_are_sent_as_null():
+    """A TTL of null means "never"; an omitted one changes nothing."""
     assert {"ttl_seconds": None} == wire.to_json(types.SetTtlRequest())
     assert {"ttl_seconds": 3600} == wire.to_json(types.SetTtlRequest(3600))
 
 
 def test_results_that_are_not_finite_become_null():
-    """A diverged loss must reach its reader; JSON has no word for NaN."""
+    """A diverged loss must be reported; JSON has no NaN."""
     output = types.ForwardBackwardOutput(
         [{"logprobs": types.TensorData(np.array([-1.0, np.nan, -np.inf], np.float32))}],
         {"loss:sum": math.nan},
@@ -192,6 +192,6 @@ def test_numpy_numbers_are_numbers():
 
 @pytest.mark.parametrize("payload", [{"a": math.nan}, {"a": math.inf}, {"a": object()}, {"a": {1}}])
 def test_what_is_not_json_is_not_sent(payload):
-    """Python would write NaN, which other readers refuse; the caller is told instead."""
+    """Python would write NaN, which other readers refuse."""
     with pytest.raises(ValueError, match="cannot be sent as JSON"):
         wire.dumps(payload)

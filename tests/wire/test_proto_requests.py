@@ -39,7 +39,7 @@ def parsed(a_request):
     return proto.CLASSES["ForwardBackwardRequest"].FromString(proto.encode_request(a_request))
 
 
-def test_arrays_lie_little_endian_in_the_request():
+def test_arrays_are_little_endian_in_the_request():
     """Tokens int32, targets int64, weights float32, each with its shape."""
     [datum] = parsed(request()).data
 
@@ -58,8 +58,8 @@ def test_arrays_lie_little_endian_in_the_request():
     )
 
 
-def test_settings_go_into_both_maps_texts_into_the_newer_only():
-    """Servers before 0.27 read map 5, which has no room for text."""
+def test_numbers_go_into_both_maps_and_texts_into_the_newer():
+    """Servers before 0.27 read map 5, which cannot hold text."""
     sent = parsed(request(loss_fn_config={"low": 0.5, "mode": "a"}))
 
     assert {"low": 0.5} == dict(sent.loss_fn_config)
@@ -78,7 +78,7 @@ def test_the_newer_map_wins_and_the_older_is_enough():
 
 
 def test_fields_of_newer_sdks_are_skipped():
-    """Provenance spans (Datum 3 and 4) and whatever comes after them."""
+    """Provenance spans (Datum 3 and 4) and unknown fields."""
     datum = proto.CLASSES["Datum"].FromString(parsed(request()).data[0].SerializeToString())
     datum.MergeFromString(bytes.fromhex("1a060a040a024142") + bytes.fromhex("f2070161"))
     sent = parsed(request())
@@ -88,7 +88,7 @@ def test_fields_of_newer_sdks_are_skipped():
 
 
 def test_decoded_arrays_are_views_where_nothing_is_converted():
-    """A batch of megabytes is not copied number by number, nor at all."""
+    """A batch of megabytes is not copied."""
     decoded = proto.decode_request(proto.encode_request(request()))
 
     assert not decoded.data[0].loss_fn_inputs["weights"].data.flags.owndata
@@ -99,13 +99,13 @@ def test_integers_that_do_not_fit_are_refused_when_sending():
         proto.encode_request(request(seq_id=2**31))
 
 
-def test_the_default_pool_is_left_alone():
+def test_the_default_pool_is_not_used():
     """The official SDK registers the same file there, in the same process."""
     with pytest.raises(KeyError):
         descriptor_pool.Default().FindFileByName("tinker_public.proto")
 
 
-# --- what is broken -----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def datum(**values) -> bytes:
@@ -140,12 +140,12 @@ def chunk(**values) -> bytes:
                 shape=[1, 4]), "do not describe 0 values"),
     ],
 )  # fmt: skip
-def test_a_request_that_does_not_fit_together_is_refused(body, sentence):
+def test_an_inconsistent_request_is_refused(body, sentence):
     with pytest.raises(wire.DecodeError, match=sentence):
         proto.decode_request(body)
 
 
-def test_no_bytes_whatever_bring_down_the_reader():
+def test_no_bytes_crash_the_reader():
     """Truncated, altered or random: a result or a DecodeError, nothing else."""
     refused = 0
     for body in broken_bodies(proto.encode_request(request())):

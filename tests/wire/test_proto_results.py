@@ -33,7 +33,7 @@ def bytes_of(values, dtype):
 
 
 def test_the_golden_output_is_read_and_written():
-    """Bytes that the official SDK decodes to just this."""
+    """Bytes that the official SDK decodes to the same values."""
     expected = types.ForwardBackwardOutput(
         [
             {"logprobs": types.TensorData([-1.0, -2.0, -3.0])},
@@ -48,7 +48,7 @@ def test_the_golden_output_is_read_and_written():
 
 
 def test_the_golden_sample_is_read_and_written():
-    """NaN stands for no log-probability, -99999 for an empty top-k cell."""
+    """NaN means no log-probability, -99999 an empty top-k cell."""
     sample = wire.decode_result(types.SampleResponse, SAMPLE)
 
     [sequence] = sample.sequences
@@ -87,7 +87,7 @@ def decoded(body):
 
 
 def test_bfloat16_and_int32_are_widened():
-    """Servers may save bytes; here there are only float32 and int64."""
+    """Servers may send smaller types; tinkex has float32 and int64 only."""
     halves = batched(bytes_of([0x3F80, 0xC040], "<u2"), [0, 4], dtype=4)
     ints = batched(bytes_of([-3, 7], "<i4"), [0, 8], dtype=3)
 
@@ -106,7 +106,7 @@ def test_rows_wider_than_one_number_keep_their_width():
     assert [[2.0, 3.0], [4.0, 5.0], [6.0, 7.0]] == outputs[1]["a"].tolist()
 
 
-def test_the_count_of_datums_may_be_left_to_the_fields():
+def test_the_count_of_datums_may_be_omitted():
     field = batched(bytes_of([1, 2], "<f4"), [0, 4, 8])
 
     assert [[1.0], [2.0]] == [
@@ -118,7 +118,7 @@ def test_datums_without_outputs_still_count():
     assert [{}, {}, {}] == decoded(output_of(3)).loss_fn_outputs
 
 
-def test_records_are_joined_in_order_and_need_not_agree():
+def test_records_are_joined_in_order_and_may_differ():
     result = types.ForwardBackwardOutput(
         [
             {"a": types.TensorData([[1.0, 2.0]])},
@@ -141,8 +141,8 @@ def test_the_output_type_is_what_follows_the_last_colon():
     assert "ArrayRecord" == decoded(b"").loss_fn_output_type
 
 
-def test_results_are_the_readers_to_change():
-    """As those in JSON are; a user's script must not depend on the dialect."""
+def test_results_are_writeable():
+    """Like those from JSON: a script must not depend on the dialect."""
     [output, _] = decoded(OUTPUT).loss_fn_outputs
     sample = wire.decode_result(types.SampleResponse, SAMPLE)
 
@@ -154,8 +154,8 @@ def test_results_are_the_readers_to_change():
     assert [5.0, -2.0, -3.0] == output["logprobs"].tolist()
 
 
-def test_an_output_with_rows_of_nothing_cannot_be_sent():
-    """The format counts rows by bytes, and these have none."""
+def test_an_output_with_empty_rows_cannot_be_sent():
+    """The format counts rows by their bytes."""
     result = types.ForwardBackwardOutput([{"a": types.TensorData(np.zeros((5, 0), np.float32))}])
 
     with pytest.raises(ValueError, match=r"loss output 'a' has shape \[5, 0\]"):
@@ -172,7 +172,7 @@ def test_sparse_outputs_are_made_dense():
     assert np.eye(10).tolist() == output["a"].tolist()
 
 
-# --- what is broken -----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def sequence(**values):
@@ -202,8 +202,8 @@ def sequence(**values):
         (output_of(-1), "has -1 datums"),
     ],
 )  # fmt: skip
-def test_an_output_that_does_not_fit_together_is_refused(body, sentence):
-    """With a sentence; never an IndexError, never an array cut at the wrong place."""
+def test_an_inconsistent_output_is_refused(body, sentence):
+    """With a message; never an IndexError, never an array divided at the wrong place."""
     with pytest.raises(wire.DecodeError, match=sentence):
         decoded(body)
 
@@ -226,12 +226,12 @@ def test_an_output_that_does_not_fit_together_is_refused(body, sentence):
         )).SerializeToString(), "holds 0 tokens"),
     ],
 )  # fmt: skip
-def test_a_sample_that_does_not_fit_together_is_refused(body, sentence):
+def test_an_inconsistent_sample_is_refused(body, sentence):
     with pytest.raises(wire.DecodeError, match=sentence):
         wire.decode_result(types.SampleResponse, body)
 
 
-def test_no_bytes_whatever_bring_down_the_reader():
+def test_no_bytes_crash_the_reader():
     """Truncated, altered or random: a result or a DecodeError, nothing else."""
     refused = 0
     for body in broken_bodies(OUTPUT, SAMPLE):
@@ -248,8 +248,8 @@ def test_no_bytes_whatever_bring_down_the_reader():
     assert refused > 300
 
 
-def test_what_is_no_message_is_refused_with_its_beginning():
-    """An HTML page of a proxy is recognised by whoever reads the error."""
+def test_an_error_shows_the_first_bytes():
+    """So that a user can recognize the HTML page of a proxy."""
     with pytest.raises(
         wire.DecodeError,
         match=r"these 13 bytes are not a complete SampleResponse message .*3c68746d",

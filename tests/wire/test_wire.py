@@ -1,4 +1,4 @@
-"""What both dialects promise: the same request, whichever way it travels; the same result."""
+"""Both dialects carry the same requests and results."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ REQUESTS = st.builds(
 
 
 @given(REQUESTS, st.booleans())
-def test_a_batch_comes_through_either_dialect_unchanged(request_, protobuf):
-    """The server trains on exactly what the caller gave."""
+def test_a_batch_is_unchanged_by_either_dialect(request_, protobuf):
+    """The server trains on exactly what the caller passed."""
     _, content_type, _, body = wire.encode_request(request_, protobuf)
 
     actual = wire.decode_request(content_type, body)
@@ -89,9 +89,9 @@ def outputs(draw):
 
 
 @given(st.lists(outputs(), max_size=3), st.dictionaries(TEXTS, NUMBERS, max_size=3))
-def test_outputs_of_any_shapes_come_through_protobuf_unchanged(groups, metrics):
-    """Ragged outputs, other fields from datum to datum, (T,) beside (T, K): records are cut anew
-    wherever the kind changes."""
+def test_outputs_of_any_shape_are_unchanged_by_protobuf(groups, metrics):
+    """Ragged outputs, fields that differ between datums, (T,) and (T, K): records are built from
+    any of them."""
     result = types.ForwardBackwardOutput([o for group in groups for o in group], metrics, "X")
 
     actual = wire.decode_result(types.ForwardBackwardOutput, wire.encode_result(result))
@@ -142,8 +142,8 @@ SAMPLES = st.builds(
 
 
 @given(SAMPLES)
-def test_a_sample_comes_through_either_dialect_unchanged(sample):
-    """Also what is absent: no log-probabilities are not zero log-probabilities."""
+def test_a_sample_is_unchanged_by_either_dialect(sample):
+    """Also absent fields: no log-probabilities differ from an empty list of them."""
     through_proto = wire.decode_result(types.SampleResponse, wire.encode_result(sample))
     through_json = wire.from_json(
         types.SampleResponse, wire.loads(wire.dumps(wire.to_json(sample, "sample")))
@@ -167,7 +167,7 @@ REQUEST = types.ForwardBackwardRequest(
         (True, True, "forward_backward", "application/x-protobuf"),
     ],
 )
-def test_a_batch_goes_where_its_dialect_has_it(protobuf, forward_only, path, content_type):
+def test_each_dialect_has_its_endpoint_for_a_batch(protobuf, forward_only, path, content_type):
     """`forward` exists in JSON only; a protobuf request says forward_only instead."""
     request = attrs.evolve(REQUEST, forward_only=forward_only)
 
@@ -177,7 +177,7 @@ def test_a_batch_goes_where_its_dialect_has_it(protobuf, forward_only, path, con
     assert forward_only == wire.decode_request(content_type, body).forward_only
 
 
-def test_compression_is_of_the_protobuf_form_only():
+def test_only_protobuf_is_compressed():
     """Servers announce zstd for protobuf requests; none announces it for JSON."""
     *_, encoding, body = wire.encode_request(REQUEST, protobuf=True, compress=True)
     *_, json_encoding, json_body = wire.encode_request(REQUEST, protobuf=False, compress=True)
@@ -189,7 +189,7 @@ def test_compression_is_of_the_protobuf_form_only():
 
 
 def test_without_zstandard_nothing_is_compressed(monkeypatch):
-    """The package is an extra, and compression a favour: a client without it still trains."""
+    """The package is an extra; a client without it still trains."""
     monkeypatch.setitem(sys.modules, "zstandard", None)
 
     *_, encoding, body = wire.encode_request(REQUEST, protobuf=True, compress=True)
@@ -207,7 +207,7 @@ def test_the_content_type_decides_how_a_body_is_read():
 
 
 def test_json_needs_no_protobuf():
-    """`import tinkex` and JSON-only use must not pay for a library they do not touch."""
+    """`import tinkex` and JSON must not load a library that they do not use."""
     script = (
         "import sys; from tinkex import wire, types;"
         "wire.dumps(wire.to_json(types.OptimStepRequest('m', 1)));"
@@ -230,7 +230,7 @@ def best_time(work, times: int) -> float:
 
 
 def test_an_optimizer_step_costs_microseconds():
-    """Measured 12 us; ten times that would be felt in a training loop of small models."""
+    """Measured 12 us; ten times that would slow down a training loop of small models."""
     request = types.OptimStepRequest("m", 1)
 
     def there_and_back():
@@ -239,7 +239,7 @@ def test_an_optimizer_step_costs_microseconds():
     assert best_time(there_and_back, 50) < 100e-6
 
 
-def test_arrays_are_not_walked_in_python():
+def test_arrays_are_converted_without_a_python_loop():
     """A batch of 131,072 tokens: the json module itself takes most of the time."""
     rng = np.random.default_rng(0)
     data = [

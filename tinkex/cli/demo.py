@@ -1,7 +1,7 @@
 """The demonstration: fine-tune the built-in model on the docstrings of this Python's library.
 
-Collects (signature, first paragraph of the docstring) pairs at run time, so nothing is downloaded
-and nobody else's text is shipped, then runs `tinkex train` on them like any user would.
+Collects (signature, first paragraph of the docstring) pairs at run time, so that nothing is
+downloaded and no text of others is shipped, then runs `tinkex train` on them as a user would.
 
 Usage: python -m tinkex.cli.demo FOLDER
 """

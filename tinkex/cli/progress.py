@@ -66,10 +66,10 @@ class Progress:
         if self._bar is None:
             self._print(row)
             return
-        words = _words(row)
+        fields = _fields(row)
         if "eval_loss" in row:
             self.say(f"step {row['step']}: held-out loss {row['eval_loss']:.4f} per token")
-        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        self._bar.set_postfix_str(", ".join(fields), refresh=False)
         self._bar.update(int(row["step"]) - self._bar.n)
 
     def _print(self, row: dict[str, float]) -> None:
@@ -80,11 +80,11 @@ class Progress:
         if not is_worth_a_line and now - self._last_line < PLAIN_SECONDS:
             return
         self._last_line = now
-        words = [f"step {step}/{self._total}", *_words(row)]
+        fields = [f"step {step}/{self._total}", *_fields(row)]
         if self._first_step < step < self._total:
             left = (now - self._begun) / (step - self._first_step) * (self._total - step)
-            words.append(f"{tqdm.format_interval(left)} left")
-        print(", ".join(words), file=sys.stderr, flush=True)
+            fields.append(f"{tqdm.format_interval(left)} left")
+        print(", ".join(fields), file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self._bar is not None:
@@ -92,14 +92,14 @@ class Progress:
             self._bar = None
 
 
-def _words(row: dict[str, float]) -> list[str]:
-    words = []
+def _fields(row: dict[str, float]) -> list[str]:
+    fields = []
     if "train_loss" in row:
-        words.append(f"loss {row['train_loss']:.4f}")
-        words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+        fields.append(f"loss {row['train_loss']:.4f}")
+        fields.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if "eval_loss" in row:
-        words.append(f"held-out loss {row['eval_loss']:.4f}")
-    return words
+        fields.append(f"held-out loss {row['eval_loss']:.4f}")
+    return fields
 
 
 class CtrlC:

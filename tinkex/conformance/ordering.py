@@ -207,7 +207,7 @@ def resend_asample(ctx: Context) -> None:
 
 
 def _next_works(ctx: Context, model: Model, bad: Ended, number: int, what: str) -> str:
-    """Check that a good request works after a refused one; the number that it needs, in words."""
+    """Check that a good request works after a refused one; returns which number it needed."""
     if bad.failure is None:
         raise Broken(f"{what} was not refused")
     if not bad.refused:

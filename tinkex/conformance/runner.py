@@ -137,7 +137,7 @@ def line(result: Result) -> str:
 
 
 def summary(results: Iterable[Result]) -> str:
-    """The number of results of each outcome, in words."""
+    """The number of results of each outcome, as text."""
     outcomes = [result.outcome for result in results]
     passed, failed = outcomes.count("pass"), outcomes.count("fail")
     return f"{passed} passed, {failed} failed, {outcomes.count('not offered')} not offered"

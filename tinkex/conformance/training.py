@@ -89,7 +89,7 @@ def accumulation(ctx: Context) -> str:
             for batch in batches:
                 model.output(model.batch(batch))
 
-        lost = "with a request of weight 0 beside it, the {} request does not count fully"
+        lost = "with another request of weight 0, the {} request does not count fully"
         first = slope.check(1, lambda: add([datum()], nothing), lost.format("first"))
         last = slope.check(1, lambda: add(nothing, [datum()]), lost.format("second"))
         both = slope.check(2, lambda: add([datum()], [datum()]), "two requests do not count as two")

@@ -1,6 +1,6 @@
 """Steps of a diagnosis: each has a time limit and ends in a finding.
 
-Knows nothing of what a step examines, or of how findings are shown.
+Does not know what a step examines or how findings are shown.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Records what the official SDK sends for the calls below: `PYTHON make.py FILE.json`.
 
 Run it with a Python that has a version of `tinker` installed (and no tinkex); the recordings beside
-this file say which version they are of. The server that the SDK talks to is made up: it answers
+this file say which version they are of. The SDK talks to a fake server, which answers
 everything at once, with as little as the SDK takes.
 """
 
@@ -113,7 +113,7 @@ def done(value: object) -> object:
 
 
 def calls(url: str) -> None:
-    """What is called. test_golden.py says the same in tinkex's words."""
+    """The recorded calls; test_golden.py makes the same ones with tinkex."""
     import numpy as np
     import tinker
     from tinker import types
