@@ -28,7 +28,7 @@ def split(count: int, eval_fraction: float, seed: int) -> tuple[list[int], list[
 class Plan:
     """Which examples make up which step: a pure function of these numbers.
 
-    Steps count from 1. Each epoch takes every example once, in an order of its own; its last
+    Steps count from 1. Each epoch takes every example once, in its own order; its last
     batch may be smaller. *max_steps* cuts the plan short, None does not.
     """
 
