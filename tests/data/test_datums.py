@@ -134,7 +134,9 @@ def test_what_was_rendered_is_not_rendered_again(data, tokenizer, tmp_path, monk
 
 
 @pytest.mark.parametrize("change", ["options", "template", "data"])
-def test_other_data_options_or_templates_are_rendered_again(data, tokenizer, tmp_path, change, monkeypatch):
+def test_other_data_options_or_templates_are_rendered_again(
+    data, tokenizer, tmp_path, change, monkeypatch
+):
     datums.cached(tmp_path, data, tokenizer, datums.Options(10))
     options = datums.Options(11 if change == "options" else 10)
     if change == "template":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from tinkex.data import datums
-from tinkex.text import gguf
+from tinkex.text import gguf, tokenizer
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -112,4 +112,6 @@ def resolve_base_model(name: str) -> str:
 
     A relative path would mean another model, or none, from another working directory.
     """
+    if name in tokenizer.BUILT_IN:
+        return name  # whatever folders there are
     return str(Path(name).resolve()) if Path(name).is_dir() or gguf.is_gguf(name) else name
