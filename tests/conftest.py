@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+import hypothesis
+
 # A shell that starts us in the background (`make test &`) ignores Ctrl-C, and child processes
 # inherit that. But tests check what Ctrl-C does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -14,3 +16,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+# Time limits of hypothesis fail on a busy machine for no fault of the test.
+hypothesis.settings.register_profile(
+    "tinkex", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tinkex")
