@@ -191,6 +191,7 @@ PARAMETERS = [
             ("stop", {"a"}, TypeError),
         ]
     ],
+    (lambda: types.SamplingParams(stop=[-1]), ValueError, "stop", "-1"),
     (lambda: types.SamplingParams(max_token=5), TypeError, "max_token"),
     (lambda: types.AdamParams(lr=5), TypeError, "lr"),
     *[

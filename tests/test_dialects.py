@@ -159,7 +159,9 @@ def test_a_failed_operation_is_told_in_the_server_s_words_and_the_next_one_works
 def test_a_wait_for_a_server_that_holds_its_polls_is_quiet(connect, caplog):
     """The client's own timeout there is no trouble to be told."""
     _, service = connect(SINGLE[HELD], patience=PATIENCE[HELD])
-    service.create_lora_training_client("tiny", rank=4).optim_step(ADAM).result(20)
+    training = service.create_lora_training_client("tiny", rank=4)
+    training.forward_backward([datum()], "cross_entropy")
+    training.optim_step(ADAM).result(20)
 
     assert [] == [record for record in caplog.records if record.levelname != "DEBUG"]
 
