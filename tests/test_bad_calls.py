@@ -1,7 +1,7 @@
 """
 What the caller did wrong is a ValueError or TypeError, raised at once, in the caller's thread.
 
-Its message names the value, the reason and the mend; nothing is sent for it, and no number is used.
+Its message names the value, the reason and the fix; nothing is sent for it, and no number is used.
 Each row: what is called, the class of the error, and words that its message must have: the value
 (or its type, where the value may be long or secret), and what is wanted instead.
 """
@@ -742,7 +742,7 @@ def world():
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: f"{row[0]} {' '.join(row[3:])}"[:60])
-def test_a_bad_call_is_told_at_once_with_the_value_the_reason_and_the_mend(
+def test_a_bad_call_is_raised_at_once_with_the_value_the_reason_and_the_fix(
     world, row, monkeypatch, tmp_path
 ):
     where, call, kind, *words = row

@@ -25,7 +25,7 @@ _CLIP = MappingProxyType({"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 @attrs.frozen
 class LossFunction:
-    """What a loss function takes.
+    """The inputs and settings of a loss function.
 
     Attributes:
         inputs: names that every datum must have, each of shape (N,) (cross_entropy: or (N, K)).
@@ -44,7 +44,7 @@ class LossFunction:
 _POLICY = ("target_tokens", "logprobs", "advantages")
 _PER_TOKEN_CLIP = ("clip_low_threshold", "clip_high_threshold")
 
-#: Every loss function by name. A server may offer fewer.
+#: All loss functions by name. A server may support fewer.
 LOSS_FUNCTIONS: Mapping[str, LossFunction] = MappingProxyType(
     {
         loss.name: loss

@@ -1,4 +1,4 @@
-"""Sessions, promises and what a server can do."""
+"""Sessions, promises and the features of a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ClientConfigRequest:
 
 @attrs.frozen
 class ClientConfig:
-    """What a server says of itself at `client/config`; every field has the protocol's default."""
+    """Features and limits of a server, from `client/config`; defaults are the protocol's."""
 
     pjwt_auth_enabled: bool = False
     credential_default_source: str = "api_key"
@@ -28,7 +28,7 @@ class ClientConfig:
     sample_max_concurrent_requests: int = 2000
     sample_use_retrieve_futures: bool = False
     sample_join_sampling_session: bool = False
-    #: True: protobuf forward_backward requests are taken; None: the server does not say.
+    #: True if forward_backward requests may be protobuf; None if the server does not say.
     proto_write_fwdbwd: bool | None = None
 
 
