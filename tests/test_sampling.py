@@ -28,7 +28,8 @@ from tinkex import errors, types
 from tinkex.config import SamplingLimits
 from tinkex.runtime import rate_limit
 from tinkex.runtime.retry import Retry
-from tinkex.sampling import CLONE_BLOCK, SamplingClient
+from tinkex.runtime.sample_queue import CLONE_BLOCK
+from tinkex.sampling import SamplingClient
 
 PATH = "tinker://s0:train:0/sampler_weights/a"
 
@@ -351,7 +352,7 @@ def test_statement_23_a_429_slows_every_sampler_of_the_key(server):
         server.script("asample", status(429, {"message": "slow"}, retry_after_ms=20))
         one.sample([1]).result(10)
 
-        assert one._pace is other._pace
+        assert one._queue.pace is other._queue.pace
         assert 200 + 1 == other.limit
         for _ in range(3):
             other.sample([1]).result(10)
@@ -415,7 +416,7 @@ def test_statement_31_an_exception_in_any_stage_ends_in_the_future(client, monke
         raise problem
 
     target = {
-        "submit": "tinkex.sampling.SamplingClient._take_number",
+        "submit": "tinkex.runtime.sample_queue.SampleQueue.take_number",
         "poll": "tinkex.runtime.polling.Poller.ask",
         "decode": "tinkex.runtime.polling.wire.decode_result",
     }[stage]

@@ -1,47 +1,37 @@
 """SamplingClient: text from a model, many prompts at once, in no order.
 
-Knows what a sample is asked with and what comes back; how much goes on at once is pacing.py's.
+Knows what a sample is asked with and what comes back; how many run at once is the business of
+runtime/sample_queue.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import random
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Union
 
 import attrs
 import numpy as np
-import requests
-import tenacity
 
 from tinkex import errors, types, wire
 from tinkex.config import Config
-from tinkex.futures import OperationFuture, fail, gather, succeed
-from tinkex.runtime import batching, operation_log, rate_limit
-from tinkex.runtime.pending import drop
+from tinkex.futures import OperationFuture, gather
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import PauseWarning
-from tinkex.runtime.responses import connection_error, error_detail
 from tinkex.runtime.retry import ONCE, Retry, check_retry
-from tinkex.runtime.sample_watch import CompletionWatch
+from tinkex.runtime.sample_queue import SampleQueue
+from tinkex.runtime.sample_stream import read_events
 from tinkex.runtime.session import (
-    CLOSE_TIMEOUT,
-    HURRIED_TIMEOUT,
     Session,
-    check_close_timeout,
     connect,
     is_missing_route,
     is_normal_end,
     not_offered,
 )
-from tinkex.runtime.wait_log import Wait
 from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")
@@ -50,10 +40,6 @@ Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
 #: How to choose tokens: an object, or a dict of its fields.
 Params = Union[types.SamplingParams, Mapping[str, Any], None]
 
-#: A clone of a client (unpickled) numbers its samples from a block of its own.
-CLONE_BLOCK = 1_000_000_000
-#: How often a sample whose promise the server has lost is sent again, each second time anew.
-MAX_LOST = 5
 
 PAUSE_REASONS = {
     "paused_rate_limit": "concurrent sampler weights limit hit",
@@ -85,26 +71,21 @@ class SamplingClient:
         self._session = session
         self._base_model = base_model
         self._retry = retry_config
-        self._clone = clone
-        self._owns_session = owns_session
-        self._lock = threading.Lock()  # guards _next and _tokenizer
-        self._next = clone * CLONE_BLOCK
+        self._lock = threading.Lock()  # guards _tokenizer
         self._tokenizer: Any = None
         self._warn_of_pause = PauseWarning(
             f"Sampling is paused for {sampling_session_id}",
             PAUSE_REASONS,
             session.transport.waits.now,
         )
-        limits, features = session.config.sampling, session.features
-        most = max(1, min(limits.bytes_in_dispatch, features.sample_dispatch_bytes_semaphore_size))
-        limits = attrs.evolve(limits, bytes_in_dispatch=most)
-        self._pace = rate_limit.pace_of(session.config.base_url, session.config.api_key, limits)
-        self._places = rate_limit.Places(max(1, features.sample_max_concurrent_requests))
-        self._completions: CompletionWatch | None = None
-        if features.sample_use_retrieve_futures:
-            self._completions = CompletionWatch(session, sampling_session_id, clone)
-        self._closing = threading.Event()
-        self._closed = threading.Event()
+        self._queue = SampleQueue(
+            session,
+            sampling_session_id,
+            retry=retry_config,
+            clone=clone,
+            owns_session=owns_session,
+            on_queue_state=self._warn_of_pause,
+        )
 
     @classmethod
     def create(
@@ -199,22 +180,7 @@ class SamplingClient:
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         check_timeout(poll_timeout)
-        self._check_open()
-        future: OperationFuture[types.SampleResponse]
-        future = OperationFuture(f"sample from {self.sampling_session_id}")
-        operation_log.submitted(
-            future,
-            model=self.sampling_session_id,
-            tokens=partial(batching.count_tokens, request.prompt),
-        )
-        self._session.pending.add(self.sampling_session_id, future, ordered=False)
-        nbytes = batching.size_of_input(request.prompt)
-        sampling = _Sample(self, request, future, nbytes, poll_timeout)
-        if self._completions is not None:
-            sampling.start()  # one poll waits for any number
-        else:
-            self._places.enter(sampling.take_place)
-        return future
+        return self._queue.submit(request, poll_timeout, self._show_text)
 
     def compute_logprobs(
         self, prompt: Prompt, *, prompt_logprobs_last_n: int | None = None
@@ -320,8 +286,8 @@ class SamplingClient:
             num_samples=num_samples,
             sampling_session_id=self.sampling_session_id,
         )
-        self._check_open()
-        return self._stream(attrs.evolve(request, seq_id=self._take_number()))
+        self._queue.check_open()
+        return self._stream(attrs.evolve(request, seq_id=self._queue.take_number()))
 
     def _stream(self, request: types.SampleRequest) -> Iterator[types.SampleStreamChunk]:
         transport = self._session.transport
@@ -337,7 +303,12 @@ class SamplingClient:
                 raise not_offered(exc, wire.STREAM_SAMPLE.path) from exc
             raise
         with response:
-            yield from _read_events(response)
+            yield from read_events(response)
+
+    def _show_text(self, response: types.SampleResponse) -> None:
+        """Let the repr of a response show its text, once a tokenizer is loaded."""
+        if self._tokenizer is not None:
+            types.show_with(response, self._tokenizer)
 
     # Prompts and text.
 
@@ -411,7 +382,7 @@ class SamplingClient:
     @property
     def limit(self) -> int:
         """How many samples are submitted at a time now; falls after a 429, and rises again."""
-        return self._pace.limit
+        return self._queue.limit
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Wait until what was submitted is done, and take no more samples. Safe to call twice.
@@ -425,29 +396,7 @@ class SamplingClient:
             ClientClosedError: If something was not done in time; says how much. Only logged while
                 another exception is being handled, and with cancel.
         """
-        patience = check_close_timeout(timeout, self._session.config.patience.close)
-        self._closing.set()
-        owner = self.sampling_session_id
-        try:
-            left = self._session.wait_for_pending(owner, 0.0 if cancel else patience)
-        except BaseException:  # Ctrl-C: the user does not want to wait
-            self._end(HURRIED_TIMEOUT)
-            raise
-        self._end(CLOSE_TIMEOUT)
-        self._session.pending.report(owner)
-        drop(left, whose=f"the sampling client {owner}", normal_end=not cancel, seconds=patience)
-
-    def _end(self, timeout: float) -> None:
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._pace.wake()  # those of ours that wait for room find that they need none
-        if self._completions is not None:
-            self._completions.end()
-        closed = errors.ClientClosedError("The sampling client was closed.")
-        self._session.poller.abandon(self.sampling_session_id, closed)
-        if self._owns_session:
-            self._session.close(timeout=timeout)
+        self._queue.close(cancel=cancel, timeout=timeout)
 
     def __enter__(self) -> SamplingClient:
         return self
@@ -461,8 +410,7 @@ class SamplingClient:
         self.close(cancel=not is_normal_end(exc))
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed.is_set() else f"{self._next % CLONE_BLOCK} sampled"
-        return f"<SamplingClient {self.sampling_session_id} [{state}]>"
+        return f"<SamplingClient {self.sampling_session_id} [{self._queue.state}]>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = self._session.config
@@ -475,160 +423,9 @@ class SamplingClient:
             self._retry,
         )
 
-    # The way down.
-
-    def _check_open(self) -> None:
-        if self._closing.is_set():
-            raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
-        self._session.check_open()
-
-    def _check_not_closed(self) -> None:
-        if self._closed.is_set():
-            raise errors.ClientClosedError("The sampling client was closed.")
-        self._session.check_usable()
-
-    def _is_closed(self) -> bool:
-        return self._closed.is_set() or self._session.is_closed
-
-    def _take_number(self) -> int:
-        with self._lock:
-            self._next += 1
-            return self._next - 1
-
     def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
         """Warns that sampling is paused, once a minute at most."""
         self._warn_of_pause(state, reason)
-
-
-class _Sample:
-    """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
-
-    The number is kept over resends, so that the server samples once. A promise that is called lost
-    is asked for again under its number, which brings it back if that was not true; only if it did
-    not does the sample get a new one.
-    """
-
-    def __init__(
-        self,
-        client: SamplingClient,
-        request: types.SampleRequest,
-        future: OperationFuture[types.SampleResponse],
-        nbytes: int,
-        poll_timeout: float | None,
-    ) -> None:
-        self._client = client
-        self._request = request
-        self._future = future
-        self._nbytes = nbytes
-        self._poll_timeout = poll_timeout
-        self._lost = 0
-        self._give_up_at = math.inf
-        self._pause = 0.0  # after the last 429, in seconds
-
-    def take_place(self) -> None:
-        """Start, and make room for another at the end."""
-        self._future.add_done_callback(lambda _: self._client._places.leave())
-        self.start()
-
-    def start(self) -> None:
-        """Submit it, on a thread of the session's."""
-        closed = errors.ClientClosedError(f"{self._future.what} was not sent: the session closed.")
-        dropped = partial(fail, self._future, closed)
-        self._client._session.sample_pool.start(self.submit, dropped=dropped)
-
-    def submit(self) -> None:
-        """Runs on a thread of the session's pool."""
-        if not self._future.running() and not self._future.set_running_or_notify_cancel():
-            return
-        try:
-            self._submit()
-        except BaseException as exc:
-            fail(self._future, exc)
-
-    def _submit(self) -> None:
-        client = self._client
-        if self._request.seq_id is None:
-            self._request = attrs.evolve(self._request, seq_id=client._take_number())
-        inner: OperationFuture[types.SampleResponse]
-        inner = OperationFuture(self._future.what, self._future.progress)
-        inner.add_done_callback(self._finish)
-        if client._retry is not None and client._retry.budget is not None:
-            self._give_up_at = client._session.transport.waits.now() + client._retry.budget
-        with client._session.transport.waits.begin(f"the server to take {inner.what}") as wait:
-            retrying = tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(errors.RateLimitError),
-                stop=self._has_given_up,
-                wait=self._note_rate_limit,
-                sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
-                before_sleep=lambda state: wait.failed_once(state.outcome.exception()),  # type: ignore[union-attr]
-                reraise=True,
-            )
-            retrying(self._send, inner, wait)
-
-    def _send(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
-        """Submit when there is room. RateLimitError if the server answers 429."""
-        client = self._client
-        with client._pace.admitted(self._nbytes, client._is_closed):
-            client._check_not_closed()
-            self._start(inner, wait)
-        client._pace.succeeded()
-
-    def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
-        exc = state.outcome.exception() if state.outcome else None
-        self._pause = self._client._pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
-        return self._pause
-
-    def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
-        now = self._client._session.transport.waits.now()
-        return now + self._pause >= self._give_up_at
-
-    def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
-        session = self._client._session
-        session.start(
-            wire.SAMPLE,
-            self._post,
-            inner,
-            queue=self._client.sampling_session_id,
-            ordered=False,
-            poll_timeout=self._poll_timeout,
-            on_queue_state=self._client.on_queue_state_change,
-            watcher=watch.watch if (watch := self._client._completions) is not None else None,
-            wait=wait,
-            seq_id=self._request.seq_id,
-        )
-
-    def _post(self, wait: Wait) -> Any:
-        headers = {"X-Tinker-Sampling-Backpressure": "1"}
-        retry = self._client._retry or Retry()
-        retry = attrs.evolve(retry, pass_on=retry.pass_on | {429})  # which all samplers heed
-        return self._client._session.post(
-            wire.SAMPLE, self._request, wait, retry=retry, headers=headers
-        )
-
-    def _finish(self, inner: Any) -> None:
-        """The promise is resolved, or lost."""
-        exc = inner.exception()
-        if exc is None:
-            response = _aligned(inner.result(), self._request.prompt)
-            if self._client._tokenizer is not None:
-                types.show_with(response, self._client._tokenizer)
-            succeed(self._future, response)
-        elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
-            self._lost += 1
-            if self._lost % 2 == 0:  # under its own number, too, the server had it no more
-                self._request = attrs.evolve(self._request, seq_id=None)
-            self.start()
-        else:
-            fail(self._future, exc)
-
-
-def _aligned(response: types.SampleResponse, prompt: types.ModelInput) -> types.SampleResponse:
-    """*response* with a log-probability for each token of *prompt*: some servers (SkyRL) leave out
-    the first, which nothing comes before."""
-    logprobs = response.prompt_logprobs_np
-    if logprobs is None or len(logprobs) != prompt.length - 1:
-        return response
-    return attrs.evolve(response, prompt_logprobs=np.append(np.float32("nan"), logprobs))
 
 
 def check_source(model_path: object, base_model: object, retry_config: object = None) -> None:
@@ -647,40 +444,6 @@ def _prompt_logprobs(response: types.SampleResponse) -> list[float | None]:
     if logprobs is None:
         raise errors.APIResponseValidationError("the server gave no prompt logprobs.")
     return logprobs
-
-
-def _read_events(response: Any) -> Iterator[types.SampleStreamChunk]:
-    """Server-sent events as chunks, each as soon as it is whole."""
-    data: deque[bytes] = deque()
-    try:
-        for line in response.iter_lines(chunk_size=1):
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                event = b"\n".join(data)
-                data.clear()
-                if event == b"[DONE]":
-                    return
-                yield _read_event(event)
-    except requests.RequestException as exc:
-        raise connection_error(exc, "POST", response.url, 0) from exc
-    raise errors.APIConnectionError("the stream of samples broke off before its end.")
-
-
-def _read_event(event: bytes) -> types.SampleStreamChunk:
-    try:
-        payload = wire.loads(event)
-        if not isinstance(payload, dict) or not payload.get("error"):
-            return wire.from_json(types.SampleStreamChunk, payload)
-    except ValueError as exc:
-        raise errors.APIResponseValidationError(
-            f"the server sent something unreadable in a stream of samples: {exc}"
-        ) from exc
-    category = payload.get("category")
-    raise errors.RequestFailedError(
-        f"streaming failed on the server: {error_detail(payload)}",
-        category=category if category in ("user", "server") else "unknown",
-    )
 
 
 class _ProgressBar:

@@ -83,7 +83,7 @@ def submit_sample(service):
 def sample(service):
     sampler = service.create_sampling_client(base_model="tiny")
     future = sampler.sample([NEVER], 1, PARAMS)
-    until(lambda: sampler._completions._waiting)
+    until(lambda: sampler._queue.watch._waiting)
     return future.result, f"sample from {sampler.sampling_session_id}"
 
 

@@ -1,0 +1,283 @@
+"""Samples on their way: submitted when there is room, in no order, and waited for.
+
+Does not know what is sampled; how many requests run at once is decided by rate_limit.py.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import attrs
+import numpy as np
+import tenacity
+
+from tinkex import errors, types, wire
+from tinkex.futures import OperationFuture, fail, succeed
+from tinkex.runtime import batching, operation_log, rate_limit
+from tinkex.runtime.pending import drop
+from tinkex.runtime.queue_state import Observer
+from tinkex.runtime.retry import Retry
+from tinkex.runtime.sample_watch import CompletionWatch
+from tinkex.runtime.session import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Session, check_close_timeout
+from tinkex.runtime.wait_log import Wait
+
+#: A clone of a client (unpickled) numbers its samples from a separate block.
+CLONE_BLOCK = 1_000_000_000
+#: How often a sample is sent again whose promise the server has lost; every second time with a new
+#: number.
+MAX_LOST = 5
+
+
+class SampleQueue:
+    """Submits the samples of one sampling client, and ends them.
+
+    Args:
+        retry: when a failed request is sent again; None is the usual patience.
+        clone: number of this copy of the client; 0 is the original.
+        owns_session: True if the session ends with the client.
+        on_queue_state: called when the server says why a sample waits.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampling_session_id: str,
+        *,
+        retry: Retry | None,
+        clone: int,
+        owns_session: bool,
+        on_queue_state: Observer,
+    ) -> None:
+        self.session = session
+        self.sampling_session_id = sampling_session_id
+        self.retry = retry
+        self.on_queue_state = on_queue_state
+        self._owns_session = owns_session
+        self._lock = threading.Lock()  # guards _next
+        self._next = clone * CLONE_BLOCK
+        limits, features = session.config.sampling, session.features
+        most = max(1, min(limits.bytes_in_dispatch, features.sample_dispatch_bytes_semaphore_size))
+        limits = attrs.evolve(limits, bytes_in_dispatch=most)
+        self.pace = rate_limit.pace_of(session.config.base_url, session.config.api_key, limits)
+        self.places = rate_limit.Places(max(1, features.sample_max_concurrent_requests))
+        #: Waits for all samples by one poll, where the server supports that.
+        self.watch: CompletionWatch | None = None
+        if features.sample_use_retrieve_futures:
+            self.watch = CompletionWatch(session, sampling_session_id, clone)
+        self._closing = threading.Event()
+        self._closed = threading.Event()
+
+    def submit(
+        self,
+        request: types.SampleRequest,
+        poll_timeout: float | None,
+        on_response: Callable[[types.SampleResponse], None],
+    ) -> OperationFuture[types.SampleResponse]:
+        """Submit a sample as soon as there is room; *on_response* sees its result first."""
+        self.check_open()
+        owner = self.sampling_session_id
+        future: OperationFuture[types.SampleResponse] = OperationFuture(f"sample from {owner}")
+        tokens = partial(batching.count_tokens, request.prompt)
+        operation_log.submitted(future, model=owner, tokens=tokens)
+        self.session.pending.add(owner, future, ordered=False)
+        nbytes = batching.size_of_input(request.prompt)
+        sample = _Sample(self, request, future, nbytes, poll_timeout, on_response)
+        if self.watch is not None:
+            sample.start()  # one poll waits for any number
+        else:
+            self.places.enter(sample.take_place)
+        return future
+
+    def take_number(self) -> int:
+        """The next seq_id."""
+        with self._lock:
+            self._next += 1
+            return self._next - 1
+
+    @property
+    def limit(self) -> int:
+        """How many samples are submitted at a time now."""
+        return self.pace.limit
+
+    @property
+    def state(self) -> str:
+        """How many samples were submitted, or that it is closed, in words."""
+        return "closed" if self._closed.is_set() else f"{self._next % CLONE_BLOCK} sampled"
+
+    def check_open(self) -> None:
+        """ClientClosedError if no more samples are taken."""
+        if self._closing.is_set():
+            raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
+        self.session.check_open()
+
+    def check_not_closed(self) -> None:
+        """ClientClosedError if samples that were taken before are not sent any more either."""
+        if self._closed.is_set():
+            raise errors.ClientClosedError("The sampling client was closed.")
+        self.session.check_usable()
+
+    def is_closed(self) -> bool:
+        """True if it or its session is closed."""
+        return self._closed.is_set() or self.session.is_closed
+
+    def close(self, *, cancel: bool, timeout: float | None) -> None:
+        """Wait for what was submitted, or fail it; see `SamplingClient.close`."""
+        patience = check_close_timeout(timeout, self.session.config.patience.close)
+        self._closing.set()
+        owner = self.sampling_session_id
+        try:
+            left = self.session.wait_for_pending(owner, 0.0 if cancel else patience)
+        except BaseException:  # Ctrl-C: the user does not want to wait
+            self._end(HURRIED_TIMEOUT)
+            raise
+        self._end(CLOSE_TIMEOUT)
+        self.session.pending.report(owner)
+        drop(left, whose=f"the sampling client {owner}", normal_end=not cancel, seconds=patience)
+
+    def _end(self, timeout: float) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self.pace.wake()  # samples that wait for room give up
+        if self.watch is not None:
+            self.watch.end()
+        closed = errors.ClientClosedError("The sampling client was closed.")
+        self.session.poller.abandon(self.sampling_session_id, closed)
+        if self._owns_session:
+            self.session.close(timeout=timeout)
+
+
+class _Sample:
+    """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
+
+    A resend has the same number, so that the server samples once. A promise that the server calls
+    lost is requested again under its number, which brings it back if it was not lost. Only if that
+    fails does the sample get a new number.
+    """
+
+    def __init__(
+        self,
+        queue: SampleQueue,
+        request: types.SampleRequest,
+        future: OperationFuture[types.SampleResponse],
+        nbytes: int,
+        poll_timeout: float | None,
+        on_response: Callable[[types.SampleResponse], None],
+    ) -> None:
+        self._queue = queue
+        self._request = request
+        self._future = future
+        self._nbytes = nbytes
+        self._poll_timeout = poll_timeout
+        self._on_response = on_response
+        self._lost = 0
+        self._give_up_at = math.inf
+        self._pause = 0.0  # after the last 429, in seconds
+
+    def take_place(self) -> None:
+        """Start; at the end, leave the place to another sample."""
+        self._future.add_done_callback(lambda _: self._queue.places.leave())
+        self.start()
+
+    def start(self) -> None:
+        """Submit it, on a thread of the session's."""
+        closed = errors.ClientClosedError(f"{self._future.what} was not sent: the session closed.")
+        dropped = partial(fail, self._future, closed)
+        self._queue.session.sample_pool.start(self.submit, dropped=dropped)
+
+    def submit(self) -> None:
+        """Runs on a thread of the session's pool."""
+        if not self._future.running() and not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            self._submit()
+        except BaseException as exc:
+            fail(self._future, exc)
+
+    def _submit(self) -> None:
+        queue = self._queue
+        if self._request.seq_id is None:
+            self._request = attrs.evolve(self._request, seq_id=queue.take_number())
+        inner: OperationFuture[types.SampleResponse]
+        inner = OperationFuture(self._future.what, self._future.progress)
+        inner.add_done_callback(self._finish)
+        if queue.retry is not None and queue.retry.budget is not None:
+            self._give_up_at = queue.session.transport.waits.now() + queue.retry.budget
+        with queue.session.transport.waits.begin(f"the server to take {inner.what}") as wait:
+            retrying = tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(errors.RateLimitError),
+                stop=self._has_given_up,
+                wait=self._note_rate_limit,
+                sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
+                before_sleep=lambda state: wait.failed_once(state.outcome.exception()),  # type: ignore[union-attr]
+                reraise=True,
+            )
+            retrying(self._send, inner, wait)
+
+    def _send(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
+        """Submit when there is room. RateLimitError if the server answers 429."""
+        queue = self._queue
+        with queue.pace.admitted(self._nbytes, queue.is_closed):
+            queue.check_not_closed()
+            self._start(inner, wait)
+        queue.pace.succeeded()
+
+    def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
+        exc = state.outcome.exception() if state.outcome else None
+        self._pause = self._queue.pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
+        return self._pause
+
+    def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
+        now = self._queue.session.transport.waits.now()
+        return now + self._pause >= self._give_up_at
+
+    def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
+        session = self._queue.session
+        session.start(
+            wire.SAMPLE,
+            self._post,
+            inner,
+            queue=self._queue.sampling_session_id,
+            ordered=False,
+            poll_timeout=self._poll_timeout,
+            on_queue_state=self._queue.on_queue_state,
+            watcher=watch.watch if (watch := self._queue.watch) is not None else None,
+            wait=wait,
+            seq_id=self._request.seq_id,
+        )
+
+    def _post(self, wait: Wait) -> Any:
+        headers = {"X-Tinker-Sampling-Backpressure": "1"}
+        retry = self._queue.retry or Retry()
+        retry = attrs.evolve(retry, pass_on=retry.pass_on | {429})  # it holds back all samplers
+        return self._queue.session.post(
+            wire.SAMPLE, self._request, wait, retry=retry, headers=headers
+        )
+
+    def _finish(self, inner: Any) -> None:
+        """The promise is resolved, or lost."""
+        exc = inner.exception()
+        if exc is None:
+            response = _aligned(inner.result(), self._request.prompt)
+            self._on_response(response)
+            succeed(self._future, response)
+        elif isinstance(exc, errors.PromiseExpiredError) and self._lost < MAX_LOST:
+            self._lost += 1
+            if self._lost % 2 == 0:  # lost under its own number, too
+                self._request = attrs.evolve(self._request, seq_id=None)
+            self.start()
+        else:
+            fail(self._future, exc)
+
+
+def _aligned(response: types.SampleResponse, prompt: types.ModelInput) -> types.SampleResponse:
+    """*response* with a log-probability for each token of *prompt*: some servers (SkyRL) leave out
+    the first, which nothing comes before."""
+    logprobs = response.prompt_logprobs_np
+    if logprobs is None or len(logprobs) != prompt.length - 1:
+        return response
+    return attrs.evolve(response, prompt_logprobs=np.append(np.float32("nan"), logprobs))
