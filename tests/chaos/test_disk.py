@@ -78,6 +78,27 @@ def test_a_full_disk_is_told_and_corrupts_nothing(small_disk, tmp_path):
     )
 
 
+@pytest.mark.parametrize("restart", [False, True], ids=["running", "started on the full disk"])
+def test_a_full_disk_can_be_emptied_through_the_server(small_disk, restart):
+    """Deleting writes, too; there is a reserve for that."""
+    server = Server(small_disk / "home")
+    with server, tinkex.ServiceClient(server.url) as service:
+        training = service.create_lora_training_client("tiny", rank=4, seed=1)
+        paths = [training.save_state(name).result(60).path for name in ("a", "b", "c")]
+        if restart:
+            server.kill()
+        fill(small_disk, leave=0)
+        if restart:
+            server.start()
+        rest = service.create_rest_client()
+        before = [c.tinker_path for c in rest.list_user_checkpoints().checkpoints]
+        rest.delete_checkpoint_from_tinker_path(paths[0])
+        after = [c.tinker_path for c in rest.list_user_checkpoints().checkpoints]
+
+    assert set(paths) == set(before)
+    assert set(paths[1:]) == set(after)
+
+
 def test_what_cannot_be_written_down_is_not_promised(small_disk, tmp_path):
     """The journal has no room: the request is refused with why, and so is a new session; both are
     taken when there is room, and a restart has all that was promised."""

@@ -1,4 +1,4 @@
-"""Servers for the tests: real HTTP on a port of their own, a home of their own."""
+"""Servers for the tests: real HTTP on a free port, with a temporary home."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUICK = Limits(poll_seconds=0.3, reap_seconds=0.1)
 
 
 class Served:
-    """A running server, its engine and a client of it."""
+    """A running server with its engine and a client."""
 
     def __init__(self, home, *, engine=None, limits=None, make_engine=None, **options):
         self.engine = engine or FakeEngine()
@@ -36,7 +36,7 @@ class Served:
 
 @pytest.fixture
 def serve(tmp_path):
-    """Starts servers that end with the test; on one home unless it is said otherwise."""
+    """Starts servers that are stopped after the test; all on one home by default."""
     running = []
 
     def start(home=None, limits=None, **options):

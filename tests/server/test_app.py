@@ -1,4 +1,4 @@
-"""The server over real HTTP, on an engine of toy numbers: training, sampling, saving, polling."""
+"""The server over real HTTP with a fake engine: training, sampling, saving, polling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinkex import types, wire
 
 
 def test_a_model_is_created_trained_saved_and_sampled_from(client):
-    """The whole of the protocol's main road, in JSON."""
+    """The main path of the protocol, in JSON."""
     session = client.session()
     model = client.model(session)
     steps = [client.forward_backward(model, 1, [1, 2, 3]), client.optim_step(model, 2)]
@@ -28,7 +28,7 @@ def test_a_model_is_created_trained_saved_and_sampled_from(client):
 
 
 def test_protobuf_and_json_give_the_same(client):
-    """One server, two dialects: the request by its content type, the result by Accept."""
+    """The request's dialect is its Content-Type, the result's is Accept."""
     model = client.model()
     requests = [batch(model, seq, [5, 6, 7], [8, 9], forward_only=True) for seq in (1, 2)]
     path, kind, _, body = wire.encode_request(requests[0], protobuf=True)

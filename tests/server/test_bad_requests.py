@@ -1,5 +1,7 @@
-"""A corpus of requests that are wrong: each gets a 4xx with one helpful sentence, and nothing else
-happens - no traceback, no state changed, no number used, the server alive."""
+"""A corpus of invalid requests: each gets a 4xx with a helpful sentence, and has no effect.
+
+No traceback, no changed state, no used number, and the server continues.
+"""
 
 from __future__ import annotations
 
@@ -243,8 +245,8 @@ case(
 case("xml batch", "POST", "forward_backward", b"<x/>", 415, headers={"Content-Type": "text/xml"})
 ZSTD, GZIP = {"Content-Encoding": "zstd"}, {"Content-Encoding": "gzip"}
 BOMB = b'{"a": "' + b" " * 40_000_000
-case("zstd: a bomb", "POST", "optim_step", zstandard.compress(BOMB), 413, ZSTD, "unpacked")
-case("gzip: a bomb", "POST", "optim_step", gzip.compress(BOMB, 1), 413, GZIP, "unpacked")
+case("zstd: a bomb", "POST", "optim_step", zstandard.compress(BOMB), 413, ZSTD, "decompression")
+case("gzip: a bomb", "POST", "optim_step", gzip.compress(BOMB, 1), 413, GZIP, "decompression")
 case("zstd: no zstd", "POST", "optim_step", b"{}", 400, ZSTD, "zstd")
 case("zstd: cut off", "POST", "optim_step", zstandard.compress(b"{}" * 50)[:-5], 400, ZSTD)
 case("gzip: cut off", "POST", "optim_step", gzip.compress(b"{}" * 50)[:-5], 400, GZIP, "gzip")
@@ -295,7 +297,7 @@ def site(tmp_path_factory):
 
 
 def state(client):
-    """All that a request could have changed."""
+    """Everything that a request could have changed."""
     return [client.get(path) for path in ("training_runs", "checkpoints", "sessions")]
 
 
@@ -328,7 +330,7 @@ def test_a_bad_request_is_refused(site, caplog, method, path, body, status, head
 
 
 def test_after_all_that_nothing_has_changed(site):
-    """The model's next number is still 2, its training goes on; there is one of each thing."""
+    """The model's next number is still 2, it can be trained, and no object was added."""
     served, names = site
     client = served.client
     step = client.result(client.optim_step(names[MODEL], 2))

@@ -1,4 +1,4 @@
-"""What is stored, through the API: runs, checkpoints, sessions, archives; and what frees disk."""
+"""Runs, checkpoints, sessions and archives through the API, and how disk space is freed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_runs_are_listed_with_their_last_checkpoints(client):
 
 
 def test_ids_with_colons_and_slashes_work_raw_and_encoded(client):
-    """Clients differ in what they quote."""
+    """Clients differ in what they percent-encode."""
     model = saved(client, "x.y-z")
     quoted = model.replace(":", "%3A")
 
@@ -49,14 +49,14 @@ def test_ids_with_colons_and_slashes_work_raw_and_encoded(client):
 
 
 def test_a_name_is_used_once_unless_it_may_be_overwritten(client, tmp_path):
-    """And overwriting leaves one set of files."""
+    """Overwriting leaves one set of files."""
     model = saved(client, "state")
     again = client.result(client.save(model, 2, "state"))
     over = client.result(client.save(model, 3, "state", overwrite=True))
     [checkpoint] = client.get("checkpoints")["checkpoints"]
 
     assert "user" == again["category"]
-    assert "there is a checkpoint" in again["error"]
+    assert "exists already" in again["error"]
     assert f"tinker://{model}/weights/state" == over["path"]
     assert 2 == len(files(tmp_path / "home"))
     assert checkpoint["size_bytes"] == sum(p.stat().st_size for p in files(tmp_path / "home"))
@@ -81,7 +81,7 @@ def test_deleting_frees_the_disk(client, tmp_path):
 
 
 def test_a_checkpoint_expires(client, tmp_path):
-    """It is gone from lists, from use and from the disk."""
+    """It is removed from lists, cannot be used, and its files are deleted."""
     model = saved(client, "short", ttl_seconds=1)
     path = f"tinker://{model}/weights/short"
     known = client.get("checkpoints")["checkpoints"]
@@ -105,7 +105,7 @@ def test_a_ttl_can_be_taken_away(client):
 
 
 def test_sampler_weights_are_frozen(client):
-    """What was saved does not move with the training that goes on."""
+    """Later training does not change what was saved."""
     session = client.session()
     model = client.model(session)
     client.result(client.forward_backward(model, 1, [9]))
@@ -135,7 +135,7 @@ def test_a_session_tells_its_runs_and_samplers(client):
 
 
 def test_sessions_are_searched(client):
-    """By what they were given, newest first, in pages."""
+    """By their metadata, newest first, in pages."""
     for i in range(5):
         client.session(user_metadata={"kind": "odd" if i % 2 else "even"}, display_name=f"n{i}")
     first = client.post("sessions/search", {"user_metadata": {"kind": "even"}, "limit": 2})
@@ -151,7 +151,7 @@ def test_sessions_are_searched(client):
 
 
 def test_a_finished_session_frees_what_was_live(served, tmp_path):
-    """Models, and the snapshots of unnamed samplers; checkpoints stay. Heartbeats get 410."""
+    """Models and snapshots of unnamed samplers are removed; checkpoints stay. Heartbeats get 410."""
     client = served.client
     session = client.session()
     model = client.model(session)
@@ -181,7 +181,7 @@ def test_a_finished_session_frees_what_was_live(served, tmp_path):
 
 
 def test_a_session_that_falls_silent_ends(serve):
-    """So that clients which die do not fill the memory; a busy or beating one goes on."""
+    """Dead clients do not fill the memory; sessions with work or heartbeats continue."""
     served = serve(limits={"session_seconds": 0.5})
     client = served.client
     quiet, beating = client.model(), client.session()
@@ -204,7 +204,7 @@ def archive_of(client, model, name="weights/a"):
 
 
 def test_an_archive_is_a_tar_of_the_checkpoint(client):
-    """Its size is told before, and its hash: by a URL that needs no key."""
+    """The URL needs no key; size and hash are in the headers."""
     model = saved(client, "a")
     answer = requests.get(archive_of(client, model), timeout=10)
     again = requests.get(archive_of(client, model), timeout=10)
@@ -219,7 +219,7 @@ def test_an_archive_is_a_tar_of_the_checkpoint(client):
 
 
 def test_an_archive_comes_in_ranges(client):
-    """So that a download that was cut can go on."""
+    """An interrupted download can be resumed."""
     model = saved(client, "a")
     url = archive_of(client, model)
     whole = requests.get(url, timeout=10)
@@ -244,7 +244,7 @@ def test_a_made_up_download_link_opens_nothing(client):
 
 
 def test_a_checkpoint_can_be_copied(client):
-    """Into a run of one's own; a repeat makes no second copy."""
+    """Into a run of the caller; a repeat does not copy again."""
     model = saved(client, "a")
     session = client.session()
     body = {
@@ -263,7 +263,7 @@ def test_a_checkpoint_can_be_copied(client):
 
 
 def test_a_copy_outside_any_session_is_made_once_for_each_request(client):
-    """Its resends carry the key of the first."""
+    """A resend has the same idempotency key."""
     model = saved(client, "a")
     body = {"source_path": f"tinker://{model}/weights/a", "destination_project_id": "p"}
     paths = [

@@ -1,4 +1,4 @@
-"""Faults of the machine and of clients: full disks, one dialect only, random nonsense."""
+"""Faults of the machine and of clients: full disks, a single dialect, random input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FullDisk(FakeEngine):
 
 
 def test_a_full_disk_fails_the_save_and_corrupts_nothing(serve, tmp_path, caplog):
-    """The model goes on, and the same name can be saved when there is room."""
+    """The model continues, and the same name can be saved once there is space."""
     served = serve(engine=FullDisk())
     client = served.client
     model = client.model()
@@ -51,7 +51,7 @@ def test_a_full_disk_fails_the_save_and_corrupts_nothing(serve, tmp_path, caplog
 
 
 def test_what_the_journal_cannot_take_is_not_accepted(serve, caplog):
-    """A promise that a restart would break is not given; the number stays free."""
+    """No promise is made that a restart would break; the number stays free."""
     from tests.support.processes import free_port
 
     served = serve(port=free_port())
@@ -74,7 +74,7 @@ def test_what_the_journal_cannot_take_is_not_accepted(serve, caplog):
 
 
 def test_an_engine_that_cannot_start_is_told_to_who_asks(serve, caplog):
-    """At once, with the reason, to those that wait and to those that come."""
+    """Waiting and new requests get the reason at once."""
 
     gate = threading.Event()
 
@@ -99,7 +99,7 @@ def test_an_engine_that_cannot_start_is_told_to_who_asks(serve, caplog):
 
 
 def test_a_server_of_json_alone_takes_and_gives_json_alone(serve):
-    """As the servers of the JSON era do; clients must find out by the 415."""
+    """Like older servers; clients detect it by the 415."""
     served = serve(dialect="json")
     client = served.client
     model = client.model()
@@ -152,7 +152,7 @@ def places(payload, path=()):
 )
 @given(data=st.data())
 def test_no_nonsense_breaks_the_server(site, data):
-    """Whatever stands in one place of a good request: taken, or refused with a sentence."""
+    """Any value in any place of a valid request is accepted, or refused with a sentence."""
     served, names = site
     endpoint = data.draw(st.sampled_from(sorted(GOOD)))
     place = data.draw(st.sampled_from(list(places(GOOD[endpoint]))))
@@ -182,7 +182,7 @@ def test_no_nonsense_breaks_the_server(site, data):
 )
 @given(data=st.data())
 def test_no_garbled_protobuf_breaks_the_server(site, data):
-    """Bytes changed, cut or put in anywhere."""
+    """Bytes changed, removed or inserted anywhere."""
     served, names = site
     _, kind, _, body = wire.encode_request(batch(names[MODEL], 1, [1, 2, 3], [4]), protobuf=True)
     start = data.draw(st.integers(0, len(body)))

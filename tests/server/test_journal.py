@@ -1,4 +1,4 @@
-"""The journal: what is written is read back; what is no longer needed goes; a full disk is told."""
+"""The journal: what is written is read back, what is not needed is dropped, errors are reported."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_answer_is_kept_and_a_body_goes_where_nothing_must_run_again(path):
 
 
 def test_what_is_forgotten_keeps_its_place_until_a_snapshot_holds_it(path, tmp_path):
-    """A gap in a model's numbers would be waited for."""
+    """The server would wait for a gap in a model's numbers."""
     journal = Journal(path)
     journal.accept(row(0), new_model="{}")
     for seq in (1, 2, 3):
@@ -110,7 +110,7 @@ def test_a_snapshot_replaces_the_one_before(path, tmp_path):
 
 
 def test_a_failure_keeps_its_sentence_when_it_is_forgotten(path):
-    """What it spoilt must be spoilt again, with the same words."""
+    """The gradients it spoilt must be spoilt again, with the same message."""
     journal = Journal(path)
     journal.accept(row(0), new_model="{}")
     journal.accept(row(1))
@@ -125,7 +125,7 @@ def test_a_failure_keeps_its_sentence_when_it_is_forgotten(path):
 
 
 def test_what_cannot_be_written_is_told_and_the_rest_is_tried_again(path, caplog):
-    """A full disk: nothing is accepted, and answers that nobody waits for come later."""
+    """On a full disk nothing is accepted; results are written later."""
     journal = Journal(path)
     journal.accept(row(0), new_model="{}").result(5)
     pages = journal._db.execute("PRAGMA page_count").fetchone()[0]

@@ -1,4 +1,4 @@
-"""Parts of the ledger that have no HTTP in them."""
+"""Parts of the ledger, without HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinkex.server.results import fingerprint
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=200))
 def test_numbers_are_a_set(changes):
-    """In ranges, but a set."""
+    """Stored as ranges, it behaves like a set."""
     numbers, reference = Numbers(), set()
     for add, number in changes:
         if add:
@@ -36,7 +36,7 @@ def test_numbers_in_order_take_no_space():
 
 
 def test_a_fingerprint_is_of_what_is_said():
-    """Not of how it was written, and not of anything less than all of it."""
+    """It depends on all values of the request, but not on its encoding."""
     request = batch("m", 1, [1, 2], [3])
     _, kind, _, body = wire.encode_request(request, protobuf=True)
     written = wire.decode_request(kind, body)

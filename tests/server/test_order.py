@@ -1,4 +1,4 @@
-"""Order, repeats and failures: what makes training come out right whatever the network does."""
+"""Order, repeats and failures: training is correct whatever the network does."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tinkex import wire
 
 
 def operations(served, model):
-    """What the engine did with a model, in order."""
+    """The engine's operations on a model, in order."""
     return [entry[0] for entry in served.engine.log if entry[1] == model]
 
 
 def test_chunks_arriving_6_7_8_5_run_in_their_order(served):
-    """The official SDK posts the first chunk of a batch last; the step after them waits for all."""
+    """The official SDK sends the first chunk of a batch last; the step waits for all chunks."""
     client = served.client
     model = client.model()
     promises = {
@@ -51,7 +51,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_a_repeat_gets_the_same_promise_and_runs_once(served, name):
-    """A client whose answer was lost sends again; before and after the operation has run."""
+    """A client resends after a lost response, before or after the operation has run."""
     client = served.client
     model = client.model()
     served.engine.log.clear()
@@ -68,7 +68,7 @@ def test_a_repeat_gets_the_same_promise_and_runs_once(served, name):
 
 
 def test_a_repeated_creation_makes_one_model(served):
-    """(session, model_seq_id) is the creation's order number."""
+    """(session, model_seq_id) identifies a creation."""
     client = served.client
     session = client.session()
     body = {"session_id": session, "model_seq_id": 3, "base_model": "tiny"}
@@ -81,7 +81,7 @@ def test_a_repeated_creation_makes_one_model(served):
 
 
 def test_a_repeated_creation_from_a_checkpoint_outlives_the_checkpoint(served):
-    """The answer to a resend does not depend on what happened in between."""
+    """The response to a resend does not depend on later events."""
     client = served.client
     model = client.model()
     path = client.result(client.save(model, 1, "state"))["path"]
@@ -97,7 +97,7 @@ def test_a_repeated_creation_from_a_checkpoint_outlives_the_checkpoint(served):
 
 
 def test_sampling_sessions_and_samples_are_repeated_too(served):
-    """(session, sampling_session_seq_id) and (sampling session, seq_id) are order numbers."""
+    """(session, sampling_session_seq_id) and (sampling session, seq_id) identify requests."""
     client = served.client
     session = client.session()
     samplers = [client.sampler(session, 5, base_model="tiny") for _ in range(2)]
@@ -131,7 +131,7 @@ def test_the_numbers_of_samplers_are_shared_by_their_two_kinds(served):
 
 
 def test_a_repeat_with_another_body_is_refused(served):
-    """A number is used once; silently keeping the first would hide a client's fault."""
+    """A number is used once; ignoring the second request would hide a bug of the client."""
     client = served.client
     model = client.model()
     first = client.forward_backward(model, 1, [1, 2])
@@ -146,7 +146,7 @@ def test_a_repeat_with_another_body_is_refused(served):
 
 
 def test_a_repeat_in_the_other_dialect_is_the_same_request(served):
-    """What counts is what is said, not how it is written."""
+    """The content counts, not its encoding."""
     client = served.client
     model = client.model()
     request = batch(model, 1, [3, 4])
@@ -159,7 +159,7 @@ def test_a_repeat_in_the_other_dialect_is_the_same_request(served):
 
 
 def test_a_refused_request_uses_no_number(served):
-    """The same number is taken when the request is right."""
+    """The same number is accepted once the request is valid."""
     client = served.client
     model = client.model()
     refused = client.refused("optim_step", {"model_id": model, "seq_id": 1, "adam_params": 7})
@@ -170,7 +170,7 @@ def test_a_refused_request_uses_no_number(served):
 
 
 def test_after_a_failed_batch_the_step_fails_and_the_model_goes_on(served):
-    """An optimizer step must not follow gradients that are not whole."""
+    """An optimizer step must not use incomplete gradients."""
     client = served.client
     model = client.model()
     client.result(client.forward_backward(model, 1, [1, 2]))
@@ -206,7 +206,7 @@ def test_a_failed_forward_spoils_nothing(served):
 
 
 def test_a_fault_of_the_server_is_told_as_one(served, caplog):
-    """The client must know that changing the request would not help."""
+    """The category tells the client that changing the request does not help."""
     client = served.client
     model = client.model()
     failed = client.result(client.forward_backward(model, 1, [667]))
@@ -217,7 +217,7 @@ def test_a_fault_of_the_server_is_told_as_one(served, caplog):
 
 
 def test_a_model_that_could_not_be_created_says_why_each_time(served):
-    """What was pipelined behind a creation fails with its reason."""
+    """Operations pipelined behind a failed creation fail with its reason."""
     client = served.client
     session = client.session()
     promise = client.post(
@@ -230,7 +230,7 @@ def test_a_model_that_could_not_be_created_says_why_each_time(served):
 
 
 def test_a_creation_that_failed_leaves_its_number_to_another(served):
-    """A client that mends its mistake goes on with the same number; a resend gets the failure."""
+    """A corrected request can use the same number; a resend gets the failure."""
     client = served.client
     session = client.session()
     wrong = {"session_id": session, "model_seq_id": 0, "base_model": "missing/model"}
@@ -245,7 +245,7 @@ def test_a_creation_that_failed_leaves_its_number_to_another(served):
 
 
 def test_unloading_waits_for_what_was_accepted(served):
-    """And fails what waits for a gap that can no longer be filled."""
+    """Operations that wait for a missing number fail."""
     client = served.client
     model = client.model()
     first = client.forward_backward(model, 1, [1])
@@ -260,7 +260,7 @@ def test_unloading_waits_for_what_was_accepted(served):
 
 
 def test_a_small_request_is_not_held_up_by_big_ones(serve):
-    """Models take turns by computing time, between micro-batches."""
+    """Models share the compute time, switching between micro-batches."""
 
     class Slow(FakeEngine):
         def forward_backward(self, *args, **kwargs):
@@ -286,7 +286,7 @@ def test_a_small_request_is_not_held_up_by_big_ones(serve):
 
 
 def test_polls_answer_408_while_the_result_is_not_there(serve):
-    """With what it waits for: a client can tell waiting from hanging."""
+    """The reason lets a client distinguish waiting from hanging."""
     gate = threading.Event()
     served = serve(engine=FakeEngine(gate=gate), limits={"poll_seconds": 0.05})
     client = served.client
@@ -307,7 +307,7 @@ def test_polls_answer_408_while_the_result_is_not_there(serve):
 
 
 def test_a_result_that_is_not_there_any_more_is_410(serve):
-    """So that a client can tell it from one that is not there yet."""
+    """A client can distinguish it from one that is not ready yet."""
     served = serve(limits={"grace_seconds": 0.0})
     client = served.client
     model = client.model()
@@ -327,7 +327,7 @@ def test_a_result_that_is_not_there_any_more_is_410(serve):
 
 
 def test_the_queue_of_a_model_is_bounded_but_never_stuck(serve):
-    """What is missing is always taken, however full the queue is."""
+    """The missing operation is accepted even if the queue is full."""
     served = serve(limits={"model_queue": 3})
     client = served.client
     model = client.model()

@@ -1,4 +1,4 @@
-"""The server as a process: how it starts, announces itself, shares a home, and ends."""
+"""The server as a process: start, announcement, shared homes, and end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def process(tmp_path):
 
 
 def test_it_says_where_it_listens_and_announces_it(process, tmp_path):
-    """One line on stdout; the file is there when it answers, and is whole."""
+    """One line on stdout; the file is complete when the server accepts requests."""
     server = process(announce=str(tmp_path / "announce.json"))
     url = server.start()
     announced = json.loads((tmp_path / "announce.json").read_text())
@@ -95,7 +95,7 @@ def test_a_broken_database_is_an_error_that_says_so(process, tmp_path):
 
 @pytest.mark.parametrize("mode", [0o1777, 0o755, 0o777])
 def test_a_folder_of_others_is_refused_and_its_mode_is_kept(process, tmp_path, mode):
-    """A shared temporary folder that becomes 0700 stops working for everyone."""
+    """A shared temporary folder with mode 0700 is unusable for everyone else."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(mode)
@@ -120,7 +120,7 @@ def test_a_home_of_another_user_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_home_made_by_an_earlier_version_is_opened(tmp_path):
-    """It has no marker but a database."""
+    """It has no marker file, but a database."""
     home = tmp_path / "home"
     home.mkdir()
     for name in ("tinkex.sqlite", "notes.txt"):
@@ -130,7 +130,7 @@ def test_a_home_made_by_an_earlier_version_is_opened(tmp_path):
 
 
 def test_only_its_user_may_look_into_the_home(process, tmp_path):
-    """0700 and 0600: there are weights and training data in it."""
+    """0700 and 0600: it contains weights and training data."""
     server = process()
     server.start()
     model = server.client.model()
@@ -157,14 +157,14 @@ def test_an_embedded_server_wants_its_token_and_forgets_it_from_the_environment(
 
 
 def test_on_another_address_a_key_is_made_up_and_shown_once(process):
-    """Whoever can reach it must have a key."""
+    """Other machines can reach it, so a key is required."""
     server = process(host="0.0.0.0")
     server.start()
     line = server.process.stdout.readline()
     key = line.rsplit(" ", 1)[1].strip()
     anybody = server.client.refused("create_session", {})
 
-    assert line.startswith("API key, shown this once: tml-")
+    assert line.startswith("API key (not shown again): tml-")
     assert 401 == anybody[0]
     assert WireClient(f"http://127.0.0.1:{server.port}", key).session()
 
@@ -192,7 +192,7 @@ def alive(pid):
 
 
 def test_it_ends_with_its_parent_even_if_that_is_killed(tmp_path):
-    """No server is left behind, and nothing of it in the home."""
+    """Neither the server nor its files in the home are left behind."""
     announce = tmp_path / "announce.json"
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "home"), str(announce)],
@@ -232,7 +232,7 @@ def test_two_servers_share_a_home(serve):
 
 
 def test_two_servers_save_at_the_same_time(serve):
-    """SQLite lets one write at a time; nobody gets an error for it."""
+    """SQLite allows one writer at a time; this causes no errors."""
     servers = [serve(), serve()]
     models = [served.client.model() for served in servers]
     promises = [
@@ -248,7 +248,7 @@ def test_two_servers_save_at_the_same_time(serve):
 
 
 def test_a_successor_takes_over_only_from_the_dead_of_its_port(process, tmp_path):
-    """A server on another port of the same home goes on as if nothing had happened."""
+    """A server on another port of the same home is not affected."""
     one, other = process(), process()
     one.start()
     other.start()
@@ -265,7 +265,7 @@ def test_a_successor_takes_over_only_from_the_dead_of_its_port(process, tmp_path
 
 
 def test_what_dead_servers_on_chance_ports_left_is_cleaned_up(process, tmp_path):
-    """Their live state; their checkpoints stay, their sessions are told as ended."""
+    """Their live state is deleted; checkpoints stay, sessions are reported as ended."""
     server = process(port=None, announce=str(tmp_path / "announce.json"))
     server.port = 0
     url = server.start()
@@ -294,7 +294,7 @@ def test_what_dead_servers_on_chance_ports_left_is_cleaned_up(process, tmp_path)
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_the_reason(capfd, tmp_path):
-    """Where torch is missing, for one."""
+    """For example if torch is missing."""
 
     def broken():
         raise ImportError("No module named 'torch'")
@@ -302,11 +302,11 @@ def test_an_engine_that_cannot_start_ends_the_server_with_the_reason(capfd, tmp_
     code = main(home=tmp_path / "home", engine=broken)
 
     assert 1 == code
-    assert "the engine does not run: No module named 'torch'" in capfd.readouterr().err
+    assert "the engine is not running: No module named 'torch'" in capfd.readouterr().err
 
 
 def test_operations_wait_for_the_engine_to_start(tmp_path):
-    """The port answers at once; importing what computes takes seconds."""
+    """The server answers at once; importing the engine takes seconds."""
     gate = threading.Event()
 
     def slow():
@@ -329,7 +329,7 @@ def test_operations_wait_for_the_engine_to_start(tmp_path):
 
 
 def test_a_home_is_its_users_folder(tmp_path):
-    """Two openings are one home, with one secret."""
+    """Opened twice, it is the same home with the same secret."""
     first, second = Home.open(tmp_path / "h"), Home.open(tmp_path / "h")
 
     assert first.secret() == second.secret()

@@ -1,4 +1,4 @@
-"""A request that is refused must not end its model's run, however its client counts on."""
+"""A refused request must not end its model's run, however the client continues to count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def save(model, seq_id, name):
 
 
 def test_the_next_number_runs_after_a_refused_one(client):
-    """The official SDK counts what was refused; it would wait for the gap for ever."""
+    """The official SDK counts refused requests; later ones would wait forever for the gap."""
     model = client.model()
     refusal = client.refused("save_weights", save(model, 1, "../up"))
     step = client.optim_step(model, 2)
@@ -29,7 +29,7 @@ def test_the_next_number_runs_after_a_refused_one(client):
 
 
 def test_the_refused_number_can_be_used_for_a_good_request(client):
-    """As tinkex does."""
+    """tinkex does that."""
     model = client.model()
     client.refused("save_weights", save(model, 1, "../up"))
     saved = client.post("save_weights", save(model, 1, "up"))
@@ -41,7 +41,7 @@ def test_the_refused_number_can_be_used_for_a_good_request(client):
 
 @pytest.mark.parametrize("protobuf", [False, True], ids=["json", "protobuf"])
 def test_no_step_is_taken_over_a_refused_batch(served, protobuf):
-    """The client thinks that its gradient is there: half a batch must not be trained on."""
+    """The client believes that its gradient is included: half a batch must not be used."""
     client = served.client
     model = client.model()
     request = batch(model, 2)
@@ -69,7 +69,7 @@ def test_a_chunk_that_is_refused_after_the_others_came_fails_them_not(client):
 
 
 def test_another_s_refusal_does_not_count(serve):
-    """Nobody can punch holes into somebody else's run."""
+    """Other users cannot use up the numbers of a run."""
     from tinkex.server.auth import Keys
 
     served = serve(keys=lambda home: Keys.of_users(["one", "two"], b"secret"))
@@ -84,7 +84,7 @@ def test_another_s_refusal_does_not_count(serve):
 
 
 def test_a_refused_number_is_refused_after_a_restart_too(tmp_path):
-    """The journal holds the hole as it holds the rest."""
+    """The journal contains the refused operation."""
     server = ServerProcess(tmp_path / "home")
     server.start()
     try:
@@ -104,6 +104,6 @@ def test_a_refused_number_is_refused_after_a_restart_too(tmp_path):
 
 
 def test_a_body_is_unpacked_to_the_limit_and_no_further():
-    """A few kilobytes can stand for 64 GiB, which would take minutes and all memory."""
+    """A few kilobytes can decompress to 64 GiB, which would take minutes and all memory."""
     with pytest.raises(Refusal, match="larger than 1000 bytes"):
         unpack("zstd", zstd_bomb(65536), 1000)

@@ -1,4 +1,4 @@
-"""The server can die: killed with -9 and started again, it is where it was, to the bit."""
+"""Killed with -9 and restarted, the server has the same state, bit by bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def process(tmp_path):
 
 
 def test_a_killed_server_comes_back_as_it_was(process):
-    """Models, moments, accumulated gradients, samplers and results that nobody has fetched."""
+    """Models, optimizer state, accumulated gradients, samplers and unfetched results."""
     server = process(limits=OFTEN)
     client = server.client
     session = client.session()
@@ -72,7 +72,7 @@ def test_a_killed_server_comes_back_as_it_was(process):
 
 
 def run_of(client, session, steps):
-    """A run in all its kinds of operations: (path, body) in order, without their numbers."""
+    """All kinds of operations of a run: (path, body) in order, without numbers."""
     model = f"{session}:train:0"
     for i in range(steps):
         yield "forward_backward", wire.to_json(batch(model, 0, [i, i + 1], [3]))
@@ -95,7 +95,7 @@ def run_of(client, session, steps):
 
 
 def drive(client, steps, disturb=lambda: None):
-    """Run it all, a few operations in flight, sending again what got no answer. The results."""
+    """Run all operations, a few at a time, resending after lost responses; returns the results."""
     session = patiently(client.session)
     promise = patiently(
         client.post,
@@ -119,7 +119,7 @@ def drive(client, steps, disturb=lambda: None):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_killed_at_random_moments_a_run_ends_the_same(process, seed):
-    """Exactly once: nothing lost, nothing twice; the client only sends again and waits."""
+    """Exactly once: the client only resends and waits."""
     chance = random.Random(seed)
     undisturbed = drive(process(limits=OFTEN).client, 40)
     server = process(limits=OFTEN)
@@ -143,7 +143,7 @@ def test_killed_at_random_moments_a_run_ends_the_same(process, seed):
 
 
 def test_a_seed_that_the_server_drew_is_drawn_once(process):
-    """A model or a sample without a seed is the same after a restart."""
+    """A model or sample without a seed is the same after a restart."""
     server = process(limits=OFTEN)
     client = server.client
     session = client.session()
@@ -164,7 +164,7 @@ def test_a_seed_that_the_server_drew_is_drawn_once(process):
 
 
 def test_a_deleted_checkpoint_is_not_brought_back_by_a_restart(process):
-    """What was done is not done again; only what makes the model what it was."""
+    """Only operations that rebuild the model run again."""
     server = process(limits={"poll_seconds": 0.5})
     client = server.client
     model = client.model()
@@ -183,7 +183,7 @@ def test_a_deleted_checkpoint_is_not_brought_back_by_a_restart(process):
 
 
 def test_the_journal_stays_bounded(process, tmp_path):
-    """Snapshots make what is behind them superfluous."""
+    """After a snapshot, earlier operations are not needed."""
     server = process(limits={**OFTEN, "grace_seconds": 0.0})
     client = server.client
     model = client.model()
@@ -199,7 +199,7 @@ def test_the_journal_stays_bounded(process, tmp_path):
 
 
 def test_sigterm_ends_it_at_once_even_under_way(process):
-    """With a long poll open and a computation that goes on."""
+    """While a long poll is open and a computation is running."""
     server = process(limits={"poll_seconds": 30.0})
     client = server.client
     model = client.model()

@@ -26,7 +26,7 @@ def events_of(client, sampler, **fields):
 
 
 def test_a_stream_tells_every_token_as_it_comes(client):
-    """And is the same sample as the one that comes whole."""
+    """It is the same sample as without streaming."""
     sampler = client.sampler()
     lines = events_of(client, sampler, num_samples=2)
     whole = client.result(client.sample(sampler, 0, (1, 2), 2, max_tokens=3, params={"seed": 1}))
@@ -52,7 +52,7 @@ def test_a_stream_that_fails_says_so(client):
 
 
 def test_a_stream_that_nobody_reads_any_more_is_taken_back(serve):
-    """Its place in the batch is others'."""
+    """Its rows in the batch become available to others."""
     gate = threading.Event()
     served = serve(engine=FakeEngine(gate=gate))
     sampler = served.client.sampler()
@@ -86,7 +86,7 @@ def completions(client, sampler, clone=0, cursor=0, **fields):
 
 
 def test_one_poll_tells_of_all_samples_of_a_session(client):
-    """What ended after the cursor, with its size; nothing twice to who keeps count."""
+    """Samples that ended after the cursor, with their size; each is reported once."""
     sampler = client.sampler()
     promises = [client.sample(sampler, seq) for seq in range(20)]
     told, cursor, deadline = [], 0, time.monotonic() + 10
@@ -104,7 +104,7 @@ def test_one_poll_tells_of_all_samples_of_a_session(client):
 
 
 def test_a_lost_answer_is_told_again(client):
-    """The cursor that a client sends is the last that it got."""
+    """A client sends the last cursor that it received."""
     sampler = client.sampler()
     client.result(client.sample(sampler, 0))
     first, second = completions(client, sampler), completions(client, sampler)
@@ -126,7 +126,7 @@ def test_acknowledged_results_are_forgotten(client):
 
 
 def test_a_poll_of_a_session_waits_for_the_next(serve):
-    """It is a long poll, and it is let go when something ends."""
+    """A long poll returns when a sample ends."""
     gate = threading.Event()
     served = serve(engine=FakeEngine(gate=gate), limits={"poll_seconds": 20.0})
     client = served.client
@@ -142,7 +142,7 @@ def test_a_poll_of_a_session_waits_for_the_next(serve):
 
 
 def test_clones_hear_of_their_own_samples_only(client):
-    """Each clone numbers from its own billion."""
+    """Each clone counts from its own multiple of a billion."""
     sampler = client.sampler()
     numbers = [
         client.post("join_sampling_session", {"sampling_session_id": sampler})["client_counter"]
@@ -192,7 +192,7 @@ def test_sampling_without_a_session_still_works(client):
 
 
 def test_large_results_are_announced_first(serve):
-    """A client that bounds its memory makes room before it asks again."""
+    """A client with bounded memory frees space before it polls again."""
     served = serve(limits={"metadata_bytes": 100})
     client = served.client
     promise = client.sample(client.sampler(), 0, num_samples=20, max_tokens=20)
@@ -205,7 +205,7 @@ def test_large_results_are_announced_first(serve):
 
 
 def test_a_deleted_checkpoint_is_named_by_who_samples_from_it(client):
-    """What cannot be read any more is not replaced by something else."""
+    """Weights that cannot be read are not replaced by others."""
     model = client.model()
     path = client.result(client.save_for_sampler(model, 1, "gone"))["path"]
     sampler = client.sampler(model_path=path)
@@ -217,7 +217,7 @@ def test_a_deleted_checkpoint_is_named_by_who_samples_from_it(client):
 
 
 def test_idle_samplers_are_closed(serve):
-    """A loop that saves and samples for a day needs no more memory than one of a minute."""
+    """A loop that saves and samples for a day needs no more memory than for a minute."""
     served = serve(limits={"open_samplers": 2})
     client = served.client
     session = client.session()

@@ -1,4 +1,4 @@
-"""The compute thread, without a server: order, turns, ends."""
+"""The compute thread, without a server: order, fairness, shutdown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Engine:
 
 
 class Story:
-    """What happened, in order; an event per job that has ended."""
+    """Events in order; one for each job that has ended."""
 
     def __init__(self):
         self.log = []
@@ -101,7 +101,7 @@ def scheduler(engine):
 
 
 def test_jobs_of_a_line_run_in_the_order_of_their_numbers(scheduler, story):
-    """However they arrive; a gap holds back what is behind it."""
+    """In any order of arrival; jobs wait for missing ones before them."""
     scheduler.open_line("m", 1)
     for seq in (4, 3, 2):
         scheduler.put("m", seq, story.job(f"j{seq}"))
@@ -116,7 +116,7 @@ def test_jobs_of_a_line_run_in_the_order_of_their_numbers(scheduler, story):
 
 
 def test_lines_take_turns_slice_by_slice(scheduler, story):
-    """A job of two slices is done before one of twenty that began earlier."""
+    """A job of two slices ends before one of twenty that started earlier."""
     for line in ("big", "small"):
         scheduler.open_line(line)
     scheduler.put("big", 0, story.job("big", 20))
@@ -128,7 +128,7 @@ def test_lines_take_turns_slice_by_slice(scheduler, story):
 
 
 def test_sampling_and_training_share_the_thread(scheduler, story, engine):
-    """Neither waits for the other to have nothing to do."""
+    """Neither waits until the other is idle."""
     scheduler.open_line("m")
     scheduler.put("m", 0, story.job("train", 50))
     scheduler.put_sample(story.sample("s", 5))
@@ -151,7 +151,7 @@ def test_a_job_that_fails_ends_with_its_exception_and_the_line_goes_on(scheduler
 
 
 def test_the_last_job_waits_for_what_can_run_and_fails_the_rest(scheduler, story):
-    """What waits for a number that will never come now must not wait for ever."""
+    """Jobs do not wait forever for a number that can no longer arrive."""
     scheduler.open_line("m")
     scheduler.put("m", 0, story.job("first"))
     scheduler.put("m", 5, story.job("stranded"))
@@ -167,7 +167,7 @@ def test_the_last_job_waits_for_what_can_run_and_fails_the_rest(scheduler, story
 
 
 def test_a_line_can_be_opened_anew_while_the_old_ones_job_is_ending(scheduler, story):
-    """Whoever hears of a failed creation may be quicker than the thread that told of it."""
+    """A client may react to a failed creation before the compute thread continues."""
     scheduler.open_line("m")
 
     def begin_anew(outcome):
@@ -193,7 +193,7 @@ def test_samples_end_as_they_are_done_and_are_cleaned_up_after(scheduler, story)
 
 
 def test_a_sample_that_is_refused_ends_without_having_begun(scheduler, story):
-    """It is not cleaned up after, for nothing was taken."""
+    """There is nothing to clean up, because it was not submitted."""
     scheduler.start()
     scheduler.put_sample(story.sample("bad", fails=ValueError("too long")))
     story.wait("bad")
@@ -237,7 +237,7 @@ def test_a_broken_sampling_step_fails_what_runs_and_nothing_else(scheduler, stor
 
 
 def test_chores_come_first_but_after_what_was_asked_before(scheduler, story, engine):
-    """A chore that closes a sampler finds its samples taken back."""
+    """When a chore closes a sampler, its samples are cancelled already."""
     scheduler.put_sample(story.sample("s", 10**9))
     scheduler.cancel_sample("s")
     scheduler.put_chore(lambda engine: story.log.append("chore"))
@@ -252,7 +252,7 @@ def test_chores_come_first_but_after_what_was_asked_before(scheduler, story, eng
 
 
 def test_without_an_engine_nothing_is_run_and_the_reason_is_kept(story):
-    """What waits is not failed: a restart with a better engine can run it."""
+    """Waiting jobs do not fail: a restart with a working engine can run them."""
     told = []
 
     def broken():
@@ -272,7 +272,7 @@ def test_without_an_engine_nothing_is_run_and_the_reason_is_kept(story):
 
 
 def test_a_fault_of_its_own_ends_the_thread_rather_than_run_something_twice(story):
-    """A job's end that cannot be told, for one."""
+    """For example if the result of a job cannot be passed on."""
     failed = threading.Event()
     scheduler = Scheduler(Engine, failed.set)
     scheduler.open_line("m")
@@ -289,7 +289,7 @@ def test_a_fault_of_its_own_ends_the_thread_rather_than_run_something_twice(stor
 
 
 def test_closing_does_not_wait_for_what_is_queued(scheduler, story):
-    """Only for the slice that runs."""
+    """It waits only for the current slice."""
     hold = threading.Event()
     scheduler.open_line("m")
     scheduler.put("m", 0, story.job("long", 1000, hold=hold))

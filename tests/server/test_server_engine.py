@@ -1,4 +1,4 @@
-"""The server on the real engine: what only the two together can show."""
+"""The server with the real engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def send(client, request, protobuf=True):
 
 
 def train(client, model, *batches, first=1):
-    """A step per batch, pipelined; the losses."""
+    """Train with one step per batch, pipelined; returns the losses."""
     promises, seq = [], first
     for sequences in batches:
         promises.append(send(client, batch(model, seq, *sequences)))
@@ -54,7 +54,7 @@ def test_training_lowers_the_loss(client):
 
 
 def test_a_batch_in_chunks_is_the_same_training(client):
-    """Losses are sums and gradients add up; the chunks arrive in a bad order."""
+    """Losses are sums and gradients add up; the chunks arrive out of order."""
     whole, chunked = client.model(), client.model()
     train(client, whole, TEXTS)
     for seq in (2, 3, 4, 1):
@@ -91,7 +91,7 @@ def test_what_is_sampled_has_the_probability_that_forward_gives_it(client):
 
 
 def test_a_saved_state_goes_on_where_it_was(client):
-    """With the optimizer's moments: to the bit."""
+    """With the optimizer state, bit by bit."""
     model = client.model()
     train(client, model, *[TEXTS] * 3)
     path = client.result(client.save(model, 7, "state"))["path"]
@@ -106,7 +106,7 @@ def test_a_saved_state_goes_on_where_it_was(client):
 
 
 def test_what_the_engine_refuses_is_a_failure_of_the_users(client):
-    """And the model goes on."""
+    """The model continues."""
     model = client.model()
     outside = client.result(client.forward_backward(model, 1, [10**6]))
     unknown = client.result(client.forward_backward(model, 2, [1], loss_fn="no_such_loss"))
@@ -131,7 +131,7 @@ def test_a_model_directory_that_is_none_is_told_in_the_failure(client, tmp_path)
 
 
 def test_killed_and_restarted_the_real_engine_goes_on_to_the_bit(tmp_path):
-    """Weights, moments and accumulated gradients, from a snapshot and the journal behind it."""
+    """Weights, optimizer state and gradients, from a snapshot and the journal after it."""
     limits = {"snapshot_bytes": 8000, "poll_seconds": 1.0}
     server = ServerProcess(tmp_path / "home", real=True, limits=limits)
     try:

@@ -1,4 +1,4 @@
-"""The store, without a server: what a power cut, a crash or a full disk leaves behind."""
+"""The store after a power cut, a crash or on a full disk, without a server."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_there_with_its_files_and_its_row(store, folder):
 
 
 def test_files_without_a_row_are_no_checkpoint_and_are_cleaned_up_later(store, folder, clock):
-    """A crash between the rename and the row; a young one may be in the making."""
+    """A crash between rename and row; a recent folder may belong to a running save."""
     orphan = store.home.checkpoints / "s_train_0" / "weights" / "lost"
     orphan.mkdir(parents=True)
     young = store.home.checkpoints / "s_train_0" / "weights" / "young"
@@ -128,7 +128,7 @@ def test_a_living_servers_folder_is_not_purged(home):
 
 
 def test_a_checkpoint_whose_row_cannot_be_written_leaves_no_files(store, folder):
-    """The disk is not filled by what nobody can find."""
+    """The disk does not fill up with files that are not listed."""
     store._db._db.execute("PRAGMA query_only=1")
     files = draft(folder)
     with pytest.raises(Exception, match="readonly"):

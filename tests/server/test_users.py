@@ -1,4 +1,4 @@
-"""Several users on one server: a key sees what is its own, and what is published."""
+"""Several users on one server: a key sees its own objects and published ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bob(shared):
 
 
 def test_a_wrong_or_missing_key_is_refused(shared):
-    """With a sentence that says which it is, and never the key."""
+    """The sentence says whether the key is missing or wrong, without repeating it."""
     missing = shared.client.refused("create_session", {})
     wrong = shared.client_with("carol-key").refused("create_session", {})
 
@@ -36,12 +36,12 @@ def test_a_wrong_or_missing_key_is_refused(shared):
 
 
 def test_health_needs_no_key(shared):
-    """It says nothing of anybody."""
+    """It reveals nothing about users."""
     assert {"status": "ok"} == shared.client.get("healthz")
 
 
 def test_another_users_things_read_like_things_that_do_not_exist(alice, bob):
-    """A 403 would tell that they are there."""
+    """A 403 would reveal that they exist."""
     session = alice.session()
     model = alice.model(session)
     step = alice.optim_step(model, 1)
@@ -118,7 +118,7 @@ def test_a_published_checkpoint_can_be_read_by_others_but_not_changed(alice, bob
 
 
 def test_directories_of_the_machine_are_not_for_users_of_a_shared_server(alice, tmp_path):
-    """One user's path may be another's data."""
+    """A path of one user could lead to another's data."""
     session = alice.session()
     body = {"session_id": session, "model_seq_id": 0}
     base = alice.refused("create_model", {**body, "base_model": str(tmp_path)})
@@ -130,7 +130,7 @@ def test_directories_of_the_machine_are_not_for_users_of_a_shared_server(alice, 
 
 
 def test_an_owner_is_the_same_after_a_restart_and_says_nothing_of_the_key(serve, tmp_path):
-    """Owners are stored; keys never are."""
+    """Owner names are stored, keys are not."""
     keys = {"keys": lambda home: Keys.of_users(["alice-key"], home.secret())}
     first = serve(**keys)
     alice = first.client_with("alice-key")
@@ -149,7 +149,7 @@ def test_an_owner_is_the_same_after_a_restart_and_says_nothing_of_the_key(serve,
 
 
 def test_without_keys_everybody_is_the_same_user(served):
-    """On loopback, where only this machine's user comes: any key, or none."""
+    """On loopback with a single user: any key, or none."""
     one, other = WireClient(served.server.url, "tml-x"), WireClient(served.server.url, None)
     session = one.session()
 
@@ -157,7 +157,7 @@ def test_without_keys_everybody_is_the_same_user(served):
 
 
 def test_keys_know_their_owners_and_nothing_else():
-    """Equal keys are equal owners; a key that is only nearly right is none."""
+    """Equal keys are equal owners; a similar key is not valid."""
     keys = Keys.of_users(["k1", "k2"], b"secret")
 
     assert keys.owner("k1") == Keys.of_users(["k1"], b"secret").owner("k1")

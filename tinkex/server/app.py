@@ -1,11 +1,11 @@
-"""The training server: a port, a home, and everything between them put together.
+"""The training server: connects the port, the home, and all parts between them.
 
     socket -> uvicorn -> routes -> ledger -> scheduler -> engine
                             |         +----> journal
                             +-> store
 
-`main` runs it in the foreground until it is told to stop; `LocalServer` is the same for tests and
-for whoever wants it inside a program.
+`main` runs it in the foreground until it is stopped. `LocalServer` runs inside another program,
+such as a test.
 """
 
 from __future__ import annotations
@@ -50,36 +50,36 @@ logger = logging.getLogger(__name__)
 
 Dialect = Literal["both", "json"]
 
-#: Holds the key of an embedded server, which only the process that started it knows.
+#: Environment variable with the key of an embedded server; only the parent process knows it.
 TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
-#: Where the home is, unless it is said otherwise.
+#: Environment variable with the default home.
 HOME_VARIABLE = "TINKEX_HOME"
-#: Where clients reach the server behind a proxy; download links begin with it.
+#: Environment variable with the public address behind a proxy; download links begin with it.
 PUBLIC_URL_VARIABLE = "TINKEX_PUBLIC_URL"
 #: Connections beyond the limit that are accepted, to answer them with a 503.
 _REFUSED_CONNECTIONS = 100
-#: Seconds between two looks at whether the parent process lives.
+#: Seconds between two checks that the parent process is alive.
 _PARENT_SECONDS = 0.5
-#: Seconds that a shutdown may take before the process ends regardless.
+#: Seconds that a shutdown may take before the process is ended anyway.
 _SHUTDOWN_SECONDS = 1.5
 
 
 def make_engine() -> Any:
-    """The real engine. Imports torch and transformers, which takes seconds."""
+    """Create the real engine. Imports torch and transformers, which takes seconds."""
     from tinkex.engine.engine import Engine
 
     return Engine()
 
 
 class LocalServer:
-    """A server on a port. `start` runs it on a thread of its own, `serve` on the caller's.
+    """A server on a port. `start` runs it on a new thread, `serve` on the caller's.
 
     Args:
-        home: see `Home`; port: 0 takes a free one, and then nothing live outlives the server.
-        base_models: loaded at the start; "tiny" is always offered.
-        engine: makes the engine, on the compute thread.
-        on_failure: called there if that fails. Until somebody stops the server, it then answers
-            every operation with why.
+        home: see `Home`; port: 0 takes a free port; models then do not survive the server.
+        base_models: loaded at the start; "tiny" is always available.
+        engine: creates the engine; called on the compute thread.
+        on_failure: called there if that fails. The server then refuses every operation with the
+            reason until it is stopped.
 
     Raises:
         HomeError: If the home or the port cannot be used.
@@ -108,7 +108,7 @@ class LocalServer:
             raise
         self.store = Store(self._home)
         self._clean_up()
-        # Nobody can come back to a port that was free by chance: no need to remember for them.
+        # No client can come back to a random free port, so there is nothing to journal.
         self._journal = Journal(self._folder.journal) if self._folder.lasting else None
         self._on_failure = on_failure
         self.scheduler = Scheduler(engine, self._engine_failed)
@@ -154,14 +154,14 @@ class LocalServer:
         self.ledger.workshop.load_base(engine, base_model)
 
     def _clean_up(self) -> None:
-        """What dead servers left that nobody takes over."""
+        """Delete what dead servers left that no server can take over."""
         for name in self._home.purge_dead(self.store.bury_server):
-            logger.info("Removed what the dead server %s left.", name)
+            logger.info("Removed the files of the dead server %s.", name)
         self.store.checkpoints.delete_expired()
         self.store.checkpoints.delete_orphans()
 
     def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Answer until told to stop; `on_ready` is called when the first answer can be given."""
+        """Serve until `stop` is called. `on_ready` is called when the server accepts requests."""
         _allow_many_connections()
         asyncio.run(self._serve(on_ready))
         self._close()
@@ -179,11 +179,11 @@ class LocalServer:
         on_ready()
 
     def stop(self) -> None:
-        """Ask it to stop; from any thread."""
+        """Ask the server to stop. Can be called from any thread."""
         self._uvicorn.should_exit = True
 
     def start(self) -> None:
-        """Serve on a thread; returns when it answers."""
+        """Serve on a new thread. Returns when the server accepts requests."""
         ready = threading.Event()
         self._thread = threading.Thread(
             target=self.serve, args=(ready.set,), name="tinkex-server", daemon=True
@@ -192,7 +192,7 @@ class LocalServer:
         ready.wait()
 
     def close(self) -> None:
-        """Stop, and wait for the end."""
+        """Stop and wait until the server has ended."""
         self.stop()
         if self._thread is not None:
             self._thread.join()
@@ -261,7 +261,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def make_app(site: Site) -> Starlette:
-    """The application; its ledger and scheduler live as long as it does."""
+    """Create the application; it starts and stops the ledger and the scheduler."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -288,7 +288,7 @@ async def _no_such_endpoint(request: Request, exc: Exception) -> Response:
 async def _wrong_method(request: Request, exc: Exception) -> Response:
     headers = dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}
     allowed = headers.get("Allow", "another method")
-    sentence = f"{request.url.path[:200]!r} takes {allowed}, not {request.method}."
+    sentence = f"{request.url.path[:200]!r} accepts {allowed}, not {request.method}."
     return refuse(Refusal(405, sentence, headers))
 
 
@@ -304,8 +304,8 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {reason}; choose another --port (0 takes a free "
             "one) or --host."
         ) from exc
-    # Inherited by its connections. asyncio does this only where it knows the protocol; without it
-    # an answer, which is written in two pieces, takes 40 ms.
+    # Connections inherit this. Without it a response, which is written in two pieces, is delayed
+    # by 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -334,10 +334,10 @@ def main(
 
     Args:
         home: default TINKEX_HOME, else ~/.tinkex.
-        api_keys: each is a user of its own. Without any, whoever comes on loopback is "local";
-            on another address a key is made up and printed once.
-        announce: a file to write {"url", "pid", "version"} to when the server answers.
-        parent_pid: the process to end with, even if that is killed.
+        api_keys: one user each. Without keys, every client on loopback is the user "local"; on
+            another address a key is generated and printed once.
+        announce: file to write {"url", "pid", "version"} to when the server accepts requests.
+        parent_pid: the server ends when this process does, even if it is killed.
 
     Returns:
         The exit code: 0, or 1 if the server could not start (stderr says why).
@@ -346,8 +346,8 @@ def main(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    os.umask(0o077)  # files 0600, folders 0700: training data and weights are nobody else's
-    sys.setswitchinterval(0.001)  # the event loop waits this long for a busy compute thread
+    os.umask(0o077)  # files 0600, folders 0700: training data and weights are private
+    sys.setswitchinterval(0.001)  # longest wait of the event loop for a busy compute thread
     made_up = _made_up_key(host, api_keys)
     if home is not None:  # the engine keeps the models that it fetches there
         os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
@@ -377,12 +377,12 @@ def main(
             _announce(announce, server.url)
         print(server.url, flush=True)
         if made_up is not None:
-            print(f"API key, shown this once: {made_up}", flush=True)
+            print(f"API key (not shown again): {made_up}", flush=True)
 
     server.serve(ready)
     failure = server.scheduler.failure
     if failure is not None:
-        print(f"tinkex serve: the engine does not run: {failure}", file=sys.stderr)
+        print(f"tinkex serve: the engine is not running: {failure}", file=sys.stderr)
     return _leave(server, 0 if failure is None else 1, at_once=parent_pid is not None)
 
 
@@ -395,7 +395,7 @@ def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
 def _keys(home: Home, api_keys: Sequence[str], made_up: str | None) -> Keys:
     if api_keys:
         return Keys.of_users(api_keys, home.secret())
-    # Out of the environment: nothing that this process starts or prints needs it.
+    # Removed from the environment, so that no child process and no log shows it.
     return Keys.of_one(os.environ.pop(TOKEN_VARIABLE, None) or made_up)
 
 
@@ -415,9 +415,14 @@ def _end_with(parent_pid: int, server: LocalServer) -> None:
 
 
 def _leave(server: LocalServer, code: int, *, at_once: bool) -> int:
-    """Return, unless the compute thread is in the middle of something: it cannot be interrupted,
-    and the interpreter would wait for it or crash under it. *at_once*: in any case do not let
-    torch take its half second for tidying up; the parent waits."""
+    """Return *code*, or end the process with it if the compute thread is still busy.
+
+    The thread cannot be interrupted, and the interpreter would wait for it or crash under it.
+
+    Args:
+        at_once: end the process in any case: torch needs half a second to clean up, for which the
+            parent would wait.
+    """
     if at_once or not server.scheduler.close(0):
         logging.shutdown()
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""A folder as a tar that is never written: its size is known before, any part can be read alone.
+"""A folder as a tar stream: its size is known in advance, and any range can be read.
 
-Plain (safetensors do not shrink), the same bytes each time: members sorted, no owners, one date.
-Knows nothing of checkpoints or HTTP.
+The tar is not compressed (safetensors do not shrink) and not written to disk. It has the same bytes
+each time: sorted members, no owners, one date. Does not know about checkpoints or HTTP.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PIECE = 1 << 18
 
 @attrs.frozen
 class _Part:
-    """Bytes given, or a file's; `size` of them, in which a file is padded with zeros."""
+    """A part of the tar: given bytes or a file, padded with zeros to `size` bytes."""
 
     size: int
     content: bytes = b""
@@ -32,9 +32,9 @@ class Archive:
 
     @classmethod
     def of(cls, folder: Path, mtime: float) -> Archive:
-        """The regular files in *folder*. Raises FileNotFoundError if it is not there."""
+        """The regular files in *folder*. Raises FileNotFoundError."""
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not there.")
+            raise FileNotFoundError(f"the folder {folder} does not exist.")
         parts: list[_Part] = []
         for path in sorted(folder.iterdir()):
             if path.is_symlink() or not path.is_file():
@@ -51,7 +51,7 @@ class Archive:
         return cls(length + end, tuple(parts))
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from *start* to before *end*."""
+        """Yield the bytes from *start* up to *end* (exclusive)."""
         at = 0
         for part in self._parts:
             first, last = max(start - at, 0), min(end - at, part.size)
@@ -75,7 +75,7 @@ def _read(part: _Part, first: int, last: int) -> Iterator[bytes]:
         left = last - first
         while left > 0:
             piece = file.read(min(_PIECE, left))
-            if not piece:  # the end of the file; what is left is padding
+            if not piece:  # end of the file; the rest is padding
                 break
             left -= len(piece)
             yield piece

@@ -1,6 +1,6 @@
-"""Who is asking: API keys, and the owners they stand for. Keeps no key longer than it must.
+"""API keys and the owners that they stand for.
 
-An owner is a name that says nothing of the key: things are stored under it.
+Objects are stored under the owner's name, which does not reveal the key. Keys are kept as digests.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from urllib.parse import urlsplit
 
 from tinkex.server.http_errors import Refusal, shown
 
-#: The owner on a server that is one person's.
+#: The owner on a server with a single user.
 LOCAL = "local"
-#: Names of this machine that nobody else's lead to.
+#: Host names that always mean this machine.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Keys:
-    """The keys a server takes; with none it takes whoever comes, as the owner "local"."""
+    """The keys that a server accepts. Without keys, every client is the owner "local"."""
 
     def __init__(self, owners: dict[bytes, str]) -> None:
         self._owners = owners  # digest of the key -> owner
 
     @classmethod
     def of_users(cls, keys: Iterable[str], secret: bytes) -> Keys:
-        """Each key is an owner of its own; *secret* keeps the owners' names from telling keys."""
+        """One owner per key. Owner names are hashes of the keys with *secret*."""
         return cls(
             {
                 _digest(key): "key-" + hmac.new(secret, key.encode(), "sha256").hexdigest()[:16]
@@ -36,12 +36,12 @@ class Keys:
 
     @classmethod
     def of_one(cls, key: str | None) -> Keys:
-        """One key for the one user of this machine, or no key at all."""
+        """One key for the only user of this machine, or no key."""
         return cls({} if key is None else {_digest(key): LOCAL})
 
     @property
     def several_users(self) -> bool:
-        """Whether what one user names (a path on this machine) may be another's."""
+        """True if users must be kept apart; paths on this machine are then refused."""
         return any(owner != LOCAL for owner in self._owners.values())
 
     def check_visitor(self, headers: Mapping[str, str]) -> None:
@@ -72,21 +72,19 @@ class Keys:
             )
 
     def owner(self, key: str | None) -> str:
-        """Raises Refusal (401)."""
+        """The owner that a key stands for. Raises Refusal (401)."""
         if not self._owners:
             return LOCAL
         if not key:
             raise Refusal(
-                401, "this server wants an API key: set TINKER_API_KEY, or send it as X-API-Key."
+                401, "this server requires an API key: set TINKER_API_KEY, or send it as X-API-Key."
             )
         given, found = _digest(key), None
-        for digest, owner in self._owners.items():  # all of them, in constant time
+        for digest, owner in self._owners.items():  # compare with all, in constant time
             if hmac.compare_digest(digest, given):
                 found = owner
         if found is None:
-            raise Refusal(
-                401, "this server does not know the API key that was sent; check TINKER_API_KEY."
-            )
+            raise Refusal(401, "the API key is not valid for this server; check TINKER_API_KEY.")
         return found
 
     def __repr__(self) -> str:

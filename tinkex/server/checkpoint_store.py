@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,11 +61,11 @@ class Checkpoints:
         return row
 
     def verify(self, directory: Path) -> None:
-        """Compare a checkpoint's files with what was saved.
+        """Compare a checkpoint's files with the hashes made at saving.
 
         Args:
-            directory: where it is. Nothing is compared for a folder that is no checkpoint, or one
-                of a version that saved no hashes.
+            directory: where it is. Folders that are not checkpoints, and checkpoints of versions
+                that saved no hashes, are not checked.
 
         Raises:
             Refusal: 400 if a file is missing or has changed: the name of the file.
@@ -77,8 +78,8 @@ class Checkpoints:
             logger.error("Checkpoint %s in %s is damaged: %s.", row.path, directory, damage)
             raise Refusal(
                 400,
-                f"checkpoint {shown(row.path, 300)} is damaged and is not used: {damage}. Restore "
-                "the file from a copy, or delete the checkpoint and take another one.",
+                f"checkpoint {shown(row.path, 300)} is damaged: {damage}. Restore the file from "
+                "a backup, or delete the checkpoint and use another one.",
             )
 
     def all_rows(self) -> list[CheckpointRow]:
@@ -86,19 +87,19 @@ class Checkpoints:
         return self._db.all(CheckpointRow, "SELECT * FROM checkpoints ORDER BY path")
 
     def _place(self, row: CheckpointRow) -> Path:
-        """A folder that a person can find, and that no other checkpoint has or had."""
+        """A readable folder name that no other checkpoint uses."""
         place = self._home.checkpoints / row.run_id.replace(":", "_") / row.checkpoint_id
         free, n = place, 1
         while free.exists():
             n += 1
-            free = place.with_name(f"{place.name}~{n}")  # no checkpoint's name has a "~"
+            free = place.with_name(f"{place.name}~{n}")  # names of checkpoints contain no "~"
         return free
 
     def find(self, path: str, owner: str, *, own: bool = False) -> CheckpointRow:
-        """A checkpoint that *owner* may read (or with *own*: change).
+        """A checkpoint that *owner* may read, or with *own* may change.
 
         Raises:
-            Refusal: 400 for a path that is none, 404 if there is no such checkpoint for them.
+            Refusal: 400 if the path is not valid, 404 if the owner has no such checkpoint.
         """
         check_path(path)
         row = self._db.one(
@@ -114,12 +115,12 @@ class Checkpoints:
             raise Refusal(
                 404,
                 f"there is no checkpoint {shown(path, 300)}: it was never saved, has expired, was "
-                "deleted, or belongs to another key.",
+                "deleted, or belongs to another user.",
             )
         return row
 
     def named(self, path: str) -> CheckpointRow | None:
-        """The living checkpoint of that path, whoever owns it."""
+        """The checkpoint with that path, of any owner, unless it has expired."""
         return self._db.one(
             CheckpointRow,
             "SELECT * FROM checkpoints WHERE path = ? AND (expires_at IS NULL OR expires_at > ?)",
@@ -128,10 +129,10 @@ class Checkpoints:
         )
 
     def of_run(self, run_id: str, owner: str) -> list[CheckpointRow]:
-        """Of one run, oldest first; of another owner's run the published ones.
+        """Checkpoints of a run, oldest first; of another owner's run, only published ones.
 
         Raises:
-            Refusal: 404 if the run is another's and has published none, or is not there.
+            Refusal: 404 if there is no such run, or none that the owner may see.
         """
         rows = self._db.all(
             CheckpointRow,
@@ -150,7 +151,7 @@ class Checkpoints:
         return rows
 
     def of_owner(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRow], int]:
-        """Of all the owner's runs, newest first, and how many there are in all."""
+        """A page of the owner's checkpoints, newest first, and the total number."""
         where = "owner = ? AND (expires_at IS NULL OR expires_at > ?)"
         rows = self._db.all(
             CheckpointRow,
@@ -169,8 +170,9 @@ class Checkpoints:
     def copy(
         self, source: str, owner: str, run_id: str, session_id: str, ttl_seconds: int | None
     ) -> str:
-        """A checkpoint that *owner* may read, as one of their own in *run_id*; the new path.
-        A repeat makes no second one.
+        """Copy a checkpoint that *owner* may read into the run *run_id*; returns the new path.
+
+        A repeat does not create a second copy.
 
         Raises:
             Refusal: 400, 404.
@@ -219,8 +221,15 @@ class Checkpoints:
     def delete(self, path: str, owner: str) -> None:
         """Raises Refusal (404)."""
         row = self.find(path, owner, own=True)
-        self._db.change("DELETE FROM checkpoints WHERE path = ?", path)
+        try:
+            self._db.change("DELETE FROM checkpoints WHERE path = ?", path)
+        except sqlite3.Error as exc:
+            # On a full disk, deleting a row needs space, too; the reserve is kept for that.
+            if "full" not in str(exc) or not self._home.reserve.release():
+                raise
+            self._db.change("DELETE FROM checkpoints WHERE path = ?", path)
         shutil.rmtree(row.directory, ignore_errors=True)
+        self._home.reserve.make()
 
     def publish(self, path: str, owner: str, public: bool) -> None:
         """Raises Refusal (404)."""
@@ -228,13 +237,13 @@ class Checkpoints:
         self._db.change("UPDATE checkpoints SET public = ? WHERE path = ?", public, path)
 
     def set_ttl(self, path: str, owner: str, ttl_seconds: int | None) -> None:
-        """From now; None is never. Raises Refusal (404)."""
+        """Let a checkpoint expire *ttl_seconds* from now, or never (None). Raises Refusal (404)."""
         self.find(path, owner, own=True)
         expires_at = None if ttl_seconds is None else self._now() + ttl_seconds
         self._db.change("UPDATE checkpoints SET expires_at = ? WHERE path = ?", expires_at, path)
 
     def set_sha256(self, path: str, directory: str, sha256: str) -> None:
-        """Remember the hash of a checkpoint's archive."""
+        """Store the hash of a checkpoint's archive."""
         self._db.change(
             "UPDATE checkpoints SET sha256 = ? WHERE path = ? AND directory = ?",
             sha256,
@@ -243,7 +252,7 @@ class Checkpoints:
         )
 
     def delete_expired(self) -> Sequence[str]:
-        """Delete what has outlived its TTL, files and all. The paths."""
+        """Delete expired checkpoints; returns their paths."""
         rows = self._db.all(
             CheckpointRow, "SELECT * FROM checkpoints WHERE expires_at <= ?", self._now()
         )
@@ -256,8 +265,10 @@ class Checkpoints:
         return [row.path for row in rows]
 
     def delete_orphans(self) -> Sequence[Path]:
-        """Delete checkpoint folders without a row, left by a server that died between moving
-        the files and entering them, or between a delete and its clean-up."""
+        """Delete checkpoint folders without a row, left by a server that was killed.
+
+        It died between moving the files and adding the row, or while deleting.
+        """
         known = {row[0] for row in self._db.select("SELECT directory FROM checkpoints")}
         drafts = self._home.checkpoints.glob(".copy-*")
         orphans = [
@@ -305,7 +316,7 @@ def damage_of(row: CheckpointRow) -> str | None:
 
 
 def check_path(path: str) -> None:
-    """Hold a path to the form that our own have; clients take shorter ones of other servers, too.
+    """Check that a path has the form tinker://<run>/<weights or sampler_weights>/<name>.
 
     Raises:
         Refusal: 400.

@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from tinkex import types
-from tinkex.server.home import HomeError
+from tinkex.server.home import FileIdentity, HomeError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
@@ -187,6 +187,7 @@ class Database:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            self.identity = FileIdentity.of(path)
             self._add_missing_columns()
         except sqlite3.Error as exc:
             raise HomeError(
@@ -209,12 +210,14 @@ class Database:
     def select(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of a query, as plain tuples."""
         with self._lock:
+            self.identity.check()
             return [tuple(found) for found in self._db.execute(sql, values).fetchall()]
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Commits when the block ends, rolls back when it raises."""
         with self._lock:
+            self.identity.check()
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -241,6 +244,7 @@ class Database:
     def all(self, cls: Any, sql: str, *values: Any) -> list[Any]:
         """The rows of a query as objects of *cls*."""
         with self._lock:
+            self.identity.check()
             return [_row(cls, found) for found in self._db.execute(sql, values).fetchall()]
 
     def one(self, cls: Any, sql: str, *values: Any) -> Any | None:

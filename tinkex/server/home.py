@@ -1,19 +1,21 @@
-"""The server's home on disk: which folders it has, who may read them, and which server owns what.
+"""The server's home on disk: its folders, their permissions, and which server owns which.
 
     tinkex.sqlite       sessions, runs, samplers, checkpoints of all servers (see store.py)
     secret              a random key of this home
     checkpoints/        one folder per saved checkpoint
-    servers/<name>/     what one running server owns: lock, journal, snapshots, samplers, drafts
+    servers/<name>/     files of one running server: lock, journal, snapshots, samplers, drafts
 
-A server holds a lock on its folder for as long as it lives. A server on a fixed port is called
-after it, and takes over what its dead predecessor of that name left; what dead servers without a
-fixed port left is deleted. Knows nothing of what is kept in the folders.
+A server locks its folder while it runs. A server on a fixed port is named after the port, and takes
+over the folder of a dead predecessor of that name; folders of dead servers without a fixed port are
+deleted. Does not know what the folders contain.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -23,12 +25,14 @@ from pathlib import Path
 
 import attrs
 
-#: Servers on a fixed port are called port-<n>, and can be taken over.
+logger = logging.getLogger(__name__)
+
+#: Servers on a fixed port are named port-<n> and can be taken over.
 _LASTING = "port-"
 
 
 class HomeError(Exception):
-    """The home cannot be used; the message says why and what to do."""
+    """The home cannot be used. The message gives the reason and the fix."""
 
 
 #: What marks a folder as a home: made by `Home.open`, or by versions that wrote no marker.
@@ -36,6 +40,67 @@ _MARKER = "tinkex-home"
 _MARKERS = (_MARKER, "tinkex.sqlite")
 #: What other parts of tinkex may have put into a home before a server opens it.
 _NOT_OTHERS = frozenset({"logs", "cache", "checkpoints", "servers", ".DS_Store", "lost+found"})
+
+
+@attrs.frozen
+class FileIdentity:
+    """The file that a path led to, to notice when it is deleted or replaced.
+
+    A deleted file that is still open can be written without an error, but the data is lost.
+    """
+
+    path: Path
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        status = path.stat()
+        return cls(path, status.st_dev, status.st_ino)
+
+    def check(self) -> None:
+        """Raises OSError if the path no longer leads to that file."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (self.device, self.inode):
+            raise OSError(
+                errno.ENOENT,
+                "the home was deleted or replaced while the server was running; stop the server, "
+                "put the home back, and start the server again",
+                str(self.path),
+            )
+
+
+@attrs.frozen
+class Reserve:
+    """A file that only occupies space; it is removed so that a full disk can be cleaned up."""
+
+    path: Path
+    size: int = 1 << 20
+
+    def make(self) -> None:
+        """Create the file if enough space is free."""
+        try:
+            room = os.statvfs(self.path.parent)
+            if self.path.exists() or room.f_bavail * room.f_frsize < 8 * self.size:
+                return
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                os.posix_fallocate(handle, 0, self.size)
+            finally:
+                os.close(handle)
+        except OSError as exc:
+            logger.debug("No space was reserved in %s: %s", self.path.parent, exc)
+
+    def release(self) -> bool:
+        """Delete the file. False if there was none."""
+        try:
+            self.path.unlink()
+        except OSError:
+            return False
+        return True
 
 
 @attrs.frozen
@@ -62,18 +127,42 @@ class Home:
             (home.path / _MARKER).touch(mode=0o600)
             for folder in (home.checkpoints, home.servers):
                 folder.mkdir(exist_ok=True)
-            probe = home.path / f".probe-{secrets.token_hex(4)}"
-            probe.write_bytes(b"tinkex")
-            probe.unlink()
+            home._probe()
+            home.reserve.make()
         except OSError as exc:
             raise HomeError(
-                f"the home {home.path} cannot be written: {exc.strerror or exc}; free or repair "
-                "it, or choose another with --home or TINKEX_HOME."
+                f"the home {home.path} cannot be written: {exc.strerror or exc}; free disk "
+                "space or fix its permissions, or choose another with --home or TINKEX_HOME."
             ) from exc
         return home
 
+    def _probe(self) -> None:
+        """Check that the folder can be written, if necessary by releasing the reserve.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        probe = self.path / f".probe-{secrets.token_hex(4)}"
+        try:
+            probe.write_bytes(b"tinkex" * 1000)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC or not self.reserve.release():
+                raise
+            logger.warning(
+                "The disk of %s is full. Checkpoints can be listed and deleted; nothing can be "
+                "saved until there is room.",
+                self.path,
+            )
+            probe.write_bytes(b"tinkex" * 1000)
+        finally:
+            probe.unlink(missing_ok=True)
+
+    @property
+    def reserve(self) -> Reserve:
+        return Reserve(self.path / "reserve")
+
     def _check_ownership(self) -> None:
-        """Raises HomeError, before anything is changed."""
+        """Check owner and content before anything is changed. Raises HomeError."""
         status = self.path.stat()
         if status.st_uid != os.geteuid():
             raise HomeError(
@@ -106,13 +195,13 @@ class Home:
         return self.path / "servers"
 
     def secret(self) -> bytes:
-        """A random key that is this home's for ever: owners are named with it."""
+        """The random key of this home, created once. Owner names are derived from it."""
         path = self.path / "secret"
         draft = self.path / f".secret-{secrets.token_hex(4)}"
         if not path.exists():
             draft.write_bytes(secrets.token_bytes(32))
             try:
-                os.link(draft, path)  # whoever is first wins; a rename would replace
+                os.link(draft, path)  # the first server wins; a rename would replace its secret
             except FileExistsError:
                 pass
             finally:
@@ -120,10 +209,10 @@ class Home:
         return path.read_bytes()
 
     def claim(self, port: int) -> ServerFolder:
-        """The folder of a server on *port* (0: a port that nobody can come back to).
+        """Lock the folder of a server on *port*; 0 is a random port, whose folder is temporary.
 
         Raises:
-            HomeError: If a living server has it.
+            HomeError: If a running server uses it.
         """
         name = f"{_LASTING}{port}" if port else f"free-{os.getpid()}-{secrets.token_hex(4)}"
         folder = ServerFolder.lock(self.servers / name)
@@ -135,7 +224,7 @@ class Home:
         return folder
 
     def purge_dead(self, forget: Callable[[str], None]) -> list[str]:
-        """Delete the folders of dead servers that nobody can take over.
+        """Delete the folders of dead servers that cannot be taken over; their names.
 
         `forget` is called with each server's name first, while its folder is still locked.
         """
@@ -153,14 +242,14 @@ class Home:
 
 @attrs.define(eq=False)
 class ServerFolder:
-    """What one living server owns. `lasting`: a successor on the same port takes it over."""
+    """The folder of one running server. If `lasting`, its successor on the same port reuses it."""
 
     path: Path
     _lock: int
 
     @classmethod
     def lock(cls, path: Path) -> ServerFolder | None:
-        """The folder if nobody holds it; None if a living server does."""
+        """Lock the folder; None if a running server holds the lock. Raises HomeError."""
         try:
             path.mkdir(exist_ok=True)
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -172,7 +261,7 @@ class ServerFolder:
             os.close(lock)
             return None
         folder = cls(path, lock)
-        shutil.rmtree(folder.drafts, ignore_errors=True)  # a dead predecessor's half-written files
+        shutil.rmtree(folder.drafts, ignore_errors=True)  # incomplete files of a dead predecessor
         for sub in (folder.drafts, folder.snapshots, folder.samplers):
             sub.mkdir(parents=True, exist_ok=True)
         return folder
@@ -202,13 +291,13 @@ class ServerFolder:
         return self.path / "drafts"
 
     def draft(self) -> Path:
-        """A new empty folder to write into before it is moved to its place."""
+        """Create an empty folder for files that are moved to their place when complete."""
         path = self.drafts / secrets.token_hex(8)
         path.mkdir()
         return path
 
     def release(self) -> None:
-        """Give the folder back: a lasting one stays for the successor, another goes."""
+        """Unlock the folder. It is deleted unless it is lasting."""
         if self.lasting:
             os.close(self._lock)
         else:
@@ -220,7 +309,7 @@ class ServerFolder:
 
 
 def move_into_place(draft: Path, place: Path) -> None:
-    """Sync *draft* to disk and rename it to *place*, so that a power cut leaves all or nothing."""
+    """Sync *draft* to disk and rename it to *place*: a power cut leaves all of it or nothing."""
     sync_tree(draft)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.rename(draft, place)

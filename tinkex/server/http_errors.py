@@ -1,6 +1,6 @@
-"""What the server answers when it does not take a request: a status and one sentence.
+"""Refused requests: an HTTP status and one sentence.
 
-Knows nothing of HTTP frameworks: the server turns a Refusal into a response.
+Does not know about HTTP frameworks; `request_context` turns a Refusal into a response.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 
 class Refusal(Exception):
-    """The request is not taken; nothing has changed.
+    """The request is refused, and nothing has changed.
 
     Attributes:
         status: the HTTP status.
-        sentence: what is wrong, with the value and the mend.
-        headers: further headers of the answer.
+        sentence: what is wrong, with the value and the fix.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -27,21 +27,21 @@ class Refusal(Exception):
 
     @property
     def category(self) -> str:
-        """ "user" where a change of the request can help, else "server"."""
+        """ "user" if a different request could succeed, else "server"."""
         return "server" if self.status >= 500 or self.status in (408, 429) else "user"
 
 
 def not_found(what: str, name: object) -> Refusal:
-    """404 for a thing that is not there, or is another user's: the two read the same."""
+    """404 for an object that does not exist or belongs to another user, in the same words."""
     return Refusal(404, f"{what} {shown(name)} is not known to this server.")
 
 
 def not_offered(what: str, instead: str = "") -> Refusal:
-    """501 would be retried by clients; what is not offered never will be: 404, with a sentence."""
+    """404 for a feature that this server does not have; clients would retry a 501."""
     return Refusal(404, f"this server does not offer {what}." + (f" {instead}" if instead else ""))
 
 
 def shown(value: object, length: int = 80) -> str:
-    """A value as it may appear in a sentence: quoted and not too long."""
+    """A value for use in a sentence: quoted and shortened."""
     text = repr(value)
     return text if len(text) <= length else text[: length - 3] + "..."

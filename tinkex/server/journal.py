@@ -1,9 +1,9 @@
-"""The journal of one server: what it accepted and how that ended, so that a restart can go on.
+"""The journal of one server: accepted operations and their results, to resume after a restart.
 
-One thread writes, in groups: what is handed in while a transaction is being written goes into the
-next. An operation is accepted when its row is written; its result follows; a snapshot of a model
-makes the bodies of the operations before it superfluous. Knows nothing of what operations mean,
-beyond which of them change a model.
+One thread writes in groups: writes that arrive during a transaction go into the next one. An
+operation is accepted when its row is written; its result follows. After a snapshot of a model, the
+bodies of earlier operations are not needed. Does not know what operations mean, except which of
+them change a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import attrs
 
-from tinkex.server.home import HomeError
+from tinkex.server.home import FileIdentity, HomeError
 from tinkex.server.results import Answer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS models (
     model_id TEXT PRIMARY KEY, info TEXT NOT NULL, snapshot TEXT,
     snapshot_seq INTEGER NOT NULL DEFAULT -1, spoilt TEXT);
 """
-#: Seconds until a write that failed is tried again.
+#: Seconds until a failed write is retried.
 _RETRY_SECONDS = 1.0
 
 
@@ -46,14 +46,14 @@ class OperationRow:
     """One accepted operation.
 
     Attributes:
-        target: the model or sampler it is for; seq: its number there.
-        in_line: it is one of a model's numbered operations, which have no gaps.
-        changes_model: it must run again, after a restart, to make the model what it was.
+        target: id of the model or sampler; seq: the operation's number there.
+        in_line: True for a model's numbered operations, whose numbers have no gaps.
+        changes_model: True if it must run again after a restart to rebuild the model.
         body: as received, decompressed; None when it is no longer needed.
-        extra: JSON; what was decided at acceptance (seeds drawn).
-        ended: None while it has not; else "failure" or the form of the result.
-        answer: how it ended; None if it has not, or if it is forgotten.
-        forgotten: the client has the result; the row is here for its body or its place only.
+        extra: JSON with decisions made at acceptance (random seeds).
+        ended: None while it runs, then "failure" or the form of the result.
+        answer: the result; None if there is none yet, or if it is forgotten.
+        forgotten: the client has the result; the row is kept for its body or its number only.
     """
 
     request_id: str
@@ -78,7 +78,7 @@ class ModelRow:
     """A live model.
 
     Attributes:
-        info: JSON; what it is.
+        info: JSON description, see `LiveModel.info`.
         snapshot: the folder of the newest one, or None; snapshot_seq: the last operation in it.
         spoilt: why the gradients in the snapshot must not be stepped with, or None.
     """
@@ -98,14 +98,14 @@ class _Write:
 
 
 class Journal:
-    """Use from any thread. `close` writes what is left."""
+    """Can be used from any thread. `close` writes everything that is queued."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
-            # A killed process loses nothing; a power cut may lose the last moments, in order.
+            # A killed process loses nothing; a power cut may lose the last transactions.
             self._db.execute("PRAGMA synchronous=NORMAL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -115,10 +115,11 @@ class Journal:
                 )
             self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA user_version={_VERSION}")
+            self._identity = FileIdentity.of(path)
         except sqlite3.Error as exc:
             raise HomeError(
-                f"the journal {path} cannot be used: {exc}; delete it to start without what was "
-                "live (checkpoints are not in it), or choose another --home."
+                f"the journal {path} cannot be used: {exc}; delete it to start without live models "
+                "(checkpoints are not affected), or choose another --home."
             ) from exc
         self._changed = threading.Condition()  # guards the two below
         self._queue: list[_Write] = []
@@ -127,7 +128,7 @@ class Journal:
         self._thread.start()
 
     def accept(self, row: OperationRow, *, new_model: str | None = None) -> Future[None]:
-        """Resolves when the operation is written; with sqlite3.Error if it cannot be.
+        """Write an operation. The future resolves when it is written, or fails with the error.
 
         *new_model*: the info of the model that the operation creates.
         """
@@ -161,7 +162,7 @@ class Journal:
         return written
 
     def finish(self, request_id: str, answer: Answer) -> None:
-        """An operation has ended. One that changes no model needs its body no more."""
+        """Write a result. The body of an operation that changes no model is dropped."""
         self._put(
             _Write(
                 [
@@ -175,10 +176,10 @@ class Journal:
         )
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """The clients have these results; what a restart does not need of them goes.
+        """Drop results that clients have, as far as a restart does not need them.
 
-        An operation in a model's line is needed, if only to fill its place, until a snapshot
-        holds it or the model is gone.
+        A numbered operation is needed, if only for its number, until a snapshot contains it or
+        the model is gone.
         """
         statements: list[tuple[str, tuple[Any, ...]]] = []
         for request_id in request_ids:
@@ -199,8 +200,10 @@ class Journal:
     def snapshot(
         self, model_id: str, directory: Path, seq: int, spoilt: str | None, replaces: Path | None
     ) -> None:
-        """The model as it was after operation *seq* is in *directory*, complete and synced; the
-        snapshot that it *replaces* is deleted when that is certain."""
+        """Note the snapshot of a model after operation *seq*; it is complete and synced to disk.
+
+        The snapshot that it *replaces* is deleted once the switch survives a power cut.
+        """
         statements: list[tuple[str, tuple[Any, ...]]] = [
             (
                 "UPDATE models SET snapshot = ?, snapshot_seq = ?, spoilt = ? WHERE model_id = ?",
@@ -214,7 +217,7 @@ class Journal:
         ]
 
         def afterwards() -> None:
-            # The old one may go only when the switch to the new one survives a power cut.
+            # The old one may be deleted only when the switch to the new one survives a power cut.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             if replaces is not None:
                 shutil.rmtree(replaces, ignore_errors=True)
@@ -222,7 +225,7 @@ class Journal:
         self._put(_Write(statements, afterwards=afterwards))
 
     def remove_model(self, model_id: str, snapshot: Path | None) -> None:
-        """The model is unloaded: nothing of it needs to run again, and its snapshot goes."""
+        """Forget an unloaded model and delete its snapshot."""
         statements: list[tuple[str, tuple[Any, ...]]] = [
             ("DELETE FROM models WHERE model_id = ?", (model_id,)),
             ("DELETE FROM operations WHERE target = ? AND forgotten", (model_id,)),
@@ -243,7 +246,7 @@ class Journal:
         return [ModelRow(*row) for row in rows]
 
     def operations(self) -> list[OperationRow]:
-        """All that is in the journal, in the order of acceptance."""
+        """All operations in the order of acceptance."""
         rows = self._db.execute(
             "SELECT request_id, name, owner, session_id, target, seq, in_line, changes_model, "
             "content_type, body, extra, fingerprint, form AS ended, answer AS kept, forgotten "
@@ -275,12 +278,13 @@ class Journal:
 
     def _write(self, group: list[_Write]) -> None:
         try:
+            self._identity.check()
             self._db.execute("BEGIN")
             for write in group:
                 for sql, values in write.statements:
                     self._db.execute(sql, values)
             self._db.execute("COMMIT")
-        except sqlite3.Error as exc:
+        except (OSError, sqlite3.Error) as exc:
             self._could_not_write(group, exc)
             return
         for write in group:
@@ -289,11 +293,11 @@ class Journal:
             if write.afterwards is not None:
                 write.afterwards()
 
-    def _could_not_write(self, group: list[_Write], exc: sqlite3.Error) -> None:
-        """Whoever waits is told; what nobody waits for is tried again later, in its order."""
+    def _could_not_write(self, group: list[_Write], exc: Exception) -> None:
+        """Fail the writes that a request waits for; retry the others later, in order."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
-        logger.error("The journal cannot be written: %s", exc)
+        logger.error("The journal cannot be written, requests are refused: %s", exc)
         again = [write for write in group if write.written is None]
         for write in group:
             if write.written is not None:

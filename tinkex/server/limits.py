@@ -1,6 +1,6 @@
-"""How much one server takes, keeps and waits for, in one place.
+"""All limits of a server: sizes, counts and times.
 
-Defaults are for one machine and a handful of users; tests make them small.
+The defaults are for one machine and a handful of users. Tests use smaller ones.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class Limits:
         json_values, json_containers: numbers, strings, lists and objects of a JSON body; lists and
             objects alone.
         datums, proto_fields: datums of a batch in protobuf; fields of all its messages.
-        decoding_bytes: memory for all bodies that are being received and decoded at one time;
-            beyond, requests get a 503 and are sent again.
-        inline_bytes: bodies and results up to this size are (de)coded on the event loop.
-        poll_seconds: how long a poll waits before it answers "not yet"; clients give up at 45.
-        metadata_bytes: results larger than this are announced by size first, where asked for.
-        model_queue, model_queue_bytes: operations of one model that wait, and their bodies.
-        sample_queue: samples of the whole server that wait or run.
+        decoding_bytes: memory for all bodies that are being received and decoded; requests beyond
+            get a 503, and clients retry them.
+        inline_bytes: bodies and results up to this size are encoded and decoded on the event loop.
+        poll_seconds: a poll is answered with 408 after this time; clients time out at 45 s.
+        metadata_bytes: for larger results the size is sent first, if the client asks for it.
+        model_queue, model_queue_bytes: waiting operations of one model, and their bodies.
+        sample_queue: waiting and running sample requests of all clients.
         num_samples, max_tokens: of one sample request.
-        session_seconds: a session that says nothing for so long is closed and its models freed.
-        grace_seconds: a fetched result can be fetched again for so long.
-        fetched_bytes: fetched results kept for their grace at most; beyond, the oldest go.
-        result_seconds: a result that nobody fetches is kept for so long.
-        result_bytes: results kept in all; beyond, the oldest go.
-        snapshot_seconds: computing done on a model that a restart would have to repeat.
-        snapshot_bytes: bodies that the journal keeps for one model.
-        reap_seconds: how often expired things are looked for.
-        connections: open at one time; fewer where the process may not open so many files.
-        head_seconds: for a request's head to arrive; then the connection is closed.
-        body_seconds, body_rate: for a body to arrive: so long, plus a second for so many bytes.
-        idle_seconds: a connection without a request is closed after so long; longer than clients
-            pause, because closing first loses requests.
-        open_samplers: adapters kept in memory for sampling; beyond, the idle ones are closed.
+        session_seconds: a session without a request for this time is closed; its models are freed.
+        grace_seconds: a fetched result can be fetched again within this time.
+        fetched_bytes: fetched results that are kept; the oldest are dropped first.
+        result_seconds: a result that is not fetched is kept for this time.
+        result_bytes: all results that are kept; the oldest are dropped first.
+        snapshot_seconds: compute time on a model that a restart may have to repeat.
+        snapshot_bytes: request bodies that the journal keeps for one model.
+        reap_seconds: interval of the housekeeping that removes expired objects.
+        connections: open connections; fewer if the process may not open that many files.
+        head_seconds: the connection is closed if a request head takes longer.
+        body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
+        idle_seconds: an idle connection is closed after this time. It is longer than clients
+            keep theirs: a connection that the server closes first can lose a request.
+        open_samplers: adapters kept in memory for sampling; idle ones beyond are closed.
     """
 
     body_bytes: int = 64 * MIB

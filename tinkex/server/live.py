@@ -1,4 +1,4 @@
-"""What operations work on: live models, live samplers, and one operation with its request."""
+"""Live models, live samplers, and the operations on them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LiveModel:
 
     Attributes:
         adapter: a PEFT adapter directory that it starts from, or None.
-        broken: why it could not be created, or None.
-        spoilt: why the accumulated gradients must not be stepped with, or None.
-        done_seq: the last operation done.
-        seconds, size: computing time and bodies since the last snapshot.
-        snapshot: folder of the last snapshot; snapshot_seconds: how long that took.
+        broken: the reason why it could not be created, or None.
+        spoilt: the reason why the accumulated gradients are incomplete, or None.
+        done_seq: number of the last completed operation.
+        seconds, size: compute time and body bytes since the last snapshot.
+        snapshot: folder of the last snapshot; snapshot_seconds: how long it took.
     """
 
     model_id: str
@@ -40,7 +40,7 @@ class LiveModel:
 
     @property
     def info(self) -> str:
-        """What a restart must know of it, in JSON."""
+        """The description that a restart needs, in JSON."""
         fields = ("session_id", "owner", "base_model", "user_metadata")
         info = {name: getattr(self, name) for name in fields}
         return wire.dumps(info | {"lora": wire.to_json(self.lora)}).decode()
@@ -54,7 +54,7 @@ class LiveModel:
 
 @attrs.define(eq=False)
 class LiveSampler:
-    """What a sampling session samples from: a base model, or a checkpoint's or its own folder."""
+    """A sampling session's weights: a base model, a checkpoint, or a snapshot of its own."""
 
     sampler_id: str
     session_id: str
@@ -65,7 +65,7 @@ class LiveSampler:
 
     @property
     def engine_id(self) -> str:
-        """Samplers of the same weights share them."""
+        """The sampler's id at the engine; samplers of the same weights share it."""
         return f"base:{self.base_model}" if self.directory is None else str(self.directory)
 
 
@@ -74,10 +74,10 @@ class Work:
     """One operation on a model.
 
     Attributes:
-        name: as in wire's table; request: decoded; None if only its place must be filled.
-        seed: drawn for it at acceptance, where the request names none.
-        ended: whether it ended before a restart; failure: with what sentence, if it failed.
-        size: bytes of its body.
+        name: as in the wire table; request: decoded, or None if only its number must be used up.
+        seed: drawn at acceptance, for requests without a seed.
+        ended: True if it ended before a restart; failure: the error it ended with, or None.
+        size: bytes of the request body.
     """
 
     name: str
@@ -91,23 +91,23 @@ class Work:
 
     @property
     def title(self) -> str:
-        """Its name in a sentence."""
+        """Its name in error messages."""
         return f"{self.name} (operation {self.seq})"
 
     @property
     def origin(self) -> str:
-        """Its name among everything that is saved."""
+        """Its unique name, stored with what it saves."""
         return f"{self.model.model_id}:{self.seq}"
 
 
 @attrs.frozen
 class Refused:
-    """In the place of a request that was refused: it fails in its turn, with the same sentence."""
+    """Takes the number of a refused request: fails in its turn with the same sentence."""
 
     model_id: str
     seq_id: int
     sentence: str
 
 
-#: Operations that must run again after a restart to make a model what it was.
+#: Operations that must run again after a restart to rebuild a model.
 CHANGES_MODEL = frozenset({"CreateModel", "ForwardBackward", "OptimStep", "LoadWeights"})

@@ -1,8 +1,8 @@
-"""What each operation does with the engine and the store, on the compute thread.
+"""The operations: what each does with the engine and the store, on the compute thread.
 
-An operation is a generator that yields where other models may go first. What it knows of its model
-lasts in a `LiveModel`; after it, a snapshot may be taken. Knows nothing of HTTP, of order (the
-scheduler's) or of who waits for the result.
+An operation is a generator that yields where other models may run first. The state of its model is
+a `LiveModel`; a snapshot may be taken after an operation. Does not know about HTTP, about the order
+of operations (see `scheduler`), or about who waits for results.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tinkex.server.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: A snapshot is taken when repeating the work since the last one would take this much longer
-#: than taking it, so that snapshots cost a few percent at most.
+#: A snapshot is taken when repeating the work since the last one would take this many times as
+#: long as the snapshot, so that snapshots cost a few percent at most.
 _SNAPSHOT_RATIO = 20.0
 
 
 class Workshop:
-    """Turns works into what the scheduler runs.
+    """Runs operations for the scheduler.
 
     `on_sampler` is called (on the compute thread) with each sampling session that an unnamed
     save_weights_for_sampler makes; `on_unloaded` with each model that is gone.
@@ -57,13 +57,13 @@ class Workshop:
         self._on_sampler = on_sampler
         self._on_unloaded = on_unloaded
         self._open: OrderedDict[str, int] = OrderedDict()  # engine_id -> samples in flight
-        #: What is known of base models that have been loaded, by name.
+        #: Metadata of the loaded base models, by name.
         self.bases: dict[str, Any] = {}
 
     # Operations on models.
 
     def steps(self, work: Work, engine: Any) -> Steps:
-        """Run one operation in its model's turn; the result is its return value."""
+        """Run one operation; its return value is the result."""
         model = work.model
         started = time.perf_counter()
         try:
@@ -105,7 +105,7 @@ class Workshop:
         return operations[work.name](work, engine)
 
     def _fail_again(self, work: Work, failure: str, engine: Any) -> None:
-        """What a failure before the restart did to the model."""
+        """Repeat what a failure before a restart did to the model."""
         if work.name == "ForwardBackward":
             self._spoil(work, engine, failure)
         elif work.name == "OptimStep":
@@ -133,7 +133,7 @@ class Workshop:
             model.broken = f"{work.title}: {explained(exc)[0]}"
             raise
         if adapter is not None:
-            model.seconds = math.inf  # the files may be gone when a restart would read them
+            model.seconds = math.inf  # snapshot soon: the files may be gone at a restart
         self._enter_run(model)
         return types.CreateModelResponse(model.model_id)
 
@@ -190,8 +190,8 @@ class Workshop:
             reason, model.spoilt = model.spoilt, None
             engine.clear_gradients(model.model_id)
             raise ValueError(
-                f"no step was taken, because the gradients are not whole ({reason}) They are "
-                "cleared now; send the batch again and step again."
+                f"no step was taken, because the gradients are incomplete ({reason}) They were "
+                "cleared; send the batch again and step again."
             )
         try:
             return engine.optim_step(model.model_id, work.request.adam_params)
@@ -216,7 +216,7 @@ class Workshop:
         model = work.model
         sampler_id = f"{model.session_id}:sample:{request.sampling_session_seq_id}"
         place = self._folder.samplers / sampler_id.replace(":", "_")
-        shutil.rmtree(place, ignore_errors=True)  # of this very operation, before a restart
+        shutil.rmtree(place, ignore_errors=True)  # left by this operation before a restart
         self._write(engine, model, place, optimizer=False)
         sampler = LiveSampler(
             sampler_id, model.session_id, model.owner, model.base_model, None, place
@@ -246,7 +246,7 @@ class Workshop:
         *,
         overwrite: bool = False,
     ) -> str:
-        """Save under a name; the tinker path."""
+        """Save under a name; returns the tinker path."""
         model = work.model
         training = segment == "weights"
         path = f"tinker://{model.model_id}/{segment}/{types.check_name(name)}"
@@ -254,10 +254,9 @@ class Workshop:
         if there is not None and there.origin == work.origin:
             return path  # saved just before the server was killed
         if there is not None and not overwrite:
-            mend = "overwrite it (overwrite=True), " if training else ""
+            fix = "overwrite it (overwrite=True), " if training else ""
             raise ValueError(
-                f"there is a checkpoint {path} already; choose another name, {mend}or delete it "
-                "first."
+                f"a checkpoint {path} exists already; choose another name, {fix}or delete it first."
             )
         now = time.time()
         ttl = request.ttl_seconds
@@ -314,11 +313,11 @@ class Workshop:
         if work.seq == 0:
             self._enter_run(model)
         model.spoilt = None
-        model.seconds = math.inf  # the checkpoint may be gone when a restart would read it
+        model.seconds = math.inf  # snapshot soon: the checkpoint may be gone at a restart
         return types.LoadWeightsResponse(request.path, model.model_id)
 
     def _load(self, work: Work, engine: Any, directory: Path) -> None:
-        """A model that was made for a checkpoint which does not fit goes again."""
+        """Load a checkpoint. A model that was created for it is unloaded if that fails."""
         try:
             engine.load(work.model.model_id, directory, optimizer=work.request.optimizer)
         except Exception:
@@ -338,7 +337,7 @@ class Workshop:
     # Snapshots.
 
     def after(self, work: Work, engine: Any) -> None:
-        """Take a snapshot of the model, if it is time."""
+        """Take a snapshot of the model if one is due."""
         model = work.model
         due = model.seconds > max(
             self._limits.snapshot_seconds, _SNAPSHOT_RATIO * model.snapshot_seconds
@@ -349,8 +348,11 @@ class Workshop:
             try:
                 self._take_snapshot(self._journal, model, engine)
             except Exception:
-                # The journal still has all that is needed; the next operation tries again.
-                logger.exception("No snapshot of %s could be taken.", model.model_id)
+                # Nothing is lost: the journal has all operations, and the next one tries again.
+                logger.exception(
+                    "A snapshot of model %s failed; it is retried after the next operation.",
+                    model.model_id,
+                )
 
     def _take_snapshot(self, journal: Journal, model: LiveModel, engine: Any) -> None:
         started = time.perf_counter()
@@ -369,7 +371,7 @@ class Workshop:
         model.snapshot_seconds = time.perf_counter() - started
 
     def restore(self, engine: Any, model: LiveModel) -> None:
-        """Put a model back as its snapshot has it, after a restart."""
+        """Restore a model from its snapshot after a restart."""
         if model.snapshot is None:
             return
         try:
@@ -390,7 +392,7 @@ class Workshop:
         request: types.SampleRequest,
         on_token: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        """Hand a sample to the engine; whoever does must call `sample_ended` when it has ended."""
+        """Submit a sample request to the engine. Call `sample_ended` when it has ended."""
         engine_id = sampler.engine_id
         if engine_id not in self._open:
             if sampler.directory is not None and not sampler.directory.is_dir():
@@ -409,7 +411,7 @@ class Workshop:
         self._open.move_to_end(engine_id)
 
     def sample_ended(self, engine: Any, sampler: LiveSampler) -> None:
-        """One of its samples is no longer at the engine; idle samplers beyond the limit close."""
+        """Note that a sample request has ended; close idle samplers beyond the limit."""
         if sampler.engine_id in self._open:
             self._open[sampler.engine_id] -= 1
         idle = [engine_id for engine_id, samples in self._open.items() if samples == 0]
@@ -418,7 +420,7 @@ class Workshop:
             engine.close_sampler(engine_id)
 
     def close_session_samplers(self, engine: Any, session_id: str) -> None:
-        """A session has ended: its samplers' rows go, and the snapshots that are theirs alone."""
+        """Remove the samplers of an ended session, with their own snapshots."""
         prefix = str(self._folder.samplers / f"{session_id}_sample_")
         for engine_id in [i for i in self._open if i.startswith(prefix)]:
             del self._open[engine_id]

@@ -1,7 +1,7 @@
-"""One HTTP exchange on the server's side: who asks, the body within limits, the answer's form.
+"""The context of one HTTP request: its owner, its body within limits, and the response.
 
-Every refusal leaves as JSON with one sentence, whose doing it is, and a Content-Length; no
-traceback does. Knows nothing of what the endpoints mean.
+Every refusal is sent as JSON with one sentence, a category and a Content-Length, never as a
+traceback. Does not know what the endpoints do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: A zstd frame may ask for this much memory to be unpacked in.
+#: Largest window, in bytes, that a zstd frame may require.
 _MAX_WINDOW = 128 * 1024 * 1024
 #: What a decoded value of JSON, and a field of protobuf, take in memory on average.
 _VALUE_BYTES = 32
@@ -44,7 +44,7 @@ _FIELD_BYTES = 100
 
 @attrs.define(eq=False)
 class Site:
-    """What every endpoint can reach."""
+    """Everything that endpoints share."""
 
     ledger: Ledger
     store: Store
@@ -55,32 +55,32 @@ class Site:
     version: str
     #: Where clients reach this server through a proxy, as https://host/prefix; or None.
     public_url: str | None = None
-    #: Download tickets of archives: token -> what it opens (see archives).
+    #: Download tickets of archives: token -> ticket (see routes/archives.py).
     tickets: dict[str, Any] = attrs.field(factory=dict)
-    #: Bytes that the bodies of all requests take at the moment; on the event loop only.
+    #: Bytes that the bodies of all current requests take; used on the event loop only.
     decoding: int = 0
     replies: Replies = attrs.field(factory=Replies)
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
-        """Run on another thread what would hold up the event loop."""
+        """Run a function that would block the event loop on a pool thread."""
         return self.ledger.shared.in_pool(function, *arguments)
 
 
 @attrs.define(eq=False)
 class Call:
-    """One request on its way through an endpoint."""
+    """One request, as an endpoint handles it."""
 
     site: Site
     request: Request
     owner: str
-    #: The body, as soon as it has been read.
+    #: The decompressed body, once it has been read.
     unpacked: bytes | None = None
     #: Its share of `Site.decoding`.
     held: int = 0
 
     @property
     def content_type(self) -> str:
-        """Without parameters; "" where none is given."""
+        """The Content-Type without parameters; "" if there is none."""
         value = self.request.headers.get("content-type", "")
         return value.split(";")[0].strip().lower()
 
@@ -90,27 +90,27 @@ class Call:
         return self.site.takes_protobuf and wire.PROTOBUF in accept
 
     def parameter(self, name: str) -> str:
-        """Of the path."""
+        """A parameter of the path."""
         return str(self.request.path_params[name])
 
     def number(self, name: str, default: int, highest: int) -> int:
-        """A whole number of the query string. Raises Refusal (400)."""
+        """An integer of the query string, at most *highest*. Raises Refusal (400)."""
         text = self.request.query_params.get(name)
         if text is None or text == "":
             return default
         if not text.isascii() or not text.isdigit() or len(text) > 12:
-            raise Refusal(400, f"{name} must be a whole number from 0, got {shown(text)}.")
+            raise Refusal(400, f"{name} must be an integer >= 0, got {shown(text)}.")
         return min(int(text), highest)
 
     async def body(self, *, data: bool = False) -> bytes:
-        """The body, unpacked.
+        """Read and decompress the body.
 
         Args:
             data: a batch or a prompt, which may be large.
 
         Raises:
             Refusal: 413 if it is too large before or after decompression, 415 for an unknown
-                encoding, 400 if it cannot be unpacked, 503 if too many bodies are being read.
+                encoding, 400 if it cannot be decompressed, 503 if too many bodies are being read.
         """
         limits = self.site.limits
         packed = await self._packed_body(limits.body_bytes if data else limits.small_body_bytes)
@@ -139,7 +139,7 @@ class Call:
                 parts.append(part)
                 self.hold(len(part))
             elif size > max(2 * limit, self.site.limits.body_bytes):
-                break  # what is a little too large is read, so that the refusal gets across
+                break  # beyond this, reading on just to deliver the refusal is too expensive
         if size > limit:
             raise Refusal(
                 413,
@@ -150,7 +150,7 @@ class Call:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _stream(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises Refusal (408) if it arrives too slowly."""
+        """Yield the body as it arrives. Raises Refusal (408) if it arrives too slowly."""
         limits, stream = self.site.limits, self.request.stream()
         deadline = time.monotonic() + limits.body_seconds
         while True:
@@ -170,10 +170,10 @@ class Call:
             yield part
 
     def hold(self, size: int) -> None:
-        """Count memory that this request takes until its answer.
+        """Count memory that this request needs until it is answered.
 
         Raises:
-            Refusal: 503 if all requests together take too much. A single one never does.
+            Refusal: 503 if all requests together need too much. A single request is always taken.
         """
         site = self.site
         if site.decoding > self.held and site.decoding + size > site.limits.decoding_bytes:
@@ -186,7 +186,7 @@ class Call:
         site.decoding += size
 
     def release(self) -> None:
-        """The answer is there."""
+        """The request is answered: give its memory back."""
         self.site.decoding -= self.held
         self.held = 0
 
@@ -201,9 +201,9 @@ class Call:
         return await self.decoded(lambda: wire.loads(body), body)
 
     async def json_body(self, *, data: bool = False) -> bytes:
-        """A body that says it is JSON, and is not too large to be parsed. Raises Refusal."""
+        """Read a body with Content-Type JSON that is not too large to parse. Raises Refusal."""
         if self.content_type != wire.JSON:
-            # A web page can send any other type, or none, without asking the server first.
+            # Browsers let web pages send other types, or none, without a CORS preflight.
             sent = f"not {shown(self.content_type)}" if self.content_type else "and it is missing"
             raise Refusal(415, f"this endpoint takes Content-Type {wire.JSON}, {sent}.")
         body = await self.body(data=data)
@@ -211,7 +211,7 @@ class Call:
         return body
 
     async def check_size(self, body: bytes) -> None:
-        """Count what the body will become, before it does.
+        """Check how many objects the body will become, before it is decoded.
 
         Raises:
             Refusal: 413 if that is too much, 503 as for `hold`.
@@ -240,14 +240,14 @@ class Call:
             self.hold(len(body) + _FIELD_BYTES * batch.fields)
 
     async def decoded(self, decode: Callable[[], T], body: bytes) -> T:
-        """Decode here if the body is small, else on a thread of the pool."""
+        """Decode a small body here, a large one on a pool thread."""
         if len(body) <= self.site.limits.inline_bytes:
             return decode()
         return await self.site.in_pool(decode)
 
 
 def unpack(encoding: str, packed: bytes, limit: int) -> bytes:
-    """A compressed body. Never holds more than *limit* bytes of it."""
+    """Decompress a body, up to *limit* bytes. Raises Refusal."""
     try:
         if encoding == "zstd":
             reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(packed)
@@ -260,22 +260,22 @@ def unpack(encoding: str, packed: bytes, limit: int) -> bytes:
             body = inflater.decompress(packed, limit + 1)
             too_large = len(body) > limit
             if not too_large and not inflater.eof:
-                raise zlib.error("it is cut off")
+                raise zlib.error("it is incomplete")
         else:
             raise Refusal(
                 415,
-                f"a body with Content-Encoding {shown(encoding)} cannot be read; send zstd, gzip, "
-                "deflate or none.",
+                f"a body with Content-Encoding {shown(encoding)} is not supported; send zstd, "
+                "gzip, deflate or none.",
             )
     except (zlib.error, zstandard.ZstdError) as exc:
-        raise Refusal(400, f"the body is not {encoding}: {exc}.") from exc
+        raise Refusal(400, f"the body is not valid {encoding}: {exc}.") from exc
     if too_large:
-        raise Refusal(413, f"the body is larger than {limit} bytes once it is unpacked.")
+        raise Refusal(413, f"the body is larger than {limit} bytes after decompression.")
     return body
 
 
 def reply(payload: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Plain data, an attrs object, or ready JSON bytes."""
+    """A JSON response from plain data, an attrs object, or encoded JSON."""
     if attrs.has(type(payload)):
         payload = wire.to_json(payload)
     body = payload if isinstance(payload, bytes) else wire.dumps(payload)
@@ -293,7 +293,7 @@ def header_key(request: Request) -> str | None:
 
 
 def _owner(keys: Keys, request: Request, key: str | None) -> str:
-    """Who asks. Raises Refusal: 401, 403."""
+    """The owner of a request. Raises Refusal: 401, 403."""
     keys.check_visitor(request.headers)
     return keys.owner(key)
 
@@ -302,7 +302,7 @@ Handler = Callable[[Call], Awaitable[Response]]
 
 
 class Framing:
-    """Refuses requests of which proxies and servers may disagree where they end."""
+    """Refuses requests whose end a proxy and the server could see differently."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -328,14 +328,13 @@ def guarded(
     key_of: Callable[[Request], str | None] = header_key,
     refuse: Callable[[Refusal], Response] = refuse,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """
-    The endpoint of *handler*: it knows who asks, and every way that it can fail has an answer.
+    """Make an endpoint that authenticates, and that turns every exception into a response.
 
     Args:
-        public: anyone may ask.
-        once: a repeat under the same X-Idempotency-Key gets the first one's answer.
-        key_of: where a request has its API key.
-        refuse: the form of an error.
+        public: no key is required.
+        once: a repeat with the same X-Idempotency-Key gets the first response.
+        key_of: reads the API key of a request.
+        refuse: makes the response of a refusal.
     """
 
     async def endpoint(request: Request) -> Response:
@@ -353,7 +352,7 @@ def guarded(
         except wire.DecodeError as exc:
             return refuse(Refusal(400, str(exc)))
         except ClientDisconnect:
-            return refuse(Refusal(400, "the body is not whole."))
+            return refuse(Refusal(400, "the connection was closed before the body was complete."))
         except OverflowError as exc:  # of SQLite, for integers beyond 64 bit
             return refuse(Refusal(400, f"a number in the request is too large: {exc}."))
         except (OSError, sqlite3.Error) as exc:
@@ -362,7 +361,7 @@ def guarded(
             return refuse(Refusal(503, sentence, {"Retry-After": "5"}))
         except Exception:
             logger.exception("%s %s failed.", request.method, request.url.path)
-            return refuse(Refusal(500, "the server failed on this request; its log says why."))
+            return refuse(Refusal(500, "the server failed on this request; see its log."))
         finally:
             call.release()
 

@@ -1,8 +1,8 @@
-"""How operations end: results and failures as they are kept, and as they are sent.
+"""Results and failures of operations: how they are stored and sent.
 
-A result is encoded once, on the compute thread: results of training and sampling in protobuf, the
-rest in JSON; JSON for a client that does not take protobuf is made when it asks. Knows nothing of
-HTTP beyond content types, nor of who asks.
+A result is encoded once, on the compute thread: results of training and sampling in protobuf,
+others in JSON. They are converted to JSON when a client without protobuf asks for them. Does not
+know about HTTP, except content types.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PROTOBUF_FORMS: dict[str, type[Any]] = {
 
 @attrs.frozen
 class Answer:
-    """How an operation ended.
+    """The encoded result of an operation, or its failure.
 
     Attributes:
         form: "training" and "sample" bodies are protobuf, "json" and "failure" ones JSON.
@@ -50,11 +50,11 @@ class Answer:
 
     @property
     def sentence(self) -> str | None:
-        """Of a failure."""
+        """The error message of a failure, or None."""
         return str(wire.loads(self.body)["error"]) if self.failed else None
 
     def as_json(self) -> bytes:
-        """The body in JSON, whatever form it is kept in."""
+        """The body in JSON."""
         if self.form not in _PROTOBUF_FORMS:
             return self.body
         result = wire.decode_result(_PROTOBUF_FORMS[self.form], self.body)
@@ -62,9 +62,10 @@ class Answer:
 
 
 def answer(outcome: Any, what: str) -> Answer:
-    """The answer for a result, or for the exception that came instead of one.
+    """Encode a result, or the exception that was raised instead.
 
-    A failure of *what* is logged when it is not the caller's doing.
+    Failures of the server are logged, those caused by the request are not. *what* names the
+    operation.
     """
     if isinstance(outcome, Exception):
         return failure(outcome, what)
@@ -75,11 +76,11 @@ def answer(outcome: Any, what: str) -> Answer:
             return Answer("sample", wire.encode_result(outcome))
         return Answer("json", wire.dumps(wire.to_json(outcome)))
     except Exception as exc:
-        return failure(exc, f"{what} was done, but its result cannot be sent")
+        return failure(exc, f"{what} has run, but its result cannot be sent")
 
 
 def failure(exc: Exception, what: str) -> Answer:
-    """An exception as one sentence, and whose doing it is."""
+    """Encode an exception as a sentence and a category."""
     sentence, category = explained(exc)
     if category == "server":
         logger.error("%s failed: %s", what, sentence, exc_info=exc)
@@ -87,7 +88,7 @@ def failure(exc: Exception, what: str) -> Answer:
 
 
 def explained(exc: Exception) -> tuple[str, str]:
-    """An exception as a sentence, and its category: whose doing it is."""
+    """An exception as a sentence and a category: "user" if the request caused it, or "server"."""
     if isinstance(exc, Refusal):
         return exc.sentence, exc.category
     if isinstance(exc, (ValueError, errors.TinkexError)):
@@ -100,7 +101,7 @@ def explained(exc: Exception) -> tuple[str, str]:
 
 
 def fingerprint(value: Any) -> bytes:
-    """16 bytes that are the same for equal requests, however they were written."""
+    """A hash of 16 bytes that is the same for equal requests in any encoding."""
     digest = hashlib.blake2b(digest_size=16)
     _feed(digest, value)
     return digest.digest()

@@ -11,7 +11,7 @@ from tinkex.server.request_context import Call
 
 
 def check_base_model(call: Call, base_model: str) -> None:
-    """On a server of several users, a directory is one of those it was started with.
+    """Check a base model's name. With several users, it may only be a directory given at start.
 
     Raises:
         Refusal: 400.
@@ -19,7 +19,7 @@ def check_base_model(call: Call, base_model: str) -> None:
     if not base_model:
         raise Refusal(400, "base_model is empty; name one, such as 'tiny'.")
     if "\0" in base_model or len(base_model) > 1000:
-        raise Refusal(400, f"base_model {shown(base_model)} is not a name or a directory.")
+        raise Refusal(400, f"base_model {shown(base_model)} is neither a name nor a directory.")
     if not call.site.keys.several_users or base_model in call.site.base_models:
         return
     if base_model.startswith(("/", ".", "~")) or os.path.exists(base_model):
@@ -36,13 +36,13 @@ async def sampler_of(
     """What to sample from: a base model, or a checkpoint and so its base model.
 
     Raises:
-        Refusal: 400, or 404 for a checkpoint that is not there.
+        Refusal: 400, or 404 if the checkpoint does not exist.
     """
     if model_path is None:
         if base_model is None:
             raise Refusal(
                 400,
-                "name what to sample from: model_path (tinker://...), or base_model (as 'tiny').",
+                "give model_path (tinker://...) or base_model (such as 'tiny') to sample from.",
             )
         check_base_model(call, base_model)
         return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)

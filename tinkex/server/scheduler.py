@@ -1,12 +1,12 @@
-"""The compute thread: it alone touches the engine, and it decides whose turn it is.
+"""The compute thread: only it uses the engine, and it decides what runs next.
 
-Each model is a line: its jobs run one at a time in the order of their numbers, without gaps; a job
-that comes early is held until those before it are there. Lines and sampling share the thread
+Each model has a queue (a line): its jobs run one at a time in the order of their numbers, without
+gaps; an early job waits until those before it have arrived. Lines and sampling share the thread
 fairly by time: training and sampling get half each while both have work, and the lines share
-training's half; a job gives way at every `yield`, so a small one is not held up by big ones.
+training's half. A job can be interrupted at every `yield`, so small jobs do not wait for big ones.
 
-States of a line: open; closing (a last job is waiting for what is ahead of it); gone.
-Knows nothing of HTTP, users, files or what a job computes: it is handed callables.
+States of a line: open; closing (a last job waits for those before it); removed.
+Does not know about HTTP, users, files, or what a job computes; takes callables.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Job:
     """One operation.
 
     Attributes:
-        steps: called with the engine when the job's turn comes; a generator that yields where
-            other work may go first and returns the result.
+        steps: called with the engine when the job starts; a generator that yields where other
+            work may run first, and returns the result.
         finish: called once, on the compute thread, with the result or the exception.
-        after: called with the engine after `finish`: work that nobody waits for.
-        size: bytes it keeps in memory while it waits.
+        after: called with the engine after `finish`, for work that no client waits for.
+        size: bytes of memory while it waits.
     """
 
     steps: Callable[[Any], Steps]
@@ -48,8 +48,8 @@ class SampleJob:
     """One sample request.
 
     Attributes:
-        ticket: its name at the engine.
-        submit: called with the engine; hands the request to it under that ticket.
+        ticket: its id at the engine.
+        submit: called with the engine; submits the request with that ticket.
         finish: called once, on the compute thread, with the response or the exception.
         after: called with the engine after `finish`, if the request had been submitted.
     """
@@ -61,11 +61,11 @@ class SampleJob:
 
 
 class Cancelled(ValueError):
-    """The job was taken back before it was done."""
+    """The job was cancelled."""
 
 
 class LineClosed(ValueError):
-    """The job's model went away before its turn came."""
+    """The job's model was unloaded before the job ran."""
 
 
 @attrs.define(eq=False)
@@ -74,14 +74,14 @@ class _Line:
     waiting: dict[int, Job] = attrs.field(factory=dict)
     running: tuple[Job, Steps] | None = None
     last: Job | None = None
-    used: float = 0.0  # seconds of computing, for fairness
+    used: float = 0.0  # seconds of compute time, for fairness
 
     @property
     def ready(self) -> bool:
         return self.running is not None or self.next_seq in self.waiting or self.last is not None
 
     def take(self) -> Job | None:
-        """The next job in line; the last one only when nothing is ahead of it."""
+        """The next job; the last one only if no other can run."""
         job = self.waiting.pop(self.next_seq, None)
         if job is not None:
             self.next_seq += 1
@@ -91,9 +91,9 @@ class _Line:
 class Scheduler:
     """Runs jobs on one thread, from `start` to `close`.
 
-    `make_engine` is called on that thread: importing what computes takes seconds, and whoever
-    waits for a job waits for that too. If it raises, `failure` holds the exception, `on_failure`
-    is called there, and no job is run: after a restart with a better engine they still can be.
+    `make_engine` is called on that thread, because imports take seconds; jobs wait for it. If it
+    raises, `failure` holds the exception, `on_failure` is called there, and no job runs: after a
+    restart with a working engine they still can.
     """
 
     def __init__(
@@ -111,11 +111,13 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="tinkex-compute", daemon=True)
         self._changed = threading.Condition()  # guards everything below
         self._lines: dict[str, _Line] = {}
-        self._active: dict[str, _Line] = {}  # the lines that have something to do
+        self._active: dict[str, _Line] = {}  # lines with a job that can run
         self._chores: deque[Callable[[Any], None]] = deque()
         self._new_samples: dict[str, SampleJob] = {}
         self._cancelled: list[str] = []
-        self._samples: dict[str, SampleJob] = {}  # at the engine; the compute thread's own
+        self._samples: dict[
+            str, SampleJob
+        ] = {}  # submitted to the engine; used by the compute thread only
         self._train_used = self._sample_used = 0.0
         self._stopping = False
 
@@ -123,7 +125,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Stop after the slice that is running. False if it still runs after *timeout* seconds."""
+        """Stop after the current slice. False if it still runs after *timeout* seconds."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -133,21 +135,21 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being run, or will be once the engine is there."""
+        """True if jobs run, or will run once the engine has started."""
         return self._thread.is_alive() and self.failure is None
 
     def open_line(self, line_id: str, next_seq: int = 0) -> None:
-        """A model's jobs will come, the first of them numbered *next_seq*."""
+        """Create the line of a model whose first job has the number *next_seq*."""
         with self._changed:
             self._lines.setdefault(line_id, _Line(next_seq))
 
     def drop_line(self, line_id: str) -> None:
-        """Nothing waits in this line, and nothing more will come."""
+        """Remove a line that is empty."""
         with self._changed:
             self._lines.pop(line_id, None)
 
     def put(self, line_id: str, seq: int, job: Job) -> None:
-        """Run *job* after the line's jobs with lower numbers. Each number once."""
+        """Queue *job* after the line's jobs with lower numbers. Each number must be used once."""
         with self._changed:
             line = self._lines.get(line_id)
             if line is not None and line.last is None:
@@ -157,14 +159,14 @@ class Scheduler:
         job.finish(LineClosed(f"model {line_id} was unloaded before operation {seq} arrived."))
 
     def put_last(self, line_id: str, job: Job) -> None:
-        """Run *job* when the line has nothing else to run, and close the line with it."""
+        """Run *job* when the line has nothing else to run, then remove the line."""
         with self._changed:
             line = self._lines.get(line_id)
             if line is not None and line.last is None:
                 line.last = job
                 self._wake(line_id, line)
                 return
-        job.finish(LineClosed(f"model {line_id} is unloaded already."))
+        job.finish(LineClosed(f"model {line_id} was unloaded already."))
 
     def put_sample(self, job: SampleJob) -> None:
         with self._changed:
@@ -172,30 +174,30 @@ class Scheduler:
             self._changed.notify()
 
     def cancel_sample(self, ticket: str) -> None:
-        """Take a sample back; it ends with `Cancelled` if it has not ended already."""
+        """Cancel a sample request; it ends with `Cancelled` unless it has ended already."""
         with self._changed:
             self._cancelled.append(ticket)
             self._changed.notify()
 
     def put_chore(self, chore: Callable[[Any], None]) -> None:
-        """Call *chore* with the engine, between two slices and before them."""
+        """Call *chore* with the engine before the next slice."""
         with self._changed:
             self._chores.append(chore)
             self._changed.notify()
 
     def next_seq(self, line_id: str) -> int | None:
-        """The number that the line waits for or will run next; None if there is no such line."""
+        """The number that the line runs or waits for next; None if there is no such line."""
         with self._changed:
             line = self._lines.get(line_id)
             return None if line is None else line.next_seq
 
     def is_active(self, line_id: str) -> bool:
-        """Whether the line has something to run."""
+        """True if the line has a job that can run."""
         with self._changed:
             return line_id in self._active
 
     def place(self, line_id: str, seq: int) -> tuple[int, str]:
-        """How many jobs are ahead of number *seq*, and what it waits for."""
+        """How many jobs are ahead of number *seq*, and the reason why it waits."""
         with self._changed:
             line = self._lines.get(line_id)
             if not self.ready.is_set():
@@ -212,7 +214,7 @@ class Scheduler:
 
     def _wake(self, line_id: str, line: _Line) -> None:
         """Called with the lock held."""
-        # The line of that name which is active may be one that was dropped and has not ended yet.
+        # The active line of that name may be a removed one that has not ended yet.
         if line.ready and self._active.get(line_id) is not line:
             if self._active:
                 line.used = max(line.used, min(other.used for other in self._active.values()))
@@ -235,11 +237,13 @@ class Scheduler:
             try:
                 turn()
             except BaseException as exc:
-                # Not a job's failure but a fault of ours: going on could run something twice.
+                # A bug of the scheduler, not a failure of a job: continuing could run a job twice.
                 self._fail(exc)
 
     def _fail(self, exc: BaseException) -> None:
-        logger.critical("The compute thread ends: %s", exc, exc_info=exc)
+        logger.critical(
+            "The compute thread has failed, and no operation runs any more: %s", exc, exc_info=exc
+        )
         self.failure = exc
         self._on_failure()
 
@@ -250,7 +254,7 @@ class Scheduler:
         return bool(self._new_samples or self._samples)
 
     def _choose(self) -> Callable[[], None]:
-        """Whose turn it is. Called with the lock held."""
+        """Decide what runs next. Called with the lock held."""
         if self._chores:
             chore = self._chores.popleft()
             return lambda: self._chore_turn(chore)
@@ -266,18 +270,18 @@ class Scheduler:
         return lambda: self._train_turn(line_id, line)
 
     def _chore_turn(self, chore: Callable[[Any], None]) -> None:
-        self._submit_and_cancel()  # what was asked for before the chore comes before it
+        self._submit_and_cancel()  # requests from before the chore come first
         try:
             chore(self._engine)
         except Exception:
-            logger.exception("A chore of the compute thread failed.")
+            logger.exception("A background task on the compute thread failed.")
 
     def _train_turn(self, line_id: str, line: _Line) -> None:
         start = self._clock()
         if line.running is None:
             with self._changed:
                 job = line.take()
-            if job is None:  # cannot be: an active line has something to do
+            if job is None:  # impossible: an active line has a job
                 raise RuntimeError(f"line {line_id} is active without a job")
             line.running = (job, job.steps(self._engine))
         job, steps = line.running
@@ -314,7 +318,9 @@ class Scheduler:
             try:
                 finished = self._engine.sample_step()
             except Exception as exc:
-                logger.exception("A sampling step failed.")
+                logger.exception(
+                    "A sampling step failed; all running sample requests fail with it."
+                )
                 finished = [(ticket, exc) for ticket in self._samples]
                 self._forget_at_engine(list(self._samples))
             for ticket, outcome in finished:
@@ -347,4 +353,4 @@ class Scheduler:
             try:
                 self._engine.cancel_sample(ticket)
             except Exception:
-                logger.exception("Could not cancel sample %s.", ticket)
+                logger.exception("Sample request %s could not be cancelled.", ticket)

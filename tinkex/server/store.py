@@ -33,6 +33,14 @@ class Store:
         self._db = Database(home.database)
         self.checkpoints = Checkpoints(home, self._db, now)
 
+    def problem(self) -> str | None:
+        """Why nothing can be stored any more (the home was deleted or replaced), or None."""
+        try:
+            self._db.identity.check()
+        except OSError as exc:
+            return f"{exc.strerror} ({exc.filename})"
+        return None
+
     def close(self) -> None:
         self._db.close()
 
@@ -43,7 +51,7 @@ class Store:
         self._db.insert("sessions", row, "ON CONFLICT DO NOTHING")
 
     def end_session(self, session_id: str, status: str, detail: str | None) -> None:
-        """The first end counts."""
+        """End a session. Only the first call has an effect."""
         self._db.change(
             "UPDATE sessions SET status = ?, detail = ? WHERE session_id = ? AND status = 'active'",
             status,
@@ -69,7 +77,7 @@ class Store:
         return row
 
     def sessions(self, owner: str, limit: int, offset: int) -> tuple[list[SessionRow], int]:
-        """Newest first, and how many there are in all."""
+        """A page of sessions, newest first, and the total number."""
         rows = self._db.all(
             SessionRow,
             "SELECT * FROM sessions WHERE owner = ? ORDER BY created_at DESC, session_id DESC "
@@ -81,7 +89,7 @@ class Store:
         return rows, self._db.count("SELECT COUNT(*) FROM sessions WHERE owner = ?", owner)
 
     def sessions_before(self, owner: str, created_at: float, session_id: str) -> list[SessionRow]:
-        """Newest first, those that come after the given place in that order."""
+        """Sessions older than the given one, newest first."""
         return self._db.all(
             SessionRow,
             "SELECT * FROM sessions WHERE owner = ? AND (created_at, session_id) < (?, ?) "
@@ -98,7 +106,7 @@ class Store:
         )
 
     def session_members(self, session_id: str) -> tuple[list[str], list[str]]:
-        """The ids of its runs and of its samplers."""
+        """Ids of a session's runs and of its samplers."""
         runs = self._db.select(
             "SELECT run_id FROM runs WHERE session_id = ? ORDER BY created_at", session_id
         )
@@ -108,7 +116,7 @@ class Store:
         return [row[0] for row in runs], [row[0] for row in samplers]
 
     def bury_server(self, server: str) -> None:
-        """A server is dead and nobody takes over: its sessions end, its samplers go."""
+        """End the sessions of a dead server that cannot be taken over; remove its samplers."""
         with self._db.transaction() as db:
             db.execute(
                 "UPDATE sessions SET status = 'failed', detail = 'the server ended' "
@@ -140,7 +148,7 @@ class Store:
         return row
 
     def runs(self, owner: str, limit: int, offset: int) -> tuple[list[RunRow], int]:
-        """Last used first, and how many there are in all."""
+        """A page of runs, last used first, and the total number."""
         rows = self._db.all(
             RunRow,
             "SELECT * FROM runs WHERE owner = ? ORDER BY last_request_at DESC, run_id "
@@ -152,7 +160,7 @@ class Store:
         return rows, self._db.count("SELECT COUNT(*) FROM runs WHERE owner = ?", owner)
 
     def training_run(self, row: RunRow) -> types.TrainingRun:
-        """A run as it is listed, with its last checkpoints."""
+        """A run with its last checkpoints, as the API returns it."""
         last = {
             kind: self.checkpoints.last_of_run(row.run_id, kind) for kind in ("training", "sampler")
         }
@@ -180,9 +188,11 @@ class Store:
         self._db.change("UPDATE samplers SET clones = ? WHERE sampler_id = ?", clones, sampler_id)
 
     def remove_samplers(self, session_id: str) -> None:
-        """The samplers of a session that has ended, with the snapshots that are theirs alone."""
+        """Remove the samplers of an ended session, with their own snapshots."""
         rows = self._db.all(SamplerRow, "SELECT * FROM samplers WHERE session_id = ?", session_id)
         self._db.change("DELETE FROM samplers WHERE session_id = ?", session_id)
         for row in rows:
-            if row.directory is not None and row.model_path is None:  # else it is the checkpoint's
+            if (
+                row.directory is not None and row.model_path is None
+            ):  # otherwise the files belong to a checkpoint
                 shutil.rmtree(row.directory, ignore_errors=True)

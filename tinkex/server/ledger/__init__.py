@@ -1,8 +1,9 @@
-"""The book of what one server has accepted: sessions, models, samplers, operations, results.
+"""Everything that one server has accepted: sessions, models, samplers, operations, results.
 
-Every operation gets its place (a repeat gets the same one and runs once), is handed to the
-scheduler when the journal has it, and its answer is kept until the client has it. Lives on the
-event loop; the compute thread hands results over through `Shared.on_loop`. Knows nothing of HTTP.
+Every operation has one record (a repeat gets the same one and does not run again). It is passed to
+the scheduler once the journal has it, and its result is kept until the client has fetched it. Runs
+on the event loop; the compute thread passes results through `Shared.on_loop`. Does not know about
+HTTP.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """`start` on the event loop before use, `stop` there at the end."""
+    """Call `start` on the event loop before use, and `stop` there at the end."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Ledger:
         self._reaper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Read back what a predecessor left, and begin."""
+        """Read what a predecessor on this port left, and start housekeeping."""
         self.shared.loop = asyncio.get_running_loop()
         if self._journal is not None:
             Restart(
@@ -71,25 +72,25 @@ class Ledger:
         self._reaper = self.shared.loop.create_task(self._reap_forever())
 
     def stop(self) -> None:
-        """Every waiting poll is let go."""
+        """Stop accepting, and answer every waiting poll."""
         self.shared.stop()
         if self._reaper is not None:
             self._reaper.cancel()
         self.release()
 
     def release(self) -> None:
-        """Every waiting poll is let go, with what there is."""
+        """Answer every waiting poll at once."""
         self.records.release()
         self.samplers.release()
 
     def cancel(self, owner: str, request_id: str) -> None:
-        """Take back a sample that has not ended; anything else goes on. Raises Refusal (410)."""
+        """Cancel a running sample request; other operations continue. Raises Refusal (410)."""
         record = self.records.of_owner(request_id, owner)
         if record.name == "Sample" and record.answer is None:
             self.shared.scheduler.cancel_sample(request_id)
 
     async def end_session(self, session: Session, status: str, detail: str | None) -> None:
-        """What was accepted still runs; then its models are unloaded and its samplers go."""
+        """End a session. Accepted operations still run, then models and samplers are removed."""
         store, session_id = self.shared.store, session.session_id
         await self.shared.in_pool(store.end_session, session_id, status, detail)
         if self.sessions.remove(session):
@@ -104,21 +105,33 @@ class Ledger:
             try:
                 await self._reap()
             except Exception:
-                logger.exception("Housekeeping failed; it is tried again.")
+                logger.exception(
+                    "Housekeeping failed; it is retried in %s s.", self.shared.limits.reap_seconds
+                )
             await asyncio.sleep(self.shared.limits.reap_seconds)
 
+    def _check_home(self) -> None:
+        """Note whether the home is still there, and log it once if it is not."""
+        problem = self.shared.store.problem()
+        if problem is not None and self.shared.home_problem is None:
+            logger.critical("Nothing can be saved: %s.", problem)
+        self.shared.home_problem = problem
+
     async def _reap(self) -> None:
+        self._check_home()
+        if self.shared.home_problem is not None:
+            return
         self.records.reap()
         silent = time.monotonic() - self.shared.limits.session_seconds
         for session in self.sessions.silent_since(silent):
             if not self._is_busy(session):
-                logger.info("Session %s says nothing any more and ends.", session.session_id)
-                await self.end_session(session, "failed", "no sign of life")
+                logger.info("Session %s is closed: no request for a long time.", session.session_id)
+                await self.end_session(session, "failed", "no heartbeat")
         await self.models.write_touched()
         await self.shared.in_pool(self.shared.store.checkpoints.delete_expired)
 
     def _is_busy(self, session: Session) -> bool:
-        """Whether something runs; what waits for an operation that never comes does not."""
+        """True if something is running. Operations that wait for a missing one do not count."""
         places = [self.samplers.get(sampler_id) for sampler_id in session.samplers]
         return any(place is not None and place.running for place in places) or any(
             self.shared.scheduler.is_active(model_id) for model_id in session.models

@@ -1,4 +1,4 @@
-"""Models as clients see them: operations are accepted by number, and handed on in any order."""
+"""Models as clients see them: operations are accepted by number, in any order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer
 from tinkex.server.scheduler import Job
 
-#: The content type, in the journal, of what fills the place of a refused request.
+#: Content type, in the journal, of the operation that takes the number of a refused request.
 REFUSED = "application/x-tinkex-refused"
-#: Refused numbers that are remembered for one model.
+#: Refused numbers that are remembered per model.
 MAX_REFUSED = 1000
-#: A refused request may come again after so many seconds.
+#: Headers of a refusal after which the client should retry.
 RETRY_LATER = {"Retry-After": "1"}
 
 
@@ -32,10 +32,10 @@ class ModelPlace:
     """A model.
 
     Attributes:
-        used: the numbers that were accepted.
-        waiting, waiting_bytes: operations that have not ended, and their bodies.
-        closing: it is being unloaded and takes nothing more.
-        refused: numbers whose requests were refused, with what they were and why.
+        used: the accepted numbers.
+        waiting, waiting_bytes: unfinished operations, and the bytes of their bodies.
+        closing: it is being unloaded and accepts nothing.
+        refused: numbers of refused requests, with operation name and reason.
     """
 
     live: LiveModel
@@ -47,7 +47,7 @@ class ModelPlace:
 
 
 class Models:
-    """The living models of this server."""
+    """The live models of this server."""
 
     def __init__(
         self, shared: Shared, sessions: Sessions, records: Records, workshop: Workshop
@@ -68,16 +68,18 @@ class Models:
         if place is None or place.live.owner != owner:
             raise Refusal(
                 404,
-                f"model {shown(model_id)} is not known to this server: it was never created "
-                "here, was unloaded, or its session has ended.",
+                f"model {shown(model_id)} is not known to this server: it was not created here, "
+                "was unloaded, or its session has ended.",
             )
         return place
 
     async def create(
         self, name: str, model_seq_id: int, live: LiveModel, request: Any, body: bytes
     ) -> Record:
-        """Accept operation 0 of a new model: its creation, from nothing or from a checkpoint.
-        A repeat gets the first one's record."""
+        """Accept operation 0 of a new model: its creation, with new weights or from a checkpoint.
+
+        A repeat gets the record of the first request.
+        """
         session = await self._sessions.live(live.session_id, live.owner)
         check_number("model_seq_id", model_seq_id)
         record = Record.of(name, live.owner, live.session_id, live.model_id, 0, request, body)
@@ -85,7 +87,7 @@ class Models:
         known = await self._records.known(record)
         if known is not None:
             return known
-        if model_seq_id in session.created:  # its creation was fetched and forgotten
+        if model_seq_id in session.created:  # the result was fetched and forgotten
             return record
         work = Work(name, live, 0, request, secrets.randbelow(2**31), size=len(body))
         session.created.add(model_seq_id)
@@ -99,12 +101,15 @@ class Models:
         place = self.enter(live, first=0)
         place.used.add(0)
         self.put(place, record, work)
-        if self._sessions.get(live.session_id) is None:  # it ended this very moment
+        if self._sessions.get(live.session_id) is None:  # the session ended in the meantime
             self.put_unload(place)
         return record
 
     def _free_failed_creation(self, session: Session, model_seq_id: int, record: Record) -> None:
-        """A creation that failed leaves its number to another one; a resend gets its failure."""
+        """After a failed creation its number can be used by a different request.
+
+        A resend of the failed request still gets the failure.
+        """
         known, place = self._records.get(record.request_id), self.get(record.target)
         if known is None or place is None or known.fingerprint == record.fingerprint:
             return
@@ -117,7 +122,7 @@ class Models:
         self._records.remove_model(record.target)
 
     def enter(self, live: LiveModel, first: int) -> ModelPlace:
-        """A model whose next operation is number *first*."""
+        """Add a model whose next operation has the number *first*."""
         place = ModelPlace(live)
         self._by_id[live.model_id] = place
         session = self._sessions.get(live.session_id)
@@ -130,7 +135,7 @@ class Models:
     async def submit(
         self, owner: str, name: str, request: Any, body: bytes, content_type: str = wire.JSON
     ) -> Record:
-        """Accept a numbered operation. A repeat gets the first one's record."""
+        """Accept a numbered operation. A repeat gets the record of the first request."""
         place = self.of_owner(request.model_id, owner)
         record = await self._accept(place, name, request, body, content_type)
         await self._fail_refused(place)
@@ -163,10 +168,11 @@ class Models:
         return record
 
     async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
-        """
-        Note that the request with this number was refused. Its client may send a good one under the
-        same number. Or it goes on with the next number, as the official SDK does, which would wait
-        for this one for ever: then this one fails in its place.
+        """Note that the request with this number was refused.
+
+        The client may send a valid request with the same number. Or it continues with the next
+        number, as the official SDK does: that would wait forever for the missing one, so a failed
+        operation takes the refused number.
         """
         place = self._by_id.get(model_id)
         if place is None or place.live.owner != owner or not 1 <= seq < 2**31:
@@ -176,19 +182,19 @@ class Models:
             await self._fail_refused(place)
 
     async def _fail_refused(self, place: ModelPlace) -> None:
-        """Fill the places of refused requests that later operations wait for."""
+        """Use up the numbers of refused requests that later operations wait for."""
         while place.refused:
             seq = min(place.refused)
             if seq > place.used.highest:
                 return
             name, sentence = place.refused.pop(seq)
-            if seq in place.used:  # a good request took the number in the meantime
+            if seq in place.used:  # a valid request took the number in the meantime
                 continue
             request = Refused(place.live.model_id, seq, sentence)
             body = wire.dumps(wire.to_json(request))
             try:
                 await self._accept(place, name, request, body, REFUSED)
-            except Refusal:  # no room at the moment: the next operation tries again
+            except Refusal:  # the queue is full: the next operation tries again
                 place.refused[seq] = name, sentence
                 return
 
@@ -196,13 +202,13 @@ class Models:
         limits = self._shared.limits
         if place.closing:
             raise Refusal(
-                404, f"model {record.target} is being unloaded and takes no more operations."
+                404, f"model {record.target} is being unloaded and accepts no operations."
             )
         full = (
             place.waiting >= limits.model_queue
             or place.waiting_bytes + record.size > limits.model_queue_bytes
         )
-        # What all others wait for is taken however full it is, or it would never get emptier.
+        # The operation that all others wait for is always accepted; else the queue would stay full.
         if full and place.waiting and record.seq != self._shared.scheduler.next_seq(record.target):
             raise Refusal(
                 429,
@@ -212,14 +218,14 @@ class Models:
             )
 
     def put(self, place: ModelPlace, record: Record, work: Work) -> None:
-        """Hand an accepted operation to the scheduler."""
+        """Pass an accepted operation to the scheduler."""
         place.waiting += 1
         place.waiting_bytes += record.size
         self._touched[record.target] = time.time()
 
         def ended(outcome: Any) -> None:
             result = answer(outcome, work.title)
-            if not work.ended:  # else it ran to make the model what it was before a restart
+            if not work.ended:  # otherwise it only rebuilt the model after a restart
                 self._records.journal(record, result)
             self._shared.on_loop(self._ended, place, record, work, result)
 
@@ -245,7 +251,7 @@ class Models:
             session.release_sampler(work.request.sampling_session_seq_id, f"save:{work.origin}")
 
     def unload(self, owner: str, model_id: str) -> Record:
-        """Unload the model when what was accepted for it is done. It has no number."""
+        """Unload the model after all accepted operations. The request has no number."""
         known = self._records.get(f"{model_id}:unload")
         if known is not None and known.owner == owner:
             return known
@@ -282,7 +288,7 @@ class Models:
                 self.put_unload(place)
 
     def remove(self, live: LiveModel) -> None:
-        """It is unloaded."""
+        """Remove a model that was unloaded."""
         self._by_id.pop(live.model_id, None)
         session = self._sessions.get(live.session_id)
         if session is not None:
@@ -292,7 +298,7 @@ class Models:
         return [p for p in self._by_id.values() if self._sessions.get(p.live.session_id) is None]
 
     async def write_touched(self) -> None:
-        """When each run was last used, for the lists."""
+        """Store when each run was last used; lists are sorted by it."""
         touched, self._touched = self._touched, {}
         if touched:
             await self._shared.in_pool(self._shared.store.touch_runs, touched)

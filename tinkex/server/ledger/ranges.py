@@ -1,4 +1,4 @@
-"""A set of whole numbers in little space. Knows nothing of what they number."""
+"""A compact set of integers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 
 
 class Numbers:
-    """A set of whole numbers that come mostly in order, kept as ranges."""
+    """A set of integers that are added mostly in order, stored as ranges."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -31,7 +31,7 @@ class Numbers:
 
     @property
     def highest(self) -> int:
-        """-1 if there is none."""
+        """The largest number, or -1."""
         return self._ends[-1] if self._ends else -1
 
     def __contains__(self, number: int) -> bool:
@@ -39,7 +39,7 @@ class Numbers:
         return i >= 0 and number <= self._ends[i]
 
     def discard(self, number: int) -> None:
-        """The inverse of `add`; nothing happens if it is not there."""
+        """The inverse of `add`; no effect if the number is not in the set."""
         i = bisect_right(self._starts, number) - 1
         if i < 0 or number > self._ends[i]:
             return

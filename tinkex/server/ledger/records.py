@@ -1,7 +1,7 @@
-"""Accepted operations and their answers: each is there once, and kept until the client has it.
+"""Records of accepted operations and their results, kept until the client has fetched them.
 
 States of a record: being accepted (the journal is writing it); waiting or running; ended; fetched;
-forgotten (a poll is told that the result is gone). Lives on the event loop, but for `journal`.
+forgotten (polls get a 410). Used on the event loop, except `Records.journal`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Record:
 
     Attributes:
         target: the id of its model or sampler; seq: its number there.
-        fingerprint: of the request; size: bytes of its body.
-        accepting: resolves when the journal has it.
-        waiters: polls that wait for the answer.
-        cursor: its place among the completions of its sampling session.
-        ended_at, fetched_at: on the monotonic clock.
+        fingerprint: hash of the request; size: bytes of its body.
+        accepting: resolves when the journal has written it.
+        waiters: polls that wait for the result.
+        cursor: its position among the completed samples of its sampling session.
+        ended_at, fetched_at: times on the monotonic clock.
     """
 
     request_id: str
@@ -65,7 +65,7 @@ class Record:
         request: Any,
         body: bytes,
     ) -> Record:
-        """The record of a numbered request, not entered yet."""
+        """Create the record of a numbered request; it is not added to `Records`."""
         mark = fingerprint(request)
         return cls(f"{target}:{seq}", name, owner, session_id, target, seq, mark, len(body))
 
@@ -83,8 +83,8 @@ class Records:
     """All records by request id.
 
     Args:
-        check_running: raises a Refusal when nothing is run any more.
-        on_forgotten: called with each record that goes.
+        check_running: raises a Refusal if operations do not run any more.
+        on_forgotten: called with each record that is dropped.
     """
 
     def __init__(
@@ -107,21 +107,21 @@ class Records:
         return self._by_id.get(request_id)
 
     def of_owner(self, request_id: str, owner: str) -> Record:
-        """Raises Refusal: 410 for a result that is gone or never was."""
+        """A record of this owner. Raises Refusal: 410 if there is none."""
         record = self._by_id.get(request_id)
         if record is None or record.owner != owner:
             raise Refusal(
                 410,
-                f"there is no result {shown(request_id, 200)}: it was fetched and forgotten, its "
-                "session has ended, or it was never asked for here.",
+                f"there is no result {shown(request_id, 200)}: it was fetched and dropped, its "
+                "session has ended, or no such request was accepted here.",
             )
         return record
 
     async def known(self, record: Record) -> Record | None:
-        """The record that is there in this one's place.
+        """The existing record with the same id, or None.
 
         Raises:
-            Refusal: 400 if that was another request, 503 if the journal could not take it.
+            Refusal: 400 if it belongs to a different request, 503 if it could not be journalled.
         """
         known = self._by_id.get(record.request_id)
         if known is None:
@@ -129,9 +129,8 @@ class Records:
         if known.fingerprint != record.fingerprint:
             raise Refusal(
                 400,
-                f"operation {record.seq} of {record.target} was accepted before with another "
-                f"body ({known.name}); a resend must repeat its request, a new one needs the next "
-                "number.",
+                f"operation {record.seq} of {record.target} was accepted before with another body "
+                f"({known.name}); a resend must be identical, a new request needs the next number.",
             )
         if known.accepting is not None:
             await asyncio.shield(known.accepting)
@@ -147,13 +146,13 @@ class Records:
         in_line: bool,
         new_model: str | None = None,
     ) -> None:
-        """Enter the record; it is accepted when the journal has it.
+        """Add the record. It is accepted when the journal has written it.
 
         Args:
             seed: drawn for the request; in_line, new_model: see `Journal.accept`.
 
         Raises:
-            Refusal: 503 if nothing is run any more, or if the journal cannot be written.
+            Refusal: 503 if operations do not run any more, or the journal cannot be written.
         """
         self._check_running()
         self._by_id[record.request_id] = record
@@ -176,51 +175,54 @@ class Records:
         writing = self._journal.accept(row, new_model=new_model)
         accepted = self._accepted(record, asyncio.wrap_future(writing))
         record.accepting = asyncio.ensure_future(accepted)
-        # Shielded: a client that goes away does not undo what others may wait for too.
+        # Shielded: if the client disconnects, others may still wait for this record.
         await asyncio.shield(record.accepting)
 
     async def _accepted(self, record: Record, writing: asyncio.Future[None]) -> None:
         try:
             await writing
-        except sqlite3.Error as exc:
+        except (OSError, sqlite3.Error) as exc:
             self._by_id.pop(record.request_id, None)
             raise Refusal(
                 503,
-                f"the server cannot write its journal ({exc}), so nothing was accepted; free disk "
-                "space under its home and send the request again.",
+                f"the server cannot write its journal ({exc}), so the request was not accepted; "
+                "free disk space for its home and send the request again.",
                 {"Retry-After": "5"},
             ) from exc
         finally:
             record.accepting = None
 
     def enter(self, record: Record) -> None:
-        """A record that needs no accepting: it is accepted already, or is not worth a journal."""
+        """Add a record without journalling it."""
         self._by_id[record.request_id] = record
         self._bytes += record.answer_bytes
         if record.answer is not None:
             record.ended_at = time.monotonic()
 
     def journal(self, record: Record, result: Answer) -> None:
-        """Write down how it ended. Called where the result is made, from whatever thread, so that
-        it is written before a snapshot that holds it."""
+        """Journal a result. Can be called from any thread.
+
+        Called where the result is created, so that it is written before a snapshot that includes
+        the operation.
+        """
         if self._journal is not None:
             self._journal.finish(record.request_id, result)
 
     def end(self, record: Record, result: Answer) -> None:
-        """The operation has ended: whoever waits is told."""
+        """Store the result of an operation and wake the polls that wait for it."""
         record.answer = result
         record.ended_at = time.monotonic()
         self._bytes += len(result.body)
         wake(record.waiters)
 
     async def wait(self, record: Record, seconds: float) -> Answer | None:
-        """The record's answer, or None if there is none in time."""
+        """Wait for the record's result; None if it does not arrive in time."""
         if record.answer is None:
             await sleep_among(record.waiters, seconds)
         return record.answer
 
     def fetched(self, record: Record) -> None:
-        """The client was sent the answer; it is kept for a while in case it did not get there."""
+        """Note that the result was sent. It is kept for a while in case the response was lost."""
         if record.fetched_at is None and record.answer is not None:
             record.fetched_at = time.monotonic()
             self._fetched[record.request_id] = record
@@ -239,12 +241,12 @@ class Records:
             self._journal.forget([record.request_id for record in gone])
 
     def remove_model(self, model_id: str) -> None:
-        """Nothing of this model needs to run again after a restart."""
+        """Forget a model in the journal: a restart does not rebuild it."""
         if self._journal is not None:
             self._journal.remove_model(model_id, None)
 
     def reap(self) -> None:
-        """Forget what was fetched long ago, what nobody fetches, and what is too much."""
+        """Drop results that were fetched long ago, are too old, or exceed the limits."""
         self._forget_fetched()
         old = time.monotonic() - self._limits.result_seconds
         too_much = self._bytes - self._limits.result_bytes
@@ -269,7 +271,7 @@ class Records:
         self.forget(gone)
 
     def release(self) -> None:
-        """Let every waiting poll go, with what there is."""
+        """Wake every waiting poll."""
         for record in self._by_id.values():
             wake(record.waiters)
 
@@ -282,7 +284,7 @@ def wake(waiters: Waiters) -> None:
 
 
 async def sleep_among(waiters: Waiters, seconds: float) -> None:
-    """Until `wake` is called on *waiters*, or for so long."""
+    """Sleep until `wake` is called on *waiters*, or for *seconds*."""
     waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     waiters.append(waiter)
     try:

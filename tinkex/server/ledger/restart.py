@@ -1,5 +1,4 @@
-"""Reading back, after a restart, what the predecessor had accepted: the ledger is as it was, and
-what had not ended runs."""
+"""Restores the ledger after a restart, and runs the operations that had not ended."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Restart:
-    """`run` once, before anything is accepted."""
+    """Call `run` once, before requests are accepted."""
 
     def __init__(
         self,
@@ -49,7 +48,10 @@ class Restart:
             try:
                 self._read_operation(operation)
             except Exception:
-                logger.exception("Operation %s could not be read back.", operation.request_id)
+                logger.exception(
+                    "Operation %s in the journal cannot be read; it is skipped.",
+                    operation.request_id,
+                )
         for place in self._models.of_dead_sessions():
             self._models.put_unload(place)
 
@@ -134,14 +136,16 @@ class Restart:
             self._samplers.add_completion(place, record)
 
     def _fail(self, record: Record) -> None:
-        """What it was for is gone."""
-        gone = ValueError("it did not run before the server was restarted; send it again.")
+        """Fail an operation whose model or sampler is gone."""
+        gone = ValueError(
+            "the server was restarted before it ran, and its session is gone; send it again."
+        )
         result = answer(gone, record.name)
         self._records.journal(record, result)
         self._records.end(record, result)
 
 
-#: What each operation's JSON body is decoded to.
+#: The class of each operation's JSON body.
 _REQUESTS: dict[str, type[Any]] = {
     name: operation.request
     for name, operation in wire.OPERATIONS.items()
@@ -150,7 +154,7 @@ _REQUESTS: dict[str, type[Any]] = {
 
 
 def decode(name: str, content_type: str, body: bytes) -> Any:
-    """The request of an operation. Raises DecodeError."""
+    """Decode the request of an operation. Raises DecodeError."""
     if content_type == REFUSED:
         return wire.from_json(Refused, wire.loads(body))
     if name in ("Forward", "ForwardBackward"):

@@ -1,4 +1,4 @@
-"""Sampling sessions as clients see them: samples come in no order and end in no order."""
+"""Sampling sessions as clients see them: requests arrive and end in any order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer, fingerprint
 from tinkex.server.scheduler import SampleJob
 
-#: Sequence numbers of the clones of a sampling client begin at multiples of this.
+#: The sequence numbers of a client's clones start at multiples of this.
 CLONE_SPAN = 10**9
 
 
@@ -31,11 +31,11 @@ class SamplerPlace:
     """A sampling session.
 
     Attributes:
-        used: the numbers of samples that were accepted.
-        clones: how many clones of the client have joined.
-        running: samples that have not ended, by request id.
-        ended: samples that have, in the order of their cursors, until they are forgotten.
-        waiters: polls that wait for the next one to end.
+        used: the accepted sequence numbers.
+        clones: number of clones that have joined.
+        running: unfinished requests, by request id.
+        ended: finished requests in the order of their cursors, until they are forgotten.
+        waiters: polls that wait for the next request to end.
     """
 
     live: LiveSampler
@@ -69,13 +69,13 @@ class Samplers:
         if place is None or place.live.owner != owner:
             raise Refusal(
                 404,
-                f"sampling session {shown(sampler_id)} is not known to this server: it was never "
+                f"sampling session {shown(sampler_id)} is not known to this server: it was not "
                 "created here, or its session has ended.",
             )
         return place
 
     async def create(self, request: types.CreateSamplingSessionRequest, live: LiveSampler) -> None:
-        """A repeat changes nothing."""
+        """Create a sampling session. A repeat has no effect."""
         session = await self._sessions.live(request.session_id, live.owner)
         seq = request.sampling_session_seq_id
         origin = f"create:{fingerprint(request).hex()}"
@@ -106,7 +106,7 @@ class Samplers:
             session.samplers.add(live.sampler_id)
 
     def remove_all(self, session: Session) -> None:
-        """Of a session that has ended; what runs is taken back."""
+        """Remove the samplers of an ended session and cancel their requests."""
         for sampler_id in list(session.samplers):
             place = self._by_id.pop(sampler_id)
             for request_id in place.running:
@@ -114,7 +114,7 @@ class Samplers:
             wake(place.waiters)
 
     async def join(self, owner: str, sampler_id: str) -> int:
-        """The number of a new clone of the sampling client, from 1."""
+        """Add a clone of the sampling client; returns its number, starting at 1."""
         place = self.of_owner(sampler_id, owner)
         place.clones += 1
         number = place.clones
@@ -124,8 +124,10 @@ class Samplers:
     async def sample(
         self, place: SamplerPlace, request: types.SampleRequest, body: bytes
     ) -> Record:
-        """Accept a sample. A repeat of its number gets the first one's record; without a number
-        there are no repeats."""
+        """Accept a sample request. A repeat of its number gets the record of the first request.
+
+        Requests without a number are all different.
+        """
         live, seq = place.live, request.seq_id
         if seq is not None and not 0 <= seq < 2**62:
             raise Refusal(400, f"seq_id must be from 0 to 2**62 - 1, got {seq}.")
@@ -140,7 +142,7 @@ class Samplers:
             return known or record
         if self._running >= self._shared.limits.sample_queue:
             raise Refusal(
-                429, f"{self._running} samples are waiting; send more later.", RETRY_LATER
+                429, f"{self._running} sample requests are waiting; send more later.", RETRY_LATER
             )
         self._sessions.heard_of(live.session_id)
         seed = secrets.randbelow(2**31)
@@ -158,7 +160,7 @@ class Samplers:
     def put(
         self, place: SamplerPlace, record: Record, request: types.SampleRequest, seed: int
     ) -> None:
-        """Hand an accepted sample to the scheduler."""
+        """Pass an accepted sample request to the scheduler."""
         place.running[record.request_id] = record
         self._running += 1
 
@@ -196,8 +198,8 @@ class Samplers:
         self.add_completion(place, record)
 
     def add_completion(self, place: SamplerPlace, record: Record) -> None:
-        """Tell the polls of the session that this one has ended."""
-        # Microseconds, so that cursors grow over a restart too: what ended before it is told again.
+        """Add a finished request to its session's completions and wake the polls."""
+        # Microseconds since the epoch, so that cursors keep growing after a restart.
         self._last_cursor = max(self._last_cursor + 1, time.time_ns() // 1000)
         record.cursor = self._last_cursor
         place.ended[record.request_id] = record
@@ -210,9 +212,10 @@ class Samplers:
         on_token: Callable[[int, int, float], None],
         on_end: Callable[[Any], None],
     ) -> Callable[[], None]:
-        """Sample with every token told as it comes; both callbacks run on the event loop.
+        """Sample with a callback for each token; both callbacks run on the event loop.
 
-        Returns what takes it back. It has no number, and a restart ends it.
+        Returns a function that cancels the request. It has no number and does not survive a
+        restart.
         """
         shared = self._shared
         ticket = f"{place.live.sampler_id}:stream-{uuid.uuid4()}"
@@ -228,7 +231,7 @@ class Samplers:
     async def completions(
         self, place: SamplerPlace, clone: int, after: int, seconds: float
     ) -> list[Record]:
-        """The samples of one clone that ended after the given cursor; waits for one."""
+        """Requests of one clone that ended after a cursor. Waits until there is one."""
         deadline = time.monotonic() + seconds
         while True:
             found = []
@@ -243,7 +246,7 @@ class Samplers:
             await sleep_among(place.waiters, left)
 
     def acknowledge(self, place: SamplerPlace, request_ids: Iterable[str]) -> None:
-        """The client has these results for good."""
+        """Drop results that the client has received."""
         ours = [place.ended.get(request_id) for request_id in request_ids]
         self._records.forget([record for record in ours if record is not None])
 
@@ -253,18 +256,18 @@ class Samplers:
             place.ended.pop(record.request_id, None)
 
     def release(self) -> None:
-        """Let every waiting poll go."""
+        """Wake every waiting poll."""
         for place in self._by_id.values():
             wake(place.waiters)
 
 
 def name_sequences(record: Record, num_samples: int) -> None:
-    """Give the sequences of a sample the names that its promise tells."""
+    """Name the sequences of a sample request; the promise contains the names."""
     record.sample_sequence_ids = [f"{record.request_id}:{i}" for i in range(num_samples)]
 
 
 def _seeded(request: types.SampleRequest, seed: int) -> types.SampleRequest:
-    """The request with a seed of its own, so that it gives the same if it must run again."""
+    """The request with a seed, so that it gives the same result if it runs again."""
     if request.sampling_params.seed is not None:
         return request
     return attrs.evolve(request, sampling_params=attrs.evolve(request.sampling_params, seed=seed))

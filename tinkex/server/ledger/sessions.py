@@ -1,4 +1,4 @@
-"""What the parts of the ledger share: where they reach, and how the compute thread reaches them."""
+"""Sessions, and what all parts of the ledger share: store, scheduler, event loop, thread pool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Shared:
-    """The event loop, a pool for what would hold it up, and the store and scheduler."""
+    """Store, scheduler, event loop, and a thread pool for what would block the loop."""
 
     def __init__(self, store: Store, server: str, scheduler: Scheduler, limits: Limits) -> None:
         self.store = store
@@ -35,35 +35,36 @@ class Shared:
         self.scheduler = scheduler
         self.limits = limits
         self.stopping = False
+        self.home_problem: str | None = None  # why nothing can be stored, or None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="tinkex-http")
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
-        """Run what would hold up the event loop (disk, large bodies) on another thread.
+        """Run a function that would block the event loop (disk, large bodies) on a pool thread.
 
         Raises:
-            Refusal: 503 when the server is ending.
+            Refusal: 503 if the server is shutting down.
         """
         if self.stopping:
             raise Refusal(503, "the server is shutting down.", {"Retry-After": "1"})
         return asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *arguments))
 
     def on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call *function* on the event loop, from any thread; the calls come in order."""
+        """Call *function* on the event loop, from any thread. The order of calls is kept."""
         if self.loop is None:
             return
         try:
             self.loop.call_soon_threadsafe(partial(function, *arguments))
-        except RuntimeError:  # the loop was closed this very moment: nobody waits any more
-            logger.debug("A result came after the end.")
+        except RuntimeError:  # the loop has just been closed, so no client waits
+            logger.debug("A result arrived after the event loop was closed.")
 
     def check_running(self) -> None:
-        """Raises Refusal: 503 when nothing is run any more."""
+        """Raises Refusal: 503 if operations do not run any more."""
         if self.stopping:
             raise Refusal(503, "the server is shutting down.", {"Retry-After": "1"})
         if self.scheduler.failure is not None:
             raise Refusal(
-                503, f"the engine does not run: {self.scheduler.failure}", {"Retry-After": "5"}
+                503, f"the engine is not running: {self.scheduler.failure}", {"Retry-After": "5"}
             )
 
     def stop(self) -> None:
@@ -73,14 +74,14 @@ class Shared:
 
 @attrs.define(eq=False)
 class Session:
-    """A living session.
+    """A live session.
 
     Attributes:
-        seen_at: when it was last heard of.
-        models, samplers: ids of the living ones.
-        created: numbers of all models it ever had.
-        claims: numbers among these that went to something else than a live model.
-        origins: what made each of its samplers, by number.
+        seen_at: time of its last request, on the monotonic clock.
+        models, samplers: ids of those that are live.
+        created: numbers of all models that it ever had.
+        claims: those of these numbers that were used for something other than a live model.
+        origins: what created each of its samplers, by number.
     """
 
     session_id: str
@@ -93,10 +94,10 @@ class Session:
     origins: dict[int, str] = attrs.field(factory=dict)
 
     def claim_model(self, number: int, by: str) -> None:
-        """Use a model's number for what makes no live model. A repeat by the same is fine.
+        """Use a model number for something other than a live model. It may be repeated.
 
         Raises:
-            Refusal: 400 if it was used for something else.
+            Refusal: 400 if the number was used for something else.
         """
         check_number("model_seq_id", number)
         if self.claims.get(number) == by:
@@ -111,10 +112,10 @@ class Session:
         self.claims[number] = by
 
     def claim_sampler(self, number: int, origin: str) -> None:
-        """Use a sampler's number. A repeat by the same is fine.
+        """Use a sampler number. A repeat with the same origin has no effect.
 
         Raises:
-            Refusal: 400 if it was used for something else.
+            Refusal: 400 if the number was used for something else.
         """
         check_number("sampling_session_seq_id", number)
         if self.origins.setdefault(number, origin) != origin:
@@ -125,7 +126,7 @@ class Session:
             )
 
     def release_sampler(self, number: int, origin: str) -> None:
-        """The number of a sampler that did not come to be can be used again."""
+        """Make the number of a sampler that was not created available again."""
         if self.origins.get(number) == origin:
             del self.origins[number]
 
@@ -137,7 +138,7 @@ def check_number(name: str, number: int, lowest: int = 0) -> None:
 
 
 class Sessions:
-    """The living sessions of this server."""
+    """The live sessions of this server."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
@@ -149,7 +150,7 @@ class Sessions:
     async def create(
         self, owner: str, request: types.CreateSessionRequest, key: str | None = None
     ) -> types.CreateSessionResponse:
-        """A new session. A repeat under the same *key* gets the first one's, after a restart too.
+        """Create a session. A repeat with the same *key* returns it again, even after a restart.
 
         Args:
             key: the request's idempotency key.
@@ -178,7 +179,7 @@ class Sessions:
         self._by_id[row.session_id] = Session(row.session_id, row.owner, time.monotonic())
 
     async def live(self, session_id: str, owner: str) -> Session:
-        """The session, which has just been heard of.
+        """A live session; its time of last request is updated.
 
         Raises:
             Refusal: 410 if it has ended, 404 if it is not known to this server.
@@ -188,19 +189,21 @@ class Sessions:
             session.seen_at = time.monotonic()
             return session
         shared = self._shared
-        row = await shared.in_pool(shared.store.session, session_id, owner)  # 404 if there is none
+        row = await shared.in_pool(shared.store.session, session_id, owner)  # raises 404
         if row.status == "active":
-            raise Refusal(404, f"session {session_id} belongs to another server on this home.")
+            raise Refusal(
+                404, f"session {session_id} belongs to another server that uses this home."
+            )
         raise Refusal(410, f"session {session_id} has ended ({row.status}); create a new one.")
 
     def heard_of(self, session_id: str) -> None:
-        """Whoever asks for a result lives."""
+        """Update the time of the session's last request."""
         session = self._by_id.get(session_id)
         if session is not None:
             session.seen_at = time.monotonic()
 
     def remove(self, session: Session) -> bool:
-        """Whether it was still there."""
+        """Remove a session. False if it was removed before."""
         return self._by_id.pop(session.session_id, None) is not None
 
     def silent_since(self, moment: float) -> list[Session]:

@@ -1,4 +1,4 @@
-"""The endpoints of the server, one module per subject, collected as Starlette's routes."""
+"""The endpoints of the server, one module per subject, as Starlette routes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tinkex.server.routes import (
     unsupported,
 )
 
-#: The busiest first: they are looked through in order.
+#: The busiest first, because routes are matched in order.
 _MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.ENDPOINTS)
-#: A path with a slash in it fits many patterns: the longer ones come first.
+#: Paths with parameters that contain slashes: longer patterns first.
 _MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, checkpoints.ENDPOINTS)
-#: What changes nothing, or answers bit by bit: a repeat simply runs again.
+#: POSTs that change nothing, or stream their response: a repeat runs again.
 _REPEATABLE = {
     "retrieve_future",
     "retrieve_futures",
@@ -33,6 +33,7 @@ _REPEATABLE = {
 
 
 def routes() -> list[Route]:
+    """All routes, in the order of matching."""
     found = [Route("/", guarded(sessions.about, public=True), methods=["GET"])]
     for endpoints, public in (
         *((endpoints, False) for endpoints in _MODULES),

@@ -1,4 +1,4 @@
-"""Downloading a checkpoint: a ticket first, then the tar that it opens, in one go or in ranges."""
+"""Checkpoint downloads: a ticket first, then the tar archive, whole or in ranges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinkex.server.http_errors import Refusal, not_found, shown
 from tinkex.server.request_context import Call, reply
 from tinkex.server.routes.checkpoints import CHECKPOINT, checkpoint_path
 
-#: Seconds that a download may begin (or be resumed) after the ticket was given.
+#: Seconds in which a download can be started or resumed with a ticket.
 TICKET_SECONDS = 3600
 
 
@@ -32,7 +32,7 @@ class Ticket:
 
 
 async def give_ticket(call: Call) -> Response:
-    """302 to a URL that needs no key, and the same in JSON."""
+    """Redirect (302) to a download URL that needs no key; the URL is also in the JSON body."""
     row = await call.site.in_pool(
         call.site.store.checkpoints.find, checkpoint_path(call), call.owner
     )
@@ -43,7 +43,7 @@ async def give_ticket(call: Call) -> Response:
         del tickets[token]
     token = secrets.token_urlsafe(24)
     tickets[token] = Ticket(row, now + TICKET_SECONDS)
-    # In the query, which clients, logs and proxies are used to keep to themselves.
+    # The ticket is in the query, which clients and proxies tend not to log.
     url = f"{_base_url(call)}{wire.PREFIX}archives/{_file_name(row)}?ticket={token}"
     expires = formatdate(now + TICKET_SECONDS, usegmt=True)
     return reply(
@@ -54,9 +54,9 @@ async def give_ticket(call: Call) -> Response:
 
 
 def _base_url(call: Call) -> str:
-    """Where the client reaches this server: what was configured, or a name of this machine.
+    """The server's address for the client: the configured one, or a name of this machine.
 
-    A foreign Host is not repeated: the URL is then relative to the one that the client used.
+    Another Host header is not repeated; "" makes the URL relative to the one that was requested.
     """
     if call.site.public_url is not None:
         return call.site.public_url
@@ -77,10 +77,10 @@ def _file_name(row: CheckpointRow) -> str:
 
 
 async def download(call: Call) -> Response:
-    """The tar. Understands Range (one range) with If-Range, If-None-Match and HEAD."""
+    """The tar archive. Supports a single Range, If-Range, If-None-Match and HEAD."""
     ticket = call.site.tickets.get(call.request.query_params.get("ticket", ""))
     if ticket is None or ticket.expires_at < time.time():
-        raise not_found("this download link (it may have expired; ask for a new one), named", "")
+        raise not_found("this download link (it may have expired; request a new one), named", "")
     row: CheckpointRow = ticket.row
     archive = await call.site.in_pool(_open, row)
     digest = row.sha256
@@ -127,17 +127,17 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})\Z")
 
 
 def _range(call: Call, size: int, etag: str) -> tuple[int, int]:
-    """The half-open range asked for; the whole if none is, or if the archive is another by now.
+    """The requested half-open range; everything if there is none, or if the archive has changed.
 
     Raises:
-        Refusal: 416 for a range that is not in it.
+        Refusal: 416 for a range outside of the archive.
     """
     text = call.request.headers.get("range")
     if text is None or call.request.headers.get("if-range", etag) != etag:
         return 0, size
     match = _RANGE.match(text)
     if match is None or match.groups() == ("", ""):
-        return 0, size  # several ranges, or another unit: the whole may be sent instead
+        return 0, size  # several ranges or another unit: HTTP allows to send everything
     first, last = match.groups()
     if first:
         start, end = int(first), int(last) + 1 if last else size
@@ -146,14 +146,14 @@ def _range(call: Call, size: int, etag: str) -> tuple[int, int]:
     if start >= min(end, size):
         raise Refusal(
             416,
-            f"the range {shown(text)} is not in the archive of {size} bytes.",
+            f"the range {shown(text)} is outside of the archive of {size} bytes.",
             {"Content-Range": f"bytes */{size}"},
         )
     return start, min(end, size)
 
 
 ENDPOINTS: list[tuple[str, str, Any]] = [("GET", f"{CHECKPOINT}/archive", give_ticket)]
-#: The ticket in the URL is the key.
+#: These need no key: the ticket in the URL is enough.
 PUBLIC: list[tuple[str, str, Any]] = [
     ("GET", "archives/{name}", download),
     ("HEAD", "archives/{name}", download),

@@ -1,4 +1,4 @@
-"""What is stored: training runs and checkpoints."""
+"""Training runs and checkpoints: listing, publishing, expiry, copies, deletion."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def list_checkpoints(call: Call) -> Response:
 
 
 def checkpoint_path(call: Call) -> str:
-    """The tinker path of the checkpoint that the URL names; its id holds a slash."""
+    """The tinker path of the checkpoint in the URL."""
     run_id, checkpoint_id = call.parameter("run_id"), call.parameter("checkpoint_id")
     return f"tinker://{run_id}/{checkpoint_id}"
 
@@ -93,7 +93,7 @@ async def weights_info(call: Call) -> Response:
 
 @attrs.frozen
 class CopyRequest:
-    """Copy a checkpoint to a run of one's own: a model of a session, or of no session."""
+    """Copy a checkpoint into a run of the caller, in a session or outside of one."""
 
     source_path: str
     session_id: str | None = None
@@ -103,12 +103,12 @@ class CopyRequest:
 
 
 async def copy_weights(call: Call) -> Response:
-    """A repeat with the same session and number makes no second copy."""
+    """Copy a checkpoint. A repeat with the same session and number does not copy again."""
     request, _ = await call.read(CopyRequest)
     check_ttl(request.ttl_seconds)
     ledger, store = call.site.ledger, call.site.store
     if request.session_id is None or request.model_seq_id is None:
-        # The client's key stays the same over its resends of this request, and only of this one.
+        # Clients repeat the key only when they resend the same request.
         key = call.request.headers.get("x-idempotency-key") or str(uuid.uuid4())
         run = uuid.uuid5(uuid.NAMESPACE_OID, f"{call.owner} {key}")
         run_id, session_id = f"copy-{run}:train:0", ""
@@ -129,7 +129,7 @@ async def copy_weights(call: Call) -> Response:
 
 
 _RUN = "training_runs/{run_id}"
-#: The id of a checkpoint holds a slash.
+#: A checkpoint id contains a slash.
 CHECKPOINT = f"{_RUN}/checkpoints/{{checkpoint_id:path}}"
 
 ENDPOINTS: list[tuple[str, str, Any]] = [

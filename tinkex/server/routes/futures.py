@@ -1,4 +1,4 @@
-"""Results: asking for one, for all of a sampling session, and taking a request back."""
+"""Results: polling for one, for all of a sampling session, and cancelling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinkex.server.results import Answer
 
 
 async def retrieve_future(call: Call) -> Response:
-    """A long poll: the result, or 408 with what it waits for."""
+    """Long poll for a result. 408 if it is not ready, with its queue state."""
     request, _ = await call.read(types.RetrieveFutureRequest)
     ledger = call.site.ledger
     record = ledger.records.of_owner(request.request_id, call.owner)
@@ -38,7 +38,7 @@ async def _result(call: Call, result: Answer) -> Response:
     if not result.has_protobuf:
         return reply(result.body)
     if call.wants_protobuf:
-        # Half a protobuf may read like a whole one; by this the client can tell.
+        # A truncated protobuf can look complete; the client checks this digest.
         digest = await call.decoded(lambda: hashlib.sha256(result.body).digest(), result.body)
         headers = {"Content-Digest": f"sha-256=:{base64.b64encode(digest).decode()}:"}
         return Response(result.body, headers=headers, media_type=wire.PROTOBUF)
@@ -50,7 +50,7 @@ def _not_yet(call: Call, record: Record) -> Response:
     ledger.shared.check_running()
     payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
     if record.name == "Sample":
-        payload["queue_state_reason"] = "the sample is in the queue or running"
+        payload["queue_state_reason"] = "the sample request is waiting or running"
     else:
         position, reason = ledger.shared.scheduler.place(record.target, record.seq)
         payload |= {"queue_position": position, "queue_state_reason": reason}
@@ -58,7 +58,7 @@ def _not_yet(call: Call, record: Record) -> Response:
 
 
 async def retrieve_futures(call: Call) -> Response:
-    """One long poll for all samples of one clone of a sampling client."""
+    """Long poll for all sample requests of one clone of a sampling client."""
     request, _ = await call.read(types.RetrieveFuturesRequest)
     target = request.target
     sampler_id, clone = target.get("sampling_session_id"), target.get("cloned_sampler_id", 0)
@@ -69,7 +69,7 @@ async def retrieve_futures(call: Call) -> Response:
             f"{shown(target)}.",
         )
     if not isinstance(clone, int) or isinstance(clone, bool):
-        raise Refusal(400, f"cloned_sampler_id must be a whole number, got {shown(clone)}.")
+        raise Refusal(400, f"cloned_sampler_id must be an integer, got {shown(clone)}.")
     ledger = call.site.ledger
     place = ledger.samplers.of_owner(sampler_id, call.owner)
     ledger.samplers.acknowledge(place, request.retrieved_request_ids)

@@ -1,4 +1,4 @@
-"""Sampling sessions and samples, whole or token by token."""
+"""Sampling sessions and sample requests, with a single result or as a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def create_sampling_session(call: Call) -> Response:
     sampler_id = f"{request.session_id}:sample:{request.sampling_session_seq_id}"
     known = call.site.ledger.samplers.get(sampler_id)
     if known is not None and known.live.owner == call.owner:
-        live = known.live  # a repeat: the checkpoint may be gone by now
+        live = known.live  # a repeat; the checkpoint may have been deleted
     else:
         live = await sampler_of(
             call, sampler_id, request.session_id, request.base_model, request.model_path
@@ -51,7 +51,7 @@ async def asample(call: Call) -> Response:
 
 
 async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
-    """Where the request samples from. Raises Refusal: 400 for what is not offered, 404."""
+    """The sampling session of a request. Raises Refusal: 400 for unsupported options, 404."""
     limits = call.site.limits
     if request.num_samples > limits.num_samples:
         raise Refusal(
@@ -65,9 +65,9 @@ async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
             400, f"max_tokens must be at most {limits.max_tokens} on this server, got {max_tokens}."
         )
     if request.prompt_alt_tokens_k:
-        raise Refusal(400, "this server does not offer prompt_alt_tokens_k; leave it out.")
+        raise Refusal(400, "this server does not support prompt_alt_tokens_k; omit it.")
     if request.record_stability_info:
-        raise Refusal(400, "this server does not offer record_stability_info; leave it out.")
+        raise Refusal(400, "this server does not support record_stability_info; omit it.")
     if request.sampling_session_id is not None:
         return call.site.ledger.samplers.of_owner(request.sampling_session_id, call.owner)
     once = f"none:sample:{uuid.uuid4()}"
@@ -105,7 +105,7 @@ async def _events(
     cancel = call.site.ledger.samplers.stream(place, request, on_token, on_end)
     try:
         while not call.site.ledger.shared.stopping:
-            # Woken now and then, so that a server that stops does not wait for a stream.
+            # The timeout lets a stream notice that the server is stopping.
             with contextlib.suppress(asyncio.TimeoutError):
                 event = await asyncio.wait_for(events.get(), 0.5)
                 if event is None:

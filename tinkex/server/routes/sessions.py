@@ -12,28 +12,42 @@ from tinkex.server.database import SessionRow, iso
 from tinkex.server.http_errors import Refusal, not_offered, shown
 from tinkex.server.request_context import Call, reply
 
-#: What a finished session's status says of the client's reason.
+#: Allowed reasons for finishing a session.
 _REASONS = ("success", "errored", "interrupted")
 
 
 async def about(call: Call) -> Response:
-    """What this is, for whoever opens it in a browser."""
+    """Name and version, for a browser."""
     return reply({"name": "tinkex", "version": call.site.version, "api": wire.PREFIX})
 
 
 async def healthz(call: Call) -> Response:
-    """200 as long as operations are run, or will be once the engine has started."""
+    """200 as long as operations run, or will once the engine has started."""
     scheduler = call.site.ledger.shared.scheduler
     engine = "ready" if scheduler.ready.is_set() else "starting"
     headers = {"X-Tinkex-Version": call.site.version, "X-Tinkex-Engine": engine}
+    problem = call.site.ledger.shared.home_problem
     if not scheduler.alive:
-        sentence = f"the engine does not run: {scheduler.failure}"
-        return reply({"error": sentence, "category": "server"}, 503, headers)
+        problem = f"the engine is not running: {scheduler.failure}"
+    if problem is not None:
+        return reply({"error": problem, "category": "server"}, 503, headers)
     return reply({"status": "ok"}, headers=headers)
 
 
+async def readyz(call: Call) -> Response:
+    """200 if operations run now and their results can be stored; else 503 with the reason."""
+    shared = call.site.ledger.shared
+    shared.check_running()
+    problem = call.site.store.problem()
+    if problem is None and not shared.scheduler.ready.is_set():
+        problem = "the engine is starting."
+    if problem is not None:
+        raise Refusal(503, problem, {"Retry-After": "5"})
+    return reply({"status": "ready"})
+
+
 async def client_config(call: Call) -> Response:
-    """The flags of the protocol, with values that suit a server nearby."""
+    """Protocol flags, with values for a server with low latency."""
     protobuf = call.site.takes_protobuf
     config = types.ClientConfig(
         proto_compress_fwdbwd=protobuf,
@@ -92,7 +106,7 @@ async def finish(call: Call) -> Response:
 
 
 async def telemetry(call: Call) -> Response:
-    """Whatever it is, nobody keeps it."""
+    """Accept telemetry and discard it."""
     await call.body()
     return reply({"status": "accepted"})
 
@@ -127,7 +141,7 @@ async def set_project(call: Call) -> Response:
 
 @attrs.frozen
 class SearchRequest:
-    """Which sessions; every condition that is given must hold."""
+    """Filters for sessions; all given conditions must match."""
 
     session_id: str | None = None
     project_ids: list[str] | None = None
@@ -150,11 +164,11 @@ def _search(
     call: Call, request: SearchRequest
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     cursor = request.cursor or {}
-    created_at = cursor.get("last_created_at", 2**53)  # seconds; later than any session
+    created_at = cursor.get("last_created_at", 2**53)  # seconds since the epoch, after all sessions
     session_id = cursor.get("last_session_id", "")
     is_number = isinstance(created_at, (int, float)) and not isinstance(created_at, bool)
     if not is_number or abs(created_at) > 2**53 or not isinstance(session_id, str):
-        raise Refusal(400, f"cursor must be one that this server gave, got {shown(cursor)}.")
+        raise Refusal(400, f"cursor must be one that this server returned, got {shown(cursor)}.")
     rows = call.site.store.sessions_before(call.owner, created_at, session_id)
     fitting = [row for row in rows if _fits(row, request)]
     page = fitting[: request.limit]
@@ -202,7 +216,7 @@ def _summary(call: Call, row: SessionRow) -> dict[str, Any]:
 
 
 async def capabilities(call: Call) -> Response:
-    """The models offered; how long their context is as soon as they are loaded."""
+    """The base models; their context length is known once they are loaded."""
     bases = call.site.ledger.workshop.bases
     names = dict.fromkeys([*call.site.base_models, *bases])
     models = [
@@ -213,7 +227,7 @@ async def capabilities(call: Call) -> Response:
 
 
 async def me(call: Call) -> Response:
-    """Who the key stands for."""
+    """The owner of the key."""
     return reply({"user_details": {"email": call.owner}, "org_details": {"name": "tinkex"}})
 
 
@@ -232,4 +246,4 @@ ENDPOINTS: list[tuple[str, str, Any]] = [
     ("GET", "sessions", list_sessions),
     ("GET", "sessions/{session_id}", get_session),
 ]
-PUBLIC: list[tuple[str, str, Any]] = [("GET", "healthz", healthz)]
+PUBLIC: list[tuple[str, str, Any]] = [("GET", "healthz", healthz), ("GET", "readyz", readyz)]

@@ -1,4 +1,4 @@
-"""Creating, training, saving and loading models: each request becomes an operation."""
+"""Creating, training, saving and loading models. Each request becomes an operation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ async def create_model(call: Call) -> Response:
 def _check_optimizer(config: dict[str, Any] | None) -> None:
     kind = (config or {"type": "adamw"}).get("type")
     if kind != "adamw":
-        raise Refusal(400, f"this server does not offer the optimizer {shown(kind)}; use 'adamw'.")
+        raise Refusal(
+            400, f"this server does not support the optimizer {shown(kind)}; use 'adamw'."
+        )
 
 
 def _check_adapter(call: Call, adapter: str | None) -> None:
@@ -48,14 +50,14 @@ def _check_adapter(call: Call, adapter: str | None) -> None:
     if call.site.keys.several_users:
         raise Refusal(
             400,
-            "adapter names a directory on the server's machine, which a server with several keys "
-            "does not read; save the adapter as a checkpoint there and load that.",
+            "adapter is a directory on the server's machine, which a server with several keys does "
+            "not read; save the adapter as a checkpoint there and load that.",
         )
     if "\0" in adapter or not os.path.isdir(adapter):
         raise Refusal(
             400,
-            f"adapter {shown(adapter, 300)} is not a directory on the server's machine; give the "
-            "absolute path of a PEFT adapter.",
+            f"adapter {shown(adapter, 300)} is not a directory on the server's machine; give "
+            "the absolute path of a PEFT adapter.",
         )
 
 
@@ -68,7 +70,7 @@ async def forward_backward(call: Call) -> Response:
 
 
 async def _batch(call: Call, forward_only: bool | None) -> Response:
-    """A batch of training data. *forward_only* None: as the body says."""
+    """Submit a batch of training data. If *forward_only* is None, the body decides."""
     content_type = call.content_type
     if content_type not in (wire.JSON, wire.PROTOBUF):
         raise Refusal(
@@ -77,13 +79,13 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
             f"{shown(content_type)}.",
         )
     if content_type == wire.PROTOBUF and not call.site.takes_protobuf:
-        raise Refusal(415, f"this server takes {wire.JSON} only (it runs with --dialect json).")
+        raise Refusal(415, f"this server accepts {wire.JSON} only (it runs with --dialect json).")
     body = await call.body(data=True)
     await call.check_size(body)
     request = await call.decoded(lambda: wire.decode_request(content_type, body), body)
     if forward_only and not request.forward_only:
         raise Refusal(
-            400, "the endpoint forward takes a forward_input; send this one to forward_backward."
+            400, "the endpoint forward needs forward_input; send this batch to forward_backward."
         )
     name = "Forward" if request.forward_only else "ForwardBackward"
     return await _submit(call, name, request, body, content_type)
@@ -96,7 +98,7 @@ async def optim_step(call: Call) -> Response:
         kind = payload["optimizer_params"]
         kind = kind.get("type") if isinstance(kind, dict) else kind
         raise Refusal(
-            400, f"this server does not offer the optimizer {shown(kind)}; send adam_params."
+            400, f"this server does not support the optimizer {shown(kind)}; send adam_params."
         )
     request = wire.from_json(types.OptimStepRequest, payload)
     return await _submit(call, "OptimStep", request, body)
@@ -118,7 +120,7 @@ async def save_weights_for_sampler(call: Call) -> Response:
     check_ttl(request.ttl_seconds)
     if request.kind != "snapshot":
         raise Refusal(
-            400, f"this server does not offer sampler weights of kind {shown(request.kind)}; use "
+            400, f"this server does not support sampler weights of kind {shown(request.kind)}; use "
             "'snapshot'.",
         )  # fmt: skip
     return await _submit(call, "SaveWeightsForSampler", request, body)
@@ -161,14 +163,14 @@ async def _create_from_checkpoint(
     model_id = f"{request.session_id}:train:{request.model_seq_id}"
     known = call.site.ledger.models.get(model_id)
     if known is not None and known.live.owner == call.owner:
-        live = known.live  # a repeat: the checkpoint may be gone by now
+        live = known.live  # a repeat; the checkpoint may have been deleted
     else:
         row = await call.site.in_pool(call.site.store.checkpoints.find, request.path, call.owner)
         if request.base_model not in (None, row.base_model):
             raise Refusal(
                 400,
                 f"the checkpoint is of base model {row.base_model!r}, not "
-                f"{shown(request.base_model)}; leave base_model out, or name the right one.",
+                f"{shown(request.base_model)}; omit base_model or give the right one.",
             )
         live = LiveModel(
             model_id=model_id,
@@ -195,7 +197,7 @@ async def unload_model(call: Call) -> Response:
 
 
 async def get_info(call: Call) -> Response:
-    """What a model is; waits for its creation."""
+    """Describe a model. Waits until it is created."""
     request, _ = await call.read(types.GetInfoRequest)
     ledger = call.site.ledger
     live = ledger.models.of_owner(request.model_id, call.owner).live
@@ -221,7 +223,7 @@ async def get_info(call: Call) -> Response:
 
 
 def _findable(tokenizer_id: str) -> str:
-    """Only tinkex knows the built-in tokenizer by name; others on this machine find its files."""
+    """A tokenizer that other SDKs can load: for the built-in one, the folder of its files."""
     return str(tiny.DIRECTORY) if tokenizer_id == tiny.TOKENIZER_ID else tokenizer_id
 
 
@@ -237,7 +239,7 @@ def promise(record: Record) -> Response:
 
 
 def _numbered(name: str, handler: Handler) -> Handler:
-    """*handler*, whose refusals are noted under the number of what was refused."""
+    """Wrap *handler* so that refusals are noted under the request's number."""
 
     async def endpoint(call: Call) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""What the protocol has and this server does not offer: each is refused in one sentence."""
+"""Endpoints of the protocol that this server does not have: each is refused with a sentence."""
 
 from __future__ import annotations
 
