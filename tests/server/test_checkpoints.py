@@ -151,7 +151,7 @@ def test_sessions_are_searched(client):
 
 
 def test_a_finished_session_frees_what_was_live(served, tmp_path):
-    """Models and snapshots of unnamed samplers are removed; checkpoints stay. Heartbeats get 410."""
+    """Models and unnamed samplers are removed; checkpoints stay. Heartbeats get 410."""
     client = served.client
     session = client.session()
     model = client.model(session)
