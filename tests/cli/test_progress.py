@@ -55,6 +55,38 @@ def test_outside_of_a_terminal_a_line_comes_every_few_seconds(clock, capsys):
     ] == capsys.readouterr().err.splitlines()
 
 
+def test_rendering_shows_how_far_it_is(clock, capsys):
+    """Ten thousand conversations take a while, before the first step."""
+    bar = progress.Progress(clock)
+
+    for done in range(256, 3000, 256):
+        clock.now += 1
+        bar.rendered(done, 2816)
+
+    assert ["rendered 1280/2816 examples", "rendered 2560/2816 examples"] == (
+        capsys.readouterr().err.splitlines()
+    )
+
+
+def test_rendering_is_a_bar_in_a_terminal(clock, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = progress.Progress(clock)
+
+    bar.rendered(256, 512)
+    bar.rendered(512, 512)
+
+    assert "rendering: 100%" in capsys.readouterr().err
+
+
+def test_quiet_rendering_shows_nothing(clock, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bar = progress.Progress(clock, quiet=True)
+
+    bar.rendered(512, 512)
+
+    assert "" == capsys.readouterr().err
+
+
 def test_evaluations_and_the_end_always_have_a_line(clock, capsys):
     bar = progress.Progress(clock)
 

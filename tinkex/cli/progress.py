@@ -44,6 +44,8 @@ class Progress:
 
     def rendered(self, done: int, total: int) -> None:
         """Show how many of *total* examples have been tokenized."""
+        if self._quiet:
+            return
         now = self._clock()
         if sys.stderr.isatty():
             if self._bar is None:

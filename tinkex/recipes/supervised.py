@@ -51,12 +51,12 @@ Guard = Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
 class DivergedError(ArithmeticError, ValueError):
-    """The loss left all bounds. The message says at which step and learning rate."""
+    """The training loss diverged. The message names the step and the learning rate."""
 
 
 @attrs.frozen
 class Shown:
-    """A held-out prompt and what the model said to it, at most `SHOWN_TOKENS` tokens."""
+    """A held-out prompt and the model's completions of it, at most `SHOWN_TOKENS` tokens."""
 
     prompt: str
     before: str
@@ -65,7 +65,7 @@ class Shown:
 
 @attrs.frozen
 class Outcome:
-    """How a run ended: with an adapter, or stopped (adapter None) and to be resumed."""
+    """How a run ended: with an adapter, or stopped before its end (adapter is None)."""
 
     state: State
     adapter: Path | None = None
@@ -115,8 +115,8 @@ def run(
 
     Raises:
         ValueError: If the settings or the data are not those of *state*, or data is bad.
-        DivergedError: If the loss leaves all bounds.
-        TinkexError: Whatever the server has to say.
+        DivergedError: If the loss is not finite, or stays far above the first one.
+        TinkexError: If a request to the server fails.
     """
     settings = _completed(settings, state)
     if state is None:
@@ -238,7 +238,7 @@ def _rendered(
 
 
 class _Stopped(Exception):
-    """The run is to stop."""
+    """Raised inside the training loop to end it early."""
 
 
 # What is submitted, and what to do with its results once they are all there.
@@ -246,7 +246,7 @@ _Job = tuple[Sequence[Future[Any]], Callable[[list[Any]], None]]
 
 
 class _Trainer:
-    """One run: makes its jobs, keeps `IN_FLIGHT` of them going, and notes what comes back."""
+    """One run: submits its jobs, `IN_FLIGHT` at a time, and records their results."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class _Trainer:
         )
 
     def run(self, is_stopped: Callable[[], bool]) -> bool:
-        """Train to the end: True. If told to stop before: False, after saving what there is."""
+        """Train; True at the end, False if stopped before it (after saving a checkpoint)."""
         in_flight: deque[_Job] = deque()
         self.report.begin(self.state.step, self.total)
         try:
@@ -310,7 +310,7 @@ class _Trainer:
     # Jobs, in the order in which the server runs them
 
     def _jobs(self) -> Iterator[_Job]:
-        """Each is submitted by being asked for."""
+        """The jobs in order; taking one from the iterator submits it."""
         done = self.state.step
         if self._evaluates(done) and self._reopened_row(done):
             yield from self._evaluate()
@@ -325,7 +325,7 @@ class _Trainer:
         return bool(self.held_out) and (step % self.eval_every == 0 or step == self.total)
 
     def _reopened_row(self, step: int) -> bool:
-        """Whether *step* is still to be evaluated: the run begins, or was stopped just there."""
+        """True if *step* still has to be evaluated: at the start, or after a stop right there."""
         if not self.metrics.rows:
             self._row = {"step": step}
         elif "eval_loss" not in self.metrics.rows[-1]:
@@ -358,7 +358,7 @@ class _Trainer:
         return futures, settled
 
     def _evaluate(self) -> Iterator[_Job]:
-        """The held-out loss of the weights as they are at this place in the line."""
+        """Evaluate the held-out loss, of the weights after the jobs submitted so far."""
         counted = datums.counted_tokens(self.held_out)
         parts = list(datums.slices(self.held_out, EVALUATED_AT_ONCE))
 
@@ -383,7 +383,7 @@ class _Trainer:
 
         return (future,), settled
 
-    # What comes back
+    # Results
 
     def _settle(self, in_flight: deque[_Job], is_stopped: Callable[[], bool]) -> None:
         futures, settled = in_flight[0]
@@ -392,12 +392,12 @@ class _Trainer:
         settled(results)
 
     def _lap(self) -> float:
-        """Seconds since the job before this one came back."""
+        """Seconds since the previous job finished."""
         before, self._clock = self._clock, time.monotonic()
         return max(self._clock - before, 1e-9)
 
     def _close_row(self) -> None:
-        """The open row is complete, or gets no more."""
+        """Write the open row: it is complete, or the run ends."""
         if self._row is not None and len(self._row) > 1:
             self.metrics.append(self._row)
             self.report.row(self._row)
@@ -427,7 +427,7 @@ class _Trainer:
         save_state(self.folder, self.state)
 
     def _save_what_there_is(self, in_flight: deque[_Job]) -> None:
-        """A checkpoint of the last step submitted, if the server makes one in time."""
+        """Save a checkpoint of the last submitted step, if the server does so in time."""
         deadline = time.monotonic() + STOP_SECONDS
         try:
             while in_flight or self.state.step < self.trained:
@@ -440,7 +440,7 @@ class _Trainer:
                 f"the last checkpoint is of step {self.state.step}."
             )
 
-    # What the model says
+    # Samples
 
     def _show_before(self, is_stopped: Callable[[], bool]) -> None:
         if not self.held_out:
@@ -463,7 +463,7 @@ class _Trainer:
         return text
 
     def finish(self, service: ServiceClient) -> Outcome:
-        """The adapter in its folder, and what the trained model says."""
+        """Download the adapter and sample from the trained model."""
         saved = self.training.save_weights_for_sampler("final").result()
         if saved.path is None:
             raise errors.APIResponseValidationError("the server did not say where it saved to.")
