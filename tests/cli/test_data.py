@@ -66,7 +66,7 @@ def test_a_mapping_that_is_none_is_refused(run, file):
     status, _, err = run("data", "show", file, "--base-model", "tiny", "--map", "prompt")
 
     assert 2 == status
-    assert "'prompt' is not like prompt=question,completion=answer" in err
+    assert "'prompt' is not a mapping; write it like prompt=question,completion=answer" in err
 
 
 def test_a_histogram_has_a_row_for_each_range():
