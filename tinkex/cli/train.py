@@ -207,6 +207,7 @@ def _train(
         if state.is_finished:
             click.echo(f"The run in {output} is already finished.", err=True)
             return 0
+    run_folder.check_space(output)
     tokenizer = _tokenizer(fetched(wanted.base_model, base_url, api_key))
     report = progress.Progress(quiet=is_quiet())
     restarts = 0

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,9 @@ import attrs
 
 from tinkex.data import files
 from tinkex.recipes.settings import FREE, Settings
+
+#: Bytes that must be free in the folder when a run starts.
+MIN_FREE = 64 << 20
 
 
 @attrs.frozen
@@ -108,6 +112,33 @@ def _open_locked(path: Path) -> TextIO:
     return file
 
 
+def check_space(folder: Path) -> None:
+    """Fail before the training rather than at its end, if *folder* cannot hold a run.
+
+    Raises:
+        OSError: If less than `MIN_FREE` bytes are free there.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < MIN_FREE:
+        raise OSError(
+            f"only {free >> 20} MB are free in {folder}, and a run needs at least "
+            f"{MIN_FREE >> 20} MB for its metrics and adapter; free some space, or use another "
+            "--output."
+        )
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add *path* to an OSError without one: write() on a full disk does not name the file."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None and exc.errno is not None:
+            raise OSError(exc.errno, exc.strerror, str(path)) from exc
+        raise
+
+
 def load_state(folder: Path) -> State | None:
     """
     The state of the run in *folder*, or None if there is none.
@@ -131,7 +162,7 @@ def load_state(folder: Path) -> State | None:
 def save_state(folder: Path, state: State) -> None:
     """Replace state.json as a whole: a crash leaves the old one or the new one."""
     new = folder / "state.json.new"
-    with new.open("w", encoding="utf-8") as file:
+    with _naming(new), new.open("w", encoding="utf-8") as file:
         json.dump(attrs.asdict(state), file, indent=2)
         file.flush()
         os.fsync(file.fileno())
@@ -188,7 +219,8 @@ class Metrics:
 
     def append(self, row: dict[str, float]) -> None:
         self.rows.append(row)
-        print(json.dumps(row), file=self._file, flush=True)
+        with _naming(self._path):
+            print(json.dumps(row), file=self._file, flush=True)
 
     def pop(self) -> dict[str, float]:
         """Take back the last row, to append it again with more in it."""
@@ -203,6 +235,7 @@ class Metrics:
     def _rewritten(self) -> TextIO:
         """The file, replaced as a whole by one that holds `rows`, open at its end."""
         new = self._path.with_name("metrics.jsonl.new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        with _naming(new):
+            new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         os.replace(new, self._path)
         return self._path.open("a", encoding="utf-8")
