@@ -1,5 +1,5 @@
 """
-What the caller did wrong is a ValueError or TypeError, raised at once, in the caller's thread.
+A wrong argument raises ValueError or TypeError at once, in the caller's thread.
 
 Its message names the value, the reason and the fix; nothing is sent for it, and no number is used.
 Each row: what is called, the class of the error, and words that its message must have: the value

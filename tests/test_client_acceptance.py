@@ -191,7 +191,7 @@ def test_line_6_tokens_of_a_minute_are_exchanged_and_replaced(serve, source, mon
         training = service.create_lora_training_client("tiny", rank=4)
         first = list(server.tokens)
         server.tokens.append("another one is the good one now")
-        time.sleep(1.1)  # a token that has just been got is not given up for an answer of before
+        time.sleep(1.1)  # a fresh token is not given up because of an earlier answer
         training.optim_step(ADAM).result(20)
 
     keys = {h["X-API-Key"] for name, h in server.headers if name == "auth/token"}

@@ -236,7 +236,7 @@ class TrainingClient:
             poll_timeout: seconds until the future fails with APITimeoutError; None is never.
 
         Raises:
-            ValueError, TypeError: Naming the datum, the input and the mend; nothing is sent.
+            ValueError, TypeError: Naming the datum, the input and the fix; nothing is sent.
         """
         return self._batches(wire.FORWARD, data, loss_fn, loss_fn_config, poll_timeout)
 
@@ -399,7 +399,7 @@ class TrainingClient:
     def load_state(
         self, path: str, *, poll_timeout: float | None = None
     ) -> OperationFuture[types.LoadWeightsResponse]:
-        """Load the weights saved at *path* (tinker://...); the optimizer starts anew."""
+        """Load the weights saved at *path* (tinker://...); the optimizer starts from zero."""
         return self._load(path, optimizer=False, poll_timeout=poll_timeout)
 
     def load_state_with_optimizer(

@@ -80,7 +80,7 @@ def test_merged_or_not_the_product_is_the_same(linears, key):
 
 
 def test_a_workspace_never_lends_one_adapter_anothers_matrices(linears):
-    """Two models take turns; a new version of one is merged anew."""
+    """Two models take turns; a new version of one is merged again."""
     layout, room = lora.Layout(linears, lora.Shape(8)), lora.Workspace()
     first, second = _flat(layout, 1), _flat(layout, 2)
     x = torch.randn(3, layout.linears["0.qkv"].weight.shape[1])

@@ -1,4 +1,4 @@
-"""What came back, in our own words: errors, and the server's sentence wherever it is."""
+"""Responses as errors of tinkex, with the server's message wherever it stands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def established(fresh, server):
     return fresh
 
 
-# Errors in our own words.
+# Errors of tinkex.
 
 
 @pytest.mark.parametrize(

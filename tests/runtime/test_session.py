@@ -471,7 +471,7 @@ def test_a_server_without_heartbeats_is_left_in_peace(server):
 
 
 def test_a_404_of_a_proxy_does_not_end_the_heartbeats_of_a_server_that_has_them(server):
-    """The SDK we follow dropped its sessions so, without a word."""
+    """The official SDK dropped its sessions like this, silently."""
     beats = Beats(server)
     with beating(server):
         beats.wait_for(2)

@@ -318,7 +318,7 @@ def test_all_turns_of_a_template_that_forgets_reasoning_can_be_learned(load):
 
 
 def test_reasoning_that_the_template_would_drop_is_refused(load):
-    """Trained without a word of it, the model would learn to answer at once."""
+    """Trained without its reasoning, the model would learn to answer at once."""
     with pytest.raises(ValueError, match="the chat template drops the reasoning of the assistant"):
         tinkex.render([ASK, THOUGHT], load("qwen2_5")[0])
 

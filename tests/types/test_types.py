@@ -116,7 +116,7 @@ def test_a_tensor_gives_back_the_array_it_was_made_of(array):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32])
 def test_what_is_made_of_an_array_does_not_change_with_it(dtype):
-    """A buffer that is filled anew for every step: the one before may still wait to be sent."""
+    """A buffer that is refilled for every step: the one before may still wait to be sent."""
     buffer = np.ones(3, dtype)
     tensor = types.TensorData(buffer)
     tokens = np.ones(3, np.int32)

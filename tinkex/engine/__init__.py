@@ -6,7 +6,7 @@ A thread that spins on holds the core that the one it waits for needs: on a mach
 else to do (the client, say) that made training up to ten times slower. One that sleeps at once has
 to be woken for every product: a third slower on a machine with nothing else to do.
 
-And how much oneDNN keeps (see products.py). It prepares a product of a new shape, and keeps what it
+And how much oneDNN keeps (see matmul.py). It prepares a product of a new shape, and keeps what it
 prepared, working memory and all: of a thousand shapes, if it is not told otherwise, which came to
 8 GB.
 """

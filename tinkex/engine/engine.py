@@ -34,7 +34,7 @@ SAMPLING_SHARE = 0.25
 
 @attrs.frozen
 class BaseInfo:
-    """What there is to say of a base model."""
+    """Metadata of a base model."""
 
     name: str
     architecture: str
@@ -127,7 +127,7 @@ class Engine:
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
 
     def base_info(self, base_model: str) -> BaseInfo:
-        """What there is to say of a loaded base model."""
+        """Metadata of a loaded base model."""
         return self._base(base_model).info
 
     def _base(self, base_model: str) -> _Loaded:
@@ -205,7 +205,7 @@ class Engine:
         or is closed after the first yield, the gradient may be partial: `clear_gradients`.
 
         Raises:
-            ValueError: Before the gradient is touched, naming the datum and the mend.
+            ValueError: Before the gradient is touched, naming the datum and the fix.
         """
         model = self._model(model_id)
         config = losses.complete_config(loss_fn, loss_fn_config)

@@ -33,7 +33,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @attrs.frozen(eq=False)
 class Loaded:
-    """A base model and what there is to say of it.
+    """A base model and its metadata.
 
     Attributes:
         tokenizer_id: "tinkex/tiny", a directory's absolute path, or a hub id.

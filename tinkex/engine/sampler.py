@@ -517,7 +517,7 @@ class Sampler:
         self._take_tokens(rows, linears.forward("head", hidden).float())
 
     def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Number of each row's adapter in the stack, which is made anew if it has not just these.
+        """Number of each row's adapter in the stack, which is rebuilt if it holds others.
 
         Its order is kept as long as the adapters are the same: stacking copies them all.
         """

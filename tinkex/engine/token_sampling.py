@@ -39,10 +39,10 @@ def sequence_keys(seed: int, count: int) -> Keys:
     return mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
-def gumbel(keys: Keys, positions: Ints, lanes: Ints) -> Floats:
-    """Gumbel noise (n, k) for keys (n,), positions (n,) and lanes (k,) or (n, k)."""
+def gumbel(keys: Keys, positions: Ints, streams: Ints) -> Floats:
+    """Gumbel noise (n, k) for keys (n,), positions (n,) and streams (k,) or (n, k)."""
     at = mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    bits = mix(at[:, None] + (lanes.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    bits = mix(at[:, None] + (streams.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     noise: Floats = -np.log(-np.log(uniform))
     return noise
@@ -136,8 +136,8 @@ def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     picked = _loudest(sums, gumbel(settings.keys, settings.positions, np.arange(blocks)))
     rows = torch.arange(len(probs), device=probs.device)
     within = probs[rows, torch.from_numpy(picked).to(probs.device)].cpu().numpy()
-    lanes = np.arange(blocks, blocks + block)
-    picked = picked * block + _loudest(within, gumbel(settings.keys, settings.positions, lanes))
+    streams = np.arange(blocks, blocks + block)
+    picked = picked * block + _loudest(within, gumbel(settings.keys, settings.positions, streams))
     if scaled is logits:
         return picked, totals.sum(dim=1, keepdim=True).log_().add_(largest)
     return picked, logits.logsumexp(dim=1, keepdim=True)
@@ -169,8 +169,8 @@ def _filtered(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
         look = min(vocab, look * 8)
     kept &= before < (settings.top_p * totals)[:, None]
     kept[:, 0] = True
-    lanes = ids.cpu().numpy()
-    noise = gumbel(settings.keys, settings.positions, lanes)
+    streams = ids.cpu().numpy()
+    noise = gumbel(settings.keys, settings.positions, streams)
     picked = _loudest(np.where(kept, probs, 0.0), noise)
-    chosen: Ints = lanes[np.arange(len(lanes)), picked]
+    chosen: Ints = streams[np.arange(len(streams)), picked]
     return chosen, logits.logsumexp(dim=1, keepdim=True)

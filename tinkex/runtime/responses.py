@@ -1,4 +1,4 @@
-"""What comes back from a server: an answer, or an error in our own words.
+"""Responses of a server: turned into a result, or into an error of tinkex.
 
 Foreign exceptions (requests, urllib3) and error statuses are translated here and nowhere else.
 Sends nothing.
@@ -108,7 +108,7 @@ def check_whole(answer: Answer) -> None:
 def connection_error(
     exc: requests.RequestException, method: str, url: str, timeout: float
 ) -> errors.APIConnectionError:
-    """What went wrong on the way, in words, with the URL and the mend."""
+    """The error of an exchange that failed on the way, with the URL and the fix."""
     shown = url.split("?")[0]
     if isinstance(exc, requests.ConnectTimeout):
         message = f"{shown}: no connection; is the host right, and reachable from here?"

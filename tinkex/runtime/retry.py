@@ -104,7 +104,7 @@ class Retry:
 
     Args:
         budget: seconds after which no new try begins; 0 is a single try; None is patient with a
-            server that was heard of before, and brief with one that never was.
+            server that has answered once, and brief with one that never has.
         pass_on: error statuses that are raised at once, for the caller to deal with.
         first, longest: seconds of the first and of the longest pause. A pause is drawn between half
             of and the whole exponential step, unless the server names one (Retry-After).
@@ -133,7 +133,7 @@ class Server(Protocol):
     """What the tries need to know of the server they are made at."""
 
     config: Config
-    #: Whether it was ever heard of; before, failures are told at once.
+    #: Whether it has ever answered; until then, failures are raised at once.
     established: bool
     clock: Callable[[], float]
     #: What to say of it if it is known to be gone for good; None while it may answer.

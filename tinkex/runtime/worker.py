@@ -239,14 +239,14 @@ def _drop(call: _Call) -> None:
 
 
 def _prior(root: BaseException, broken: bool) -> errors.PriorOperationFailedError:
-    mend = (
-        "Whether the server carried that operation out is not known, so this client cannot go on: "
-        "load the last checkpoint into a new training client."
+    advice = (
+        "Whether the server carried that operation out is not known, so this client cannot "
+        "continue: load the last checkpoint into a new training client."
         if broken
         else "Look at that failure's result(); then call again."
     )
     error = errors.PriorOperationFailedError(
-        f"Not sent: an operation before it failed ({type(root).__name__}: {root}). {mend}"
+        f"Not sent: an operation before it failed ({type(root).__name__}: {root}). {advice}"
     )
     error.__cause__ = root
     return error
