@@ -15,8 +15,8 @@ from tinkex.engine.losses import LOSSES
 ADAM = types.AdamParams(learning_rate=1e-2)
 
 
-def _engine(*models, threads=1, **config):
-    engine = Engine(device="cpu", threads=threads)
+def _engine(*models, threads=1, dtype="auto", **config):
+    engine = Engine(device="cpu", threads=threads, dtype=dtype)
     engine.load_base("tiny")
     for i, model_id in enumerate(models):
         engine.create_model(model_id, "tiny", types.LoraConfig(rank=4, **config), seed=i)
@@ -402,7 +402,7 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch):
     """At once, and with the way out."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    with pytest.raises(ValueError, match=r"hub through transformers failed: .*download the model"):
+    with pytest.raises(ValueError, match=r"Hugging Face hub failed: .*download the model"):
         _engine().load_base("nobody/no-such-model")
 
 
@@ -410,10 +410,9 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch):
 
 
 @pytest.fixture
-def half(monkeypatch):
+def half():
     """An engine that computes in bfloat16, as it does on an accelerator."""
-    monkeypatch.setattr("tinkex.engine.loading.compute_dtype", lambda device: torch.bfloat16)
-    return _engine("m")
+    return _engine("m", dtype="bfloat16")
 
 
 def test_bfloat16_learns_as_float32_does(half):

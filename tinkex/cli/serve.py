@@ -47,6 +47,16 @@ import click
     show_default=True,
     help="Accept JSON and protobuf, or JSON only.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    envvar="TINKEX_DTYPE",
+    show_envvar=True,
+    help="Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
+    "bfloat16 on a CPU halves the memory.",
+)
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)
 @click.option("--parent-pid", type=int, hidden=True)
 def serve(**options: Any) -> int:

@@ -6,6 +6,7 @@ Imports happen when the command runs, so that `tinkex --help` is fast.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,14 @@ RESTARTS = 3
     metavar="FILE",
     help="Evaluate on these examples instead of a part of DATA. May be repeated.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    envvar="TINKEX_DTYPE",
+    show_envvar=True,
+    help="Number type of base weights in the embedded engine; bfloat16 halves the memory on a CPU. "
+    "Default: float32 on a CPU, bfloat16 on an accelerator.",
+)
 @data_options
 @server_options
 @click.pass_context
@@ -150,6 +159,7 @@ def train(
     resume: bool,
     base_url: str | None,
     api_key: str | None,
+    dtype: str | None,
     **given: Any,
 ) -> int:
     """Fine-tune a model on DATA.
@@ -185,6 +195,13 @@ def _train(
     from tinkex.cli import progress
     from tinkex.recipes import run_folder, settings, supervised
 
+    if dtype is not None:
+        if base_url is not None and _is_explicit(context, "dtype"):
+            raise click.UsageError(
+                "--dtype applies to the embedded engine only; start the server at --base-url with "
+                "`tinkex serve --dtype` instead."
+            )
+        os.environ["TINKEX_DTYPE"] = dtype  # read by the embedded engine's `tinkex serve`
     state = run_folder.load_state(output)
     if state is not None and not state.has_begun and not resume:
         state = None  # it failed before it created a model

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import checkpoints, lora, losses, optim, tiny
+from tinkex.engine import checkpoints, loading, lora, losses, optim, tiny
 from tinkex.engine.cpu_parallel import Workers
-from tinkex.engine.loading import Loaded, load
 from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.model import Base
 from tinkex.engine.sample_requests import OnToken, make_job
@@ -93,11 +92,19 @@ class Engine:
 
     Args:
         device: "auto" (an accelerator if there is one), "cpu", "cuda", ...
-        threads: of the processor to compute with; None is all that the process may use.
+        threads: processor threads to compute with; None is all that the process may use.
+        dtype: of base weights and activations: "auto" (float32 on a CPU, bfloat16 on an
+            accelerator), "float32" or "bfloat16". Adapters and optimizers are always float32.
+
+    Raises:
+        ValueError: If the device cannot be used or the dtype is unknown.
     """
 
-    def __init__(self, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, *, device: str = "auto", threads: int | None = None, dtype: str = "auto"
+    ) -> None:
         self._device = _device(device)
+        self._dtype = loading.dtype_of(dtype, self._device)
         self._workers = Workers(threads or _available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
@@ -117,9 +124,9 @@ class Engine:
         """
         name = _canonical(base_model)
         if name not in self._bases:
-            self._bases[name] = self._describe(name, load(name, self._device))
+            self._bases[name] = self._describe(name, loading.load(name, self._device, self._dtype))
 
-    def _describe(self, name: str, loaded: Loaded) -> _Loaded:
+    def _describe(self, name: str, loaded: loading.Loaded) -> _Loaded:
         spec = loaded.base.spec
         info = BaseInfo(name, loaded.architecture, loaded.tokenizer_id, spec.vocab, spec.context)
         memory = int(total_memory(self._device) * SAMPLING_SHARE)

@@ -1,11 +1,12 @@
-"""Base models: from the built-in one, a Hugging Face directory or a hub id to a `model.Base`.
+"""Base models: make a `model.Base` of the built-in model, a Hugging Face directory or a hub id.
 
-The only place that touches transformers. Errors say what was tried and what to do.
+The only module that uses transformers. Errors name what was tried and what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tinkex.engine import fetch, gguf, registry, tiny
+from tinkex.engine import fetch, gguf, memory, registry, tiny, weights
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
 from tinkex.text import gguf as gguf_file
 
@@ -25,8 +26,13 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
-#: How long the hub may take to say whether it has a model, in seconds.
+#: Seconds to wait for the hub's answer whether it has a model.
 HUB_TIMEOUT = 10
+
+#: Files of a hub repository that are downloaded.
+HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -47,26 +53,44 @@ class Loaded:
     load_decode: Callable[[], Decode]
 
 
-def load(name: str, device: torch.device) -> Loaded:
+def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
     """Load *name*: "tiny", a known name, a local directory, a GGUF file or a hub id.
 
+    Args:
+        dtype: of the weights and of what is computed with them; None is `default_dtype`.
+
     Raises:
-        ValueError: If there is no such model, or it is not one of `ARCHITECTURES`.
+        ValueError: If there is no such model, it is not one of `ARCHITECTURES`, its files are
+            damaged or incomplete, or it does not fit in memory.
     """
+    dtype = dtype or default_dtype(device)
     if name == tiny.NAME:
-        return _load_tiny(device)
+        return _load_tiny(device, dtype)
     if gguf_file.is_gguf(name):
-        return _load_gguf(name, device)
+        return _load_gguf(name, device, dtype)
     source = _check_source(str(fetch.ensure(name)) if name in registry.KNOWN else name)
-    return _load_hf(name, source, device)
+    return _load_hf(name, source, device, dtype)
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(device: torch.device) -> torch.dtype:
     """float32 on the CPU, bfloat16 on an accelerator."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _load_tiny(device: torch.device) -> Loaded:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The type that *name* stands for: "auto" (`default_dtype`), "float32" or "bfloat16".
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if name == "auto":
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; choose auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _load_tiny(device: torch.device, dtype: torch.dtype) -> Loaded:
     config = tiny.CONFIG
     spec = Spec(
         layers=tiny.LAYERS,
@@ -82,7 +106,6 @@ def _load_tiny(device: torch.device) -> Loaded:
     )
     steps = torch.arange(0, spec.head_dim, 2, dtype=torch.float32)
     inv_freq = 1.0 / (config["rope_parameters"]["rope_theta"] ** (steps / spec.head_dim))
-    dtype = compute_dtype(device)
     tensors = {name: t.to(device, dtype) for name, t in tiny.weights().items()}
     base = assemble(spec, tensors, Rope(inv_freq.to(device)))
     return Loaded(
@@ -90,11 +113,11 @@ def _load_tiny(device: torch.device) -> Loaded:
     )
 
 
-def _load_gguf(name: str, device: torch.device) -> Loaded:
+def _load_gguf(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
     path = Path(name).expanduser().resolve()
     file = gguf_file.read(path)
     content = gguf.config(file)
-    tensors = gguf.Tensors(file, content, compute_dtype(device), device)
+    tensors = gguf.Tensors(file, content, dtype, device)
     rope = Rope(gguf.inverse_frequencies(file, content).to(device))
     base = assemble(_spec(SimpleNamespace(**content), None), tensors, rope)
     return Loaded(base, str(path), content["architectures"][0], lambda: _gguf_decoder(path))
@@ -128,56 +151,81 @@ def _check_source(name: str) -> str:
             f"base model directory {str(path)!r} lacks {' and '.join(missing)}; give a directory "
             "written by save_pretrained() of both model and tokenizer."
         )
+    weights.check_no_pointers(path)
     return str(path.resolve())
 
 
-def _load_hf(name: str, source: str, device: torch.device) -> Loaded:
-    import transformers  # here: it takes seconds, and "tiny" does without
+def _load_hf(name: str, source: str, device: torch.device, dtype: torch.dtype) -> Loaded:
+    import transformers  # imported here because it takes seconds, and "tiny" does not need it
 
-    if not Path(source).is_dir():
-        _check_hub(name)
+    directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as exc:
         raise _cannot_load(name, source, exc) from exc
     _check_config(name, config)
     try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=compute_dtype(device), use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as exc:
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(config)
+        if (directory / "generation_config.json").is_file():
+            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError) as exc:
         raise _cannot_load(name, source, exc) from exc
-    rotary = module.model.rotary_emb
+    rotary = type(module.model.rotary_emb)(config=config)
     rope = Rope(rotary.inv_freq.to(device), float(rotary.attention_scaling))
     spec = _spec(config, module.generation_config)
     if 2 * len(rotary.inv_freq) != spec.head_dim:
         raise ValueError(
-            f"base model {name!r} turns {2 * len(rotary.inv_freq)} of the {spec.head_dim} numbers "
-            "of a head by position; this server computes models that turn all of them."
+            f"base model {name!r} rotates {2 * len(rotary.inv_freq)} of the {spec.head_dim} "
+            "numbers of a head by position; this server computes models that rotate all of them."
         )
-    state = module.state_dict()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    tensors = {key: tensor.detach().to(device) for key, tensor in state.items()}
-    architecture = type(module).__name__
-    del module, state  # so that fusing frees each tensor as it goes
+    tensors = weights.Weights(name, directory, dtype, device)
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    head = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    tensors.check(name, expected, head)
+    for key in head:
+        tensors.pop(key, None)
+    _check_memory(name, sum(p.numel() for p in module.parameters()), device, dtype)
     base = assemble(spec, tensors, rope)
-    return Loaded(base, source, architecture, lambda: _decoder(source))
+    return Loaded(base, source, type(module).__name__, lambda: _decoder(directory))
 
 
-def _check_hub(name: str) -> None:
+def _check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that the weights fit in free memory. *parameters* counts tied weights once.
+
+    Raises:
+        ValueError: With the sizes, if they do not.
     """
-    That a hub id is downloaded already, or can be.
+    needed, free = parameters * dtype.itemsize, memory.available_memory(device)
+    if needed <= free:
+        return
+    size, total = memory.gigabytes(needed), memory.total_memory(device)
+    half = memory.gigabytes(parameters * 2)
+    smaller = f"Use dtype bfloat16 ({half}), free" if dtype.itemsize > 2 else "Free"
+    raise ValueError(
+        f"base model {name!r} does not fit in memory: its {parameters / 1e6:,.0f} million "
+        f"parameters need {size} in {str(dtype).removeprefix('torch.')}, but only "
+        f"{memory.gigabytes(free)} of {memory.gigabytes(total)} are free. {smaller} memory, or "
+        "choose a smaller model."
+    )
 
-    Asked once; transformers asks for half a minute before it says that there is no network.
+
+def _hub_directory(name: str) -> Path:
+    """The local copy of a hub repository; downloads what is missing.
+
+    Asks the hub once, with a timeout, before anything is downloaded: without a network it would
+    otherwise take half a minute to fail.
     """
     import huggingface_hub
 
     try:
         if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            return
+            cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            if weights.is_complete(cached):
+                return cached
         address = huggingface_hub.hf_hub_url(name, "config.json")
         huggingface_hub.get_hf_file_metadata(address, timeout=HUB_TIMEOUT)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as exc:  # no network, no such model, no access, not an id
         raise _cannot_load(name, name, exc) from exc
 
@@ -189,13 +237,14 @@ def _cannot_load(name: str, source: str, exc: Exception) -> ValueError:
             f"base model {name!r}: transformers cannot load the directory {source!r}: {reason}"
         )
     return ValueError(
-        f"base model {name!r} is not a directory here, and loading it from the Hugging Face hub "
-        f"through transformers failed: {reason.rstrip('.')}. Without a network, download the model "
-        'elsewhere and give the path of its directory; the built-in model "tiny" needs no download.'
+        f"base model {name!r} is not a local directory, and downloading it from the Hugging Face "
+        f"hub failed: {reason.rstrip('.')}. Without a network, download the model on another "
+        'machine and give the path of its directory; the built-in model "tiny" needs no download.'
     )
 
 
 def _check_config(name: str, config: Any) -> None:
+    weights.check_not_quantized(name, getattr(config, "quantization_config", None))
     supported = f"this server computes models of the architectures {', '.join(ARCHITECTURES)}"
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
@@ -237,7 +286,7 @@ def _spec(config: Any, generation_config: Any) -> Spec:
 
 
 def _context(config: Any) -> int:
-    """Longest text: within a sliding window, where there is one, attention is plain attention."""
+    """Longest text. Within a sliding window, attention is the same as without one."""
     context: int = config.max_position_embeddings
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if config.model_type == "mistral" or slides:
@@ -246,17 +295,25 @@ def _context(config: Any) -> int:
 
 
 def assemble(spec: Spec, tensors: MutableMapping[str, Tensor], rope: Rope) -> Base:
-    """Fuse tensors with Hugging Face's names into a `Base`; takes them out of *tensors*."""
+    """Fuse tensors with Hugging Face's names into a `Base`; removes them from *tensors*.
+
+    Args:
+        tensors: may read each tensor only when it is taken, as `weights.Weights` does.
+    """
     linears: dict[str, Linear] = {}
     norms = []
+    embedding = tensors.pop("model.embed_tokens.weight")
+    heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     for i in range(spec.layers):
         layer = f"model.layers.{i}"
-        attention = [f"{layer}.self_attn.{n}_proj" for n in ("q", "k", "v")]
-        linears[f"{i}.qkv"] = _fuse(tensors, attention, "attn")
-        linears[f"{i}.o"] = _fuse(tensors, [f"{layer}.self_attn.o_proj"], "attn")
-        gate_up = [f"{layer}.mlp.{n}_proj" for n in ("gate", "up")]
-        linears[f"{i}.gate_up"] = _fuse(tensors, gate_up, "mlp")
-        linears[f"{i}.down"] = _fuse(tensors, [f"{layer}.mlp.down_proj"], "mlp")
+        sizes = (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        qkv = {f"{layer}.self_attn.{name}_proj": rows for name, rows in sizes}
+        gate_up = {f"{layer}.mlp.{name}_proj": spec.mlp for name in ("gate", "up")}
+        o, down = {f"{layer}.self_attn.o_proj": spec.width}, {f"{layer}.mlp.down_proj": spec.width}
+        linears[f"{i}.qkv"] = _fuse(tensors, qkv, "attn", embedding)
+        linears[f"{i}.o"] = _fuse(tensors, o, "attn", embedding)
+        linears[f"{i}.gate_up"] = _fuse(tensors, gate_up, "mlp", embedding)
+        linears[f"{i}.down"] = _fuse(tensors, down, "mlp", embedding)
         norms.append(
             Norms(
                 tensors.pop(f"{layer}.input_layernorm.weight"),
@@ -265,33 +322,40 @@ def assemble(spec: Spec, tensors: MutableMapping[str, Tensor], rope: Rope) -> Ba
                 tensors.pop(f"{layer}.self_attn.k_norm.weight", None),
             )
         )
-    embedding = tensors.pop("model.embed_tokens.weight")
-    head = tensors.pop("lm_head.weight", embedding)  # tied where there is none of its own
+    head = tensors.pop("lm_head.weight", embedding)  # tied where there is none
     linears["head"] = Linear(head, None, (Part("lm_head", 0, len(head)),), "unembed")
     final_norm = tensors.pop("model.norm.weight")
     return Base(spec, embedding, tuple(norms), final_norm, linears, rope)
 
 
-def _fuse(tensors: MutableMapping[str, Tensor], names: Sequence[str], group: str) -> Linear:
-    """Stack the matrices of modules that read the same input."""
-    weights = [tensors.pop(f"{name}.weight") for name in names]
-    biases = _biases(tensors, names, weights)
-    parts, start = [], 0
-    for name, weight in zip(names, weights):
-        parts.append(Part(name, start, start + len(weight)))
-        start += len(weight)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return Linear(weight, torch.cat(biases) if biases else None, tuple(parts), group)
+def _fuse(
+    tensors: MutableMapping[str, Tensor], rows: Mapping[str, int], group: str, embedding: Tensor
+) -> Linear:
+    """Stack the matrices of modules that read the same input.
 
+    Each matrix is copied and dropped before the next one is taken, so that they are never all in
+    memory beside the result.
 
-def _biases(
-    tensors: MutableMapping[str, Tensor], names: Sequence[str], weights: Sequence[Tensor]
-) -> list[Tensor]:
-    """Bias of each module, zeros where only others have one; nothing if none has."""
-    found = [tensors.pop(f"{name}.bias", None) for name in names]
-    if all(bias is None for bias in found):
-        return []
-    return [w.new_zeros(len(w)) if bias is None else bias for bias, w in zip(found, weights)]
+    Args:
+        rows: of each module's matrix, by its name.
+        embedding: (V, width), of the type and on the device of the result.
+    """
+    starts = list(itertools.accumulate(rows.values(), initial=0))
+    parts = tuple(Part(name, *bounds) for name, bounds in zip(rows, itertools.pairwise(starts)))
+    if len(parts) == 1:
+        weight = tensors.pop(f"{parts[0].name}.weight")
+    else:
+        weight = embedding.new_empty(starts[-1], embedding.shape[1])
+        for part in parts:
+            weight[part.start : part.stop] = tensors.pop(f"{part.name}.weight")
+    biases = [tensors.pop(f"{part.name}.bias", None) for part in parts]
+    if all(bias is None for bias in biases):
+        return Linear(weight, None, parts, group)
+    bias = embedding.new_zeros(starts[-1])
+    for part, own in zip(parts, biases):
+        if own is not None:
+            bias[part.start : part.stop] = own
+    return Linear(weight, bias, parts, group)
 
 
 def _decoder(source: Path | str) -> Decode:

@@ -64,11 +64,11 @@ _PARENT_SECONDS = 0.5
 _SHUTDOWN_SECONDS = 1.5
 
 
-def make_engine() -> Any:
-    """Create the real engine. Imports torch and transformers, which takes seconds."""
+def make_engine(dtype: str = "auto") -> Any:
+    """Create the real engine; *dtype* as `Engine` takes it. Imports torch, which takes seconds."""
     from tinkex.engine.engine import Engine
 
-    return Engine()
+    return Engine(dtype=dtype)
 
 
 class LocalServer:
@@ -328,7 +328,8 @@ def main(
     announce: Path | None = None,
     parent_pid: int | None = None,
     limits: Limits | None = None,
-    engine: Callable[[], Any] = make_engine,
+    dtype: str = "auto",
+    engine: Callable[[], Any] | None = None,
 ) -> int:
     """Run a server until SIGTERM, Ctrl-C, or the end of the parent process.
 
@@ -338,6 +339,8 @@ def main(
             another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
         parent_pid: the server ends when this process does, even if it is killed.
+        dtype: number type of base weights: "auto", "float32" or "bfloat16".
+        engine: makes the engine; None is `make_engine` with *dtype*.
 
     Returns:
         The exit code: 0, or 1 if the server could not start (stderr says why).
@@ -360,7 +363,7 @@ def main(
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=limits,
-            engine=engine,
+            engine=engine or partial(make_engine, dtype),
             on_failure=lambda: server.stop(),
         )
     except (HomeError, OSError) as exc:
