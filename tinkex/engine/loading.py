@@ -6,6 +6,7 @@ The only module that uses transformers. Errors name what was tried and what to d
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,8 @@ def _load_gguf(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
     path = Path(name).expanduser().resolve()
     file = gguf_file.read(path)
     content = gguf.config(file)
+    parameters = sum(math.prod(info.shape) for info in file.tensors.values())
+    _check_memory(name, parameters, device, dtype)
     tensors = gguf.Tensors(file, content, dtype, device)
     rope = Rope(gguf.inverse_frequencies(file, content).to(device))
     base = assemble(_spec(SimpleNamespace(**content), None), tensors, rope)

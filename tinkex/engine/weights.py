@@ -111,6 +111,8 @@ class Weights(MutableMapping[str, Tensor]):
         self._dtype = dtype
         self._device = device
         self._places: dict[str, _Place] = {}
+        # One buffer for all: if each access allocated one, the heap would be left with gaps.
+        self._buffer = torch.empty(BLOCK, dtype=torch.uint8)
         for path in _weight_files(directory):
             self._add_file(name, path)
 
@@ -173,11 +175,11 @@ class Weights(MutableMapping[str, Tensor]):
         place = self._places[key]
         out = torch.empty(place.shape, dtype=self._dtype, device=self._device)
         flat = out.view(-1)
-        block = torch.empty(min(len(flat), BLOCK // place.dtype.itemsize), dtype=place.dtype)
-        buffer = memoryview(block.view(torch.uint8).numpy())
+        block = self._buffer.view(place.dtype)
+        buffer = memoryview(self._buffer.numpy())
         with place.path.open("rb") as file:
             file.seek(place.offset)
-            for start in range(0, len(flat), max(1, len(block))):
+            for start in range(0, len(flat), len(block)):
                 count = min(len(block), len(flat) - start)
                 wanted = count * place.dtype.itemsize
                 if file.readinto(buffer[:wanted]) != wanted:
