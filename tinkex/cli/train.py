@@ -174,6 +174,13 @@ def train(
     """
     from tinkex.recipes import run_folder
 
+    if dtype is not None:
+        if base_url is not None and _is_explicit(context, "dtype"):
+            raise click.UsageError(
+                "--dtype applies to the embedded engine only; start the server at --base-url with "
+                "`tinkex serve --dtype` instead."
+            )
+        os.environ["TINKEX_DTYPE"] = dtype  # read by the embedded engine's `tinkex serve`
     if resume and not output.exists():
         _check_folder(output, None, resume)
     with run_folder.locked(output):
@@ -195,13 +202,6 @@ def _train(
     from tinkex.cli import progress
     from tinkex.recipes import run_folder, settings, supervised
 
-    if dtype is not None:
-        if base_url is not None and _is_explicit(context, "dtype"):
-            raise click.UsageError(
-                "--dtype applies to the embedded engine only; start the server at --base-url with "
-                "`tinkex serve --dtype` instead."
-            )
-        os.environ["TINKEX_DTYPE"] = dtype  # read by the embedded engine's `tinkex serve`
     state = run_folder.load_state(output)
     if state is not None and not state.has_begun and not resume:
         state = None  # it failed before it created a model
