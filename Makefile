@@ -16,8 +16,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/local ## fine-tune the built-in model on the docstrings of your Python (offline, no key)
-	$(BIN)/python -m tinkex.cli.demo build/demo
+MODEL ?= smollm2
+demo: .venv/local ## fine-tune SmolLM2, show answers before and after (MODEL=tiny: seconds, no download)
+	$(BIN)/python -m tinkex.cli.demo build/demo $(MODEL)
 
 test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k retry')
 	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py $(ARGS)
