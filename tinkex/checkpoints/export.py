@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from tinkex import errors, types
-from tinkex.checkpoints import download
+from tinkex.checkpoints import card, download
 from tinkex.runtime.session import Connection
+from tinkex.text import gguf
 
 #: The files of a PEFT adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+#: Our note in a fetched base model, and the model card.
+ORIGIN, CARD = "origin.json", "README.md"
 
 #: The built-in base model, which needs no directory.
 TINY = "tiny"
@@ -46,12 +50,86 @@ def export(
         adapter = _adapter_in(archive, path.tinker_path)
         named = _name_base(adapter / ADAPTER_CONFIG, base_model)
         if merge:
-            merge_adapter(base or resolve(named), adapter, result)
-            for file in result.iterdir():  # safetensors gives its files mode 0600
-                shutil.copymode(result / "config.json", file)
+            _merge(merge_adapter, base or resolve(named), adapter, result, scratch)
         else:
             _keep_adapter(adapter, result)
     return output_dir
+
+
+def export_adapter(
+    adapter: Path,
+    base_model: str,
+    output_dir: Path,
+    form: str,
+    *,
+    name: str,
+    gguf_type: str = "F16",
+    training: card.Training | None = None,
+    force: bool = False,
+) -> Path:
+    """
+    Write an adapter for other programs, with a model card (README.md).
+
+    Args:
+        adapter: a folder with a PEFT adapter, as `tinkex train` writes it.
+        base_model: the model that it belongs to: a known name, directory, GGUF file or hub id.
+        form: "peft" (the adapter), "hf" (merged, a Hugging Face directory) or "gguf" (merged).
+        name: of the model, in the card and of the GGUF file.
+        gguf_type: of the matrices in a GGUF file: "F16", "Q8_0" or "F32".
+        training: what the card says about the training.
+        force: replace an existing folder, once the new one is complete.
+
+    Returns:
+        *output_dir*.
+
+    Raises:
+        FileExistsError: If *output_dir* is not empty, without *force*.
+        ValueError: If the base model cannot be found, or the adapter does not belong to it.
+        MissingExtraError: If the engine, which merges, is not installed.
+    """
+    merge_adapter = _merger()
+    base = resolve(base_model)
+    with download.new_folder(output_dir, force) as scratch:
+        result = scratch / download.RESULT
+        if form == "peft":
+            copied = scratch / "adapter"
+            shutil.copytree(adapter, copied)
+            # PEFT loads the base model by this name, so it is one that PEFT can find.
+            _name_base(copied / ADAPTER_CONFIG, base)
+            _keep_adapter(copied, result)
+        elif form == "hf":
+            _merge(merge_adapter, base, adapter, result, scratch)
+        else:
+            from tinkex.engine import gguf_writer
+
+            merged = scratch / "merged"
+            _merge(merge_adapter, base, adapter, merged, scratch)
+            result.mkdir()
+            gguf_writer.write(merged, result / f"{name}.gguf", gguf_type)
+        text = card.text(name, _hub_name(base_model), form, training)
+        (result / CARD).write_text(text, encoding="utf-8")
+    return output_dir
+
+
+def _hub_name(base_model: str) -> str:
+    from tinkex.engine import registry
+
+    known = registry.KNOWN.get(base_model)
+    return known.hub_id if known else base_model
+
+
+def _merge(merge_adapter: Any, base: str, adapter: Path, result: Path, scratch: Path) -> None:
+    if gguf.is_gguf(base):
+        from tinkex.engine.gguf import write_directory
+
+        directory = scratch / "base"
+        directory.mkdir()
+        write_directory(Path(base).expanduser(), directory)
+        base = str(directory)
+    merge_adapter(base, adapter, result)
+    (result / ORIGIN).unlink(missing_ok=True)  # says where the base model came from
+    for file in result.iterdir():  # safetensors gives its files mode 0600
+        shutil.copymode(result / "config.json", file)
 
 
 def _merger() -> Any:
@@ -66,13 +144,19 @@ def _merger() -> Any:
 
 
 def resolve(base_model: str) -> str:
-    """The directory of *base_model* (or "tiny"); a Hugging Face id is downloaded.
+    """The directory or GGUF file of *base_model* (or "tiny"); a known name or hub id is downloaded.
 
     Raises:
         ValueError: If the model exists neither on this machine nor on Hugging Face.
     """
     if base_model == TINY or (base_model and Path(base_model).expanduser().is_dir()):
         return base_model
+    if gguf.is_gguf(base_model):
+        return base_model
+    from tinkex.engine import fetch, registry
+
+    if base_model in registry.KNOWN:
+        return str(fetch.ensure(base_model))
     if not base_model or base_model.startswith(("/", ".", "~")) or base_model.count("/") > 1:
         raise ValueError(
             f"the base model {base_model!r} is not a directory on this machine; give its directory "

@@ -20,6 +20,7 @@ from tinkex.cli import (
     conformance,
     data,
     doctor,
+    export,
     formatting,
     home,
     model,
@@ -80,6 +81,8 @@ for _command in (
     checkpoint.checkpoint,
     session.session,
     model.model,
+    export.export,
+    export.push,
     doctor.doctor,
     home.home,
 ):

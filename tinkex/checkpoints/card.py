@@ -1,0 +1,79 @@
+"""Model cards: README.md of an exported model, with its training data, settings and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class Training:
+    """What a card says about the training; see `tinkex train`.
+
+    Attributes:
+        data_sha256: of the training data.
+        steps: that were trained.
+        settings: of the run, by name; None values are left out.
+        losses: held out, in nats per token: before and after. None if nothing was held out.
+    """
+
+    data_sha256: str
+    steps: int
+    settings: Mapping[str, Any]
+    losses: tuple[float, float] | None = None
+
+
+_USES = {
+    "peft": (
+        "A LoRA adapter in PEFT's format.",
+        "from peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
+        "python",
+    ),
+    "hf": (
+        "A complete model: the base model with the adapter merged in.",
+        "from transformers import pipeline\n\n"
+        'ask = pipeline("text-generation", "{name}")\n'
+        'print(ask([{{"role": "user", "content": "..."}}]))',
+        "python",
+    ),
+    "gguf": (
+        "A complete model as a GGUF file, with tokenizer and chat template.",
+        "llama-cli -m {name}.gguf",
+        "shell",
+    ),
+}
+
+
+def text(name: str, base_model: str, form: str, training: Training | None) -> str:
+    """
+    The card as Markdown, with the metadata that the Hugging Face hub reads.
+
+    Args:
+        base_model: as the hub names it, where it is there.
+        form: "peft", "hf" or "gguf".
+        training: None if only the weights are known.
+    """
+    what, example, language = _USES[form]
+    lines = ["---", f"base_model: {base_model}"]
+    lines += [f"library_name: {'peft' if form == 'peft' else 'transformers'}"] * (form != "gguf")
+    lines += ["pipeline_tag: text-generation", "tags:", "- tinkex", "- lora", "---", ""]
+    lines += [f"# {name}", "", f"{what} Fine-tuned from `{base_model}` with tinkex.", ""]
+    lines += ["## Use", "", f"```{language}", example.format(name=name), "```", ""]
+    if training is not None:
+        lines += _training(training)
+    return "\n".join(lines)
+
+
+def _training(training: Training) -> list[str]:
+    lines = ["## Training", "", "| | |", "|---|---|", f"| Steps | {training.steps} |"]
+    if training.losses is not None:
+        before, after = training.losses
+        lines.append(f"| Held-out loss per token | {before:.4f} before, {after:.4f} after |")
+    lines.append(f"| SHA-256 of the data | `{training.data_sha256}` |")
+    lines += [
+        f"| {key} | {value} |" for key, value in training.settings.items() if value is not None
+    ]
+    return [*lines, ""]

@@ -1,0 +1,159 @@
+"""`tinkex export` and `tinkex push`: a trained model for the programs that people run models with.
+
+What a command needs is imported when it runs, so that `tinkex --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import click
+
+from tinkex.cli import formatting
+from tinkex.cli.listing import open_rest
+from tinkex.cli.options import server_options
+from tinkex.cli.train import progress_of
+
+if TYPE_CHECKING:
+    from tinkex.checkpoints import card
+
+Command = Callable[..., Any]
+
+
+def form_options(command: Command) -> Command:
+    """--to, --gguf-type and --base-model."""
+    for option in (
+        click.option(
+            "--base-model",
+            help="Directory, GGUF file or Hugging Face id. Default: what the run was trained on.",
+        ),
+        click.option(
+            "--gguf-type",
+            type=click.Choice(["F16", "Q8_0", "F32"]),
+            default="F16",
+            show_default=True,
+            help="How matrices are stored in a GGUF file.",
+        ),
+        click.option(
+            "--to",
+            "form",
+            type=click.Choice(["peft", "hf", "gguf"]),
+            default="hf",
+            show_default=True,
+            help="peft: the adapter. hf: merged into the base model, as a Hugging Face directory. "
+            "gguf: the same as a GGUF file, for llama.cpp.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("run")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@form_options
+@click.option(
+    "--force", is_flag=True, help="Replace an existing FOLDER, once the new one is complete."
+)
+@server_options
+def export(run: str, folder: Path, force: bool, **options: Any) -> None:
+    """Write RUN into FOLDER for other programs, with a model card.
+
+    RUN is the --output folder of a finished `tinkex train`, or a tinker:// path of weights saved
+    for sampling.
+    """
+    _export(run, folder, folder.resolve().name, force=force, **options)
+    for path in sorted(folder.iterdir()):
+        formatting.say(f"{formatting.size(path.stat().st_size):>10}  {path}")
+
+
+@click.command()
+@click.argument("run")
+@click.argument("repository", metavar="ORG/NAME")
+@form_options
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@server_options
+def push(run: str, repository: str, private: bool, **options: Any) -> None:
+    """Export RUN and upload it to the Hugging Face hub as ORG/NAME.
+
+    Uses the token of `hf auth login`, or HF_TOKEN. RUN is as for `tinkex export`.
+    """
+    import huggingface_hub
+
+    if repository.count("/") != 1:
+        raise click.UsageError(f"{repository!r} is not like ORG/NAME.")
+    with tempfile.TemporaryDirectory(prefix="tinkex-push-") as scratch:
+        folder = Path(scratch) / repository.split("/")[1]
+        _export(run, folder, folder.name, force=False, **options)
+        hub = huggingface_hub.HfApi()
+        try:
+            url = hub.create_repo(repository, private=private or None, exist_ok=True)
+            hub.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Upload by tinkex push"
+            )
+        except (huggingface_hub.errors.HfHubHTTPError, OSError) as exc:
+            reason = " ".join(str(exc).split())[:300]
+            raise click.ClickException(
+                f"{repository} cannot be uploaded: {reason}. Check the name, the network and the "
+                "token (`hf auth login`, or HF_TOKEN with write access)."
+            ) from exc
+    formatting.say(str(url))
+
+
+def _export(
+    run: str,
+    folder: Path,
+    name: str,
+    *,
+    form: str,
+    gguf_type: str,
+    base_model: str | None,
+    force: bool,
+    base_url: str | None,
+    api_key: str | None,
+) -> None:
+    from tinkex.checkpoints import export as exporting
+    from tinkex.recipes import run_folder
+
+    more: dict[str, Any] = {"name": name, "gguf_type": gguf_type, "force": force}
+    if not run.startswith("tinker://"):
+        state = run_folder.load_state(Path(run))
+        if state is None:
+            raise click.UsageError(f"{run} is neither the folder of a run nor a tinker:// path.")
+        if not state.is_finished:
+            raise click.UsageError(
+                f"The run in {run} is not finished ({progress_of(state)}); continue it first: "
+                f"tinkex train --resume --output {run}"
+            )
+        base = base_model or state.settings.base_model
+        training = _training(Path(run), state)
+        exporting.export_adapter(
+            Path(run) / "adapter", base, folder, form, training=training, **more
+        )
+        return
+    with (
+        open_rest(base_url=base_url, api_key=api_key) as rest,
+        tempfile.TemporaryDirectory(prefix="tinkex-export-") as scratch,
+    ):
+        adapter = rest.export_checkpoint(run, Path(scratch) / "adapter", base_model=base_model)
+        config = json.loads((adapter / exporting.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = base_model or config["base_model_name_or_path"]
+        exporting.export_adapter(adapter, base, folder, form, **more)
+
+
+def _training(folder: Path, state: Any) -> card.Training:
+    """What the folder of a run says about its training."""
+    from tinkex.checkpoints import card
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row]
+    settings = {
+        key: value for key, value in attrs.asdict(state.settings).items() if key != "base_model"
+    }
+    evaluated = (losses[0], losses[-1]) if losses else None
+    return card.Training(state.data_sha256, state.total_steps, settings, evaluated)
