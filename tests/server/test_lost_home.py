@@ -1,4 +1,4 @@
-"""The home is deleted or replaced while the server runs: it says so, and saves nothing in vain."""
+"""The home is deleted or replaced while the server runs: it reports that, and refuses to save."""
 
 from __future__ import annotations
 

@@ -236,11 +236,11 @@ def test_a_creation_that_failed_leaves_its_number_to_another(served):
     wrong = {"session_id": session, "model_seq_id": 0, "base_model": "missing/model"}
     failed = client.result(client.post("create_model", wrong))
     resent = client.result(client.post("create_model", wrong))
-    mended = client.result(client.post("create_model", {**wrong, "base_model": "tiny"}))
+    corrected = client.result(client.post("create_model", {**wrong, "base_model": "tiny"}))
     step = client.result(client.optim_step(f"{session}:train:0", 1))
 
     assert failed == resent
-    assert f"{session}:train:0" == mended["model_id"]
+    assert f"{session}:train:0" == corrected["model_id"]
     assert "metrics" in step
 
 
