@@ -239,9 +239,46 @@ def test_a_run_may_start_from_a_path_whose_model_the_server_knows(train, data, t
     assert (saved, "fake", 7) == (state["start_from"], state["base_model"], state["rank"])
 
 
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder as PEFT writes it: of the attention layers only."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"r": 6, "base_model_name_or_path": "fake"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return folder
+
+
+def test_a_run_may_start_from_a_peft_adapter(service, data, adapter, tmp_path):
+    """With its rank and its layers, which the weights must fit."""
+    command = ["train", str(data), "--from", str(adapter), "--output", str(tmp_path / "run")]
+
+    assert 0 == cli.main(command)
+
+    base_model, options = service.created[0]
+    layers = {"train_mlp": False, "train_attn": True, "train_unembed": False}
+    assert "fake" == base_model
+    assert {"rank": 6, "seed": 0, "adapter": str(adapter), **layers} == options
+
+
+def test_a_broken_adapter_is_named(service, data, adapter, tmp_path, capsys):
+    (adapter / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
+    command = ["train", str(data), "--from", str(adapter), "--output", str(tmp_path / "run")]
+
+    assert 1 == cli.main(command)
+    assert "is not a PEFT adapter (adapter_model.safetensors is not a" in capsys.readouterr().err
+
+
 def test_from_needs_a_run_or_a_path(train, tmp_path, capsys):
     assert 2 == train("--from", str(tmp_path))
-    assert "is neither a run with a checkpoint nor a tinker:// path" in capsys.readouterr().err
+    assert (
+        "is neither a run with a checkpoint, nor a PEFT adapter folder, nor a tinker:// path"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("rate", ["nan", "inf", "5"])

@@ -131,8 +131,9 @@ RESTARTS = 3
 @click.option(
     "--from",
     "start_from",
-    metavar="RUN|tinker://...",
-    help="Start with the weights of another run, or of a checkpoint on the server.",
+    metavar="RUN|ADAPTER|tinker://...",
+    help="Start with the weights of another run, of a PEFT adapter folder (local engine only), or "
+    "of a checkpoint on the server.",
 )
 @click.option(
     "--eval-data",
@@ -293,7 +294,7 @@ def _tokenizer(base_model: str) -> Any:
 def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None) -> None:
     """Replace a run given as --from by its checkpoint, with its base model and rank."""
     from tinkex import ServiceClient
-    from tinkex.recipes import run_folder
+    from tinkex.recipes import peft_adapter, run_folder
 
     source = given["start_from"]
     if source is None:
@@ -306,10 +307,13 @@ def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None
         return
     folder = Path(source)
     state = run_folder.load_state(folder) or run_folder.load_state(folder.parent)
+    if state is None and (folder / peft_adapter.CONFIG).is_file():
+        _start_from_adapter(given, folder)
+        return
     if state is None or state.checkpoint is None:
         raise click.UsageError(
-            f"--from {source} is neither a run with a checkpoint nor a tinker:// path. Adapters "
-            "of other programs cannot be sent to a server."
+            f"--from {source} is neither a run with a checkpoint, nor a PEFT adapter folder, nor "
+            "a tinker:// path."
         )
     model = given["base_model"] or state.settings.base_model
     if model != state.settings.base_model:
@@ -318,6 +322,19 @@ def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None
             f"{state.settings.base_model}."
         )
     given |= {"base_model": model, "start_from": state.checkpoint, "rank": state.settings.rank}
+
+
+def _start_from_adapter(given: dict[str, Any], folder: Path) -> None:
+    """Take over the rank and the layers of a PEFT adapter, and its base model if none is given."""
+    from tinkex.recipes import peft_adapter, settings
+
+    adapter = peft_adapter.read(folder)
+    model = given["base_model"] or settings.resolve_base_model(adapter.base_model)
+    given |= {
+        **attrs.asdict(adapter),
+        "base_model": model or None,
+        "start_from": str(folder.resolve()),
+    }
 
 
 def _is_explicit(context: click.Context, name: str) -> bool:

@@ -56,7 +56,8 @@ class Settings:
         date: today for chat templates that write it, as 2024-07-26. None is the day of the start.
         data_format: shape of the rows, a name of `records.SHAPES`; None decides by their keys.
         data_map: wanted key -> key in the data.
-        start_from: tinker:// path of the weights that the run starts with; None is a new adapter.
+        start_from: tinker:// path, or the PEFT adapter folder, of the weights that the run starts
+            with; None is a new adapter.
     """
 
     base_model: str

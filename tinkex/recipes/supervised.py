@@ -170,8 +170,9 @@ def _open(service: ServiceClient, state: State) -> TrainingClient:
     if state.checkpoint is not None:
         return service.create_training_client_from_state_with_optimizer(state.checkpoint)
     settings = state.settings
-    if settings.start_from is not None:
-        return service.create_training_client_from_state(settings.start_from)
+    start = settings.start_from
+    if start is not None and start.startswith("tinker://"):
+        return service.create_training_client_from_state(start)
     return service.create_lora_training_client(
         settings.base_model,
         rank=settings.rank,
@@ -179,6 +180,7 @@ def _open(service: ServiceClient, state: State) -> TrainingClient:
         train_mlp=settings.train_mlp,
         train_attn=settings.train_attn,
         train_unembed=settings.train_unembed,
+        **({} if start is None else {"adapter": start}),
     )
 
 
