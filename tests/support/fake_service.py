@@ -39,7 +39,9 @@ class FakeService:
         self.on_operation = on_operation
         self.hangs = False  # no answer comes any more
 
-    def create_lora_training_client(self, base_model, **settings):
+    def create_lora_training_client(self, base_model, adapter=None, **settings):
+        if adapter is not None:
+            settings["adapter"] = adapter
         self.created.append((base_model, settings))
         return FakeTraining(self, len(self.created), np.zeros(258), np.zeros(258))
 

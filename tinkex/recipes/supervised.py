@@ -180,7 +180,7 @@ def _open(service: ServiceClient, state: State) -> TrainingClient:
         train_mlp=settings.train_mlp,
         train_attn=settings.train_attn,
         train_unembed=settings.train_unembed,
-        **({} if start is None else {"adapter": start}),
+        adapter=start,
     )
 
 
