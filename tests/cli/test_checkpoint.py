@@ -11,7 +11,7 @@ import pytest
 from tests.support.fake_server import no_connection
 from tests.support.storage import Storage
 from tinkex import cli
-from tinkex.cli.checkpoint import matches
+from tinkex.cli.selection import matches
 
 A, B, C = "tinker://r1/weights/step-1", "tinker://r1/weights/step-2", "tinker://r2/weights/last"
 S = "tinker://r1/sampler_weights/final"

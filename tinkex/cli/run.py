@@ -8,7 +8,7 @@ import attrs
 import click
 
 from tinkex.cli import formatting
-from tinkex.cli.checkpoint import checkpoint_table, newest_first
+from tinkex.cli.checkpoint import checkpoint_table
 from tinkex.cli.listing import (
     first,
     limit_option,
@@ -20,6 +20,7 @@ from tinkex.cli.listing import (
     scope_option,
 )
 from tinkex.cli.options import format_option, server_options
+from tinkex.cli.selection import newest_first
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex import types
