@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from tests.support import hf_reference as hf
 from tinkex import types
@@ -79,6 +80,34 @@ def test_we_load_what_peft_saves(base, tmp_path):
     reference = hf.load_adapter(base, adapter)
     expected = hf.logprobs(reference, TOKENS[:-1], TOKENS[1:]).detach().numpy()
     np.testing.assert_allclose(_logprobs(engine), expected, atol=2e-5)
+
+
+def test_we_load_what_peft_saves_of_our_adapter(base, tmp_path):
+    """With the head adapted, PEFT adds copies of frozen base weights (base_layer.weight)."""
+    ours = _trained(base, types.LoraConfig(rank=4))
+    reference = hf.load_adapter(base, _saved(ours, tmp_path / "saved"))
+    reference.save_pretrained(tmp_path / "again", save_embedding_layers=True)
+    names = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert any(name.endswith("lm_head.base_layer.weight") for name in names)
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(base))
+
+    engine.create_model("m", str(base), types.LoraConfig(4), seed=0, adapter=tmp_path / "again")
+
+    np.testing.assert_allclose(_logprobs(engine), _logprobs(ours), atol=2e-5)
+    merged = checkpoints.read_info(tmp_path / "again")
+    assert (4, True) == (merged.shape.rank, merged.shape.train_unembed)
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("train_unembed", [True, False])
+def test_an_adapter_of_a_tied_head_is_warned_of(kind, warns, train_unembed, tmp_path, caplog):
+    """PEFT would merge it into the embedding as well."""
+    base = hf.make_base(tmp_path / "base", kind)
+
+    _trained(base, types.LoraConfig(4, train_unembed=train_unembed), steps=0)
+
+    assert (warns and train_unembed) == ("tied to its embedding" in caplog.text)
 
 
 def test_an_adapter_of_fewer_modules_leaves_the_others_alone(base, tmp_path):

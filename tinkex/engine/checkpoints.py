@@ -37,6 +37,10 @@ LIVE_TENSORS = ("weights", "gradient", "m", "v", "steps")
 FORMAT_VERSION = 1
 
 _PREFIX = "base_model.model."
+#: Ends of names that PEFT adds when it saves an adapter of the head or the embedding: copies of
+#: frozen base weights, which are read from the base model instead.
+_BASE_COPIES = (".base_layer.weight", ".base_layer.bias", "embed_tokens.weight")
+
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight\Z")
 
 #: Modules of a Llama-style layer by the group that trains them.
@@ -184,7 +188,7 @@ def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
     root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     factor = config.get("lora_alpha", config["r"]) / root / layout.shape.scale
     targets = layout.tensors(flat)
-    for name, tensor in _read(directory / ADAPTER).items():
+    for name, tensor in _read_lora(directory).items():
         module, letter = _module(name, directory)
         target = targets.get(f"{module}.lora_{letter}")
         if target is None or target.shape != tensor.shape:
@@ -207,9 +211,15 @@ def _module(name: str, directory: Path) -> tuple[str, str]:
     return match[1], match[2]
 
 
+def _read_lora(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter without PEFT's copies of base weights."""
+    tensors = _read(directory / ADAPTER)
+    return {name: t for name, t in tensors.items() if not name.endswith(_BASE_COPIES)}
+
+
 def _names(directory: Path) -> set[str]:
     """Full names of the modules that an adapter changes."""
-    return {_module(name, directory)[0] for name in _read(directory / ADAPTER)}
+    return {_module(name, directory)[0] for name in _read_lora(directory)}
 
 
 def _peft_config(directory: Path) -> dict[str, Any]:
@@ -319,7 +329,7 @@ class _Changes:
         root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
         self._scale = config.get("lora_alpha", config["r"]) / root
         self._tensors = {
-            _module(name, directory): tensor for name, tensor in _read(directory / ADAPTER).items()
+            _module(name, directory): tensor for name, tensor in _read_lora(directory).items()
         }
         self.left = {f"{module}.weight" for module, _ in self._tensors}
 

@@ -7,6 +7,7 @@ a full sentence.
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Generator, Hashable, Mapping, Sequence
@@ -26,6 +27,8 @@ from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
 from tinkex.engine.training_pass import Pass, prepare
 from tinkex.text.gguf import is_gguf
+
+logger = logging.getLogger("tinkex.engine")
 
 #: Part of the machine's memory that keys and values of running samples may take.
 SAMPLING_SHARE = 0.25
@@ -169,6 +172,14 @@ class Engine:
             lora_config.train_unembed,
         )
         loaded = self._base(base_model)
+        if shape.train_unembed and loaded.base.has_tied_head:
+            logger.warning(
+                "Model %s trains an adapter of the head, but the head of %s is tied to its "
+                "embedding. PEFT's merge_and_unload would change the embedding, too; create the "
+                "model with train_unembed=False if the adapter is to be merged by PEFT.",
+                model_id,
+                loaded.info.name,
+            )
         layout = lora.Layout(loaded.base.linears, shape)
         weights = lora.initialise(layout, seed, self._device)
         if adapter is not None:

@@ -96,6 +96,11 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 
+    @property
+    def has_tied_head(self) -> bool:
+        """True if the head's matrix is the embedding."""
+        return self.linears["head"].weight is self.embedding
+
 
 class Linears(Protocol):
     """The matrices of a model, with or without an adapter."""
