@@ -28,6 +28,7 @@ FLOORS = [
     "runtime/transport runtime/rate_limit",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
     "runtime/session",
+    "runtime/ending",
     "runtime/sample_watch runtime/model_queue runtime/new_model checkpoints/download "
     "checkpoints/card",
     "runtime/restore runtime/sample_queue",

@@ -210,3 +210,32 @@ def _seconds_until(date: str) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(date).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return math.nan
+
+
+def is_missing_route(exc: errors.APIStatusError) -> bool:
+    """Whether the server does not have the endpoint, rather than the thing: 404 in no words of its
+    own, or 405 (another method is there) or 501."""
+    if exc.status in (405, 501):
+        return True
+    if exc.status != 404:
+        return False
+    sentence = exc.detail.strip().lower().rstrip(".")
+    return (
+        sentence in ("", "not found")
+        or "does not offer" in sentence
+        or not isinstance(exc.body, dict)
+    )
+
+
+def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError:
+    """The error that names the feature a server lacks."""
+    error = errors.NotOfferedError(
+        f"this server does not offer {path} ({exc.status} on {exc.url.split('?')[0]})",
+        status=exc.status,
+        detail=exc.detail,
+        body=exc.body,
+        method=exc.method,
+        url=exc.url,
+    )
+    error.outcome_unknown = exc.outcome_unknown
+    return error

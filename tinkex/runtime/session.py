@@ -9,7 +9,6 @@ import heapq
 import logging
 import math
 import os
-import sys
 import threading
 import time
 import weakref
@@ -25,18 +24,16 @@ from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import (
     auth,
     embedded,
-    http_adapter,
-    interpreter_exit,
     log_setup,
     operation_log,
     rate_limit,
     telemetry,
 )
-from tinkex.runtime.executor import Pool, end_all
+from tinkex.runtime.executor import Pool
 from tinkex.runtime.pending import PendingOperations, describe
 from tinkex.runtime.polling import Poller, Promise
 from tinkex.runtime.queue_state import tell_of_refusal
-from tinkex.runtime.responses import Answer
+from tinkex.runtime.responses import Answer, is_missing_route, not_offered
 from tinkex.runtime.retry import ONCE, Retry
 from tinkex.runtime.transport import Transport
 from tinkex.runtime.wait_log import Wait
@@ -247,7 +244,7 @@ class Session(Connection):
         )
         if heartbeat:
             self._heart.start()
-        _sessions.add(self)
+        open_sessions.add(self)
 
     def _create(self, user_metadata: dict[str, Any] | None) -> str:
         created = self.transport.call(
@@ -575,100 +572,9 @@ class Session(Connection):
             logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
 
 
-#: All that were ever opened and still exist.
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _end_program() -> None:
-    """Runs when the main thread is done: waits for what was submitted, or prints what is dropped.
-
-    After an exception or Ctrl-C nothing is waited for.
-    """
-    quick = interpreter_exit.ends_by_exception()
-    status = 0
-    for session in [s for s in list(_sessions) if s.ends_with_this_process]:
-        try:
-            _join_threads_of_program()
-            left = session.end_with_program(0.0 if quick else session.config.patience.close)
-        except KeyboardInterrupt:
-            quick, status = True, 130  # as a shell shows an end by Ctrl-C
-            left = session.end_with_program(0.0)
-        session.pending.report()
-        if left:
-            status = status or 1
-            print(
-                f"tinkex: the program ended before {left}. What was not sent is dropped. "
-                "To keep such work, call result() on the last future or close the client before "
-                f"the end; patience.close ({session.config.patience.close:.0f} s) limits the wait.",
-                file=sys.stderr,
-            )
-    end_all(http_adapter.interrupt_all)
-    if status and not interpreter_exit.ends_by_exception():
-        interpreter_exit.exit_with(status)
-
-
-def _join_threads_of_program() -> None:
-    """Python waits for threads that are no daemons; while they run, they may submit more."""
-    for thread in threading.enumerate():
-        is_ours = thread is threading.main_thread() or interpreter_exit.belongs_to_executor(thread)
-        if not thread.daemon and not is_ours:
-            thread.join()
-
-
-interpreter_exit.call_before_threads_end(_end_program)
-
-
-def check_close_timeout(timeout: object, default: float) -> float:
-    """*timeout* in seconds, *default* for None. ValueError or TypeError if it is neither."""
-    if timeout is None:
-        return default
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
-        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
-    if not 0 <= timeout < math.inf:
-        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
-    return timeout
-
-
-def is_normal_end(exc: BaseException | None) -> bool:
-    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is no failure."""
-    return exc is None or (isinstance(exc, SystemExit) and exc.code in (None, 0))
-
-
-def exit_timeout(exc: BaseException | None) -> float | None:
-    """Seconds for close() after a with block that ended with *exc*; None is the usual patience."""
-    if is_normal_end(exc) or isinstance(exc, Exception):
-        return None
-    return HURRIED_TIMEOUT
-
-
-def is_missing_route(exc: errors.APIStatusError) -> bool:
-    """Whether the server does not have the endpoint, rather than the thing: 404 in no words of its
-    own, or 405 (another method is there) or 501."""
-    if exc.status in (405, 501):
-        return True
-    if exc.status != 404:
-        return False
-    sentence = exc.detail.strip().lower().rstrip(".")
-    return (
-        sentence in ("", "not found")
-        or "does not offer" in sentence
-        or not isinstance(exc.body, dict)
-    )
-
-
-def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError:
-    """The error that names the feature a server lacks."""
-    error = errors.NotOfferedError(
-        f"this server does not offer {path} ({exc.status} on {exc.url.split('?')[0]})",
-        status=exc.status,
-        detail=exc.detail,
-        body=exc.body,
-        method=exc.method,
-        url=exc.url,
-    )
-    error.outcome_unknown = exc.outcome_unknown
-    return error
-
-
 #: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.
 JSON_ONLY = frozenset({400, 415, 422, 500})
+
+
+#: All that were ever opened and still exist.
+open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -1,0 +1,76 @@
+"""How clients and programs end: what a with block's end means, and what the end of a program does.
+
+Importing this module registers what runs when the main thread is done.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+
+from tinkex.runtime import http_adapter, interpreter_exit
+from tinkex.runtime.executor import end_all
+from tinkex.runtime.session import HURRIED_TIMEOUT, open_sessions
+
+
+def check_close_timeout(timeout: object, default: float) -> float:
+    """*timeout* in seconds, *default* for None. ValueError or TypeError if it is neither."""
+    if timeout is None:
+        return default
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
+        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
+    return timeout
+
+
+def is_normal_end(exc: BaseException | None) -> bool:
+    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is no failure."""
+    return exc is None or (isinstance(exc, SystemExit) and exc.code in (None, 0))
+
+
+def exit_timeout(exc: BaseException | None) -> float | None:
+    """Seconds for close() after a with block that ended with *exc*; None is the usual patience."""
+    if is_normal_end(exc) or isinstance(exc, Exception):
+        return None
+    return HURRIED_TIMEOUT
+
+
+def _end_program() -> None:
+    """Runs when the main thread is done: waits for what was submitted, or prints what is dropped.
+
+    After an exception or Ctrl-C nothing is waited for.
+    """
+    quick = interpreter_exit.ends_by_exception()
+    status = 0
+    for session in [s for s in list(open_sessions) if s.ends_with_this_process]:
+        try:
+            _join_threads_of_program()
+            left = session.end_with_program(0.0 if quick else session.config.patience.close)
+        except KeyboardInterrupt:
+            quick, status = True, 130  # as a shell shows an end by Ctrl-C
+            left = session.end_with_program(0.0)
+        session.pending.report()
+        if left:
+            status = status or 1
+            print(
+                f"tinkex: the program ended before {left}. What was not sent is dropped. "
+                "To keep such work, call result() on the last future or close the client before "
+                f"the end; patience.close ({session.config.patience.close:.0f} s) limits the wait.",
+                file=sys.stderr,
+            )
+    end_all(http_adapter.interrupt_all)
+    if status and not interpreter_exit.ends_by_exception():
+        interpreter_exit.exit_with(status)
+
+
+def _join_threads_of_program() -> None:
+    """Python waits for threads that are no daemons; while they run, they may submit more."""
+    for thread in threading.enumerate():
+        is_ours = thread is threading.main_thread() or interpreter_exit.belongs_to_executor(thread)
+        if not thread.daemon and not is_ours:
+            thread.join()
+
+
+interpreter_exit.call_before_threads_end(_end_program)
