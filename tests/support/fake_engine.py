@@ -152,7 +152,7 @@ class FakeEngine:
         self.log.append(("close_sampler", sampler_id))
         del self.samplers[sampler_id]
 
-    def submit_sample(self, ticket, sampler_id, request, *, on_token=None):
+    def submit_sample(self, ticket, sampler_id, request, *, on_token=None, share=None):
         prompt = request.prompt.tokens
         if prompt.size and int(prompt.max()) >= VOCABULARY:
             raise ValueError(f"the prompt holds token {int(prompt.max())} of {VOCABULARY}.")

@@ -398,17 +398,20 @@ class Engine:
         request: types.SampleRequest,
         *,
         on_token: OnToken | None = None,
+        share: Hashable = None,
     ) -> None:
         """Queue a request; `sample_step` returns *ticket* with its answer.
 
         Args:
+            share: whose share of the running batch it takes. Requests of different shares take
+                turns, and none can fill the batch while another waits.
             on_token: called with (sequence, token id, logprob) as tokens appear.
 
         Raises:
             ValueError: If the request does not fit the model.
         """
         adapter = self._sampler(sampler_id)
-        job = make_job(ticket, request, adapter.finished, adapter.loaded.base, on_token)
+        job = make_job(ticket, request, adapter.finished, adapter.loaded.base, on_token, share)
         adapter.loaded.sampler.submit(job)
         self._tickets[ticket] = adapter.loaded.sampler
 

@@ -39,6 +39,7 @@ class Job:
         stop_tokens: token ids that end a sequence.
         stop_strings: strings that end a sequence.
         sequences: finished ones; None where still running.
+        share: whose share of the running batch it takes; jobs of different shares take turns.
         told: how many tokens of each sequence `on_token` has been called with.
     """
 
@@ -53,6 +54,7 @@ class Job:
     on_token: OnToken | None
     sequences: list[types.SampledSequence | None]
     scores: PromptScores | None = None
+    share: Hashable = None
     told: dict[int, int] = attrs.field(factory=dict)
 
     def start_again(self) -> None:
@@ -94,6 +96,7 @@ def make_job(
     adapter: Finished | None,
     base: Base,
     on_token: OnToken | None = None,
+    share: Hashable = None,
 ) -> Job:
     """Check a request against the model.
 
@@ -125,6 +128,7 @@ def make_job(
         keys=token_sampling.sequence_keys(seed, request.num_samples),
         on_token=on_token,
         sequences=[None] * request.num_samples,
+        share=share,
     )
 
 

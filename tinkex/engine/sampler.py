@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Union
 
-import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,6 +25,7 @@ from tinkex.engine.kv_cache import SharedPool, SinglePool
 from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
+from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job, PromptScores
 
 logger = logging.getLogger(__name__)
@@ -50,23 +50,6 @@ FIRST_POOL = 128
 Decode = Callable[[Sequence[int]], str]
 Pool = Union[SinglePool, SharedPool]
 Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
-
-
-@attrs.frozen(eq=False)
-class Unit:
-    """Samples first..first+count of a job, which start together."""
-
-    job: Job
-    first: int
-    count: int
-
-
-def _units(job: Job) -> list[Unit]:
-    """The samples of a job in units of at most `GROUP_WIDTH`."""
-    count = len(job.sequences)
-    return [
-        Unit(job, first, min(GROUP_WIDTH, count - first)) for first in range(0, count, GROUP_WIDTH)
-    ]
 
 
 class Rows:
@@ -154,12 +137,13 @@ class Sampler:
         self._load_decode = load_decode
         self._decode: Decode | None = None
         self._memory = memory
-        self._waiting: deque[Unit] = deque()
+        self._waiting = SampleQueue()
         self._rows = Rows()
         self._singles: dict[int, SinglePool] = {}
         self._shared: dict[tuple[int, int], SharedPool] = {}
         self._home: dict[int, Pool] = {}
         self._reserved: dict[int, int] = {}
+        self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(base.linears) else None
         self._finished: list[Outcome] = []
@@ -167,7 +151,7 @@ class Sampler:
         # After a step has failed: groups of jobs to compute again, and the waiting units of the
         # group that is computed now. Nothing else is admitted until both are empty.
         self._suspects: deque[list[Job]] = deque()
-        self._trial: deque[Unit] = deque()
+        self._trial = SampleQueue()
         self._isolating = False
 
     @property
@@ -178,15 +162,15 @@ class Sampler:
         """Queue a job made by `make_job`."""
         if job.stop_strings and self._decode is None:
             self._decode = self._load_decode()
-        self._waiting.extend(_units(job))
+        self._waiting.extend(self._units(job))
 
     def cancel(self, ticket: Hashable) -> None:
         """Forget a job; nothing is returned for it."""
         self._drop(lambda job: job.ticket == ticket)
 
     def _drop(self, matches: Callable[[Job], bool]) -> None:
-        self._waiting = deque(unit for unit in self._waiting if not matches(unit.job))
-        self._trial = deque(unit for unit in self._trial if not matches(unit.job))
+        for queue in (self._waiting, self._trial):
+            queue.drop(lambda unit: matches(unit.job))
         for group in self._suspects:
             group[:] = [job for job in group if not matches(job)]
         self._begun = {job: None for job in self._begun if not matches(job)}
@@ -225,11 +209,11 @@ class Sampler:
         logger.warning("A sampling step of %d requests failed: %s", len(jobs), exc, exc_info=exc)
         self._forget_state()
         involved = set(jobs)
-        self._waiting = deque(unit for unit in self._waiting if unit.job not in involved)
+        self._waiting.drop(lambda unit: unit.job in involved)
         others = [unit.job for unit in self._trial if unit.job not in involved]
         if others:
             self._suspects.appendleft(list(dict.fromkeys(others)))
-        self._trial = deque()
+        self._trial = SampleQueue()
         self._isolating = True
         if len(jobs) == 1:
             self._finished.append((jobs[0].ticket, exc))
@@ -242,13 +226,14 @@ class Sampler:
         self._rows = Rows()
         self._home.clear()
         self._reserved.clear()
+        self._unit.clear()
         self._singles.clear()
         self._shared.clear()
         self._begun = {}
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(self._base.linears) else None
 
-    def _line(self) -> deque[Unit]:
+    def _line(self) -> SampleQueue:
         """The units that may start now: after a failure, those of one group of suspects."""
         while self._isolating and not self._trial and not self._home:
             if not self._suspects:
@@ -256,7 +241,8 @@ class Sampler:
                 break
             for job in self._suspects[0]:
                 job.start_again()
-            self._trial = deque(unit for job in self._suspects[0] for unit in _units(job))
+            self._trial = SampleQueue()
+            self._trial.extend(unit for job in self._suspects[0] for unit in self._units(job))
             self._suspects.popleft()
         return self._trial if self._isolating else self._waiting
 
@@ -264,7 +250,11 @@ class Sampler:
 
     def _admit(self) -> None:
         """Start waiting units, as many as there is room for."""
-        units = self._choose_units()
+        queue = self._line()
+        if not queue:
+            return
+        self._make_room(queue)
+        units = self._choose_units(queue)
         if units:
             self._begun |= dict.fromkeys(unit.job for unit in units)
             self._begin(units)
@@ -283,8 +273,8 @@ class Sampler:
         adapters = np.array([key[0] for key in sorted(prompts)])
         rows = [[self._start(unit) for unit in group] for group in groups]
         begun = set(units)
-        self._waiting = deque(unit for unit in self._waiting if unit not in begun)
-        self._trial = deque(unit for unit in self._trial if unit not in begun)
+        self._waiting.remove(begun)
+        self._trial.remove(begun)
         logits = self._compute_prompts(groups, self._places(groups, rows), stack, adapters)
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
@@ -302,22 +292,100 @@ class Sampler:
             self._stack = stack
         return stack
 
-    def _choose_units(self) -> list[Unit]:
-        """The head of the line: as much as is within the limits."""
+    def _usage(self) -> tuple[dict[Hashable, int], dict[Hashable, int]]:
+        """Rows and bytes that each share has in the running batch."""
+        rows: dict[Hashable, int] = {}
+        reserved: dict[Hashable, int] = {}
+        for row, unit in self._unit.items():
+            share = unit.job.share
+            rows[share] = rows.get(share, 0) + 1
+            reserved[share] = reserved.get(share, 0) + self._reserved[row]
+        return rows, reserved
+
+    def _choose_units(self, queue: SampleQueue) -> list[Unit]:
+        """Which units start now: as many as fit, of the share that has the fewest rows first.
+
+        While several shares have something to do, none gets more than its part of the rows and of
+        the memory, but for one unit.
+        """
         chosen: list[Unit] = []
-        tokens, rows, reserved = 0, len(self._rows.free), sum(self._reserved.values())
+        used, reserved = self._usage()
+        lines = {share: iter(queue.line(share)) for share in queue.shares()}
+        heads = {share: next(line) for share, line in lines.items()}
+        parts = len(used.keys() | heads.keys())
+        tokens, rows = 0, len(self._rows.free)
         most = PREFILL_TOKENS[kind_of(self._base.device)]
         most *= 1 if self._home else ALONE
-        for unit in self._line():
+        while heads:
+            share = min(heads, key=lambda share: used.get(share, 0))
+            unit, needed = heads[share], self._bytes(heads[share])
             alone = not chosen and not self._home
-            reserved += self._bytes(unit)
-            fits = reserved <= self._memory
+            fits = sum(reserved.values()) + needed <= self._memory or alone
+            mine = used.get(share, 0), reserved.get(share, 0)
+            is_fair = not mine[0] or (
+                mine[0] + unit.count <= MOST_ROWS // parts
+                and mine[1] + needed <= self._memory // parts
+            )
+            if unit.count > rows or not fits or not (is_fair or parts == 1):
+                del heads[share]  # what is behind it in its line waits for it
+                continue
             tokens += len(unit.job.prompt)
-            if unit.count > rows or not (fits or alone) or (chosen and tokens > most):
+            if chosen and tokens > most:
                 break
             rows -= unit.count
+            used[share], reserved[share] = mine[0] + unit.count, mine[1] + needed
             chosen.append(unit)
+            following = next(lines[share], None)
+            if following is None:
+                del heads[share]
+            else:
+                heads[share] = following
         return chosen
+
+    def _make_room(self, queue: SampleQueue) -> None:
+        """Take rows back from shares that have more than their part, for those that have less.
+
+        The youngest samples go back to the head of their line and are computed again later, to the
+        same tokens. Those within a share's part are never taken, so every share makes progress.
+        """
+        parts = len(self._usage()[0].keys() | set(queue.shares()))
+        if parts == 1:
+            return
+        rows_each, bytes_each = MOST_ROWS // parts, self._memory // parts
+        for share in queue.shares():
+            unit = queue.line(share)[0]
+            needed = self._bytes(unit)
+            while True:
+                used, reserved = self._usage()
+                mine = used.get(share, 0)
+                is_full = len(self._rows.free) < unit.count
+                is_full |= sum(reserved.values()) + needed > self._memory
+                has_its_part = mine and (
+                    mine + unit.count > rows_each or reserved[share] + needed > bytes_each
+                )
+                if not is_full or has_its_part:
+                    break
+                greedy = [s for s in used if used[s] > rows_each or reserved[s] > bytes_each]
+                if not greedy:
+                    break
+                largest = max(greedy, key=lambda s: (reserved[s] / bytes_each, used[s]))
+                self._preempt(largest, queue)
+
+    def _preempt(self, share: Hashable, queue: SampleQueue) -> None:
+        """Put the youngest running unit of a share back into its line."""
+        youngest = next(u for u in reversed(self._unit.values()) if u.job.share == share)
+        rows = [row for row, unit in self._unit.items() if unit is youngest]
+        indexes = [int(self._rows.index[row]) for row in rows]
+        for row in rows:
+            self._release(row)
+        queue.put_back(Unit(youngest.job, index, 1) for index in sorted(indexes))
+
+    def _units(self, job: Job) -> list[Unit]:
+        """The samples of a job in units that share the keys and values of their prompt."""
+        count, width = len(job.sequences), GROUP_WIDTH
+        while width > 1 and self._bytes(Unit(job, 0, min(width, count))) > self._memory // 4:
+            width //= 2
+        return [Unit(job, i, min(width, count - i)) for i in range(0, count, width)]
 
     def _bytes(self, unit: Unit) -> int:
         """What a unit's keys and values may come to."""
@@ -331,6 +399,7 @@ class Sampler:
         rows = [self._rows.take(unit.job, unit.first + i) for i in range(unit.count)]
         share = self._bytes(unit) // unit.count
         for row in rows:
+            self._unit[row] = unit
             self._reserved[row] = share
             self._home[row] = self._pool(unit)
         return rows
@@ -606,6 +675,7 @@ class Sampler:
         )
 
     def _release(self, row: int) -> None:
+        self._unit.pop(row, None)
         pool = self._home.pop(row)
         if row in np.asarray(pool.members):
             pool.remove(row)

@@ -406,7 +406,7 @@ class Workshop:
             self.load_base(engine, sampler.base_model)
             engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
             self._open[engine_id] = 0
-        engine.submit_sample(ticket, engine_id, request, on_token=on_token)
+        engine.submit_sample(ticket, engine_id, request, on_token=on_token, share=sampler.owner)
         self._open[engine_id] += 1
         self._open.move_to_end(engine_id)
 
