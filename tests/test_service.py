@@ -37,6 +37,23 @@ def service(server, monkeypatch):
         yield made
 
 
+def test_the_embedded_engine_is_given_the_absolute_path_of_a_model(
+    service, server, monkeypatch, tmp_path
+):
+    """Checkpoints record it: from another folder a relative one would be another model."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service._session, "engine", object())
+        service.create_lora_training_client("model")
+        service.create_lora_training_client("tiny")
+    service.create_lora_training_client("model")  # on another machine, this folder says nothing
+
+    named = [body["base_model"] for body in server.bodies("create_model")]
+    assert [str(tmp_path / "model"), "tiny", "model"] == named
+
+
 def test_it_opens_a_session_and_ends_it(server, monkeypatch):
     plugged_in(monkeypatch, server)
     with tinkex.ServiceClient(user_metadata={"run": "a"}, project_id="p") as service:

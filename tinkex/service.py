@@ -25,6 +25,7 @@ from tinkex.runtime.restore import check_restore, restore
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect
 from tinkex.sampling import SamplingClient, check_source
+from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
 
 
@@ -160,6 +161,7 @@ class ServiceClient:
     ) -> Callable[[], TrainingClient]:
         """Check all arguments, and return the function that creates the model."""
         check_base_model(base_model)
+        base_model = self._recorded(base_model)
         check_observer(queue_state_observer)
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter must be the path of a PEFT adapter folder, got {adapter!r}.")
@@ -228,7 +230,10 @@ class ServiceClient:
             retry_config: when a failed request is sent again.
         """
         return SamplingClient.create(
-            self._session, model_path=model_path, base_model=base_model, retry_config=retry_config
+            self._session,
+            model_path=model_path,
+            base_model=base_model and self._recorded(base_model),
+            retry_config=retry_config,
         )
 
     def create_sampling_client_async(
@@ -243,6 +248,12 @@ class ServiceClient:
             lambda: self.create_sampling_client(model_path, base_model, retry_config),
             f"create_sampling_client of {model_path or base_model}",
         )
+
+    def _recorded(self, base_model: str) -> str:
+        """For the embedded engine a folder's absolute path: checkpoints record it, and may be
+        loaded from another working directory."""
+        is_embedded = self._session.engine is not None and isinstance(base_model, str)
+        return resolve_base_model(base_model) if is_embedded else base_model
 
     # The server.
 

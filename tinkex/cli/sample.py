@@ -178,13 +178,14 @@ def _read_prompt(prompt: str | None, prompt_file: Any) -> str:
 
 def what_to_sample(model: str) -> tuple[str | None, str | None]:
     """(base model, None) or (None, path of saved weights), depending on what *model* is."""
-    from tinkex.recipes import run_folder, settings
+    from tinkex.recipes import run_folder
+    from tinkex.text import tokenizer
 
     if model.startswith("tinker://"):
         return None, model
     state = run_folder.load_state(Path(model))
     if state is None:
-        return settings.resolve_base_model(model), None
+        return tokenizer.resolve_base_model(model), None
     if state.sampler_path is None:
         raise click.UsageError(
             f"The run in {model} is not finished ({progress_of(state)}). Finish it first with: "

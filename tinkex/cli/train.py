@@ -202,12 +202,13 @@ def _train(
     from tinkex import ServiceClient, errors
     from tinkex.cli import progress
     from tinkex.recipes import run_folder, settings, supervised
+    from tinkex.text.tokenizer import resolve_base_model
 
     state = run_folder.load_state(output)
     if state is not None and not state.has_begun and not resume:
         state = None  # it failed before it created a model
     _check_folder(output, state, resume)
-    given["base_model"] = given["base_model"] and settings.resolve_base_model(given["base_model"])
+    given["base_model"] = given["base_model"] and resolve_base_model(given["base_model"])
     if state is not None:
         data = data or tuple(state.data.splitlines())
         eval_data = eval_data or tuple((state.eval_data or "").splitlines())
@@ -326,10 +327,11 @@ def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None
 
 def _start_from_adapter(given: dict[str, Any], folder: Path) -> None:
     """Take over the rank and the layers of a PEFT adapter, and its base model if none is given."""
-    from tinkex.recipes import peft_adapter, settings
+    from tinkex.recipes import peft_adapter
+    from tinkex.text.tokenizer import resolve_base_model
 
     adapter = peft_adapter.read(folder)
-    model = given["base_model"] or settings.resolve_base_model(adapter.base_model)
+    model = given["base_model"] or resolve_base_model(adapter.base_model)
     given |= {
         **attrs.asdict(adapter),
         "base_model": model or None,

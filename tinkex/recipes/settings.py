@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from datetime import date as Date
-from pathlib import Path
 from typing import Any, Literal
 
 import attrs
 
 from tinkex.data import datums
-from tinkex.text import gguf, tokenizer
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -40,7 +38,7 @@ class Settings:
     """What a run was asked for. A resumed run must have the same, but for what is in `FREE`.
 
     Args:
-        base_model: name, or absolute path of a folder: see `resolve_base_model`.
+        base_model: name, or absolute path of a folder: see `tinkex.text.tokenizer`.
         learning_rate: the highest of the run, for AdamW; at most 1.
         schedule: "constant", or falling to 0 at the last step, "linear"ly or as a "cosine".
         warmup_steps: over which the learning rate first rises from 0.
@@ -105,14 +103,3 @@ class Settings:
 
 #: Settings that do not decide the result.
 FREE = {"eval_every", "save_every"}
-
-
-def resolve_base_model(name: str) -> str:
-    """
-    The absolute path if *name* is a folder or a GGUF file here, otherwise the name.
-
-    A relative path would mean another model, or none, from another working directory.
-    """
-    if name in tokenizer.BUILT_IN:
-        return name  # whatever folders there are
-    return str(Path(name).resolve()) if Path(name).is_dir() or gguf.is_gguf(name) else name

@@ -25,9 +25,10 @@ from tinkex import errors, types
 from tinkex.data import datums, files
 from tinkex.data.split import Plan, split
 from tinkex.recipes.run_folder import Metrics, State, check_same, save_state
-from tinkex.recipes.settings import Settings, resolve_base_model
+from tinkex.recipes.settings import Settings
 from tinkex.sampling import SamplingClient
 from tinkex.service import ServiceClient
+from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
 
 #: Jobs submitted but not yet awaited.

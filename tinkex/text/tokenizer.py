@@ -194,6 +194,17 @@ def tokenizer_id(model_name: str, told: str | None = None) -> str:
     return "/".join(parts[:2]) if len(parts) == 3 and all(parts) else name
 
 
+def resolve_base_model(name: str) -> str:
+    """
+    The absolute path if *name* is a folder or a GGUF file here, otherwise the name.
+
+    A relative path would mean another model, or none, from another working directory.
+    """
+    if name in BUILT_IN:
+        return name  # whatever folders there are
+    return str(Path(name).resolve()) if Path(name).is_dir() or gguf.is_gguf(name) else name
+
+
 _cache: dict[tuple[str, str | None, LoadFunction | None], Any] = {}
 _locks: dict[tuple[str, str | None, LoadFunction | None], threading.Lock] = {}
 _guard = threading.Lock()  # guards _cache and _locks
