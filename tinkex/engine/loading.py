@@ -16,9 +16,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from tinkex.engine import fetch, gguf, memory, registry, tiny, weights
+from tinkex.engine import fetch, gguf, memory, tiny, weights
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
 from tinkex.text import gguf as gguf_file
+from tinkex.text import registry
 
 ARCHITECTURES = registry.ARCHITECTURES
 

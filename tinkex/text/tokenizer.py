@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinkex import errors
-from tinkex.text import gguf, templates
+from tinkex.text import gguf, registry, templates
 
 T = TypeVar("T")
 
@@ -183,6 +183,9 @@ def tokenizer_id(model_name: str, told: str | None = None) -> str:
         raise TypeError(f"model_name must be a non-empty str, got {model_name!r}.")
     if model_name in BUILT_IN:
         return model_name  # it is in the package, wherever the server has it
+    if model_name in registry.KNOWN and not (told and Path(told).is_dir()):
+        # Fetched on this machine, too, or else what everybody can have.
+        return str(registry.find(model_name) or registry.KNOWN[model_name].hub_id)
     if told:
         return told if Path(told).is_absolute() else told.split(":", 1)[0]
     if Path(model_name).is_dir() or gguf.is_gguf(model_name):
