@@ -153,7 +153,7 @@ class RestClient:
         Args:
             output_dir: the folder to make.
             force: replace what is there; it stays until the new one is complete.
-            progress: is told (bytes so far, bytes in all or None).
+            progress: called with (bytes so far, total bytes or None).
 
         Returns:
             *output_dir* as a Path.
@@ -252,7 +252,7 @@ class RestClient:
         return self._connection.call(wire.CAPABILITIES)
 
     def health(self) -> types.HealthResponse:
-        """Ask the server whether it is well."""
+        """Ask the server for its health."""
         return self._connection.call(wire.HEALTHZ)
 
     def close(self) -> None:

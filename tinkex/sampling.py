@@ -472,7 +472,7 @@ def _unpickled(
     model_path: str | None,
     retry: Retry | None,
 ) -> SamplingClient:
-    """A copy of a client in (perhaps) another process, with numbers of its own."""
+    """A copy of a client, perhaps in another process, with separate numbers."""
     settings, engine = connect(settings=given)
     session = Session(settings, session_id=session_id, engine=engine, heartbeat=False)
     clone = random.randrange(1, 2**30)

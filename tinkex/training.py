@@ -1,7 +1,7 @@
 """TrainingClient: one model, trained by operations that run in the order you call them.
 
-Knows the operations of a model and what each call must check; sending in order is worker.py's,
-waiting for results polling.py's.
+Knows the operations of a model and what each call must check. Sending them in order is the business
+of runtime/model_queue.py and worker.py, waiting for results of polling.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ClientSpec:
     Attributes:
         options: of `TrainingClient.start`.
         restart: "temporary": a client that ended is not started again by itself, for its model's
-            state is on the server and only its owner knows from where to go on.
+            state is on the server and only its owner knows where to resume.
         shutdown: seconds to give `close`.
     """
 
@@ -127,7 +127,7 @@ class TrainingClient:
         adapter: str | None = None,
         config: config.Config | None = None,
     ) -> TrainingClient:
-        """Create a model in a session of its own, or attach to one that exists.
+        """Create a model in a new session, or attach to one that exists.
 
         Args:
             base_model: of the new model; needed without model_id.
@@ -713,7 +713,7 @@ def _count_tokens(data: list[types.Datum]) -> int:
 def _check_start(
     model_id: object, seq_id: object, model_seq_id: object, lora_config: object
 ) -> types.LoraConfig:
-    """The options of `start` that nobody else checks."""
+    """Check the options of `start` that are not checked elsewhere."""
     if model_id is not None and (not isinstance(model_id, str) or not model_id):
         raise TypeError(f"model_id must be the id of a model on the server, got {model_id!r}.")
     for name, value in (("seq_id", seq_id), ("model_seq_id", model_seq_id)):

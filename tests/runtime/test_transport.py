@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
+import responses
 
 from tests.support.fake_server import (
     URL,
@@ -48,35 +51,50 @@ def established(fresh, server):
 # What is sent.
 
 
-def test_a_request_carries_the_headers_of_the_protocol(established, server):
-    established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
-    [seen] = server.requests
-
-    assert {"session_id": "s0", "type": "session_heartbeat"} == seen.body
-    assert "application/json" == seen.headers["Content-Type"]
-    assert "application/json" == seen.headers["Accept"]
-    assert config.PROTOCOL_VERSION == seen.headers["X-Stainless-Package-Version"]
-    assert "0" == seen.headers["x-stainless-retry-count"]
-    assert seen.headers["User-Agent"].startswith("tinkex/")
-    assert str(len(seen.raw)) == seen.headers["Content-Length"]
+@pytest.fixture
+def canned():
+    """Plain answers from `responses`, for tests in which the server has no part to play."""
+    with responses.RequestsMock() as made:
+        made.get(HEALTHZ, json={"status": "ok"})
+        yield made
 
 
-def test_the_key_travels_in_its_header_and_is_not_sent_where_there_is_none(server):
-    with_key = transport(server, api_key="tml-secret")
-    with_key.call(wire.HEALTHZ)
-    transport(server).call(wire.HEALTHZ)
-    first, second = server.requests
-
-    assert "tml-secret" == first.headers["X-API-Key"]
-    assert "X-API-Key" not in second.headers
+def headers_of(canned, **options):
+    """What a health check sends."""
+    with closing(Transport(settings(**options))) as way:
+        way.call(wire.HEALTHZ)
+    return canned.calls[-1].request.headers
 
 
-def test_headers_of_the_configuration_go_with_every_request(server):
+def test_a_request_carries_the_headers_of_the_protocol():
+    url = f"{URL}/api/v1/session_heartbeat"
+    with responses.RequestsMock() as canned, closing(Transport(settings())) as way:
+        canned.post(url, json={"type": "session_heartbeat"})
+        way.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
+        request = canned.calls[0].request
+
+    assert {"session_id": "s0", "type": "session_heartbeat"} == json.loads(request.body)
+    assert "application/json" == request.headers["Content-Type"]
+    assert "application/json" == request.headers["Accept"]
+    assert config.PROTOCOL_VERSION == request.headers["X-Stainless-Package-Version"]
+    assert "0" == request.headers["x-stainless-retry-count"]
+    assert request.headers["User-Agent"].startswith("tinkex/")
+    assert str(len(request.body)) == request.headers["Content-Length"]
+
+
+def test_the_key_travels_in_its_header(canned):
+    assert "tml-secret" == headers_of(canned, api_key="tml-secret")["X-API-Key"]
+
+
+def test_without_a_key_its_header_is_not_sent(canned):
+    assert "X-API-Key" not in headers_of(canned)
+
+
+def test_headers_of_the_configuration_go_with_every_request(canned):
     """Cloudflare Access, for one."""
-    way = transport(server, default_headers={"CF-Access-Client-Id": "me"})
-    way.call(wire.HEALTHZ)
+    sent = headers_of(canned, default_headers={"CF-Access-Client-Id": "me"})
 
-    assert "me" == server.requests[0].headers["CF-Access-Client-Id"]
+    assert "me" == sent["CF-Access-Client-Id"]
 
 
 def test_a_resend_has_the_same_bytes_and_idempotency_key_and_counts_up(established, server):

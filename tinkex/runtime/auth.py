@@ -31,7 +31,8 @@ class TokenKeeper:
     """Holds the token, and gets the next one in time.
 
     Args:
-        exchange: makes a token (one request to the server); is told whether to be patient.
+        exchange: makes a token (one request to the server); called with True if nothing else is
+            left to send.
         credential: gives the key, or the output of the credential command.
         now: seconds since the epoch.
     """
@@ -70,7 +71,7 @@ class TokenKeeper:
             self._lock.release()
 
     def refused(self) -> bool:
-        """The server says that the token is invalid: get another. Whether there is one."""
+        """Replace a token that the server calls invalid. Returns True if there is another one."""
         with self._lock:
             if self._exchanging:
                 return False

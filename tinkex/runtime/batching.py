@@ -87,7 +87,7 @@ def join_metrics(metrics: Sequence[dict[str, float]], weights: Sequence[int]) ->
     """The metrics of several batches as one; the word after the last ':' of a name says how.
 
     sum, min, max; mean (weighted by the number of outputs); slack = max - mean; unique keeps each
-    under a name of its own (`x:unique`, `x:unique_2`, ...); hash2 and hash_unordered add as 64-bit
+    under a separate name (`x:unique`, `x:unique_2`, ...); hash2 and hash_unordered add as 64-bit
     integers; anything else is averaged like mean. A batch without the metric does not count.
     """
     joined: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """The embedded engine: a training server of our own, started as a child process.
 
 Starts it on a free port of the loopback interface, makes sure that what answers there is what was
-started, and ends it. Knows nothing of what it does.
+started, and ends it. Does not know what the engine computes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NEEDED = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "zstan
 
 
 class EmbeddedEngine:
-    """A running child process that serves the API at `base_url` to whoever has `api_key`.
+    """A running child process that serves the API at `base_url` to clients with `api_key`.
 
     The child holds none of our pipes (its output goes to a file), ends when `close` is called or
     this process does, even by kill -9, and never outlives it.

@@ -1,7 +1,7 @@
 """Asking the server "done yet?" and resolving futures with what it answers.
 
 Polling means: again, because the answer was "not yet". Again because a request failed is retry, and
-lives in transport.py. Knows nothing of models or of the order of operations.
+lives in transport.py. Does not know about models or the order of operations.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Promise(Generic[T]):
         deadline: on the poller's clock; None is never.
         resubmit: sends the same request again (same seq_id) and returns the server's handle; for
             a server that has lost the promise. None where that cannot be done.
-        on_queue_state: is told (state, reason) when the server says why it waits.
+        on_queue_state: called with (state, reason) when the server says why it waits.
     """
 
     request_id: str

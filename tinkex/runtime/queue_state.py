@@ -1,4 +1,4 @@
-"""Queue states: what a server says about why an operation waits, and who is told.
+"""Queue states: what a server says about why an operation waits, and who is called.
 
 Does not know about HTTP; reads decoded answers.
 """

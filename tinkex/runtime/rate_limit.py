@@ -1,7 +1,7 @@
-"""How much sampling goes on at once: by one sampler, and by everybody who samples with one key.
+"""How many samples run at once: of one sampler, and of all samplers with one key.
 
 A server that answers 429 is asked less often, by all samplers of that key at once, and gets the
-full speed back step by step. Knows nothing of HTTP.
+full speed back step by step. Does not know about HTTP.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Pace:
 class Places:
     """So many samples at a time, from their start to their end; the rest stand in line.
 
-    No thread waits in it. Whoever takes a place calls `leave` when all is over, once.
+    No thread waits in it. A sample that took a place calls `leave` once, when it is done.
     """
 
     def __init__(self, count: int) -> None:

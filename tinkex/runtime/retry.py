@@ -146,8 +146,8 @@ class Server(Protocol):
 class Tries:
     """One request's tries, one after another; the methods are tenacity's strategies.
 
-    *seen* is whether an earlier try may have reached the server: then a failure for good leaves it
-    unknown whether the request was carried out.
+    *seen* is True if an earlier try may have reached the server: then, after a final failure, it is
+    unknown whether the request was executed.
     """
 
     def __init__(self, server: Server, policy: Retry, wait: Wait) -> None:
@@ -236,7 +236,7 @@ def _may_be_stray(exc: errors.APIError) -> bool:
 def _outcome_unknown(exc: errors.APIError) -> errors.OutcomeUnknownError:
     unknown = errors.OutcomeUnknownError(
         f"outcome unknown: an earlier try got no answer, and the resend was refused ({exc}). "
-        "It may or may not have run; load the last checkpoint into a new client and go on there.",
+        "It may or may not have run; load the last checkpoint into a new client to continue.",
         status=409,
         detail=getattr(exc, "detail", ""),
         body=getattr(exc, "body", None),
@@ -249,7 +249,7 @@ def _outcome_unknown(exc: errors.APIError) -> errors.OutcomeUnknownError:
 
 
 def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
-    """On first contact: an unknown name, a bad certificate, a port where nobody listens."""
+    """On first contact: an unknown name, a bad certificate, a port without a server."""
     cause = str(exc.__cause__)
     if any(word in cause for word in ("NameResolution", "getaddrinfo", "certificate", "SSLError")):
         return True
@@ -257,7 +257,7 @@ def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
 
 
 def _may_have_been_seen(exc: errors.APIError) -> bool:
-    """Whether the server may have carried the request out, for all we know."""
+    """True if the server may have executed the request."""
     if isinstance(exc, errors.APIStatusError):
         return exc.status >= 500 or exc.status == 408
     cause = str(exc.__cause__)

@@ -126,7 +126,7 @@ class CompletionWatch:
                     self._fail_all(exc)
                 else:
                     pause(seconds(WATCH_FAILED))
-            except BaseException as exc:  # whatever it is, nobody may wait for ever
+            except BaseException as exc:  # whatever it is, no sample may wait forever
                 logger.exception("waiting for samples failed")
                 self._fail_all(exc)
         for promise in left:
@@ -180,7 +180,7 @@ class CompletionWatch:
         return self._strays[status] <= FEW_TRIES.get(status, 0)
 
     def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
-        """Hand what is finished to the poller. Whether there was anything new.
+        """Hand what is finished to the poller. Returns True if anything was new.
 
         *forgotten*: what the server will tell of no more.
         """

@@ -1,6 +1,6 @@
 """What the clients of one server session share: connection, poller, heartbeat, numbers, features.
 
-Knows nothing of what the operations are for.
+Does not know what the operations are for.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds that the end of a session takes at most; after Ctrl-C, when nobody wants to wait.
+#: Seconds that the end of a session takes at most: usually, and after Ctrl-C.
 CLOSE_TIMEOUT, HURRIED_TIMEOUT = 4.0, 0.3
 
 
 class Dependent(Protocol):
-    """Something with threads of its own that are of no use without the session."""
+    """An object with threads that are useless without the session."""
 
     def end(self) -> None:
         """Take nothing more and end soon; returns at once."""
@@ -160,7 +160,7 @@ class Connection:
             self._let_go()
 
     def _begin_closing(self) -> bool:
-        """Take nothing more. Whether this is the first to say so."""
+        """Take nothing more. Returns True on the first call."""
         with self._lock:
             first = not self._closed.is_set()
             self._closed.set()
@@ -221,7 +221,7 @@ class Session(Connection):
         self.model_numbers = Numbers()
         #: Shared by create_sampling_session and unnamed save_weights_for_sampler.
         self.sampler_numbers = Numbers()
-        #: Whether the server creates a model from a checkpoint in one request; None: not known yet.
+        #: True if the server creates a model from a checkpoint in one request; None: not known yet.
         self.restores_at_once: bool | None = None
         self._background = Pool(16, "tinkex-background")
         #: Submits samples.
@@ -286,7 +286,7 @@ class Session(Connection):
         *send* posts the request and returns the server's promise, or the result itself from servers
         that answer at once. What it raises is raised here: then the operation was not accepted.
         *watcher* waits for the promise instead of the poller; it then sees to lost promises, too.
-        *wait* is told of failures; None begins one of its own.
+        *wait* notes failures; None begins a new one.
         """
         self.check_usable()
         own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
@@ -375,7 +375,7 @@ class Session(Connection):
         headers = {"Content-Type": content_type}
         if encoding:
             headers["Content-Encoding"] = encoding
-        # Known once: whether it is taken. Until then, such a refusal is what we want to hear of.
+        # Until it is known whether the server takes protobuf, such a refusal is the answer.
         probing = protobuf and self.protobuf is None
         return self.transport.send(
             "POST",

@@ -17,7 +17,7 @@ logger = logging.getLogger("tinkex")
 
 
 class Wait:
-    """One thing that is waited for. Its fields are written by whoever waits, read by the log."""
+    """One thing that is waited for. The waiting thread writes its fields, the log reads them."""
 
     __slots__ = (
         "detail",

@@ -1,6 +1,6 @@
 """The ordered worker: one thread that makes calls in the order they were put.
 
-Knows nothing of HTTP, nor of what a call means: it is handed callables.
+Does not know about HTTP or what a call means; takes callables.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class OrderedWorker:
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
         """Take no more calls; make those that wait (or cancel them), then end the thread.
 
-        Returns whether the thread has ended within *timeout* seconds. When it has not, what still
+        Returns True if the thread has ended within *timeout* seconds. When it has not, what still
         waits is failed. Safe to call twice, and from a future's callback.
         """
         if cancel:
