@@ -90,6 +90,8 @@ class FakeEngine:
             targets = datum.loss_fn_inputs["target_tokens"].to_numpy().astype(np.float64)
             if (targets == 666).any():
                 raise ValueError("token 666 is cursed; leave it out.")
+            if (targets == 668).any():
+                np.empty(2**50, np.uint8)  # raises MemoryError
             if (targets == 667).any():
                 raise RuntimeError("a bug was found.")
             logprobs = -np.abs(np.sin(targets + model.weight))

@@ -18,6 +18,7 @@ import numpy as np
 
 from tinkex import errors, types, wire
 from tinkex.server.http_errors import Refusal
+from tinkex.server.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def answer(outcome: Any, what: str) -> Answer:
 def failure(exc: Exception, what: str) -> Answer:
     """Encode an exception as a sentence and a category."""
     sentence, category = explained(exc)
-    if category == "server":
+    if category == "server" or out_of_memory(exc) is not None:  # the allocator's text, to the log
         logger.error("%s failed: %s", what, sentence, exc_info=exc)
     return Answer("failure", wire.dumps({"error": f"{what}: {sentence}", "category": category}))
 
@@ -93,6 +94,9 @@ def explained(exc: Exception) -> tuple[str, str]:
         return exc.sentence, exc.category
     if isinstance(exc, (ValueError, errors.TinkexError)):
         return str(exc), "user"
+    memory = out_of_memory(exc)
+    if memory is not None:
+        return memory, "user"
     if isinstance(exc, (OSError, sqlite3.Error)):
         where = f" ({exc.filename})" if isinstance(exc, OSError) and exc.filename else ""
         reason = exc.strerror if isinstance(exc, OSError) else exc
