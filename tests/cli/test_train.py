@@ -286,3 +286,13 @@ def test_an_absurd_learning_rate_is_refused_at_the_start(train, service, rate, c
     assert 0 != train("--learning-rate", rate)
     assert "learning_rate must be above 0 and at most 1" in capsys.readouterr().err
     assert [] == service.addresses
+
+
+def test_a_number_type_is_of_the_embedded_engine_only(run, tmp_path):
+    """A server at --base-url has its own."""
+    address = ["--base-url", "http://127.0.0.1:1", "--dtype", "bfloat16"]
+
+    status, _, error = run("train", "x.jsonl", "--output", str(tmp_path / "run"), *address)
+
+    assert 2 == status
+    assert "start the server at --base-url with `tinkex serve --dtype`" in error

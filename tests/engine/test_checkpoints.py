@@ -20,7 +20,7 @@ TOKENS = np.arange(40) * 7 % hf.VOCAB
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def base(request, tmp_path_factory):
-    """A model with a head of its own, and one whose head is its embedding."""
+    """A model with a separate head, and one whose head is its embedding."""
     return hf.make_base(tmp_path_factory.mktemp("base"), request.param)
 
 
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"it lacks adapter_config\.json"):
         engine.load("m", tmp_path, optimizer=False)
     (directory / "checkpoint.json").write_text('{"format": 1, "base_model": "tiny"}')
-    with pytest.raises(ValueError, match="lacks 'rank'; it is not whole"):
+    with pytest.raises(ValueError, match="lacks 'rank'; it is incomplete"):
         engine.load("m", directory, optimizer=False)
     (directory / "checkpoint.json").unlink()
     (directory / "adapter_model.safetensors").write_bytes(b"broken")

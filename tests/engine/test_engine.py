@@ -218,7 +218,7 @@ def test_masked_positions_have_logprobs_but_no_gradient(tmp_path):
     assert output.loss == pytest.approx(-expected[50:].sum(), rel=1e-5)
 
 
-def test_the_norm_before_clipping_is_told():
+def test_the_norm_before_clipping_is_reported():
     """As the service does, when clipping is on."""
     engine = _engine("m")
     hf.drive(engine.forward_backward("m", _data(), "cross_entropy", None))
@@ -305,9 +305,9 @@ def test_ids_that_are_taken_or_unknown_are_refused():
     engine = _engine("m")
     engine.open_sampler("s", "tiny")
 
-    with pytest.raises(ValueError, match="there is a model 'm' already"):
+    with pytest.raises(ValueError, match="model 'm' already exists"):
         engine.create_model("m", "tiny", types.LoraConfig(), seed=0)
-    with pytest.raises(ValueError, match="there is a sampler 's' already"):
+    with pytest.raises(ValueError, match="sampler 's' already exists"):
         engine.open_sampler("s", "tiny")
     engine.unload("m")
     engine.close_sampler("s")

@@ -16,6 +16,7 @@ from tests.support import hf_reference as hf
 from tinkex import types
 from tinkex.engine import loading, memory
 from tinkex.engine.engine import Engine
+from tinkex.server import app
 
 CPU = torch.device("cpu")
 
@@ -301,3 +302,11 @@ def test_loading_takes_little_more_memory_than_the_weights(base, dtype, tmp_path
 
     assert 0 == done.returncode, done.stderr
     assert 0.9 < float(done.stdout.splitlines()[-1]) <= 1.15
+
+
+def test_the_server_makes_an_engine_of_the_wanted_type():
+    """`tinkex serve --dtype bfloat16`, on a CPU, too."""
+    engine = app.make_engine("bfloat16")
+    engine.load_base("tiny")
+
+    assert torch.bfloat16 == engine._bases["tiny"].base.dtype

@@ -72,7 +72,7 @@ def test_clipping_is_that_of_torch(largest):
 
 
 def test_a_step_without_gradient_still_counts():
-    """Momentum goes on; the count of steps is part of the state."""
+    """Momentum is kept; the count of steps is part of the state."""
     weights, optimizer = torch.zeros(3), optim.AdamW(3, torch.device("cpu"))
 
     optimizer.step(weights, torch.zeros(3), types.AdamParams())

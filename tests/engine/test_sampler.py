@@ -144,7 +144,7 @@ def test_each_adapter_samples_as_itself(engine):
 
 
 def test_sequences_that_end_early_leave_the_others_right(engine):
-    """Their places in the cache are taken over; nobody may read what was there before."""
+    """Their places in the cache are reused; the old content must never be read."""
     requests = [
         ("a", request(prompt, num_samples=n, max_tokens=3 + 5 * i % 17, seed=i))
         for i, (prompt, n) in enumerate(zip(PROMPTS * 4, [1, 2, 3, 1, 5, 1, 1] * 4))
@@ -442,7 +442,7 @@ def test_who_joins_a_running_batch_samples_as_itself(engine):
 # -- streams, cancelling, mistakes ---------------------------------------------------------------
 
 
-def test_tokens_are_told_as_they_appear(engine):
+def test_tokens_are_reported_as_they_appear(engine):
     """In order within each sequence, with the logprobs of the answer."""
     told = []
 
@@ -458,7 +458,7 @@ def test_tokens_are_told_as_they_appear(engine):
 
 
 def test_a_cancelled_request_leaves_nothing_behind(engine):
-    """And the others go on as if it had never been."""
+    """And the others continue as if it had never been there."""
     mine = request(PROMPTS[2], num_samples=2, max_tokens=10)
     alone = tokens_of(ask(engine, ("a", mine))[0])
     engine.submit_sample("mine", "a", mine)

@@ -10,7 +10,7 @@ from tinkex.engine import token_sampling
 
 
 def _settings(n, *, seed=0, temperature=1.0, top_k=0, top_p=1.0):
-    """n rows of one request, each at a position of its own."""
+    """n rows of one request, each at a separate position."""
     return token_sampling.Settings(
         np.repeat(token_sampling.sequence_keys(seed, 1), n),
         np.arange(n),
@@ -110,7 +110,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_the_samples_of_a_request_differ():
-    """Sample i has a key of its own, and so has each seed."""
+    """Each sample has its own key, and so has each seed."""
     keys = {int(k) for seed in (0, 1, 2**63 - 1) for k in token_sampling.sequence_keys(seed, 50)}
 
     assert 150 == len(keys)

@@ -67,7 +67,7 @@ class FakeEngine:
 
     def create_model(self, model_id, base_model, lora, *, seed, adapter=None):
         if model_id in self.models:
-            raise ValueError(f"there is a model {model_id!r} already.")
+            raise ValueError(f"model {model_id!r} already exists.")
         self.log.append(("create", model_id))
         self.models[model_id] = Model(base_model, np.random.default_rng(seed).random())
 

@@ -5,7 +5,7 @@ A saved directory holds
     checkpoint.json                                  base model, rank, reach, format version
     optimizer.safetensors                            moments and step count, if asked for
 and a snapshot holds checkpoint.json and live.safetensors: everything that is in memory, exactly.
-Every file is synced to disk. Knows nothing of engines, names or paths inside the home directory.
+Every file is synced to disk. Does not know about engines or the layout of the home directory.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _write_info(directory: Path, info: Info) -> None:
 
 
 def read_info(directory: Path) -> Info:
-    """What the adapter in *directory* is of: ours, or PEFT's (its reach taken from its modules).
+    """Base model and shape of the adapter in *directory*: ours, or PEFT's (shape by its modules).
 
     Raises:
         ValueError: If there is no adapter, or it is not plain LoRA.
@@ -168,11 +168,11 @@ def _read_info(directory: Path) -> Info:
         shape = Shape(**{name: content[name] for name in attrs.fields_dict(Shape)})
         return Info(content["base_model"], shape)
     except KeyError as exc:
-        raise ValueError(f"{str(directory / CHECKPOINT)!r} lacks {exc}; it is not whole.") from exc
+        raise ValueError(f"{str(directory / CHECKPOINT)!r} lacks {exc}; it is incomplete.") from exc
 
 
 def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
-    """Read an adapter (ours or PEFT's) into *flat*; modules that it lacks stay as they are.
+    """Read an adapter (ours or PEFT's) into *flat*; modules that it lacks keep their values.
 
     An alpha other than ours is folded into B.
 
@@ -195,8 +195,8 @@ def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
             there = "nothing" if target is None else f"shape {list(target.shape)}"
             raise ValueError(
                 f"the adapter {str(directory)!r} has {name!r} with shape {list(tensor.shape)}, "
-                f"where the model has {there}; it is of another base model, or the model is to "
-                "be created with other train_attn, train_mlp, train_unembed."
+                f"where the model has {there}; it belongs to another base model, or the model "
+                "has to be created with different train_attn, train_mlp, train_unembed."
             )
         target.copy_(tensor if letter == "A" or factor == 1 else tensor * factor)
 
@@ -205,8 +205,8 @@ def _module(name: str, directory: Path) -> tuple[str, str]:
     match = _PEFT_NAME.match(name)
     if match is None:
         raise ValueError(
-            f"the adapter {str(directory)!r} holds {name!r}, which is no LoRA matrix of a linear "
-            "layer; only plain LoRA can be read."
+            f"the adapter {str(directory)!r} holds {name!r}, which is not a LoRA matrix of a "
+            "linear layer; only plain LoRA can be read."
         )
     return match[1], match[2]
 
@@ -226,7 +226,7 @@ def _peft_config(directory: Path) -> dict[str, Any]:
     missing = [file for file in (ADAPTER_CONFIG, ADAPTER) if not (directory / file).is_file()]
     if missing:
         raise ValueError(
-            f"{str(directory)!r} is no adapter directory: it lacks {' and '.join(missing)}."
+            f"{str(directory)!r} is not an adapter directory: it lacks {' and '.join(missing)}."
         )
     config = _read_json(directory / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
@@ -251,7 +251,7 @@ def _read(path: Path, *needed: str) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} cannot be read as safetensors: {exc}") from exc
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}; it is not whole.")
+        raise ValueError(f"{str(path)!r} lacks {', '.join(missing)}; it is incomplete.")
     return tensors
 
 
@@ -343,7 +343,7 @@ class _Changes:
         if weight.shape != (len(b), a.shape[1]):
             raise ValueError(
                 f"the adapter changes {name!r} by shape {[len(b), a.shape[1]]}, but the base "
-                f"model's has {list(weight.shape)}; it is of another base model."
+                f"model's has {list(weight.shape)}; it belongs to another base model."
             )
         return torch.addmm(weight.float(), b, a, alpha=self._scale).to(weight.dtype)
 
@@ -368,7 +368,7 @@ def _write_merged(
     if changes.left:
         raise ValueError(
             f"the adapter changes {sorted(changes.left)[0]!r}, which the base model does not have; "
-            "it is of another base model."
+            "it belongs to another base model."
         )
     if untie:
         config["tie_word_embeddings"] = False

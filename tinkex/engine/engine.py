@@ -1,8 +1,8 @@
 """The engine: base models, the adapters that are trained on them, and samplers, by id.
 
-Knows nothing of HTTP, users, order numbers or what is kept where. Single-threaded: one thread makes
-all calls; only `base_info` may be asked from others. What the caller did wrong is a ValueError with
-a full sentence.
+Does not know about HTTP, users, sequence numbers or where files are kept. Single-threaded: one
+thread makes all calls; only `base_info` may be called from others. Wrong arguments raise ValueError
+with a full sentence.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BaseInfo:
 
     @property
     def supported_model(self) -> types.SupportedModel:
-        """The same in the words of get_server_capabilities."""
+        """The same as an entry of get_server_capabilities."""
         return types.SupportedModel(self.name, self.max_context_length)
 
 
@@ -91,7 +91,7 @@ class _Adapter:
 
 
 class Engine:
-    """Everything that is in memory.
+    """Base models, models and samplers in memory.
 
     Args:
         device: "auto" (an accelerator if there is one), "cpu", "cuda", ...
@@ -164,7 +164,7 @@ class Engine:
             ValueError: If the id is taken, or the adapter does not fit.
         """
         if model_id in self._models:
-            raise ValueError(f"there is a model {model_id!r} already; choose another id.")
+            raise ValueError(f"model {model_id!r} already exists; choose another id.")
         shape = lora.Shape(
             lora_config.rank,
             lora_config.train_attn,
@@ -288,7 +288,7 @@ class Engine:
             checkpoints.write_optimizer(directory, state.m, state.v, state.steps)
 
     def load(self, model_id: str, directory: Path, *, optimizer: bool) -> None:
-        """Take over a checkpoint's weights, and its optimizer's state or else a fresh one.
+        """Load a checkpoint's weights, and its optimizer state or else a fresh one.
 
         Raises:
             ValueError: If it does not fit the model, or holds no optimizer state.
@@ -357,7 +357,7 @@ class Engine:
             ValueError: If the id is taken, or the adapter cannot be read or does not fit.
         """
         if sampler_id in self._samplers:
-            raise ValueError(f"there is a sampler {sampler_id!r} already; choose another id.")
+            raise ValueError(f"sampler {sampler_id!r} already exists; choose another id.")
         loaded = self._base(base_model)
         finished = None if directory is None else self._finished(loaded, directory)
         self._samplers[sampler_id] = _Adapter(loaded, finished)
@@ -378,7 +378,7 @@ class Engine:
         return finished
 
     def close_sampler(self, sampler_id: str) -> None:
-        """Forget a sampler; what it was asked already is still answered."""
+        """Forget a sampler; requests already submitted are still answered."""
         self._sampler(sampler_id)
         del self._samplers[sampler_id]
 
@@ -433,7 +433,7 @@ class Engine:
 
     @property
     def has_samples(self) -> bool:
-        """Whether `sample_step` has something to do."""
+        """True if `sample_step` has something to do."""
         return any(loaded.sampler.is_busy for loaded in self._bases.values())
 
 

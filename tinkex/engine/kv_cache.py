@@ -3,7 +3,7 @@
 Preallocated, grown by doubling, always dense: when a sequence ends, the last one takes its place.
 Samples of one prompt share the prompt's keys and values (`SharedPool`); single samples have prompt
 and continuation in one row (`SinglePool`). Sequences of similar prompt length form a pool, so that
-a step attends to all of them at once with little padding. Knows nothing of requests.
+a step attends to all of them at once with little padding. Does not know about requests.
 
 Notation: n sequences, S samples of a prompt, H heads, G key/value heads, D head size, T positions.
 """

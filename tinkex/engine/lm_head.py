@@ -5,7 +5,7 @@ blocks of columns with a running maximum and total, as flash attention reads its
 2022): a block of logits stays in the processor's cache and is never kept. A head that is being
 trained is read in chunks of rows, since its own gradient needs every probability.
 
-Knows nothing of losses: it is handed their derivative.
+Does not know about losses; takes their derivative as a callable.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def row_count(vocab: int) -> int:
 def softmax_(logits: Tensor, wanted: Tensor) -> Tensor:
     """Turn float32 logits (n, V) into probabilities in place; give logprobs of *wanted* (n, K).
 
-    The log-normaliser is had from the largest logit and its probability, so that the target's
+    The log-normaliser is computed from the largest logit and its probability, so that the target's
     log-probability is exact even where its probability underflows.
     """
     largest = logits.amax(dim=1, keepdim=True)

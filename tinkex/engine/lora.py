@@ -1,8 +1,8 @@
 """LoRA: low-rank matrices beside the frozen ones (Hu et al. 2021), y = W x + (alpha / rank) B A x.
 
 An adapter is one flat float32 vector with a view for each matrix, so that the optimizer, clipping
-and snapshots are single operations on it. Knows the base model's matrices by their keys, and
-nothing of layers, losses or files.
+and snapshots are single operations on it. Knows the base model's matrices by their keys; does
+not know about layers, losses or files.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Workspace:
         self._merged: set[str] = set()
 
     def belongs_to(self, owner: object) -> bool:
-        """Whether what is merged here is *owner*'s."""
+        """True if the merged copies are *owner*'s."""
         return bool(owner == self._owner)
 
     def merged(
@@ -176,7 +176,7 @@ class Workspace:
 
 
 def can_merge(linears: Mapping[str, FusedLinear]) -> bool:
-    """Whether folding adapters into copies of the matrices is exact enough and fits in memory."""
+    """True if folding adapters into copies of the matrices is exact enough and fits in memory."""
     weights = [linear.weight for linear in linears.values()]
     size = sum(w.numel() * w.element_size() for w in weights)
     return size <= MERGE_LIMIT and all(w.dtype == torch.float32 for w in weights)
@@ -215,12 +215,12 @@ class TrainedLinears:
         self._workspace = workspace
 
     def prepare(self) -> None:
-        """Do now what several threads would do at once when each first needs it."""
+        """Merge or stack now what several threads would otherwise compute at the same time."""
         for key in self._pairs:
             self._weight(key)
 
     def twin(self) -> TrainedLinears:
-        """The same matrices with a gradient of its own, for another thread."""
+        """The same matrices with a separate gradient, for another thread."""
         gradient = None if self._gradient is None else torch.zeros_like(self._gradient)
         return TrainedLinears(
             self._linears, self._layout, self._flat, gradient, self._workspace, self._owner
@@ -387,7 +387,7 @@ class Stack:
         return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(runs))
 
     def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
-        """*pair*, or nothing of the shape of *like*, with ranks filled up with zeros."""
+        """*pair*, or nothing of the shape of *like*, with ranks padded with zeros."""
         if pair is None:
             pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
         rank = len(pair.b[0])
@@ -447,7 +447,7 @@ class MixedLinears:
         return y
 
     def prepare(self) -> None:
-        """Do now what several threads would do at once when each first needs it."""
+        """Merge or stack now what several threads would otherwise compute at the same time."""
         need = self._stack.get if self._is_mixed else self._whole
         for key in self._linears:
             need(key)

@@ -2,7 +2,7 @@
 
 All losses are plain sums over tokens and datums. Each function here takes the log-probabilities of
 one packed batch and gives, token by token, the loss and its derivative at the log-probability.
-Knows nothing of models. Which inputs and settings each takes is in `tinkex.types.LOSS_FUNCTIONS`.
+Does not know about models. `tinkex.types.LOSS_FUNCTIONS` has the inputs and settings of each.
 """
 
 from __future__ import annotations

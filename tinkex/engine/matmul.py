@@ -1,4 +1,4 @@
-"""Matrix products as the machine likes them. Knows nothing of what they mean.
+"""Matrix products by the fastest library for their shape. Does not know what they mean.
 
 torch multiplies float32 on a CPU with MKL, which keeps its AVX-512 kernels for Intel's processors:
 on others it reaches half of what the cores can do. oneDNN, which torch brings along, reaches all of
@@ -93,7 +93,7 @@ def add_product(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None
 
 
 def _is_worth(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can multiply these, and it pays. It takes no derivatives."""
+    """True if oneDNN can multiply these faster. It computes no derivatives."""
     return (
         (x.numel() * len(weight) >= WORTH_ASKING or weight.numel() >= LARGE)
         and x.dtype == weight.dtype == torch.float32

@@ -1,11 +1,11 @@
 """The base model: frozen weights of a Llama-style causal LM, and its forward and backward passes.
 
-Sequences are packed: a batch is the (N, width) rows of all its tokens, one sequence behind the
+Sequences are packed: a batch is the (N, width) rows of all its tokens, one sequence after the
 other, without padding. Attention alone knows where one sequence ends. The backward pass is written
 by hand (no gradient of base weights, little saved, the rest recomputed); only the attention kernel
 itself is differentiated by torch.
 
-Knows nothing of LoRA: it is handed `Linears`, which apply the matrices (and take their gradients).
+Does not know about LoRA; takes `Linears`, which apply the matrices and accumulate their gradients.
 
 Notation in comments: N tokens, d width, H heads, G key/value heads, D head size, V vocabulary.
 """
@@ -426,7 +426,7 @@ class Training:
             kept = self._kept.pop()
             saved = kept if isinstance(kept, Saved) else self._layer(i, kept, True)[1]
             if saved is None:
-                raise RuntimeError("a layer saved nothing to go back on.")
+                raise RuntimeError("a layer saved nothing for its backward pass.")
             dx = self._layer_backward(i, dx, saved)
 
     def _layer_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
@@ -467,5 +467,5 @@ def kind_of(device: torch.device) -> str:
 def given(x: Tensor | None) -> Tensor:
     """x, which cannot be None here."""
     if x is None:
-        raise RuntimeError("a gradient that was asked for did not come.")
+        raise RuntimeError("a requested gradient was not computed.")
     return x

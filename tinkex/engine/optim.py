@@ -1,7 +1,7 @@
 """AdamW over one flat vector of parameters (Loshchilov and Hutter 2019), as torch.optim.AdamW.
 
 Every setting comes with the step that it is for; the moments and the count of steps stay here.
-Knows nothing of what the parameters mean.
+Does not know what the parameters mean.
 """
 
 from __future__ import annotations

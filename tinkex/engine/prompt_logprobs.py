@@ -1,5 +1,5 @@
-"""What a sample request wants to know of its prompt: log-probabilities of its tokens, of others in
-their place, and the likeliest ones. Knows nothing of the running batch.
+"""Prompt log-probabilities of a sample request: of its tokens, of other tokens in their place, and
+of the likeliest tokens. Does not know about the running batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _score_rows(
 def _set_scores(
     job: Job, scores: npt.NDArray[np.float32], topk: types.TopkLogprobs | None = None
 ) -> None:
-    """Give a job its scores (n, K) of the last n positions; there are none of those before."""
+    """Give a job its scores (n, K) of the last n positions; earlier positions have none."""
     request, before = job.request, len(job.prompt) - len(scores)
     targets = request.target_prompt_logprobs
     padded = np.pad(scores, ((before, 0), (0, 0)), constant_values=np.nan)

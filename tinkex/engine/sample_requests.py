@@ -1,6 +1,6 @@
 """A sample request, checked against the model, and what it has come to so far.
 
-Knows nothing of how tokens are computed.
+Does not know how tokens are computed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Job:
     told: dict[int, int] = attrs.field(factory=dict)
 
     def start_again(self) -> None:
-        """Forget what was computed. The same tokens follow, and none is told twice."""
+        """Forget what was computed. The same tokens follow, and none is reported twice."""
         self.sequences = [None] * len(self.sequences)
         self.scores = None
 
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def wants_scores(self) -> bool:
-        """Whether anything of the prompt is asked for."""
+        """True if anything about the prompt is requested."""
         asked = self.request
         targets = asked.target_prompt_logprobs
         return bool(asked.prompt_logprobs or asked.topk_prompt_logprobs or targets is not None)

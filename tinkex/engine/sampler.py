@@ -2,7 +2,7 @@
 
 A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
 once), then gives every running sequence one more token. One `Sampler` serves one base model and any
-number of adapters over it. Knows nothing of HTTP, of users, or of where adapters come from.
+number of adapters over it. Does not know about HTTP, users, or where adapters come from.
 """
 
 from __future__ import annotations
@@ -642,7 +642,7 @@ class Sampler:
                 self._rows.topk[int(rows[i])].append((ids, logprobs))
 
     def _completes_stop(self, row: int, job: Job) -> bool:
-        """Whether the last token has completed a stop string."""
+        """True if the last token has completed a stop string."""
         if self._decode is None:
             raise RuntimeError("a job with stop strings was queued without a decoder.")
         longest = max(len(stop.encode()) for stop in job.stop_strings)

@@ -3,7 +3,7 @@
 The noise is Gumbel noise (the likeliest token after adding it is a sample), computed from the
 sequence's key, the position and the token by a counter-based generator. So a sequence's tokens do
 not depend on what else is in the batch; and since only a near tie can be turned by the last bits
-of a logit, not on how the batch was multiplied either. Knows nothing of models or requests.
+of a logit, not on how the batch was multiplied either. Does not know about models or requests.
 """
 
 from __future__ import annotations
