@@ -7,7 +7,7 @@ import pytest
 from tests.support import hf_reference as hf
 from tinkex import types
 from tinkex.engine.engine import Engine
-from tinkex.engine.sampler import MOST_ROWS
+from tinkex.engine.sample_rows import MOST_ROWS
 
 
 @pytest.fixture
