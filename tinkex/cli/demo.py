@@ -33,7 +33,7 @@ SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", 
 MAX_CHARACTERS = 400
 
 #: Sentences to train on, held out, and shown with their answers.
-TRAINED, HELD_OUT, SHOWN = 96, 16, 5
+TRAINED, HELD_OUT, SHOWN = 120, 16, 5
 #: Most tokens of an answer.
 ANSWER_TOKENS = 64
 
@@ -46,8 +46,8 @@ SMOLLM2_OPTIONS = {
     "--batch-size": "8",
     "--epochs": "1",
     "--max-length": "256",
-    "--eval-every": "12",
-    "--save-every": "12",
+    "--eval-every": "15",
+    "--save-every": "15",
 }
 
 #: Small batches, for many steps in little time; the base model is random, so a high rank.
