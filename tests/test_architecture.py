@@ -27,6 +27,7 @@ FLOORS = [
     "runtime/retry runtime/http_session runtime/sample_stream",
     "runtime/transport runtime/rate_limit",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
+    "runtime/connection",
     "runtime/session",
     "runtime/ending",
     "runtime/sample_watch runtime/model_queue runtime/new_model checkpoints/download "

@@ -18,8 +18,8 @@ import tinkex
 from tests.support.fake_server import FakeServer, datum, plugged_in, session, settings, transport
 from tinkex import config, types
 from tinkex.rest import RestClient
+from tinkex.runtime.connection import Connection
 from tinkex.runtime.restore import restore
-from tinkex.runtime.session import Connection
 from tinkex.sampling import SamplingClient
 from tinkex.training import TrainingClient
 

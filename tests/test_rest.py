@@ -18,7 +18,7 @@ from tests.support.fake_server import (
 )
 from tinkex import errors, types
 from tinkex.rest import RestClient
-from tinkex.runtime.session import Connection
+from tinkex.runtime.connection import Connection
 
 PATH = "tinker://run:train:0/weights/step-1"
 CHECKPOINT = "training_runs/run:train:0/checkpoints/weights/step-1"

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from tinkex import errors, types, wire
 from tinkex.checkpoints import download, export
 from tinkex.config import Config
-from tinkex.runtime.session import Connection, connect
+from tinkex.runtime.connection import Connection, connect
 
 T = TypeVar("T")
 

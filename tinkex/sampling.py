@@ -20,6 +20,7 @@ import numpy as np
 from tinkex import errors, types, wire
 from tinkex.config import Config
 from tinkex.futures import OperationFuture, gather
+from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import PauseWarning
@@ -27,7 +28,7 @@ from tinkex.runtime.responses import is_missing_route, not_offered
 from tinkex.runtime.retry import ONCE, Retry, check_retry
 from tinkex.runtime.sample_queue import SampleQueue
 from tinkex.runtime.sample_stream import read_events
-from tinkex.runtime.session import Session, connect
+from tinkex.runtime.session import Session
 from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")

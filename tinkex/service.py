@@ -17,13 +17,14 @@ from tinkex import types, wire
 from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture
 from tinkex.rest import RestClient
+from tinkex.runtime.connection import HURRIED_TIMEOUT, connect
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.new_model import check_base_model
 from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import QueueStateObserver, check_observer
 from tinkex.runtime.restore import check_restore, restore
 from tinkex.runtime.retry import Retry
-from tinkex.runtime.session import HURRIED_TIMEOUT, Session, connect
+from tinkex.runtime.session import Session
 from tinkex.sampling import SamplingClient, check_source
 from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient

@@ -20,13 +20,14 @@ import attrs
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, gather
 from tinkex.runtime import batching, custom_loss
+from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import exit_timeout, is_normal_end
 from tinkex.runtime.model_queue import ModelQueue
 from tinkex.runtime.new_model import check_base_model, create_model
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import PauseWarning, QueueStateObserver, check_observer
 from tinkex.runtime.retry import Retry, check_retry
-from tinkex.runtime.session import Session, connect
+from tinkex.runtime.session import Session
 from tinkex.runtime.worker import Turn
 from tinkex.sampling import SamplingClient
 from tinkex.text import tokenizer

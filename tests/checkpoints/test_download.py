@@ -25,7 +25,7 @@ from tests.support.fake_server import (
 )
 from tinkex import errors
 from tinkex.rest import RestClient
-from tinkex.runtime.session import Connection
+from tinkex.runtime.connection import Connection
 
 PATH = "tinker://run/sampler_weights/final"
 ARCHIVE = "training_runs/run/checkpoints/sampler_weights/final/archive"

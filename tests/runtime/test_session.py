@@ -29,7 +29,8 @@ from tinkex import errors, types, wire
 from tinkex.config import PROTOCOL_VERSION, Patience
 from tinkex.futures import OperationFuture
 from tinkex.runtime import embedded
-from tinkex.runtime.session import Connection, Numbers, Session, connect
+from tinkex.runtime.connection import Connection, connect
+from tinkex.runtime.session import Numbers, Session
 from tinkex.runtime.worker import OrderedWorker
 
 

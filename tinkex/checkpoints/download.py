@@ -22,9 +22,9 @@ import tenacity
 
 from tinkex import errors, types, wire
 from tinkex.checkpoints.archive import unpack
+from tinkex.runtime.connection import Connection
 from tinkex.runtime.responses import Answer, connection_error, is_missing_route, not_offered
 from tinkex.runtime.retry import CUT, CUT_TRIES, PACKING, Retry, seconds
-from tinkex.runtime.session import Connection
 
 logger = logging.getLogger("tinkex")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinkex import errors, types
 from tinkex.checkpoints import card, download
-from tinkex.runtime.session import Connection
+from tinkex.runtime.connection import Connection
 from tinkex.text import gguf
 
 #: The files of a PEFT adapter.

@@ -48,7 +48,7 @@ def open_rest(base_url: str | None, api_key: str | None) -> Iterator[RestClient]
     """Open a RestClient of the named server, or of the embedded engine."""
     from tinkex import config
     from tinkex.rest import RestClient
-    from tinkex.runtime.session import Connection, connect
+    from tinkex.runtime.connection import Connection, connect
 
     patience = config.Patience(no_answer=NO_ANSWER)
     settings, engine = connect(base_url, api_key, patience=patience)

@@ -14,9 +14,9 @@ import attrs
 import requests
 
 from tinkex import config, errors, wire
+from tinkex.runtime.connection import Connection
 from tinkex.runtime.responses import Answer, error_detail
 from tinkex.runtime.retry import ONCE
-from tinkex.runtime.session import Connection
 from tinkex.runtime.transport import Transport
 
 T = TypeVar("T")

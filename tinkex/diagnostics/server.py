@@ -15,9 +15,10 @@ from tinkex.diagnostics.endpoints import GROUPS, label
 from tinkex.diagnostics.exchange import NOBODY, ask
 from tinkex.diagnostics.network import Network
 from tinkex.diagnostics.steps import Failed, Finding, Limits, Step
+from tinkex.runtime.connection import Connection
 from tinkex.runtime.responses import Answer
 from tinkex.runtime.retry import ONCE
-from tinkex.runtime.session import JSON_ONLY, Connection
+from tinkex.runtime.session import JSON_ONLY
 from tinkex.runtime.transport import Transport
 
 #: Seconds that two clocks may differ.

@@ -10,8 +10,9 @@ import sys
 import threading
 
 from tinkex.runtime import http_adapter, interpreter_exit
+from tinkex.runtime.connection import HURRIED_TIMEOUT
 from tinkex.runtime.executor import end_all
-from tinkex.runtime.session import HURRIED_TIMEOUT, open_sessions
+from tinkex.runtime.session import open_sessions
 
 
 def check_close_timeout(timeout: object, default: float) -> float:

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 from tinkex import errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log
+from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
 from tinkex.runtime.ending import check_close_timeout
 from tinkex.runtime.pending import drop
 from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.responses import is_missing_route, not_offered
-from tinkex.runtime.session import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Session
+from tinkex.runtime.session import Session
 from tinkex.runtime.wait_log import Wait
 from tinkex.runtime.worker import OrderedWorker, Turn
 

@@ -18,12 +18,13 @@ import tenacity
 from tinkex import errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
+from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
 from tinkex.runtime.ending import check_close_timeout
 from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.sample_watch import CompletionWatch
-from tinkex.runtime.session import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Session
+from tinkex.runtime.session import Session
 from tinkex.runtime.wait_log import Wait
 
 #: A clone of a client (unpickled) numbers its samples from a separate block.

@@ -17,18 +17,15 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import attrs
-
 from tinkex import config, errors, types, wire
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import (
-    auth,
     embedded,
-    log_setup,
     operation_log,
     rate_limit,
     telemetry,
 )
+from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Connection
 from tinkex.runtime.executor import Pool
 from tinkex.runtime.pending import PendingOperations, describe
 from tinkex.runtime.polling import Poller, Promise
@@ -41,9 +38,6 @@ from tinkex.runtime.wait_log import Wait
 T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
-
-#: Seconds that the end of a session takes at most: usually, and after Ctrl-C.
-CLOSE_TIMEOUT, HURRIED_TIMEOUT = 4.0, 0.3
 
 
 class Dependent(Protocol):
@@ -71,128 +65,6 @@ class Numbers:
     def give_back(self, number: int) -> None:
         with self._lock:
             heapq.heappush(self._returned, number)
-
-
-class Connection:
-    """A server, reached with one key; enough for lookups. A `Session` is more.
-
-    Attributes:
-        features: what the server said of itself at client/config.
-        protobuf: whether forward_backward requests go as protobuf; None until that is known.
-    """
-
-    def __init__(
-        self,
-        settings: config.Config,
-        *,
-        transport: Transport | None = None,
-        engine: embedded.EmbeddedEngine | None = None,
-    ) -> None:
-        log_setup.from_environment()
-        self.config = settings
-        self.transport = transport or Transport(settings)
-        self.engine = engine
-        if engine is not None:
-            self.transport.obituary = engine.obituary
-        self._pid = os.getpid()
-        self._lock = threading.Lock()  # guards the setting of _closed
-        self._closed = threading.Event()
-        try:
-            self.features = self._learn_features()
-        except BaseException:
-            Connection.close(self)
-            raise
-        self.protobuf: bool | None = self.features.proto_write_fwdbwd
-        auth.install(self.transport, self.features)
-
-    def call(
-        self,
-        endpoint: wire.Endpoint[T],
-        request: Any = None,
-        *,
-        retry: Retry | None = None,
-        timeout: float | None = None,
-        query: dict[str, Any] | None = None,
-        **parameters: str,
-    ) -> T:
-        """Ask an endpoint that answers at once.
-
-        Raises:
-            NotOfferedError: If this server does not have the endpoint.
-        """
-        self.check_usable()
-        try:
-            return self.transport.call(
-                endpoint, request, retry=retry, timeout=timeout, query=query, **parameters
-            )
-        except errors.APIStatusError as exc:
-            if is_missing_route(exc):
-                raise not_offered(exc, endpoint.path) from exc
-            raise
-
-    def check_usable(self) -> None:
-        """ClientClosedError if it is closed, or belongs to the process this one was forked from."""
-        if self._closed.is_set():
-            raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
-        if os.getpid() != self._pid:
-            raise errors.ClientClosedError(
-                f"This client belongs to process {self._pid}, of which this one ({os.getpid()}) is "
-                "a fork: its threads and connections are not here. Make a new client here."
-            )
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed.is_set()
-
-    def _learn_features(self) -> types.ClientConfig:
-        request = types.ClientConfigRequest(config.PROTOCOL_VERSION)
-        try:
-            return self.transport.call(wire.CLIENT_CONFIG, request)
-        except errors.APIStatusError as exc:
-            if exc.status != 422 and not is_missing_route(exc):
-                raise
-            logger.debug("the server has no client/config; the protocol's defaults are assumed")
-            return types.ClientConfig()
-
-    def close(self) -> None:
-        """Close the connections, and the embedded engine if this was its last user."""
-        if self._begin_closing():
-            self._let_go()
-
-    def _begin_closing(self) -> bool:
-        """Take nothing more. Returns True on the first call."""
-        with self._lock:
-            first = not self._closed.is_set()
-            self._closed.set()
-        return first
-
-    def _let_go(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        self.transport.close()
-        if self.engine is not None and os.getpid() == self._pid:
-            embedded.release(self.engine, timeout)
-
-
-def connect(
-    base_url: str | None = None,
-    api_key: str | None = None,
-    *,
-    settings: config.Config | None = None,
-    **fields: Any,
-) -> tuple[config.Config, embedded.EmbeddedEngine | None]:
-    """The settings to connect with; where nothing names a server, those of the embedded engine.
-
-    Arguments as for `config.load`.
-    """
-    if not config.wants_embedded(base_url, api_key, settings):
-        return config.load(base_url, api_key, config=settings, **fields), None
-    checked = config.load("http://127.0.0.1", config=settings, **fields)  # before a child starts
-    checked = attrs.evolve(checked, proxies={})  # the engine is on this machine
-    engine = embedded.acquire()
-    try:
-        return config.load(engine.base_url, engine.api_key, config=checked), engine
-    except BaseException:
-        embedded.release(engine)
-        raise
 
 
 class Session(Connection):
@@ -425,13 +297,13 @@ class Session(Connection):
         now = self.transport.waits.now
         missed, warned, heard = 0, -math.inf, now()
         known = False  # a beat has got through: the server has this endpoint
-        while not self._closed.wait(interval / 4 if missed else interval):
+        while not self.closed.wait(interval / 4 if missed else interval):
             try:
                 self._beat_once()
                 missed, heard, known = 0, now(), True
                 continue
             except errors.PromiseExpiredError:
-                if not self._closed.is_set():
+                if not self.closed.is_set():
                     logger.warning("the server has ended session %s", self.session_id)
                 return
             except Exception as exc:  # whatever it is, the next beat may get through
@@ -440,7 +312,7 @@ class Session(Connection):
                     return
                 problem = exc
             missed += 1
-            if missed >= 2 and now() - warned >= 60 and not self._closed.is_set():
+            if missed >= 2 and now() - warned >= 60 and not self.closed.is_set():
                 warned = now()
                 logger.warning(
                     "no heartbeat has reached the server for %.0f s (session %s): %s",
@@ -465,7 +337,7 @@ class Session(Connection):
         Gives up after *seconds*, when the session is closed, or when nothing was heard from the
         server for `patience.no_answer`.
         """
-        if not seconds or os.getpid() != self._pid:
+        if not seconds or os.getpid() != self.pid:
             return describe(self.pending.open(owner))
         waits = self.transport.waits
         began, patience = waits.now(), self.config.patience.no_answer
@@ -514,14 +386,14 @@ class Session(Connection):
 
     def _shut_down(self, reason: str, detail: str | None, timeout: float) -> None:
         self._closing.set()
-        if not self._begin_closing():
+        if not self.begin_closing():
             return
         started = time.monotonic()
-        if os.getpid() == self._pid:
+        if os.getpid() == self.pid:
             self._stop_threads()
             self._say_goodbye(reason, detail, timeout)
         left = timeout - (time.monotonic() - started)
-        self._let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
+        self.let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
 
     def _stop_threads(self) -> None:
         for dependent in list(self.dependents):
@@ -539,7 +411,7 @@ class Session(Connection):
         """
         self._closing.set()
         left = self.wait_for_pending(None, wait)
-        if self._begin_closing():
+        if self.begin_closing():
             self._stop_threads()
             self.transport.close()
         return left
@@ -547,7 +419,7 @@ class Session(Connection):
     @property
     def ends_with_this_process(self) -> bool:
         """True if it is open, and not inherited from the process this one was forked from."""
-        return not self.is_closed and os.getpid() == self._pid
+        return not self.is_closed and os.getpid() == self.pid
 
     def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
         """The last telemetry, and that the session is over; on a thread, as a server may hang."""
