@@ -1,7 +1,8 @@
 """TrainingClient: one model, trained by operations that run in the order you call them.
 
-Knows the operations of a model and what each call must check. Sending them in order is the business
-of runtime/model_queue.py and worker.py, waiting for results of polling.py.
+Knows the operations of a model and what each call must check. runtime/model_queue.py and worker.py
+send them in order, polling.py waits for results. Long, because it is one class, most of it the
+documentation of its public methods.
 """
 
 from __future__ import annotations

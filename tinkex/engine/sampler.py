@@ -2,7 +2,8 @@
 
 A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
 once), then gives every running sequence one more token. One `Sampler` serves one base model and any
-number of adapters over it. Does not know about HTTP, users, or where adapters come from.
+number of adapters over it. Does not know about HTTP, users, or where adapters come from. One
+subject in one module: admission, a step, and recovery from a failed step change the same batch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Steps, evaluations and checkpoints are jobs in one line; the next is submitted before the one
 before it is awaited, so the server never waits for us. What a step does depends on its number
 alone, so a run that is resumed from a checkpoint ends in the weights of one that was never stopped.
-Does not know about the command line, the terminal or signals: it takes a Report and a guard.
+Does not know about the command line, the terminal or signals: it takes a Report and a guard. One
+subject in one module, so that a reader sees the whole loop.
 """
 
 from __future__ import annotations

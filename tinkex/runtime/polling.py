@@ -1,7 +1,8 @@
 """Asking the server "done yet?" and resolving futures with what it answers.
 
 Polling means: again, because the answer was "not yet". Again because a request failed is retry, and
-lives in transport.py. Does not know about models or the order of operations.
+lives in transport.py. Does not know about models or the order of operations. One subject in one
+module: its queues, promises and threads share their states and one lock.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class Keys:
     def check_visitor(self, headers: Mapping[str, str]) -> None:
         """On a server without a key, refuse what a web page in a browser here could have sent.
 
-        Such a request says so in Origin or Sec-Fetch-Site, or comes under a host name that was
-        made to lead to this machine. A page of another port is another's page.
+        Origin or Sec-Fetch-Site shows such a request, and so does a host name that was made to
+        lead to this machine. A page of another port is another's page.
 
         Raises:
             Refusal: 403.

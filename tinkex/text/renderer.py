@@ -2,7 +2,8 @@
 
 The text is exactly what the model's chat template makes of the messages, and it is encoded as a
 whole. Which tokens count follows from the characters that they stand for. The rules are in
-docs/train.md. Does not know about files, servers or models.
+docs/train.md. Does not know about files, servers or models. One subject in one module: a turn is
+found by rendering, so text, places and weights are decided together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a model reads: token sequences and the training data made of them.
 
-Arrays are numpy from here to the wire; a list is taken anywhere an array is. Knows nothing of
-tokenizers (anything with an `encode` will do) nor of what a loss does with its inputs.
+Arrays are numpy from here to the wire; a list is taken anywhere an array is. Does not know about
+tokenizers (anything with an `encode` will do) or what a loss does with its inputs. Long, because
+the messages of its checks name the value, the place and the fix.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One sample request as text that arrives in pieces, with stop strings applied.
 
-Knows nothing of how an API words its answers.
+Does not know about the form of any API.
 """
 
 from __future__ import annotations
