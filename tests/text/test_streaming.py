@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinkex.text import tokenizer
@@ -25,9 +25,19 @@ def test_the_pieces_of_any_text_are_the_text(text):
 
 
 @given(st.lists(st.integers(0, 255), max_size=40))
+@example([128] * 5 + [241, 128, 128, 128])
+@example([241, 128] * 8 + [128, 128])
 def test_so_are_those_of_bytes_that_are_no_text(tokens):
     """A model that is sampled hot says them."""
     assert TINY.decode(tokens) == "".join(pieces_of(tokens))
+
+
+def test_what_is_no_character_holds_back_four_bytes_at_most():
+    """A model that says nothing but broken bytes is shown as it goes."""
+    pieces = pieces_of([*[128] * 20, 241, 128, 128, 128])
+
+    assert all(1 >= len(piece) for piece in pieces[4:20])
+    assert "".join(pieces) == TINY.decode([*[128] * 20, 241, 128, 128, 128])
 
 
 def test_half_a_character_is_held_back():

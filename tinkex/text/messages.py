@@ -43,7 +43,7 @@ class Conversation:
         rows = as_messages(messages)
         return cls(
             [_for_template(message) for message in rows],
-            list(tools) if tools is not None and len(tools) else None,
+            check_tools(tools),
             train_on,
             _counts(rows, train_on),
         )
@@ -142,10 +142,46 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise ValueError(f"message {i}: role must be a non-empty string, got {role!r}.")
+        for call in _list_of(message.get("tool_calls"), f"message {i}: tool_calls"):
+            _check_function(call, f"message {i}: a tool call")
+        for key in REASONING_KEYS:
+            if not isinstance(message.get(key), (str, type(None))):
+                raise TypeError(f"message {i}: {key} must be a string, got {message[key]!r}.")
         found.append(dict(message))
     if not found:
         raise ValueError("messages is empty; give at least one message.")
     return found
+
+
+def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
+    """
+    Schemas of functions as a list; None if there are none.
+
+    Raises:
+        TypeError, ValueError: If these are not schemas.
+    """
+    found = _list_of(tools, "tools")
+    for tool in found:
+        _check_function(tool, "a tool")
+    return found or None
+
+
+def _list_of(value: Any, what: str) -> list[Any]:
+    """*value* as a list; [] for None."""
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{what} must be a list of dicts, got {type(value).__name__}.")
+    return list(value)
+
+
+def _check_function(value: Any, what: str) -> None:
+    """Raise unless *value* is {"function": {"name": ...}} or {"name": ...}."""
+    function = value.get("function") or value if isinstance(value, Mapping) else value
+    if not isinstance(function, Mapping):
+        raise TypeError(f"{what} must be a dict with a function, got {value!r}.")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(f"{what} needs a name, got {value!r}.")
 
 
 def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:

@@ -7,10 +7,6 @@ from collections.abc import Callable, Sequence
 #: What a decoder writes for bytes that are not a whole character (yet).
 HALF = "\ufffd"
 
-#: Tokens that are held back at most because they end in half a character. A character of UTF-8 has
-#: four bytes, so bytes that wait longer are not the beginning of one.
-_MOST_HELD = 8
-
 
 class TokenText:
     """
@@ -41,12 +37,22 @@ class TokenText:
 
     def _piece(self, *, final: bool) -> str:
         before = self._decode(self._tokens[self._begin : self._given])
-        text = self._decode(self._tokens[self._begin :])
-        is_half = text.endswith(HALF) and len(self._tokens) - self._given < _MOST_HELD
-        if (is_half and not final) or len(text) <= len(before):
+        text, upto = self._decode(self._tokens[self._begin :]), len(self._tokens)
+        if text.endswith(HALF) and not final:
+            text, upto = self._without_end(text)
+        if len(text) <= len(before):
             return ""
-        self._begin, self._given = self._given, len(self._tokens)
+        self._begin, self._given = self._given, upto
         return text[len(before) :]
+
+    def _without_end(self, text: str) -> tuple[str, int]:
+        """*text* without the last tokens, which may be the beginning of a character, and how many
+        tokens that is: the most that decode to the same alone as together with those behind."""
+        for upto in range(len(self._tokens) - 1, self._given, -1):
+            head = self._decode(self._tokens[self._begin : upto])
+            if head + self._decode(self._tokens[upto:]) == text:
+                return head, upto
+        return "", 0
 
 
 class StopStrings:

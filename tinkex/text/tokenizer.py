@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import importlib.util
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
@@ -183,12 +184,12 @@ def tokenizer_id(model_name: str, told: str | None = None) -> str:
         raise TypeError(f"model_name must be a non-empty str, got {model_name!r}.")
     if model_name in BUILT_IN:
         return model_name  # it is in the package, wherever the server has it
-    if model_name in registry.KNOWN and not (told and Path(told).is_dir()):
+    if model_name in registry.KNOWN and not (told and os.path.isdir(told)):
         # Fetched on this machine, too, or else what everybody can have.
         return str(registry.find(model_name) or registry.KNOWN[model_name].hub_id)
     if told:
         return told if Path(told).is_absolute() else told.split(":", 1)[0]
-    if Path(model_name).is_dir() or gguf.is_gguf(model_name):
+    if os.path.isdir(model_name) or gguf.is_gguf(model_name):
         return model_name
     name = model_name.split(":", 1)[0]
     if name.startswith("meta-llama/Llama-3"):
@@ -205,7 +206,7 @@ def resolve_base_model(name: str) -> str:
     """
     if name in BUILT_IN:
         return name  # whatever folders there are
-    return str(Path(name).resolve()) if Path(name).is_dir() or gguf.is_gguf(name) else name
+    return str(Path(name).resolve()) if os.path.isdir(name) or gguf.is_gguf(name) else name
 
 
 _cache: dict[tuple[str, str | None, LoadFunction | None], Any] = {}
@@ -264,7 +265,7 @@ def _load(identifier: str, revision: str | None, load_fn: LoadFunction | None) -
             ) from exc
     if identifier in BUILT_IN:
         return from_directory(Path(__file__).parents[1] / "engine" / BUILT_IN[identifier])
-    if Path(identifier).is_dir():
+    if os.path.isdir(identifier):
         return from_directory(Path(identifier))
     if gguf.is_gguf(identifier):
         return from_gguf(Path(identifier))
