@@ -6,18 +6,12 @@ import base64
 import json
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 
-from tests.support.fake_server import (
-    Clock,
-    FakeServer,
-    answer,
-    session,
-    settings,
-    status,
-    transport,
-)
+from tests.support.canned import reply
+from tests.support.fake_server import Clock, FakeServer, session, settings
 from tinkex import errors, types, wire
 from tinkex.runtime import auth
 from tinkex.runtime.auth import TokenKeeper
@@ -207,21 +201,31 @@ def test_one_exchange_serves_all_who_wait_for_the_first_token(bank, clock):
 
 # With a server.
 
+CAPABILITIES = "get_server_capabilities"
 
-def pjwt(**more):
-    return FakeServer(features={"pjwt_auth_enabled": True, **more})
+
+@pytest.fixture
+def way(canned):
+    """To a server that wants tokens."""
+    with closing(canned.transport(api_key="tml-key")) as made:
+        auth.install(made, types.ClientConfig(pjwt_auth_enabled=True))
+        yield made
+
+
+def give_tokens(canned, *tokens):
+    canned.give(*[reply(200, {"jwt": token}) for token in tokens], to="auth/token", method="POST")
 
 
 def test_a_server_that_wants_tokens_gets_them():
     """The key goes out for nothing but the exchange."""
-    server = pjwt()
+    server = FakeServer(features={"pjwt_auth_enabled": True})
     with session(server, api_key="tml-key") as s:
         s.call(wire.CAPABILITIES)
 
     keys = {seen.path: seen.headers.get("X-API-Key") for seen in server.requests}
     assert "tml-key" == keys["client/config"] == keys["auth/token"]
     assert {"eyJ.e30.x"} == {
-        keys[path] for path in ("create_session", "get_server_capabilities", "sessions/s0/finish")
+        keys[p] for p in ("create_session", CAPABILITIES, "sessions/s0/finish")
     }
     assert 1 == len(server.seen("auth/token"))
 
@@ -234,48 +238,44 @@ def test_a_server_that_wants_none_is_asked_for_none():
     assert [] == server.seen("auth/token")
 
 
-def test_a_token_that_the_server_calls_invalid_is_replaced_and_the_request_replayed():
-    server = pjwt()
-    tokens = iter([{"jwt": "eyJ.old.x"}, {"jwt": "eyJ.new.x"}])
-    server._on_auth_token = lambda seen: next(tokens)
-    invalid = status(401, None, **{"WWW-Authenticate": 'Bearer error="invalid_token"'})
-    with session(server, api_key="tml-key") as s:
-        keeper = s.transport.get_key.__self__
-        keeper._got_at -= 10
-        server.script("get_server_capabilities", invalid)
-        s.call(wire.CAPABILITIES)
+def test_a_token_that_the_server_calls_invalid_is_replaced_and_the_request_replayed(way, canned):
+    give_tokens(canned, "eyJ.old.x", "eyJ.new.x")
+    way.get_key()
+    way.get_key.__self__._got_at -= 10
+    invalid = reply(401, **{"WWW-Authenticate": 'Bearer error="invalid_token"'})
+    canned.give(invalid, reply(200, {"supported_models": []}), to=CAPABILITIES)
+    way.call(wire.CAPABILITIES)
 
     assert ["eyJ.old.x", "eyJ.new.x"] == [
-        seen.headers["X-API-Key"] for seen in server.seen("get_server_capabilities")
+        request.headers["X-API-Key"] for request in canned.sent if CAPABILITIES in request.url
     ]
 
 
-def test_a_credential_command_is_run_for_each_exchange():
+def test_a_credential_command_is_run_for_each_exchange(canned):
     command = f"{sys.executable} -c \"print('from-command')\""
-    server = pjwt(credential_default_source="credential_cmd")
-    with session(server, api_key="tml-key", credential_cmd=command):
-        pass
+    way = canned.transport(api_key="tml-key", credential_cmd=command)
+    auth.install(way, types.ClientConfig(True, credential_default_source="credential_cmd"))
+    give_tokens(canned, "eyJ.e30.x")
+    way.get_key()
 
-    assert "from-command" == server.seen("auth/token")[0].headers["X-API-Key"]
+    assert "from-command" == canned.sent[0].headers["X-API-Key"]
 
 
-def test_without_a_credential_the_ways_to_give_one_are_told():
-    way = transport(FakeServer())
+def test_without_a_credential_the_ways_to_give_one_are_told(canned):
+    way = canned.transport()
     auth.install(way, types.ClientConfig(pjwt_auth_enabled=True))
 
     with pytest.raises(ValueError, match="set TINKER_API_KEY or TINKER_CREDENTIAL_CMD"):
         way.call(wire.CAPABILITIES)
 
 
-def test_a_token_is_in_no_repr_and_no_message():
-    server = pjwt()
-    server.always("auth/token", answer({"jwt": "eyJ.very-secret.x"}))
-    with session(server, api_key="tml-key") as s:
-        server.always("get_server_capabilities", status(403, {"detail": "no"}))
-        with pytest.raises(errors.PermissionDeniedError) as caught:
-            s.call(wire.CAPABILITIES)
+def test_a_token_is_in_no_repr_and_no_message(way, canned):
+    give_tokens(canned, "eyJ.very-secret.x")
+    canned.give(reply(403, {"detail": "no"}), to=CAPABILITIES)
+    with pytest.raises(errors.PermissionDeniedError) as caught:
+        way.call(wire.CAPABILITIES)
 
-        shown = repr(caught.value) + repr(vars(caught.value)) + repr(s.transport.get_key)
-        assert "very-secret" not in shown
+    shown = repr(caught.value) + repr(vars(caught.value)) + repr(way.get_key)
+    assert "very-secret" not in shown
     assert "very-secret" not in repr(types.AuthTokenResponse("eyJ.very-secret.x"))
     assert "tml-key" not in repr(settings(api_key="tml-key"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import email.utils
 import itertools
 import time
+from contextlib import closing
 
 import pytest
 
+from tests.support.canned import HEALTHZ, OK, reply
 from tests.support.fake_server import (
     URL,
     FakeServer,
-    answer,
     bad_certificate,
     garbage,
     lost,
@@ -27,8 +28,6 @@ from tinkex import errors, types, wire
 from tinkex.runtime.responses import MAX_RETRY_AFTER, Answer
 from tinkex.runtime.retry import ONCE, Retry
 
-HEALTHZ = f"{URL}/api/v1/healthz"
-
 
 @pytest.fixture
 def server():
@@ -38,9 +37,8 @@ def server():
 @pytest.fixture
 def fresh(server):
     """A transport whose server was never heard of."""
-    made = transport(server)
-    yield made
-    made.close()
+    with closing(transport(server)) as made:
+        yield made
 
 
 @pytest.fixture
@@ -54,30 +52,32 @@ def established(fresh, server):
 # What is tried again.
 
 TRANSIENT = {
-    "408": status(408),
-    "425": status(425),
-    "429": status(429, {"message": "slow down"}),
-    "500": status(500, b"<html>oops</html>"),
-    "502": status(502),
-    "503": status(503),
-    "529": status(529),
-    "reset": reset(),
-    "reset, answer lost": lost(),
-    "read timeout": timeout(),
-    "connect timeout": no_connection(),
-    "refused": refused(),
-    "not resolved": unknown_host(),
-    "a login page": garbage(),
-    "half a JSON": garbage(b'{"status": "o', "application/json"),
-    "an empty 400": status(400),
-    "a 400 from a proxy": status(400, b"<html>Bad Request</html>"),
-    "409": status(409, {"detail": "conflict"}),
+    **{str(code): reply(code) for code in (408, 425, 502, 503, 529)},
+    "429": reply(429, {"message": "slow down"}),
+    "500": reply(500, b"<html>oops</html>"),
+    "a login page": reply(200, b"<html>Please log in</html>"),
+    "half a JSON": reply(200, b'{"status": "o', **{"Content-Type": "application/json"}),
+    "an empty 400": reply(400),
+    "a 400 from a proxy": reply(400, b"<html>Bad Request</html>"),
+    "409": reply(409, {"detail": "conflict"}),
 }
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-def test_what_may_pass_is_tried_again_by_an_established_client(established, server, fault):
+def test_what_may_pass_is_tried_again_by_an_established_client(way, canned, fault):
     """A run of many hours must not end because a load balancer was restarted."""
+    canned.give(fault, fault, OK)
+
+    assert "ok" == way.call(wire.HEALTHZ).status
+    assert 3 == len(canned.calls)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [reset(), lost(), timeout(), no_connection(), refused(), unknown_host()],
+    ids=["reset", "answer lost", "read timeout", "connect timeout", "refused", "not resolved"],
+)
+def test_so_is_what_got_no_answer(established, server, fault):
     server.script("healthz", fault, fault)
 
     assert "ok" == established.call(wire.HEALTHZ).status
@@ -99,14 +99,12 @@ FINAL = {
 
 
 @pytest.mark.parametrize("code, kind", FINAL.items())
-def test_what_will_not_pass_is_raised_at_once_with_the_server_s_own_words(
-    established, server, code, kind
-):
-    server.always("healthz", status(code, {"detail": "this is why"}))
+def test_what_will_not_pass_is_raised_at_once_with_the_server_s_own_words(way, canned, code, kind):
+    canned.give(reply(code, {"detail": "this is why"}))
 
     with pytest.raises(kind, match=rf"{HEALTHZ} answered {code}: this is why") as caught:
-        established.call(wire.HEALTHZ)
-    assert 1 == len(server.requests)
+        way.call(wire.HEALTHZ)
+    assert 1 == len(canned.calls)
     assert (code, "this is why", "GET") == (
         caught.value.status,
         caught.value.detail,
@@ -115,14 +113,14 @@ def test_what_will_not_pass_is_raised_at_once_with_the_server_s_own_words(
     assert not caught.value.retryable
 
 
-def test_pauses_grow_have_jitter_and_end_at_ten_seconds(established, server):
+def test_pauses_grow_have_jitter_and_end_at_ten_seconds(way, canned):
     """Clients that fail together must not come back together."""
-    server.script("healthz", *[status(503)] * 12)
-    established.call(wire.HEALTHZ)
+    canned.give(*[reply(503)] * 12, OK)
+    way.call(wire.HEALTHZ)
     steps = [min(0.25 * 2**i, 10.0) for i in range(12)]
 
-    assert all(s / 2 <= slept <= s for s, slept in zip(steps, server.clock.slept))
-    assert len(set(server.clock.slept)) == len(server.clock.slept)
+    assert all(s / 2 <= slept <= s for s, slept in zip(steps, canned.clock.slept))
+    assert len(set(canned.clock.slept)) == len(canned.clock.slept)
 
 
 def test_the_thousandth_try_does_not_overflow():
@@ -140,92 +138,93 @@ def test_the_thousandth_try_does_not_overflow():
         ({"retry_after": "86400"}, MAX_RETRY_AFTER),
     ],
 )
-def test_the_server_s_wish_is_followed(established, server, headers, seconds):
+def test_the_server_s_wish_is_followed(way, canned, headers, seconds):
     """(statement 26)"""
-    server.script("healthz", status(429, None, **headers))
-    established.call(wire.HEALTHZ)
+    canned.give(reply(429, **headers), OK)
+    way.call(wire.HEALTHZ)
 
-    assert [seconds] == server.clock.slept
+    assert [seconds] == canned.clock.slept
 
 
-def test_a_date_in_retry_after_is_understood(established, server):
+def test_a_date_in_retry_after_is_understood(way, canned):
     date = email.utils.formatdate(time.time() + 100, usegmt=True)
-    server.script("healthz", status(503, None, retry_after=date))
-    established.call(wire.HEALTHZ)
+    canned.give(reply(503, retry_after=date), OK)
+    way.call(wire.HEALTHZ)
 
-    assert 97 <= server.clock.slept[0] <= 100
+    assert 97 <= canned.clock.slept[0] <= 100
 
 
 @pytest.mark.parametrize("nonsense", ["soon", "-5", "nan", "", "0", "Fri, 99 Foo 2020 00:00:00"])
-def test_nonsense_in_retry_after_is_ignored(established, server, nonsense):
+def test_nonsense_in_retry_after_is_ignored(way, canned, nonsense):
     """Neither an exception of the date parser, nor a hot loop."""
-    server.script("healthz", status(503, None, retry_after=nonsense))
-    established.call(wire.HEALTHZ)
+    canned.give(reply(503, retry_after=nonsense), OK)
+    way.call(wire.HEALTHZ)
 
-    assert 0.1 <= server.clock.slept[0] <= 0.25
+    assert 0.1 <= canned.clock.slept[0] <= 0.25
 
 
-@pytest.mark.parametrize("said, tries", [("false", 1), ("true", 3)])
-def test_the_server_s_word_on_trying_again_wins(established, server, said, tries):
+def test_the_server_s_word_that_a_failure_is_final_wins(way, canned):
     """x-should-retry (statement 26)"""
-    code = 503 if said == "false" else 422
-    server.script("healthz", *[status(code, {"detail": "x"}, **{"x-should-retry": said})] * 2)
-    if said == "false":
-        with pytest.raises(errors.InternalServerError):
-            established.call(wire.HEALTHZ)
-    else:
-        established.call(wire.HEALTHZ)
+    canned.give(reply(503, **{"x-should-retry": "false"}))
 
-    assert tries == len(server.requests)
+    with pytest.raises(errors.InternalServerError):
+        way.call(wire.HEALTHZ)
+    assert 1 == len(canned.calls)
+
+
+def test_the_server_s_word_that_a_failure_may_pass_wins(way, canned):
+    canned.give(*[reply(422, {"detail": "x"}, **{"x-should-retry": "true"})] * 2, OK)
+    way.call(wire.HEALTHZ)
+
+    assert 3 == len(canned.calls)
 
 
 @pytest.mark.parametrize(
     "fault, kind",
     [
-        (garbage(), errors.APIResponseValidationError),
-        (answer({"session_id": 5}), errors.APIResponseValidationError),
-        (status(400), errors.BadRequestError),
-        (status(409), errors.ConflictError),
+        (reply(200, b"<html>Please log in</html>"), errors.APIResponseValidationError),
+        (reply(200, {"session_id": 5}), errors.APIResponseValidationError),
+        (reply(400), errors.BadRequestError),
+        (reply(409), errors.ConflictError),
     ],
     ids=["garbage", "unusable", "400", "409"],
 )
-def test_what_may_be_a_proxy_s_stray_answer_is_tried_four_times(established, server, fault, kind):
+def test_what_may_be_a_proxy_s_stray_answer_is_tried_four_times(way, canned, fault, kind):
     """A server that means it should be heard soon: not after ten minutes of the same."""
-    server.always("create_session", fault)
+    canned.give(fault, to="create_session", method="POST")
 
     with pytest.raises(kind):
-        established.call(wire.CREATE_SESSION, types.CreateSessionRequest())
-    assert 4 == len(server.requests)
+        way.call(wire.CREATE_SESSION, types.CreateSessionRequest())
+    assert 4 == len(canned.calls)
 
 
-def test_a_single_try_is_a_single_try(established, server):
-    server.always("healthz", status(503))
+def test_a_single_try_is_a_single_try(way, canned):
+    canned.give(reply(503))
 
     with pytest.raises(errors.InternalServerError):
-        established.call(wire.HEALTHZ, retry=ONCE)
-    assert 1 == len(server.requests)
-    assert [] == server.clock.slept
+        way.call(wire.HEALTHZ, retry=ONCE)
+    assert 1 == len(canned.calls)
+    assert [] == canned.clock.slept
 
 
-def test_an_error_that_is_the_caller_s_to_deal_with_is_passed_on(established, server):
-    server.always("healthz", status(429))
+def test_an_error_that_is_the_caller_s_to_deal_with_is_passed_on(way, canned):
+    canned.give(reply(429))
 
     with pytest.raises(errors.RateLimitError):
-        established.call(wire.HEALTHZ, retry=Retry(pass_on=frozenset({429})))
-    assert 1 == len(server.requests)
+        way.call(wire.HEALTHZ, retry=Retry(pass_on=frozenset({429})))
+    assert 1 == len(canned.calls)
 
 
-def test_a_programming_mistake_is_not_tried_again(established, server):
+def test_a_programming_mistake_is_not_tried_again(way, canned):
     """The SDK we follow repeats those for two hours."""
-    calls = []
+    canned.give(OK)
 
     def parse(answer):
-        calls.append(answer)
         raise KeyError("mine")
 
     with pytest.raises(KeyError):
-        established.send("GET", HEALTHZ, parse=parse)
-    assert 1 == len(calls)
+        way.send("GET", HEALTHZ, parse=parse)
+    assert 1 == len(canned.calls)
 
 
 # How long.
@@ -252,15 +251,15 @@ def test_an_established_client_survives_five_minutes_of_anything(established, se
     assert server.clock() >= end
 
 
-def test_but_it_does_not_wait_for_ever(established, server):
+def test_but_it_does_not_wait_for_ever(way, canned):
     """Ten minutes, then the last error, with how often it was tried."""
-    server.always("healthz", status(503, {"message": "down for good"}))
-    began = server.clock()
+    canned.give(reply(503, {"message": "down for good"}))
+    began = canned.clock()
 
     with pytest.raises(errors.InternalServerError, match="down for good") as caught:
-        established.call(wire.HEALTHZ)
-    assert 580 <= server.clock() - began <= 600
-    assert len(server.requests) == caught.value.attempts > 50
+        way.call(wire.HEALTHZ)
+    assert 580 <= canned.clock() - began <= 600
+    assert len(canned.calls) == caught.value.attempts > 50
 
 
 HOPELESS = {

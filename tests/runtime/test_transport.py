@@ -9,8 +9,8 @@ import threading
 from contextlib import closing
 
 import pytest
-import responses
 
+from tests.support.canned import HEALTHZ, OK, reply
 from tests.support.fake_server import (
     URL,
     FakeServer,
@@ -24,8 +24,6 @@ from tests.support.fake_server import (
 from tinkex import config, errors, types, wire
 from tinkex.runtime.transport import Transport
 
-HEALTHZ = f"{URL}/api/v1/healthz"
-
 
 @pytest.fixture
 def server():
@@ -33,45 +31,39 @@ def server():
 
 
 @pytest.fixture
-def fresh(server):
-    """A transport whose server was never heard of."""
-    made = transport(server)
-    yield made
-    made.close()
+def established(server):
+    """A transport whose server has answered before."""
+    with closing(transport(server)) as made:
+        made.call(wire.HEALTHZ)
+        server.requests.clear()
+        yield made
 
 
 @pytest.fixture
-def established(fresh, server):
-    """A transport whose server has answered before."""
-    fresh.call(wire.HEALTHZ)
-    server.requests.clear()
-    return fresh
+def heartbeat(way, canned):
+    """Sends a request with a body; returns it."""
+
+    def send():
+        canned.give(reply(200, {}), to="session_heartbeat", method="POST")
+        way.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
+        return canned.sent[-1]
+
+    return send
+
+
+def headers_of(canned, **options):
+    """What a health check sends."""
+    canned.give(OK)
+    with closing(canned.transport(**options)) as way:
+        way.call(wire.HEALTHZ)
+    return canned.sent[-1].headers
 
 
 # What is sent.
 
 
-@pytest.fixture
-def canned():
-    """Plain answers from `responses`, for tests in which the server has no part to play."""
-    with responses.RequestsMock() as made:
-        made.get(HEALTHZ, json={"status": "ok"})
-        yield made
-
-
-def headers_of(canned, **options):
-    """What a health check sends."""
-    with closing(Transport(settings(**options))) as way:
-        way.call(wire.HEALTHZ)
-    return canned.calls[-1].request.headers
-
-
-def test_a_request_carries_the_headers_of_the_protocol():
-    url = f"{URL}/api/v1/session_heartbeat"
-    with responses.RequestsMock() as canned, closing(Transport(settings())) as way:
-        canned.post(url, json={"type": "session_heartbeat"})
-        way.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
-        request = canned.calls[0].request
+def test_a_request_carries_the_headers_of_the_protocol(heartbeat):
+    request = heartbeat()
 
     assert {"session_id": "s0", "type": "session_heartbeat"} == json.loads(request.body)
     assert "application/json" == request.headers["Content-Type"]
@@ -110,11 +102,8 @@ def test_a_resend_has_the_same_bytes_and_idempotency_key_and_counts_up(establish
     ]
 
 
-def test_two_requests_have_different_idempotency_keys(established, server):
-    for _ in range(2):
-        established.call(wire.SESSION_HEARTBEAT, types.SessionHeartbeatRequest("s0"))
-
-    assert 2 == len({seen.headers["X-Idempotency-Key"] for seen in server.requests})
+def test_two_requests_have_different_idempotency_keys(heartbeat):
+    assert heartbeat().headers["X-Idempotency-Key"] != heartbeat().headers["X-Idempotency-Key"]
 
 
 def test_a_forked_child_s_idempotency_keys_are_not_its_parent_s():
@@ -130,73 +119,68 @@ def test_a_forked_child_s_idempotency_keys_are_not_its_parent_s():
     assert 2 == len(set(keys))
 
 
-def test_a_get_needs_no_idempotency_key(established, server):
-    established.call(wire.HEALTHZ)
-
-    assert "X-Idempotency-Key" not in server.requests[0].headers
+def test_a_get_needs_no_idempotency_key(canned):
+    assert "X-Idempotency-Key" not in headers_of(canned)
 
 
-def test_parameters_are_quoted_in_the_path_but_for_the_slash_and_colon_of_ids(established):
+def test_parameters_are_quoted_in_the_path_but_for_the_slash_and_colon_of_ids(way):
     """`%2F` in a checkpoint's id is a 404 on the official service."""
-    url = established.url("training_runs/{run_id}/{id}", run_id="a:train:0", id="weights/a b?c#d")
+    url = way.url("training_runs/{run_id}/{id}", run_id="a:train:0", id="weights/a b?c#d")
 
     assert f"{URL}/api/v1/training_runs/a:train:0/weights/a%20b%3Fc%23d" == url
 
 
-def test_query_parameters_arrive_and_empty_ones_are_left_out(established, server):
-    server.stored["GET", "sessions"] = (200, {"sessions": []})
-    established.call(wire.LIST_SESSIONS, query={"limit": 5, "offset": 0, "access_scope": None})
+def test_query_parameters_arrive_and_empty_ones_are_left_out(way, canned):
+    canned.give(reply(200, {"sessions": []}), to="sessions")
+    way.call(wire.LIST_SESSIONS, query={"limit": 5, "offset": 0, "access_scope": None})
 
-    assert {"limit": "5", "offset": "0"} == server.requests[0].query
-
-
-def test_timeouts_are_those_of_the_configuration(established, server):
-    established.call(wire.HEALTHZ)
-    established.call(wire.HEALTHZ, timeout=2.0)
-    patience = established.config.patience
-
-    assert (patience.connect, patience.request) == server.requests[0].timeout
-    assert (2.0, 2.0) == server.requests[1].timeout
+    assert {"limit": "5", "offset": "0"} == canned.sent[0].params
 
 
-def test_a_deleted_thing_may_be_answered_with_nothing(established, server):
+def test_timeouts_are_those_of_the_configuration(way, canned):
+    canned.give(OK)
+    way.call(wire.HEALTHZ)
+    way.call(wire.HEALTHZ, timeout=2.0)
+    patience = way.config.patience
+
+    assert [(patience.connect, patience.request), (2.0, 2.0)] == [
+        request.req_kwargs["timeout"] for request in canned.sent
+    ]
+
+
+def test_a_deleted_thing_may_be_answered_with_nothing(way, canned):
     """204 with an empty body is a success, not broken JSON. (statement 29)"""
-    server.stored["DELETE", "training_runs/r/checkpoints/weights/a"] = (204, None)
+    canned.give(reply(204), to="training_runs/r/checkpoints/weights/a", method="DELETE")
 
-    assert established.call(wire.DELETE_CHECKPOINT, run_id="r", checkpoint_id="weights/a")
+    assert way.call(wire.DELETE_CHECKPOINT, run_id="r", checkpoint_id="weights/a")
 
 
-def test_json_that_cannot_be_sent_is_refused_before_it_is_sent(established, server):
+def test_json_that_cannot_be_sent_is_refused_before_it_is_sent(way, canned):
     with pytest.raises(ValueError, match="cannot be sent as JSON"):
-        established.call(
-            wire.CREATE_SESSION, types.CreateSessionRequest(user_metadata={"a": object()})
-        )
-    assert [] == server.requests
+        way.call(wire.CREATE_SESSION, types.CreateSessionRequest(user_metadata={"a": object()}))
+    assert [] == canned.sent
 
 
 # Tokens.
 
 
-def test_a_token_that_is_refused_is_replaced_and_the_request_replayed(established, server):
+def test_a_token_that_is_refused_is_replaced_and_the_request_replayed(way, canned):
     keys = iter(["old", "new"])
     current = [next(keys)]
-    established.get_key = lambda: current[0]
-    established.refresh_key = lambda: bool(current.__setitem__(0, next(keys))) or True
-    server.script(
-        "healthz",
-        status(401, None, **{"WWW-Authenticate": 'Bearer error="invalid_token"'}),
-    )
-    established.call(wire.HEALTHZ)
+    way.get_key = lambda: current[0]
+    way.refresh_key = lambda: bool(current.__setitem__(0, next(keys))) or True
+    canned.give(reply(401, **{"WWW-Authenticate": 'Bearer error="invalid_token"'}), OK)
+    way.call(wire.HEALTHZ)
 
-    assert ["old", "new"] == [seen.headers["X-API-Key"] for seen in server.requests]
+    assert ["old", "new"] == [request.headers["X-API-Key"] for request in canned.sent]
 
 
-def test_a_401_that_is_not_about_a_token_is_not_replayed(established, server):
-    established.refresh_key = lambda: pytest.fail("asked for another token")
-    server.always("healthz", status(401, {"detail": "no such key"}))
+def test_a_401_that_is_not_about_a_token_is_not_replayed(way, canned):
+    way.refresh_key = lambda: pytest.fail("asked for another token")
+    canned.give(reply(401, {"detail": "no such key"}))
 
     with pytest.raises(errors.AuthenticationError):
-        established.call(wire.HEALTHZ)
+        way.call(wire.HEALTHZ)
 
 
 # Closing.
@@ -218,11 +202,11 @@ def test_a_closed_transport_tries_nothing_again(established, server):
     assert 1 == len(server.requests)
 
 
-def test_closing_ends_a_pause_that_is_under_way(server):
+def test_closing_ends_a_pause_that_is_under_way(canned):
     """A Retry-After of minutes must not keep a thread."""
-    way = Transport(settings(), adapter=server)
+    way = Transport(settings())
+    canned.give(OK, reply(503, retry_after=200))
     way.call(wire.HEALTHZ)
-    server.script("healthz", status(503, None, retry_after=200))
     threading.Timer(0.02, way.close).start()
 
     with pytest.raises(errors.ClientClosedError):
