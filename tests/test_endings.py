@@ -290,3 +290,38 @@ def test_open_polls_do_not_hold_up_the_end(stuck_server, models, end):
 
     assert "operations (0 not sent" in ended.stderr, ended.stderr
     assert 2 > ended.seconds, ended.stderr
+
+
+PARENTS = {
+    "pytest": """
+        import pytest
+        with open(name, "w") as file:
+            file.write("def test_it():\\n" + textwrap.indent(code, "    "))
+        pytest.main(["-s", "-p", "no:terminal", "-p", "no:cacheprovider", name])
+        """,
+    "a forked daemon process": """
+        start = multiprocessing.get_context("fork").Process
+        child = start(target=exec, args=(code, {}), daemon=True); child.start(); child.join()
+        """,
+    "a spawned daemon process": """
+        start = multiprocessing.get_context("spawn").Process
+        child = start(target=exec, args=(code, {}), daemon=True); child.start(); child.join()
+        """,
+    "a daemon thread that still waits": """
+        opened = threading.Event()
+        code += "opened.set(); work[0].result()"
+        threading.Thread(target=exec, args=(code, {"opened": opened}), daemon=True).start()
+        opened.wait()
+        """,
+}
+
+
+@pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS)
+def test_nor_do_they_inside_another_program(stuck_server, tmp_path, parent):
+    """None of these ends as a script does: the work is done in a function, a child or a thread."""
+    code = START + textwrap.dedent(OPEN_POLLS).format(models=64, now=NOW, end="")
+    script = f"import multiprocessing, textwrap\ncode = {code!r}\n{textwrap.dedent(parent)}"
+    ended = run(stuck_server, script, str(tmp_path / "test_it.py"), close=0.01)
+
+    assert "operations (0 not sent" in ended.stderr, ended.stderr
+    assert 2 > ended.seconds, ended.stderr
