@@ -22,6 +22,40 @@ tinkex.ServiceClient, tinkex.types.Datum
 found = [name for name in {HEAVY!r} if name in sys.modules]
 sys.exit(f"import tinkex pulls in {{found}}" if found else 0)
 """
+#: Threads of a ThreadPoolExecutor are joined at the end of the program, and the hook that wakes a
+#: poll before is private to Python: so each version is tried. This poll would be open for a minute.
+LEAVE_A_POLL_OPEN = """
+import http.server, json, threading, time, tinkex
+
+polled = threading.Event()
+ANSWERS = {"create_session": {"session_id": "s"}, "asample": {"request_id": "r"},
+           "create_sampling_session": {"sampling_session_id": "x"}}
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.removeprefix("/api/v1/")
+        if path == "retrieve_future":
+            polled.set()
+            time.sleep(60)
+        body = json.dumps(ANSWERS.get(path, {})).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+patience = tinkex.Patience(close=0.01)
+url = f"http://127.0.0.1:{server.server_port}"
+client = tinkex.ServiceClient(url, "tml-test", patience=patience)
+client.create_sampling_client(base_model="tiny").sample([1, 2, 3])
+assert polled.wait(20)
+"""
+DROPPED = "tinkex: the program ended before 1 operation (0 not sent, 1 in progress)"
 
 
 def main(build: Path) -> int:
@@ -66,20 +100,33 @@ def try_wheel(python: str, venv: Path, package: Path) -> str | None:
         run([python, "-m", "venv", str(venv)], cwd=ROOT)
         or run([*pip, "-c", "constraints.txt", str(package)], cwd=ROOT)
         or run([inside, "-W", "error", "-c", TRY_IMPORT], cwd=venv)
+        or run([inside, "-c", LEAVE_A_POLL_OPEN], cwd=venv, status=1, says=DROPPED, seconds=10)
         or run([program, "version"], cwd=venv)
         or run([program, "serve"], cwd=venv, status=1, says="pip install 'tinkex[local]'")
     )
 
 
-def run(command: list[str], cwd: Path, status: int = 0, says: str = "") -> str | None:
-    """None if *command* ends with *status* and its output holds *says*; or its output."""
+def run(
+    command: list[str], cwd: Path, status: int = 0, says: str = "", seconds: float | None = None
+) -> str | None:
+    """None if *command* ends with *status* within *seconds* and prints *says*; or its output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT
-    )
+    shown = f"$ {' '.join(command)}\n"
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env=environment,
+            text=True,
+            stdout=-1,
+            stderr=subprocess.STDOUT,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{shown}(still running after {seconds} s)"
     if done.returncode == status and says in done.stdout:
         return None
-    return f"$ {' '.join(command)}\n{done.stdout}(exit {done.returncode}, expected {status})"
+    return f"{shown}{done.stdout}(exit {done.returncode}, expected {status})"
 
 
 if __name__ == "__main__":
