@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -165,13 +167,23 @@ class Terminal:
         """Read until *text* appears; what came up to there."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
-            assert time.monotonic() < deadline, self.seen
+            left = deadline - time.monotonic()
+            if not select.select([self.ours], [], [], max(left, 0))[0]:
+                raise TimeoutError(f"{text!r} did not appear: {self.seen!r}")
             try:
                 self.seen += os.read(self.ours, 1000).decode(errors="replace")
             except OSError as exc:
                 raise AssertionError(f"the chat ended: {self.seen}") from exc
         before, _, self.seen = self.seen.partition(text)
         return before + text
+
+    def press_ctrl_c(self, text):
+        """Press until *text* appears: readline misses a signal that comes just before it waits."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(TimeoutError):
+                return self.until(text, seconds=1)
+        raise TimeoutError(f"{text!r} did not appear: {self.seen!r}")
 
     def end(self):
         self.process.kill()
@@ -190,13 +202,11 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(terminal, tmp_path):
     terminal.until("> ")
     terminal.write("slow please\n")
     terminal.until("two")
-    terminal.process.send_signal(signal.SIGINT)
-    stopped = terminal.until("[stopped]")
+    stopped = terminal.press_ctrl_c("[stopped]")
     terminal.until("> ")
     terminal.write("quick\n")
     answer = terminal.until("> ")
-    terminal.process.send_signal(signal.SIGINT)  # at the prompt: another line
-    terminal.until("> ")
+    terminal.press_ctrl_c("> ")  # at the prompt: another line
     terminal.write("\x04")
 
     assert stopped.count("three") < 3
