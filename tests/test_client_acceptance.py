@@ -21,7 +21,7 @@ import pytest
 import tinkex
 from tests.support.odd_servers import OddServer, Quirks
 from tinkex import types, wire
-from tinkex.sampling import CLONE_BLOCK
+from tinkex.runtime.sample_queue import CLONE_BLOCK
 
 ADAM = types.AdamParams(learning_rate=0.1)
 

@@ -89,7 +89,7 @@ def waiting_for(server, patience=None):
             yield pool, list(pool.map(lambda kind, service: kind(service), KINDS, services))
         finally:
             for service in services:
-                service.close()
+                service.close("interrupted")  # some of these would wait for ever
 
 
 @pytest.mark.parametrize("how", [Server.freeze, Server.kill], ids=["frozen", "killed"])
