@@ -57,6 +57,7 @@ def home(tmp_path, monkeypatch):
     """A place where `python -m tinkex` is the fake, and the home of its engine."""
     package = tmp_path / "place" / "tinkex"
     package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")  # or the installed package would win
     (package / "__main__.py").write_text(SERVE)
     monkeypatch.chdir(package.parent)
     for name in [name for name in os.environ if name.startswith("TINKER_")]:
