@@ -62,7 +62,9 @@ def _end_program() -> None:
                 file=sys.stderr,
             )
     end_all(http_adapter.interrupt_all)
-    if status and not interpreter_exit.ends_by_exception():
+    if interpreter_exit.ends_by_ctrl_c():
+        interpreter_exit.exit_by_ctrl_c()
+    elif status and not interpreter_exit.ends_by_exception():
         interpreter_exit.exit_with(status)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures.thread  # registers its own hook first, so that ours runs before it
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,11 @@ def ends_by_exception() -> bool:
     return not interactive and getattr(sys, "last_type", None) is not None
 
 
+def ends_by_ctrl_c() -> bool:
+    """True if it is Ctrl-C that ends the program."""
+    return ends_by_exception() and issubclass(sys.last_type or object, KeyboardInterrupt)
+
+
 def belongs_to_executor(thread: threading.Thread) -> bool:
     """True if *thread* is one of a ThreadPoolExecutor's: those end only after our hook has run."""
     return thread in getattr(concurrent.futures.thread, "_threads_queues", ())
@@ -40,13 +46,31 @@ def belongs_to_executor(thread: threading.Thread) -> bool:
 
 def exit_with(status: int) -> None:
     """Let the program end with *status* after all other functions of atexit have run."""
+    _end_by(lambda: os._exit(status))
 
+
+def exit_by_ctrl_c() -> None:
+    """Let the program end by SIGINT, which is what Python does after Ctrl-C, most of the time.
+
+    CPython forgets that Ctrl-C came when another thread then runs exec() of a string, which
+    importing protobuf does: the exit status would be 1.
+    """
+    if os.name == "posix":
+        _end_by(_kill_by_sigint)
+
+
+def _kill_by_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _end_by(end: Callable[[], None]) -> None:
     def leave() -> None:
         atexit.unregister(leave)
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        os._exit(status)
+        end()
 
     atexit.register(leave)  # the last one registered is the first one called
