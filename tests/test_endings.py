@@ -178,7 +178,7 @@ FROZEN = """
         (1, "1 / 0"),
         (-signal.SIGINT, "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"),
         # exec() of a string, as importing protobuf does it, makes Python forget the Ctrl-C
-        (-signal.SIGINT, "import atexit; atexit.register(exec, ''); os.kill(os.getpid(), 2)"),
+        (-signal.SIGINT, "import atexit; atexit.register(exec, '', {}); os.kill(os.getpid(), 2)"),
         (3, "s.__exit__(SystemExit, SystemExit(3), None); sys.exit(3)"),
         (1, "with s: 1 / 0"),
         (1, "with t: 1 / 0"),
