@@ -13,6 +13,7 @@ import pytest
 import tinkex
 
 NAMES = [
+    "Callback",
     "ClientSpec",
     "Config",
     "OperationFuture",
@@ -20,6 +21,7 @@ NAMES = [
     "Rendered",
     "RestClient",
     "Retry",
+    "Run",
     "SamplingClient",
     "SamplingLimits",
     "ServiceClient",
@@ -27,6 +29,7 @@ NAMES = [
     "TrainingClient",
     "__version__",
     "errors",
+    "load_run",
     "parse_response",
     "render",
     "render_prompt",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tinkex.config import Config, Patience, SamplingLimits
     from tinkex.errors import TinkexError
     from tinkex.futures import OperationFuture
+    from tinkex.recipes.callbacks import Callback
+    from tinkex.recipes.run import Run, load_run
     from tinkex.rest import RestClient
     from tinkex.runtime.retry import Retry
     from tinkex.sampling import SamplingClient
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tinkex.training import ClientSpec, TrainingClient
 
 __all__ = [
+    "Callback",
     "ClientSpec",
     "Config",
     "OperationFuture",
@@ -31,6 +34,7 @@ __all__ = [
     "Rendered",
     "RestClient",
     "Retry",
+    "Run",
     "SamplingClient",
     "SamplingLimits",
     "ServiceClient",
@@ -38,6 +42,7 @@ __all__ = [
     "TrainingClient",
     "__version__",
     "errors",
+    "load_run",
     "parse_response",
     "render",
     "render_prompt",
@@ -47,6 +52,7 @@ __all__ = [
 
 #: The modules that define the names above; the others are modules themselves.
 _HOMES = {
+    "Callback": "recipes.callbacks",
     "ClientSpec": "training",
     "Config": "config",
     "OperationFuture": "futures",
@@ -54,11 +60,13 @@ _HOMES = {
     "Rendered": "text.renderer",
     "RestClient": "rest",
     "Retry": "runtime.retry",
+    "Run": "recipes.run",
     "SamplingClient": "sampling",
     "SamplingLimits": "config",
     "ServiceClient": "service",
     "TinkexError": "errors",
     "TrainingClient": "training",
+    "load_run": "recipes.run",
     "parse_response": "text.responses",
     "render": "text.renderer",
     "render_prompt": "text.renderer",

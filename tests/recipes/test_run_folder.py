@@ -60,7 +60,7 @@ def test_a_full_disk_is_an_error_at_the_start(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_is_reported_with_the_file(tmp_path):
     """write() on a full disk does not name the file; /dev/full fails like that."""
-    metrics = run_folder.Metrics(tmp_path, 0)
+    metrics = run_folder.RowFile(tmp_path, 0)
     metrics.close()
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")

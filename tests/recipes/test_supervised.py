@@ -16,7 +16,7 @@ import pytest
 from tests.support.fake_service import ByteTokenizer, FakeService
 from tinkex import errors, types
 from tinkex.data import datums, files, records
-from tinkex.recipes import run_folder, supervised
+from tinkex.recipes import loop, run_folder, supervised
 from tinkex.recipes.settings import Settings
 
 SETTINGS = Settings(
@@ -132,13 +132,13 @@ def test_the_next_step_is_submitted_before_the_last_is_awaited(run, monkeypatch)
     """Else the server waits for us between any two steps."""
     log = []
     service = FakeService(on_operation=log.append)
-    result = supervised._result
+    result = loop.result_of
 
     def noting_result(future, is_stopped):
         log.append("awaited")
         return result(future, is_stopped)
 
-    monkeypatch.setattr(supervised, "_result", noting_result)
+    monkeypatch.setattr(loop, "result_of", noting_result)
 
     run(
         service=service,
@@ -251,9 +251,7 @@ LONG = attrs.evolve(SETTINGS, epochs=8, save_every=2)  # 40 steps
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     """A checkpoint after it would be of no use."""
-    with pytest.raises(
-        supervised.DivergedError, match=r"loss nan at step 7.*learning rate is 0\.5"
-    ):
+    with pytest.raises(loop.DivergedError, match=r"loss nan at step 7.*learning rate is 0\.5"):
         run(service=Spoiled(7, np.nan), settings=LONG)
 
     state = run_folder.load_state(tmp_path / "run")
@@ -262,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 
 def test_a_loss_that_stays_far_above_the_first_stops_the_run(run):
     """Twenty steps in a row, for single batches may be hard."""
-    with pytest.raises(supervised.DivergedError, match=r"at step 2[1-9]"):
+    with pytest.raises(loop.DivergedError, match=r"at step 2[1-9]"):
         run(service=Spoiled(2, 1e6), settings=LONG)
 
 
@@ -337,7 +335,7 @@ def test_when_the_server_is_too_slow_to_save_the_last_checkpoint_stands(
     run, tmp_path, monkeypatch, undisturbed
 ):
     """Whoever presses Ctrl-C wants the prompt back."""
-    monkeypatch.setattr(supervised, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(loop, "STOP_SECONDS", 0.2)
     service, report = FakeService(), Silent()
 
     def hangs_when_saved(name):

@@ -36,6 +36,7 @@ class FakeService:
     def __init__(self, on_operation=lambda name: None):
         self.checkpoints = {}
         self.created, self.prompts = [], []
+        self.deleted, self.steps = [], []
         self.on_operation = on_operation
         self.hangs = False  # no answer comes any more
 
@@ -64,6 +65,10 @@ class FakeService:
 
     def get_weights_info_by_tinker_path(self, path):
         return types.WeightsInfoResponse("fake", is_lora=True, lora_rank=7)
+
+    def delete_checkpoint_from_tinker_path(self, path):
+        self.deleted.append(path)
+        del self.checkpoints[path]
 
     def download_checkpoint(self, path, output_dir, force=False):
         output_dir.mkdir(exist_ok=force)
@@ -96,6 +101,7 @@ class FakeTraining:
         return self._answer("forward_backward", lambda: self._accumulate(data))
 
     def optim_step(self, params):
+        self.service.steps.append(params)
         return self._answer("optim_step", lambda: self._step(params.learning_rate))
 
     def save_state(self, name):
@@ -103,6 +109,15 @@ class FakeTraining:
 
     def save_weights_for_sampler(self, name):
         return self._answer("save_weights", lambda: self._save("sampler_weights", name))
+
+    def load_state(self, path):
+        self.logits, _ = (part.copy() for part in self.service.checkpoints[path])
+        return self._answer("load_state", lambda: None)
+
+    def save_weights_and_get_sampling_client(self):
+        future = Future()
+        future.set_result(FakeSampling(self.service, self.logits.copy()))
+        return future
 
     def save_weights_and_get_sampling_client_sync(self):
         return FakeSampling(self.service, self.logits.copy())
@@ -152,11 +167,14 @@ class FakeTraining:
 class FakeSampling:
     """Says the likeliest token, over and over."""
 
+    def __init__(self, service, logits):
+        self.service, self.logits = service, logits
+
     def get_base_model(self):
         return "fake"
 
-    def __init__(self, service, logits):
-        self.service, self.logits = service, logits
+    def close(self):
+        pass
 
     def get_tokenizer(self):
         return ByteTokenizer()

@@ -1,6 +1,8 @@
 """The folder of a run: where it stands, and its metrics.
 
+config.yaml         settings and data, for `tinkex train --config` (see recipes/config_file.py)
 metrics.jsonl       one object a step, from step 0, the evaluation before training
+samples.jsonl       what the model said as training went: step, prompt and text
 state.json          the settings, and the last checkpoint (replaced as a whole)
 lock                exists while a process works on the run: its host and process id
 rendered-*.npz      the data as tokens, so that resuming does not render it again
@@ -17,7 +19,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import attrs
 
@@ -40,6 +42,10 @@ class State:
         step: after which it was saved.
         before: what the untrained model said to the shown prompts; None until it was asked.
         sampler_path: path on the server of the final weights; None until the run is finished.
+        checkpoints: step and path of those on the server that are not pruned, oldest first.
+        best: step, path and eval_loss of the checkpoint with the lowest held-out loss.
+        prompts, after: the shown prompts, and what the trained model said to them.
+        counts: of the data: examples, held_out, tokens, and what was left out of it.
     """
 
     settings: Settings
@@ -52,6 +58,11 @@ class State:
     sampler_path: str | None = None
     eval_data: str | None = None
     eval_sha256: str | None = None
+    checkpoints: list[list[Any]] = attrs.field(factory=list)
+    best: dict[str, Any] | None = None
+    prompts: list[str] = attrs.field(factory=list)
+    after: list[str] = attrs.field(factory=list)
+    counts: dict[str, int] = attrs.field(factory=dict)
 
     @property
     def has_begun(self) -> bool:
@@ -201,28 +212,52 @@ def check_same(
             )
 
 
-class Metrics:
-    """metrics.jsonl: rows appended in the order of their steps, each flushed at once."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in *path*, or None if the file is not there.
 
-    def __init__(self, folder: Path, upto: int) -> None:
-        """Keep the rows up to step *upto*, cut off those beyond; `rows` holds what is kept."""
-        self.rows: list[dict[str, float]] = []
-        self._path = folder / "metrics.jsonl"
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # the run was killed in the middle of this line
-            if row["step"] <= upto:
-                self.rows.append(row)
+    Raises:
+        ValueError: If it holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as exc:
+        raise ValueError(f"{path} cannot be read: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; those after a broken line are left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # the run was killed in the middle of this line
+    return rows
+
+
+class RowFile:
+    """A file of JSON lines: rows appended in the order of their steps, each flushed at once.
+
+    Args:
+        upto: rows of later steps are cut off; `rows` holds what is kept.
+    """
+
+    def __init__(self, folder: Path, upto: int, name: str = "metrics.jsonl") -> None:
+        self._path = folder / name
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= upto]
         self._file = self._rewritten()
 
-    def append(self, row: dict[str, float]) -> None:
+    def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with _naming(self._path):
             print(json.dumps(row), file=self._file, flush=True)
 
-    def pop(self) -> dict[str, float]:
+    def pop(self) -> dict[str, Any]:
         """Take back the last row, to append it again with more in it."""
         row = self.rows.pop()
         self._file.close()
@@ -234,8 +269,9 @@ class Metrics:
 
     def _rewritten(self) -> TextIO:
         """The file, replaced as a whole by one that holds `rows`, open at its end."""
-        new = self._path.with_name("metrics.jsonl.new")
+        new = self._path.with_name(f"{self._path.name}.new")
         with _naming(new):
-            new.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            new.write_text(text, encoding="utf-8")
         os.replace(new, self._path)
         return self._path.open("a", encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import date as Date
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
+from tinkex import types
 from tinkex.data import datums
 from tinkex.text.messages import TrainOn
 
@@ -17,10 +19,14 @@ Schedule = Literal["constant", "linear", "cosine"]
 MAX_LEARNING_RATE = 1.0
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_learning_rate(instance: object, attribute: Any, value: Any) -> None:
-    if not 0 < value <= MAX_LEARNING_RATE:  # also refuses NaN
+    if not _is_number(value) or not 0 < value <= MAX_LEARNING_RATE:  # also refuses NaN
         raise ValueError(
-            f"learning_rate must be above 0 and at most {MAX_LEARNING_RATE:g}, got {value}; "
+            f"learning_rate must be above 0 and at most {MAX_LEARNING_RATE:g}, got {value!r}; "
             "usual for LoRA are 1e-5 to 1e-3."
         )
 
@@ -31,6 +37,40 @@ def _check_date(instance: object, attribute: Any, value: Any) -> None:
             Date.fromisoformat(value)
         except (ValueError, TypeError) as exc:
             raise ValueError(f"date must be like 2024-07-26, got {value!r}.") from exc
+
+
+def _whole(least: int) -> Callable[[object, Any, Any], None]:
+    """A validator of whole numbers; None is good where it is the default."""
+
+    def check(instance: object, attribute: Any, value: Any) -> None:
+        if value is None and attribute.default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{attribute.name} must be a whole number from {least}, got {value!r}."
+            )
+
+    return check
+
+
+def _not_negative(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{attribute.name} must be a number from 0, got {value!r}.")
+
+
+def _below_one(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{attribute.name} must be from 0 to below 1, got {value!r}.")
+
+
+def _one_of(literal: Any) -> Callable[[object, Any, Any], None]:
+    names = get_args(literal)
+
+    def check(instance: object, attribute: Any, value: Any) -> None:
+        if value not in names:
+            raise ValueError(f"{attribute.name} must be {' or '.join(names)}, got {value!r}.")
+
+    return check
 
 
 @attrs.frozen
@@ -56,31 +96,51 @@ class Settings:
         data_map: wanted key -> key in the data.
         start_from: tinker:// path, or the PEFT adapter folder, of the weights that the run starts
             with; None is a new adapter.
+        weight_decay, beta1, beta2: of AdamW.
+        grad_clip_norm: largest L2 norm of a step's gradient; 0 does not clip.
+        gradient_accumulation: batches per optimizer step, each of batch_size examples.
+        patience: evaluations without a lower held-out loss after which the run ends early; it then
+            has the weights of the best one. None never ends early.
+        load_best: end with the weights of the lowest held-out loss rather than the last ones.
+        keep: newest checkpoints that stay on the server, besides the best; None keeps all.
+        generate_every: steps between two samples of *prompts*; None is a tenth of the run.
+        prompts: texts that the model continues as training goes (as messages of a user, if the
+            training data is conversations).
     """
 
     base_model: str
-    rank: int = 32
+    rank: int = attrs.field(default=32, validator=_whole(1))
     learning_rate: float = attrs.field(default=1e-4, validator=_check_learning_rate)
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    batch_size: int = 32
-    epochs: int = 1
-    max_steps: int | None = None
-    max_length: int = 1024
-    seed: int = 0
-    eval_fraction: float = 0.05
+    schedule: Schedule = attrs.field(default="constant", validator=_one_of(Schedule))
+    warmup_steps: int = attrs.field(default=0, validator=_whole(0))
+    batch_size: int = attrs.field(default=32, validator=_whole(1))
+    epochs: int = attrs.field(default=1, validator=_whole(1))
+    max_steps: int | None = attrs.field(default=None, validator=_whole(1))
+    max_length: int = attrs.field(default=1024, validator=_whole(2))
+    seed: int = attrs.field(default=0, validator=_whole(0))
+    eval_fraction: float = attrs.field(default=0.05, validator=_below_one)
     train_mlp: bool = True
     train_attn: bool = True
     train_unembed: bool = True
     skip_bad_lines: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
-    train_on: TrainOn = "assistant"
+    eval_every: int | None = attrs.field(default=None, validator=_whole(1))
+    save_every: int | None = attrs.field(default=None, validator=_whole(1))
+    train_on: TrainOn = attrs.field(default="assistant", validator=_one_of(TrainOn))
     split_turns: bool = True
     date: str | None = attrs.field(default=None, validator=_check_date)
     data_format: str | None = None
     data_map: dict[str, str] | None = None
     start_from: str | None = None
+    weight_decay: float = attrs.field(default=0.0, validator=_not_negative)
+    beta1: float = attrs.field(default=0.9, validator=_below_one)
+    beta2: float = attrs.field(default=0.95, validator=_below_one)
+    grad_clip_norm: float = attrs.field(default=0.0, validator=_not_negative)
+    gradient_accumulation: int = attrs.field(default=1, validator=_whole(1))
+    patience: int | None = attrs.field(default=None, validator=_whole(1))
+    load_best: bool = False
+    keep: int | None = attrs.field(default=None, validator=_whole(1))
+    generate_every: int | None = attrs.field(default=None, validator=_whole(1))
+    prompts: list[str] | None = None
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The rate of *step*, from 1. Depends on nothing else: a resumed run has the same."""
@@ -94,6 +154,21 @@ class Settings:
         }
         return self.learning_rate * factors[self.schedule]
 
+    def adam_at(self, step: int, total_steps: int) -> types.AdamParams:
+        """What the optimizer is given at *step*."""
+        return types.AdamParams(
+            learning_rate=self.learning_rate_at(step, total_steps),
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            grad_clip_norm=self.grad_clip_norm,
+        )
+
+    @property
+    def tracks_best(self) -> bool:
+        """True if every evaluated step is saved, so that the best one can be returned to."""
+        return self.load_best or self.patience is not None
+
     @property
     def rendering(self) -> datums.Options:
         """What decides how the data is rendered."""
@@ -102,4 +177,4 @@ class Settings:
 
 
 #: Settings that do not decide the result.
-FREE = {"eval_every", "save_every"}
+FREE = {"eval_every", "save_every", "keep", "generate_every", "prompts"}

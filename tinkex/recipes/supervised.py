@@ -1,64 +1,43 @@
-"""The supervised fine-tuning loop: a data file and settings in, a PEFT adapter out.
+"""Supervised fine-tuning: a data file and settings in, a PEFT adapter out.
 
-Steps, evaluations and checkpoints are jobs in one line; the next is submitted before the one
-before it is awaited, so the server never waits for us. What a step does depends on its number
-alone, so a run that is resumed from a checkpoint ends in the weights of one that was never stopped.
-Does not know about the command line, the terminal or signals: it takes a Report and a guard. One
-subject in one module, so that a reader sees the whole loop.
+What a step trains and an evaluation measures is `CrossEntropy`; loop.py runs them. Does not know
+about the command line, the terminal or signals: it takes a Report and a guard.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import date as Date
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import numpy as np
 
-from tinkex import errors, types
-from tinkex.data import datums, files
-from tinkex.data.split import Plan, split
-from tinkex.recipes.run_folder import Metrics, State, check_same, save_state
+from tinkex import types
+from tinkex.data import datums, files, records
+from tinkex.data.split import split
+from tinkex.recipes import loop
+from tinkex.recipes.callbacks import Callbacks
+from tinkex.recipes.loop import Guard, Loop, Prompt, Report, Work
+from tinkex.recipes.run import Run
+from tinkex.recipes.run_folder import State, check_same, load_state, save_state
 from tinkex.recipes.settings import Settings
-from tinkex.sampling import SamplingClient
 from tinkex.service import ServiceClient
+from tinkex.text.renderer import Renderer
 from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
 
-#: Jobs submitted but not yet awaited.
-IN_FLIGHT = 2
 #: Held-out examples that are evaluated in one request.
 EVALUATED_AT_ONCE = 64
 #: Held-out examples whose completions are shown before and after.
 SHOWN_EXAMPLES = 3
-#: Tokens of each shown completion.
-SHOWN_TOKENS = 64
-#: Checkpoints and evaluations of a run, unless the settings say how often.
-PARTS = 10
-#: Seconds to save a checkpoint in when the run is stopped.
-STOP_SECONDS = 3.5
-#: Seconds between two looks at whether the run is to stop.
-LOOK_SECONDS = 0.1
-#: A run has diverged when its loss was this many times the first one for so many steps.
-DIVERGED_FACTOR, DIVERGED_STEPS = 3.0, 20
-
-Guard = Callable[[], AbstractContextManager[Callable[[], bool]]]
-
-
-class DivergedError(ArithmeticError, ValueError):
-    """The training loss diverged. The message names the step and the learning rate."""
 
 
 @attrs.frozen
 class Shown:
-    """A held-out prompt and the model's completions of it, at most `SHOWN_TOKENS` tokens."""
+    """A held-out prompt and the model's completions of it, at most `loop.SHOWN_TOKENS` tokens."""
 
     prompt: str
     before: str
@@ -75,18 +54,16 @@ class Outcome:
     losses: tuple[float, float] | None = None  # held out, per token: before, after
 
 
-class Report(Protocol):
-    """Receives the events of a run, in this order; `say` at any time."""
-
-    def say(self, text: str) -> None: ...
-
-    def rendered(self, done: int, total: int) -> None: ...
-
-    def begin(self, step: int, total_steps: int) -> None: ...
-
-    def row(self, row: dict[str, float]) -> None: ...
-
-    def end(self) -> None: ...
+def outcome(run: Run) -> Outcome:
+    """How the run in a folder ended, as its files say."""
+    state = load_state(run.folder)
+    if state is None:
+        raise ValueError(f"there is no run in {run.folder}.")
+    shown = [Shown(*words) for words in zip(state.prompts, state.before or [], state.after)]
+    evaluated = [row["eval_loss"] for row in run.metrics if "eval_loss" in row]
+    last = state.best["eval_loss"] if state.settings.tracks_best and state.best else None
+    losses = (evaluated[0], last or evaluated[-1]) if evaluated else None
+    return Outcome(state, run.adapter, shown, losses)
 
 
 # The run
@@ -103,6 +80,7 @@ def run(
     *,
     eval_data: files.DataFile | None = None,
     tokenizer: Any = None,
+    callbacks: Callbacks | None = None,
 ) -> Outcome:
     """
     Train, and put the adapter into *folder*.
@@ -110,10 +88,12 @@ def run(
     Args:
         state: of the run to resume, from `load_state`; None starts one.
         guard: entered around the training loop; returns a function that is true when the run is to
-            stop. Then a checkpoint is saved within `STOP_SECONDS` and the outcome is not finished.
+            stop. Then a checkpoint is saved within `loop.STOP_SECONDS`, and the outcome is not
+            finished.
         eval_data: held out instead of a part of *data*.
         tokenizer: the base model's, if it is known before the model is loaded: then bad data is
             refused before that. None asks the server.
+        callbacks: receive the events of the run, except its end.
 
     Raises:
         ValueError: If the settings or the data are not those of *state*, or data is bad.
@@ -136,16 +116,27 @@ def run(
     if tokenizer is not None:
         prepared = _prepare(data, eval_data, settings, tokenizer, folder, report)
     save_state(folder, state)
-    training = _open(service, state)
+    training = open_training(service, state)
     try:
         theirs = training.get_tokenizer()
         if prepared is None or not _is_same(tokenizer, theirs):
             prepared = _prepare(data, eval_data, settings, theirs, folder, report)
-        trainer = _Trainer(training, theirs, prepared, state, folder, report)
+        report.say(prepared.description)
+        trainer = Loop(
+            service,
+            training,
+            theirs,
+            CrossEntropy(prepared, theirs, settings),
+            attrs.evolve(state, counts=prepared.counts),
+            Run(folder),
+            report,
+            callbacks or Callbacks(),
+        )
         with guard() as is_stopped:
-            if not trainer.run(is_stopped):
-                return Outcome(trainer.state)
-        return trainer.finish(service)
+            is_complete = trainer.run(is_stopped)
+        if is_complete:
+            trainer.finish()
+        return outcome(Run(folder))
     finally:
         training.close()
 
@@ -167,7 +158,7 @@ def _is_same(ours: Any, theirs: Any) -> bool:
     )
 
 
-def _open(service: ServiceClient, state: State) -> TrainingClient:
+def open_training(service: ServiceClient, state: State) -> TrainingClient:
     """A client of a new model, of given weights, or of the last checkpoint with its optimizer."""
     if state.checkpoint is not None:
         return service.create_training_client_from_state_with_optimizer(state.checkpoint)
@@ -191,11 +182,25 @@ def _open(service: ServiceClient, state: State) -> TrainingClient:
 
 @attrs.frozen
 class _Prepared:
-    """The examples to train on and to evaluate on, and what was left out, in words."""
+    """The examples to train on and to evaluate on.
+
+    Attributes:
+        is_chat: True if the data is conversations.
+        counts: what is in the data, and what was left out.
+        notes: what was left out, in words.
+    """
 
     examples: list[datums.Example]
     held_out: list[datums.Example]
+    is_chat: bool
+    counts: dict[str, int]
     notes: str
+
+    @property
+    def description(self) -> str:
+        return (
+            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out{self.notes}."
+        )
 
 
 def _prepare(
@@ -224,7 +229,18 @@ def _prepare(
         (rendered.split, "conversations became several examples (see docs/train.md)"),
     ]
     notes = "".join(f"; {count} {what}" for count, what in counts if count)
-    return _Prepared(examples, held_out, notes)
+    told = {
+        "examples": len(examples),
+        "held_out": len(held_out),
+        "tokens": sum(len(example.tokens) for example in examples),
+        "counted_tokens": int(datums.counted_tokens(examples)),
+        "bad": counts[0][0],
+        "truncated": rendered.truncated,
+        "dropped": rendered.dropped,
+        "split": rendered.split,
+    }
+    is_chat = isinstance(data.records[0], records.Chat)
+    return _Prepared(examples, held_out, is_chat, told, notes)
 
 
 def _rendered(
@@ -241,257 +257,66 @@ def _rendered(
     return rendered
 
 
-class _Stopped(Exception):
-    """Raised inside the training loop to end it early."""
+# What is trained
 
 
-# What is submitted, and what to do with its results once they are all there.
-_Job = tuple[Sequence[Future[Any]], Callable[[list[Any]], None]]
+class CrossEntropy:
+    """The negative log-likelihood of the tokens that count. An `Objective`."""
 
-
-class _Trainer:
-    """One run: submits its jobs, `IN_FLIGHT` at a time, and records their results."""
-
-    def __init__(
-        self,
-        training: TrainingClient,
-        tokenizer: Any,
-        prepared: _Prepared,
-        state: State,
-        folder: Path,
-        report: Report,
-    ) -> None:
-        settings = state.settings
-        self.tokenizer = tokenizer
-        self.examples, self.held_out = prepared.examples, prepared.held_out
-        self.plan = Plan(
-            len(self.examples),
-            settings.batch_size,
-            settings.epochs,
-            settings.seed,
-            settings.max_steps,
-        )
-        self.total = self.plan.total_steps
-        part = max(1, self.total // PARTS)
-        self.save_every = settings.save_every or part
-        self.eval_every = settings.eval_every or part
-        self.training, self.settings, self.folder, self.report = training, settings, folder, report
-        self.state = attrs.evolve(state, total_steps=self.total)
-        self.trained = state.step  # the last step submitted
-        self.metrics = Metrics(folder, state.step)
-        self._row: dict[str, float] | None = None  # of a step whose evaluation is under way
-        self._eval_sum = 0.0
-        self._clock = time.monotonic()
-        report.say(
-            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out"
-            f"{prepared.notes}."
-        )
-
-    def run(self, is_stopped: Callable[[], bool]) -> bool:
-        """Train; True at the end, False if stopped before it (after saving a checkpoint)."""
-        in_flight: deque[_Job] = deque()
-        self.report.begin(self.state.step, self.total)
-        try:
-            if self.state.before is None:
-                self._show_before(is_stopped)
-            for job in self._jobs():
-                in_flight.append(job)
-                if is_stopped():
-                    raise _Stopped
-                if len(in_flight) >= IN_FLIGHT:
-                    self._settle(in_flight, is_stopped)
-            while in_flight:
-                self._settle(in_flight, is_stopped)
-        except _Stopped:
-            self._save_what_there_is(in_flight)
-            return False
-        finally:
-            self._close_row()
-            self.report.end()
-            self.metrics.close()
-        return True
-
-    # Jobs, in the order in which the server runs them
-
-    def _jobs(self) -> Iterator[_Job]:
-        """The jobs in order; taking one from the iterator submits it."""
-        done = self.state.step
-        if self._evaluates(done) and self._reopened_row(done):
-            yield from self._evaluate()
-        for step in range(done + 1, self.total + 1):
-            yield self._train(step)
-            if self._evaluates(step):
-                yield from self._evaluate()
-            if step % self.save_every == 0 or step == self.total:
-                yield self._save(step)
-
-    def _evaluates(self, step: int) -> bool:
-        return bool(self.held_out) and (step % self.eval_every == 0 or step == self.total)
-
-    def _reopened_row(self, step: int) -> bool:
-        """True if *step* still has to be evaluated: at the start, or after a stop right there."""
-        if not self.metrics.rows:
-            self._row = {"step": step}
-        elif "eval_loss" not in self.metrics.rows[-1]:
-            self._row = self.metrics.pop()
-        return self._row is not None
-
-    def _train(self, step: int) -> _Job:
-        batch = [self.examples[i] for i in self.plan.batch(step)]
-        # The mean over the batch's counted tokens: the learning rate then means the same whatever
-        # the batch size and the lengths.
-        counted = datums.counted_tokens(batch)
-        learning_rate = self.settings.learning_rate_at(step, self.total)
-        data = [example.datum(1 / counted) for example in batch]
-        futures = (
-            self.training.forward_backward(data, "cross_entropy"),
-            self.training.optim_step(types.AdamParams(learning_rate=learning_rate)),
-        )
-        self.trained = step
-
-        def settled(results: list[Any]) -> None:
-            row = {"step": step, "train_loss": _loss_sum(results[0], batch) / counted}
-            seconds = self._lap()
-            row["tokens_per_second"] = sum(len(e.tokens) - 1 for e in batch) / seconds
-            row["learning_rate"] = learning_rate
-            self._row = row
-            if not self._evaluates(step):
-                self._close_row()
-            self._check_convergence(row)
-
-        return futures, settled
-
-    def _evaluate(self) -> Iterator[_Job]:
-        """Evaluate the held-out loss, of the weights after the jobs submitted so far."""
-        counted = datums.counted_tokens(self.held_out)
-        parts = list(datums.slices(self.held_out, EVALUATED_AT_ONCE))
-
-        for number, part in enumerate(parts):
-            future = self.training.forward([e.datum() for e in part], "cross_entropy")
-
-            def settled(results: list[Any], number: int = number, part: Any = part) -> None:
-                self._eval_sum = (self._eval_sum if number else 0.0) + _loss_sum(results[0], part)
-                self._lap()
-                if number == len(parts) - 1 and self._row is not None:
-                    self._row["eval_loss"] = self._eval_sum / counted
-                    self._close_row()
-
-            yield (future,), settled
-
-    def _save(self, step: int) -> _Job:
-        future = self.training.save_state(f"step-{step:06d}")
-
-        def settled(results: list[Any]) -> None:
-            self._lap()
-            self._note(step=step, checkpoint=results[0].path)
-
-        return (future,), settled
-
-    # Results
-
-    def _settle(self, in_flight: deque[_Job], is_stopped: Callable[[], bool]) -> None:
-        futures, settled = in_flight[0]
-        results = [_result(future, is_stopped) for future in futures]
-        in_flight.popleft()
-        settled(results)
-
-    def _lap(self) -> float:
-        """Seconds since the previous job finished."""
-        before, self._clock = self._clock, time.monotonic()
-        return max(self._clock - before, 1e-9)
-
-    def _close_row(self) -> None:
-        """Write the open row: it is complete, or the run ends."""
-        if self._row is not None and len(self._row) > 1:
-            self.metrics.append(self._row)
-            self.report.row(self._row)
-        self._row = None
-
-    def _check_convergence(self, row: dict[str, float]) -> None:
-        """
-        DivergedError if the loss is not finite, or was far above the first one for long.
-
-        No checkpoint follows, so that the last one is still good.
-        """
-        losses = [r["train_loss"] for r in [*self.metrics.rows, row] if "train_loss" in r]
-        is_high = [loss > DIVERGED_FACTOR * losses[0] for loss in losses[-DIVERGED_STEPS:]]
-        if math.isfinite(row["train_loss"]) and not (
-            len(is_high) == DIVERGED_STEPS and all(is_high)
-        ):
-            return
-        where = f"; the last checkpoint is of step {self.state.step}" if self.state.step else ""
-        raise DivergedError(
-            f"the training diverged: loss {row['train_loss']:.4g} at step {row['step']:.0f}, "
-            f"{losses[0]:.4g} at the start. The learning rate is "
-            f"{self.settings.learning_rate:g}; start again with a tenth of it{where}."
-        )
-
-    def _note(self, **changes: Any) -> None:
-        self.state = attrs.evolve(self.state, **changes)
-        save_state(self.folder, self.state)
-
-    def _save_what_there_is(self, in_flight: deque[_Job]) -> None:
-        """Save a checkpoint of the last submitted step, if the server does so in time."""
-        deadline = time.monotonic() + STOP_SECONDS
-        try:
-            while in_flight or self.state.step < self.trained:
-                if not in_flight:
-                    in_flight.append(self._save(self.trained))
-                self._settle(in_flight, lambda: time.monotonic() > deadline)
-        except _Stopped:
-            self.report.say(
-                f"The server did not save step {self.trained} within {STOP_SECONDS} s; "
-                f"the last checkpoint is of step {self.state.step}."
-            )
-
-    # Samples
-
-    def _show_before(self, is_stopped: Callable[[], bool]) -> None:
-        if not self.held_out:
-            return
-        sampler = self.training.save_weights_and_get_sampling_client_sync()
-        self._note(before=self._say(sampler, is_stopped))
-
-    def _say(self, sampler: SamplingClient, is_stopped: Callable[[], bool]) -> list[str]:
-        # Half-way to the likeliest token: of a small model that alone is a word over and over.
-        params = types.SamplingParams(max_tokens=SHOWN_TOKENS, temperature=0.5, seed=0)
-        futures = [
-            sampler.sample(example.prompt, num_samples=1, sampling_params=params)
-            for example in self.held_out[:SHOWN_EXAMPLES]
+    def __init__(self, prepared: _Prepared, tokenizer: Any, settings: Settings) -> None:
+        self._examples, self._held_out = prepared.examples, prepared.held_out
+        self.examples = len(prepared.examples)
+        self.is_evaluated = bool(prepared.held_out)
+        self.shown: Sequence[Prompt] = [
+            Prompt(e.prompt, loop.decode(tokenizer, e.prompt.to_ints()))
+            for e in prepared.held_out[:SHOWN_EXAMPLES]
         ]
-        responses = [_result(future, is_stopped) for future in futures]
-        return [self._decode(response.sequences[0].tokens) for response in responses]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
-
-    def finish(self, service: ServiceClient) -> Outcome:
-        """Download the adapter and sample from the trained model."""
-        saved = self.training.save_weights_for_sampler("final").result()
-        if saved.path is None:
-            raise errors.APIResponseValidationError("the server did not say where it saved to.")
-        sampler_path = saved.path
-        shown = []
-        if self.held_out:
-            sampler = service.create_sampling_client(model_path=sampler_path)
-            after = self._say(sampler, lambda: False)
-            prompts = [self._decode(e.prompt.to_ints()) for e in self.held_out]
-            shown = [Shown(*words) for words in zip(prompts, self.state.before or [], after)]
-        adapter = service.create_rest_client().download_checkpoint(
-            sampler_path, self.folder / "adapter", force=True
+        self.prompts: Sequence[Prompt] = prompts(
+            settings.prompts or [], tokenizer, prepared.is_chat
         )
-        self._note(sampler_path=sampler_path)
-        evaluated = [row["eval_loss"] for row in self.metrics.rows if "eval_loss" in row]
-        losses = (evaluated[0], evaluated[-1]) if evaluated else None
-        return Outcome(self.state, adapter=Path(adapter), shown=shown, losses=losses)
+
+    def train(self, training: TrainingClient, batches: Sequence[Sequence[int]]) -> Work:
+        parts = [[self._examples[i] for i in batch] for batch in batches]
+        everything = [example for part in parts for example in part]
+        # The mean over the counted tokens of the step: the learning rate then means the same
+        # whatever the batch size and the lengths.
+        counted = datums.counted_tokens(everything)
+        futures = [
+            training.forward_backward([e.datum(1 / counted) for e in part], "cross_entropy")
+            for part in parts
+        ]
+
+        def read(results: list[Any]) -> dict[str, float]:
+            return {"train_loss": sum(map(_loss_sum, results, parts)) / counted}
+
+        return Work(futures, read, sum(len(e.tokens) - 1 for e in everything))
+
+    def evaluate(self, training: TrainingClient) -> Iterator[Work]:
+        counted = datums.counted_tokens(self._held_out)
+        parts = list(datums.slices(self._held_out, EVALUATED_AT_ONCE))
+        losses: list[float] = []
+        for part in parts:
+            future = training.forward([e.datum() for e in part], "cross_entropy")
+
+            def read(results: list[Any], part: Any = part) -> dict[str, float]:
+                losses.append(_loss_sum(results[0], part))
+                return {"eval_loss": sum(losses) / counted} if len(losses) == len(parts) else {}
+
+            yield Work([future], read)
 
 
-def _result(future: Future[Any], is_stopped: Callable[[], bool]) -> Any:
-    while not wait([future], timeout=LOOK_SECONDS).done:
-        if is_stopped():
-            raise _Stopped
-    return future.result()
+def prompts(texts: Sequence[str], tokenizer: Any, is_chat: bool) -> list[Prompt]:
+    """*texts* as prompts: messages of a user if *is_chat*, otherwise text to continue."""
+    render = Renderer(tokenizer)
+    found = []
+    for text in texts:
+        if is_chat:
+            rendered = render.prompt([{"role": "user", "content": text}])
+            found.append(Prompt(rendered.model_input, text, rendered.stop or None))
+        else:
+            tokens = types.ModelInput.from_ints(render.encode_prompt(text))
+            found.append(Prompt(tokens, text))
+    return found
 
 
 def _loss_sum(output: types.ForwardBackwardOutput, batch: Sequence[datums.Example]) -> float:
