@@ -37,7 +37,7 @@ FLOORS = [
     "checkpoints/export server/",
     "sampling rest",
     "conformance/",
-    "training diagnostics/",
+    "training diagnostics/ auth",
     "service",
     "recipes/",
     "__init__",

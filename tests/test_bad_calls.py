@@ -425,7 +425,7 @@ TRAINING = [
     ),
     (lambda c: c.forward_backward_custom([datum()], max, framework=5), ValueError, "5", "torch"),
     # steps
-    (lambda c: c.optim_step(None), TypeError, "None", "types.AdamParams", "learning_rate=1e-4"),
+    (lambda c: c.optim_step(types.AdamParams(), adam_params={}), TypeError, "only one"),
     (lambda c: c.optim_step(1e-3), TypeError, "float", "types.AdamParams"),
     (lambda c: c.optim_step({"lr": 1e-3}), TypeError, "'lr'", "learning_rate, beta1"),
     (lambda c: c.optim_step({"learning_rate": "x"}), TypeError, "'x'", "learning_rate"),

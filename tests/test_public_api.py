@@ -14,20 +14,66 @@ import tinkex
 
 NAMES = [
     "Callback",
+    "APIConnectionError",
+    "APIError",
+    "APIFuture",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AdamOptimizerConfig",
+    "AdamParams",
+    "AuthenticationError",
+    "BadRequestError",
+    "BillingError",
+    "Checkpoint",
+    "CheckpointType",
     "ClientSpec",
     "Config",
+    "ConflictError",
+    "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "InternalServerError",
+    "LoraConfig",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "NotFoundError",
     "OperationFuture",
+    "OptimParams",
+    "OptimStepRequest",
+    "OptimStepResponse",
+    "ParsedCheckpointTinkerPath",
     "Patience",
+    "PermissionDeniedError",
+    "PromptProvenanceSpan",
+    "RateLimitError",
     "Rendered",
+    "RequestFailedError",
     "RestClient",
     "Retry",
     "Run",
+    "SampleRequest",
+    "SampleResponse",
+    "SampledProvenanceSpan",
+    "SampledSequence",
     "SamplingClient",
     "SamplingLimits",
+    "SamplingParams",
     "ServiceClient",
+    "StopReason",
+    "TensorData",
+    "TensorDtype",
+    "TinkerError",
     "TinkexError",
     "TrainingClient",
+    "TrainingRun",
+    "UnprocessableEntityError",
+    "__title__",
     "__version__",
+    "auth",
     "errors",
     "load_run",
     "parse_response",
@@ -39,28 +85,45 @@ NAMES = [
 
 #: The functions of the SDK, by class. One that goes away breaks somebody's script.
 METHODS = {
-    "ServiceClient": """close create_lora_training_client create_lora_training_client_async
+    "ServiceClient": """
+        close copy_weights create_lora_training_client create_lora_training_client_async
         create_rest_client create_sampling_client create_sampling_client_async
         create_training_client_from_state create_training_client_from_state_async
         create_training_client_from_state_with_optimizer
-        create_training_client_from_state_with_optimizer_async get_server_capabilities
-        get_telemetry health""",
-    "TrainingClient": """close create create_sampling_client create_sampling_client_async decode
-        encode forward forward_backward forward_backward_custom get_info get_telemetry
-        get_tokenizer load_state load_state_with_optimizer on_queue_state_change optim_step
-        save_state save_weights_and_get_sampling_client
-        save_weights_and_get_sampling_client_sync save_weights_for_sampler spec start
-        unload_model""",
-    "SamplingClient": """close compute_logprobs create decode encode get_base_model get_tokenizer
-        on_queue_state_change sample sample_many sample_stream""",
-    "RestClient": """close delete_checkpoint delete_checkpoint_from_tinker_path
-        download_checkpoint export_checkpoint get_checkpoint_archive_url get_sampler
-        get_server_capabilities
-        get_session get_training_run get_training_run_by_tinker_path
+        create_training_client_from_state_with_optimizer_async get_console_url
+        get_server_capabilities get_server_capabilities_async get_telemetry health result
+        result_async""",
+    "TrainingClient": """
+        close create create_sampling_client create_sampling_client_async decode encode forward
+        forward_async forward_backward forward_backward_async forward_backward_custom
+        forward_backward_custom_async get_console_url get_info get_info_async get_telemetry
+        get_tokenizer load_state load_state_async load_state_with_optimizer
+        load_state_with_optimizer_async on_queue_state_change optim_step optim_step_async result
+        result_async save_state save_state_async save_weights_and_get_sampling_client
+        save_weights_and_get_sampling_client_async save_weights_and_get_sampling_client_sync
+        save_weights_external save_weights_external_async save_weights_for_sampler
+        save_weights_for_sampler_async spec start unload_model""",
+    "SamplingClient": """
+        close compute_logprobs compute_logprobs_async create decode encode from_sampler_handle
+        get_base_model get_base_model_async get_sampler_handle get_telemetry get_tokenizer
+        on_queue_state_change result result_async sample sample_async sample_many sample_stream""",
+    "RestClient": """
+        assign_session_project assign_session_project_async close copy_weights
+        copy_weights_async delete_checkpoint delete_checkpoint_async
+        delete_checkpoint_from_tinker_path delete_checkpoint_from_tinker_path_async
+        download_checkpoint export_checkpoint get_checkpoint_archive_url
+        get_checkpoint_archive_url_async get_checkpoint_archive_url_from_tinker_path
+        get_checkpoint_archive_url_from_tinker_path_async get_external_weights_urls
+        get_external_weights_urls_async get_sampler get_sampler_async get_server_capabilities
+        get_session get_session_async get_telemetry get_training_run get_training_run_async
+        get_training_run_by_tinker_path get_training_run_by_tinker_path_async
         get_weights_info_by_tinker_path health iter_sessions iter_training_runs
-        iter_user_checkpoints list_checkpoints list_sessions list_training_runs
-        list_user_checkpoints publish_checkpoint_from_tinker_path
-        set_checkpoint_ttl_from_tinker_path unpublish_checkpoint_from_tinker_path""",
+        iter_user_checkpoints list_checkpoints list_checkpoints_async list_sessions
+        list_sessions_async list_training_runs list_training_runs_async list_user_checkpoints
+        list_user_checkpoints_async publish_checkpoint_from_tinker_path
+        publish_checkpoint_from_tinker_path_async result result_async search_sessions
+        set_checkpoint_ttl_from_tinker_path set_checkpoint_ttl_from_tinker_path_async
+        unpublish_checkpoint_from_tinker_path unpublish_checkpoint_from_tinker_path_async whoami""",
 }
 
 

@@ -147,7 +147,7 @@ def test_statement_29_a_change_is_a_change_whatever_the_answer_s_body(
     """A success with nothing in it is no broken JSON. (statement 29)"""
     server.stored[method, CHECKPOINT + path] = reply
 
-    assert call(rest) is None
+    assert call(rest).result() is None
     assert body == server.requests[0].body
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import logging
 import threading
 
@@ -18,7 +20,7 @@ from tests.support.fake_server import (
     refused,
     status,
 )
-from tinkex import Patience, SamplingLimits, errors, types
+from tinkex import Patience, SamplingLimits, config, errors, types
 from tinkex.runtime import embedded, rate_limit
 
 PATH = "tinker://run:train:0/weights/best"
@@ -133,12 +135,133 @@ def test_a_base_model_that_cannot_be_loaded_is_told_with_the_reason(service, ser
 def test_a_training_client_of_a_checkpoint(service, server, suffix, optimizer):
     with_optimizer = "_with_optimizer" if optimizer else ""
     create = getattr(service, f"create_training_client_from_state{with_optimizer}{suffix}")
-    client = create(PATH, {"a": 1})
+    client = create(PATH, user_metadata={"a": 1})
     client = client.result(10) if suffix else client
 
     assert client.optim_step(ADAM).result(10)
     [body] = server.bodies("load_weights")
     assert (PATH, optimizer, {"a": 1}) == (body["path"], body["optimizer"], body["user_metadata"])
+
+
+def test_a_checkpoint_can_be_loaded_as_another_base_model_with_another_key(service, server):
+    """Arguments in the order of the official SDK."""
+    service.create_training_client_from_state(PATH, "tiny:64", {"a": 1}, "tml-theirs")
+
+    [body] = server.bodies("load_weights")
+    assert "tiny:64" == body["base_model"]
+    assert ({"a": 1}, "tml-theirs") == (body["user_metadata"], body["weights_access_token"])
+    with pytest.raises(TypeError, match=r"base_model .* \{'a': 1\}; metadata .* user_metadata="):
+        service.create_training_client_from_state(PATH, {"a": 1})
+
+
+def test_positional_arguments_are_the_server_or_as_in_the_official_sdk_metadata(
+    server, monkeypatch
+):
+    plugged_in(monkeypatch, server)
+    options = {"base_url": URL, "api_key": "tml-key"}
+    tinkex.ServiceClient(URL, "tml-key").close()
+    tinkex.ServiceClient({"run": "7"}, "project-1", display_name="mine", **options).close()
+
+    first, second = server.bodies("create_session")
+    assert not first.get("user_metadata")
+    assert ({"run": "7"}, "project-1") == (second["user_metadata"], second["project_id"])
+    assert "mine" == second["display_name"]
+    for wrong in ((URL, "k", {}), ({}, "p", "k")):
+        with pytest.raises(TypeError, match="takes 2 arguments without names"):
+            tinkex.ServiceClient(*wrong)
+    with pytest.raises(TypeError, match="got base_url twice"):
+        tinkex.ServiceClient(URL, base_url=URL)
+    with pytest.raises(TypeError, match="only one"):
+        tinkex.ServiceClient(default_headers={}, default_headers_overrides={}, **options)
+
+
+def test_timeout_is_how_long_an_answer_may_take(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    with tinkex.ServiceClient(URL, "tml-key", timeout=12.5) as service:
+        assert 12.5 == service._session.config.patience.request
+    with pytest.raises(ValueError, match="-1"):
+        tinkex.ServiceClient(URL, "tml-key", timeout=-1)
+
+
+def test_another_optimizer_is_asked_for_when_the_model_is_created(service, server):
+    """The default one is not mentioned, for older servers refuse what they do not know."""
+    service.create_lora_training_client("tiny", optimizer=types.AdamOptimizerConfig())
+    dimuon = service.create_lora_training_client("tiny", optimizer=types.DimuonOptimizerConfig())
+    dimuon.optim_step(types.DimuonParams(learning_rate=0.1)).result(10)
+
+    first, second = server.bodies("create_model")
+    assert "optimizer_config" not in first
+    assert {"type": "dimuon", "version": 1} == second["optimizer_config"]
+    [step] = server.bodies("optim_step")
+    assert "adam_params" not in step
+    assert {"type": "dimuon", "learning_rate": 0.1} == {
+        key: step["optimizer_params"][key] for key in ("type", "learning_rate")
+    }
+    with pytest.raises(TypeError, match=r"optimizer must be types\.AdamOptimizerConfig"):
+        service.create_lora_training_client("tiny", optimizer="adamw")
+
+
+def test_every_client_and_lookup_can_be_waited_for_like_a_future(service):
+    """Scripts for the official SDK, where these are futures, call result() or await them."""
+
+    async def awaited():
+        capabilities = await service.get_server_capabilities_async()
+        training = await service.create_lora_training_client_async("tiny")
+        forward = await training.forward_backward_async([datum()], "cross_entropy")
+        step = await training.optim_step_async(ADAM)
+        await forward
+        sampler = await training.save_weights_and_get_sampling_client_async()
+        sample = await sampler.sample_async([1, 2], 1, types.SamplingParams(max_tokens=1))
+        assert await training is training
+        return capabilities, await step.coroutine(), await training.get_info_async(), sample
+
+    capabilities, step, info, sample = asyncio.run(awaited())
+    training = service.create_lora_training_client("tiny").result()
+
+    assert capabilities.result(timeout=1) is capabilities
+    assert step is not None
+    assert info.model_id
+    assert sample.sequences
+    assert training.result_async is not None
+    assert service.close("success").result() is None
+
+
+def test_the_future_of_a_sampling_client_is_used_as_the_client(service):
+    training = service.create_lora_training_client("tiny")
+    future = training.save_weights_and_get_sampling_client(name="final")
+
+    assert future.sample([1, 2]).result(10).sequences
+    assert future.sampling_session_id == future.result(10).sampling_session_id
+    assert not hasattr(future, "_secret")
+    with pytest.raises(TypeError, match="another name"):
+        training.save_weights_and_get_sampling_client("a", path="b")
+    with pytest.raises(ValueError, match="'live'"):
+        training.save_weights_and_get_sampling_client(kind="live")
+
+
+def test_a_sampler_handle_holds_no_key_and_makes_a_client_of_the_same_sampler(server, monkeypatch):
+    plugged_in(monkeypatch, server)
+    service = tinkex.ServiceClient(URL, "tml-secret")
+    sampler = service.create_sampling_client(base_model="tiny", record_stability_info=True)
+    handle = sampler.get_sampler_handle()
+
+    with tinkex.SamplingClient.from_sampler_handle(handle, api_key="tml-secret") as copy:
+        assert sampler.sampling_session_id == copy.sampling_session_id
+        assert copy.sample([1, 2]).result(10).sequences
+    assert "tml-secret" not in base64.urlsafe_b64decode(handle).decode()
+    for wrong in ("x", "e30=", base64.urlsafe_b64encode(b'{"base_url": "http://x"}').decode(), 5):
+        with pytest.raises(ValueError, match="get_sampler_handle"):
+            tinkex.SamplingClient.from_sampler_handle(wrong)
+
+
+def test_where_the_console_is(service):
+    """Another server than the official one has no console; there it is the record."""
+    training = service.create_lora_training_client("tiny")
+
+    assert f"{URL}/api/v1/sessions/{service.session_id}" == service.get_console_url()
+    assert training.get_console_url().endswith(f"/training_runs/{training.model_id}")
+    official = tinkex.Config(base_url=config.OFFICIAL_URL).console_url("sessions", "s")
+    assert "https://tinker.thinkingmachines.ai/sessions/s" == official
 
 
 def test_a_sampling_client_of_a_path_or_a_base_model(service, server):

@@ -3,18 +3,39 @@
 A synchronous SDK for the Tinker training API, with a training engine of its own. Start with
 `ServiceClient`. Nothing is defined here; each name is imported when it is first used, so that
 `tinkex --help` loads neither numpy nor requests.
+
+The names of the official SDK (`tinker`) are here, too: `import tinkex as tinker` runs its scripts.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tinkex._version import __version__
+from tinkex._version import __title__, __version__
 
 if TYPE_CHECKING:
-    from tinkex import errors, types
+    from tinkex import auth, errors, types
     from tinkex.config import Config, Patience, SamplingLimits
-    from tinkex.errors import TinkexError
+    from tinkex.errors import (
+        APIConnectionError,
+        APIError,
+        APIResponseValidationError,
+        APIStatusError,
+        APITimeoutError,
+        AuthenticationError,
+        BadRequestError,
+        BillingError,
+        ConflictError,
+        InternalServerError,
+        NotFoundError,
+        PermissionDeniedError,
+        RateLimitError,
+        RequestFailedError,
+        TinkexError,
+        UnprocessableEntityError,
+    )
+    from tinkex.errors import TinkexError as TinkerError
     from tinkex.futures import OperationFuture
+    from tinkex.futures import OperationFuture as APIFuture
     from tinkex.recipes.callbacks import Callback
     from tinkex.recipes.run import Run, load_run
     from tinkex.rest import RestClient
@@ -24,23 +45,98 @@ if TYPE_CHECKING:
     from tinkex.text.renderer import Rendered, render, render_prompt, render_turns
     from tinkex.text.responses import parse_response
     from tinkex.training import ClientSpec, TrainingClient
+    from tinkex.types import (
+        AdamOptimizerConfig,
+        AdamParams,
+        Checkpoint,
+        CheckpointType,
+        Datum,
+        DimuonOptimizerConfig,
+        DimuonParams,
+        EncodedTextChunk,
+        ForwardBackwardOutput,
+        LoraConfig,
+        ModelID,
+        ModelInput,
+        ModelInputChunk,
+        OptimParams,
+        OptimStepRequest,
+        OptimStepResponse,
+        ParsedCheckpointTinkerPath,
+        PromptProvenanceSpan,
+        SampledProvenanceSpan,
+        SampledSequence,
+        SampleRequest,
+        SampleResponse,
+        SamplingParams,
+        StopReason,
+        TensorData,
+        TensorDtype,
+        TrainingRun,
+    )
 
 __all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIFuture",
+    "APIResponseValidationError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AdamOptimizerConfig",
+    "AdamParams",
+    "AuthenticationError",
+    "BadRequestError",
+    "BillingError",
     "Callback",
+    "Checkpoint",
+    "CheckpointType",
     "ClientSpec",
     "Config",
+    "ConflictError",
+    "Datum",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "InternalServerError",
+    "LoraConfig",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "NotFoundError",
     "OperationFuture",
+    "OptimParams",
+    "OptimStepRequest",
+    "OptimStepResponse",
+    "ParsedCheckpointTinkerPath",
     "Patience",
+    "PermissionDeniedError",
+    "PromptProvenanceSpan",
+    "RateLimitError",
     "Rendered",
+    "RequestFailedError",
     "RestClient",
     "Retry",
     "Run",
+    "SampleRequest",
+    "SampleResponse",
+    "SampledProvenanceSpan",
+    "SampledSequence",
     "SamplingClient",
     "SamplingLimits",
+    "SamplingParams",
     "ServiceClient",
+    "StopReason",
+    "TensorData",
+    "TensorDtype",
+    "TinkerError",
     "TinkexError",
     "TrainingClient",
+    "TrainingRun",
+    "UnprocessableEntityError",
+    "__title__",
     "__version__",
+    "auth",
     "errors",
     "load_run",
     "parse_response",
@@ -50,7 +146,7 @@ __all__ = [
     "types",
 ]
 
-#: The modules that define the names above; the others are modules themselves.
+#: The modules that define the names above, where it is not `types`.
 _HOMES = {
     "Callback": "recipes.callbacks",
     "ClientSpec": "training",
@@ -72,15 +168,24 @@ _HOMES = {
     "render_prompt": "text.renderer",
     "render_turns": "text.renderer",
 }
+#: Names of the official SDK for what has another name here.
+_OTHER_NAMES = {"APIFuture": "OperationFuture", "TinkerError": "TinkexError"}
+_MODULES = ("auth", "errors", "types")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)
-    value = getattr(module, name) if name in _HOMES else module
+    value = _found(_OTHER_NAMES.get(name, name))
     globals()[name] = value
     return value
+
+
+def _found(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    home = _HOMES.get(name) or ("errors" if name.endswith("Error") else "types")
+    return getattr(importlib.import_module(f".{home}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,3 +1,4 @@
 """The version of tinkex, in one place. setup.cfg reads it from here."""
 
+__title__ = "tinkex"
 __version__ = "0.1.0"

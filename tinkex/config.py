@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import attrs
 
 #: The official service; used when there is a key and no base_url.
 OFFICIAL_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+#: The pages of the official service for people.
+CONSOLE_URL = "https://tinker.thinkingmachines.ai"
 
 #: The version of the official SDK whose protocol tinkex speaks. Servers enable features by it, so
 #: it is not the version of tinkex (that is in the User-Agent).
@@ -235,6 +237,16 @@ class Config:
         """True for the official service, which is strict about keys."""
         return urlsplit(self.base_url).hostname == urlsplit(OFFICIAL_URL).hostname
 
+    def console_url(self, kind: str, name: str) -> str:
+        """Where to look at a session or a training run: its page in the official service's console;
+        on another server, the address of its record.
+
+        Args:
+            kind: "sessions" or "training_runs".
+        """
+        where = CONSOLE_URL if self.is_official else f"{self.base_url.rstrip('/')}/api/v1"
+        return f"{where}/{kind}/{quote(name, safe=':')}"
+
     def without_secrets(self) -> Config:
         """A copy to be pickled. What may be secret, and what is code, is looked up or given again
         where the copy is used."""
@@ -312,7 +324,7 @@ def key_source(config: Config) -> str | None:
         return "from TINKER_API_KEY"
     if config.api_key and config.api_key == _engine_key(config.base_url):
         return "of the embedded engine"
-    if config.api_key and config.is_official and config.api_key == _stored_key():
+    if config.api_key and config.is_official and config.api_key == stored_key():
         return f"from {CREDENTIALS_FILE}"
     if config.api_key:
         return "the one given"
@@ -394,7 +406,7 @@ def _cloudflare_headers() -> dict[str, str]:
 
 
 def _check_official_key(config: Config) -> Config:
-    key = config.api_key or ("" if config.credential_cmd else _stored_key())
+    key = config.api_key or ("" if config.credential_cmd else stored_key())
     if not key and not config.credential_cmd:
         raise ValueError(
             "api_key is required by the official service. Pass api_key=..., or set TINKER_API_KEY. "
@@ -408,7 +420,7 @@ def _check_official_key(config: Config) -> Config:
     return attrs.evolve(config, api_key=key)
 
 
-def _stored_key() -> str:
+def stored_key() -> str:
     """The default key of the official command line's credentials file, or ""."""
     try:
         stored = json.loads(CREDENTIALS_FILE.expanduser().read_text())

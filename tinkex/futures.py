@@ -7,17 +7,19 @@ Does not know about servers; polling.py and worker.py resolve what is made here.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from tinkex.types import display
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 logger = logging.getLogger("tinkex")
 
@@ -180,6 +182,14 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
             raise
         return self.result(0)
 
+    async def coroutine(self) -> T:
+        """The result, for what takes coroutines only, as asyncio.create_task does."""
+        return await self.result_async()
+
+    def future(self) -> Future[T]:
+        """The future as a concurrent.futures.Future, which it is."""
+        return self
+
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
@@ -261,3 +271,47 @@ def gather(parts: Sequence[Future[T]], combine: Callable[[list[T]], R], whole: F
 
     for part in parts:
         part.add_done_callback(part_is_done)
+
+
+# The `..._async` names of methods, for scripts written for the official SDK's asyncio calls.
+
+
+def awaits_result(method: Callable[P, Future[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The twin of a method that returns a future: a coroutine of the result."""
+
+    async def twin(*args: P.args, **kwargs: P.kwargs) -> T:
+        future: Any = method(*args, **kwargs)
+        result: T = await future
+        return result
+
+    return _named_after(method, twin, "awaiting the result")
+
+
+def awaits_future(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """The twin of a method that submits: a coroutine of the future, as `await` runs it."""
+
+    async def twin(*args: P.args, **kwargs: P.kwargs) -> R:
+        return method(*args, **kwargs)
+
+    return _named_after(method, twin, "submitted by `await`, which gives the future")
+
+
+def awaits_value(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """The twin of a method that waits: a coroutine of its value, which waits on another thread."""
+
+    async def twin(*args: P.args, **kwargs: P.kwargs) -> R:
+        import asyncio  # only here: the SDK is for plain scripts
+
+        return await asyncio.to_thread(method, *args, **kwargs)
+
+    return _named_after(method, twin, "on another thread, for use in a coroutine")
+
+
+def _named_after(method: Callable[..., Any], twin: Callable[P, R], how: str) -> Callable[P, R]:
+    """*twin* with the signature of *method*, and a docstring that refers to it."""
+    name = method.__name__
+    twin = functools.wraps(method)(twin)
+    twin.__name__ = f"{name}_async"
+    twin.__qualname__ = f"{method.__qualname__}_async"
+    twin.__doc__ = f"`{name}`, {how}."
+    return twin

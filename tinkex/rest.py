@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from tinkex import errors, types, wire
 from tinkex.checkpoints import download, export
 from tinkex.config import Config
+from tinkex.futures import OperationFuture, awaits_value
 from tinkex.runtime.connection import Connection, connect
 
 T = TypeVar("T")
@@ -24,8 +25,11 @@ AccessScope = Literal["owned", "accessible"]
 PAGE = 100
 
 
-class RestClient:
+class RestClient(types.Ready):
     """Lists and changes what is stored on a server. Needs no session.
+
+    What it returns are values that also have the methods of a finished future, as in
+    `list_training_runs().result()`.
 
     Paths are `tinker://<training run>/<weights or sampler_weights>/<name>`.
     """
@@ -47,10 +51,18 @@ class RestClient:
     # Training runs.
 
     def list_training_runs(
-        self, limit: int = 20, offset: int = 0, access_scope: AccessScope = "owned"
+        self,
+        limit: int = 20,
+        offset: int = 0,
+        access_scope: AccessScope = "owned",
+        project_id: str | None = None,
     ) -> types.TrainingRunsResponse:
-        """One page of training runs, newest first."""
-        query = {**_page(limit, offset), "access_scope": _scope(access_scope)}
+        """One page of training runs, newest first; of one project, if *project_id* is given."""
+        query = {
+            **_page(limit, offset),
+            "access_scope": _scope(access_scope),
+            "project_id": project_id,
+        }
         return self._connection.call(wire.LIST_TRAINING_RUNS, query=query)
 
     def iter_training_runs(
@@ -106,37 +118,101 @@ class RestClient:
         _parsed(tinker_path)
         return self._connection.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(tinker_path))
 
-    def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> None:
+    def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> types.Done:
         """Delete a checkpoint; its id has its segment: `weights/<name>`."""
-        self._on_checkpoint(wire.DELETE_CHECKPOINT, training_run_id, checkpoint_id)
+        return self._on_checkpoint(wire.DELETE_CHECKPOINT, training_run_id, checkpoint_id)
 
-    def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> None:
+    def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
         """Delete a checkpoint."""
-        self._on_path(wire.DELETE_CHECKPOINT, tinker_path)
+        return self._on_path(wire.DELETE_CHECKPOINT, tinker_path)
 
-    def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> None:
+    def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
         """Let every key of the server read a checkpoint."""
-        self._on_path(wire.PUBLISH_CHECKPOINT, tinker_path)
+        return self._on_path(wire.PUBLISH_CHECKPOINT, tinker_path)
 
-    def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> None:
+    def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
         """Keep a published checkpoint to its owner again."""
-        self._on_path(wire.UNPUBLISH_CHECKPOINT, tinker_path)
+        return self._on_path(wire.UNPUBLISH_CHECKPOINT, tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: int | None
-    ) -> None:
+    ) -> types.Done:
         """Let a checkpoint expire in *ttl_seconds* from now; None is never."""
         request = types.SetTtlRequest(types.check_ttl(ttl_seconds))
-        self._on_path(wire.SET_CHECKPOINT_TTL, tinker_path, request)
+        return self._on_path(wire.SET_CHECKPOINT_TTL, tinker_path, request)
 
     def get_checkpoint_archive_url(
-        self, tinker_path: str, *, on_wait: Callable[[float], None] | None = None
+        self,
+        training_run_id: str,
+        checkpoint_id: str | None = None,
+        *,
+        on_wait: Callable[[float], None] | None = None,
     ) -> types.CheckpointArchiveUrlResponse:
         """Where the archive of a checkpoint can be fetched.
 
         A server that is still packing it (503) is asked again, 6 times in all, 30 s apart.
+
+        Args:
+            training_run_id: with checkpoint_id (`weights/<name>`); or the checkpoint's path,
+                `tinker://...`, alone.
+            on_wait: called with the seconds of each wait.
         """
-        return download.archive_url(self._connection, _parsed(tinker_path), on_wait)
+        path = training_run_id
+        if checkpoint_id is not None:
+            path = f"tinker://{_id(training_run_id)}/{_checkpoint_id(checkpoint_id)}"
+        return download.archive_url(self._connection, _parsed(path), on_wait)
+
+    def get_checkpoint_archive_url_from_tinker_path(
+        self, tinker_path: str
+    ) -> types.CheckpointArchiveUrlResponse:
+        """`get_checkpoint_archive_url` of a path."""
+        return self.get_checkpoint_archive_url(tinker_path)
+
+    def get_external_weights_urls(self, tinker_path: str) -> types.ExternalWeightsUrlsResponse:
+        """Where the files of external weights can be fetched, without a key until they expire.
+
+        Args:
+            tinker_path: `tinker://<training run>/external_weights/<name>`, from
+                `save_weights_external`.
+        """
+        parsed = _parsed(tinker_path)
+        if parsed.checkpoint_type != "external":
+            raise ValueError(
+                f"{tinker_path!r} has no URLs of single files; only external weights have "
+                "(tinker://<training run>/external_weights/<name>, from save_weights_external)."
+            )
+        return self._connection.call(
+            wire.EXTERNAL_WEIGHTS_URLS,
+            run_id=parsed.training_run_id,
+            checkpoint_id=parsed.checkpoint_id,
+        )
+
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> OperationFuture[str]:
+        """Copy a checkpoint into a new training run; the future, already done, of its path.
+
+        Args:
+            path: of this user's or of a public checkpoint.
+            destination_project_id: the project that the copy belongs to.
+            ttl_seconds: when the server may delete the copy; None is never.
+            weights_access_token: a key that may read the checkpoint, if this client's may not.
+        """
+        _parsed(path)
+        request = types.CopyWeightsRequest(
+            source_path=path,
+            destination_project_id=destination_project_id,
+            ttl_seconds=types.check_ttl(ttl_seconds),
+            weights_access_token=weights_access_token,
+        )
+        future: OperationFuture[str] = OperationFuture(f"copy_weights of {path}")
+        future.set_result(self._connection.call(wire.COPY_WEIGHTS, request).tinker_path)
+        return future
 
     def download_checkpoint(
         self,
@@ -241,6 +317,18 @@ class RestClient:
             session_id=_id(session_id),
         )
 
+    def search_sessions(self, request: types.SessionSearchRequest) -> types.SessionSearchResponse:
+        """One page of the sessions that fit *request*, newest first."""
+        if not isinstance(request, types.SessionSearchRequest):
+            raise TypeError(f"request must be a types.SessionSearchRequest, got {request!r}.")
+        return self._connection.call(wire.SEARCH_SESSIONS, request)
+
+    def assign_session_project(self, session_id: str, project_id: str) -> types.Done:
+        """Move a session, and with it what it has trained, into a project."""
+        request = types.SetProjectRequest(_id(project_id))
+        self._connection.call(wire.SET_PROJECT, request, session_id=_id(session_id))
+        return types.Done()
+
     def get_sampler(self, sampler_id: str) -> types.GetSamplerResponse:
         """What a sampler samples from."""
         return self._connection.call(wire.GET_SAMPLER, sampler_id=_id(sampler_id))
@@ -251,9 +339,58 @@ class RestClient:
         """The base models that the server offers."""
         return self._connection.call(wire.CAPABILITIES)
 
+    def whoami(self) -> types.KeyOwner:
+        """Whom the key belongs to, as the server knows it."""
+        return self._connection.call(wire.WHOAMI)
+
+    def get_telemetry(self) -> None:
+        """None: requests without a session send no telemetry."""
+        return None
+
     def health(self) -> types.HealthResponse:
         """Ask the server for its health."""
         return self._connection.call(wire.HEALTHZ)
+
+    # The same for scripts that use asyncio.
+
+    async def copy_weights_async(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> str:
+        """`copy_weights`, in a coroutine; its value is the path."""
+        copied = await awaits_value(self.copy_weights)(
+            path,
+            destination_project_id,
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+        return copied.result()
+
+    assign_session_project_async = awaits_value(assign_session_project)
+    delete_checkpoint_async = awaits_value(delete_checkpoint)
+    delete_checkpoint_from_tinker_path_async = awaits_value(delete_checkpoint_from_tinker_path)
+    get_checkpoint_archive_url_async = awaits_value(get_checkpoint_archive_url)
+    get_checkpoint_archive_url_from_tinker_path_async = awaits_value(
+        get_checkpoint_archive_url_from_tinker_path
+    )
+    get_external_weights_urls_async = awaits_value(get_external_weights_urls)
+    get_sampler_async = awaits_value(get_sampler)
+    get_session_async = awaits_value(get_session)
+    get_training_run_async = awaits_value(get_training_run)
+    get_training_run_by_tinker_path_async = awaits_value(get_training_run_by_tinker_path)
+    list_checkpoints_async = awaits_value(list_checkpoints)
+    list_sessions_async = awaits_value(list_sessions)
+    list_training_runs_async = awaits_value(list_training_runs)
+    list_user_checkpoints_async = awaits_value(list_user_checkpoints)
+    publish_checkpoint_from_tinker_path_async = awaits_value(publish_checkpoint_from_tinker_path)
+    set_checkpoint_ttl_from_tinker_path_async = awaits_value(set_checkpoint_ttl_from_tinker_path)
+    unpublish_checkpoint_from_tinker_path_async = awaits_value(
+        unpublish_checkpoint_from_tinker_path
+    )
 
     def close(self) -> None:
         """Close the connection, if it is this client's own. Safe to call twice."""
@@ -274,9 +411,11 @@ class RestClient:
     def __repr__(self) -> str:
         return f"<RestClient of {self._connection.config.base_url}>"
 
-    def _on_path(self, endpoint: wire.Endpoint[Any], tinker_path: str, request: Any = None) -> None:
+    def _on_path(
+        self, endpoint: wire.Endpoint[Any], tinker_path: str, request: Any = None
+    ) -> types.Done:
         parsed = _parsed(tinker_path)
-        self._on_checkpoint(endpoint, parsed.training_run_id, parsed.checkpoint_id, request)
+        return self._on_checkpoint(endpoint, parsed.training_run_id, parsed.checkpoint_id, request)
 
     def _on_checkpoint(
         self,
@@ -284,13 +423,14 @@ class RestClient:
         training_run_id: str,
         checkpoint_id: str,
         request: Any = None,
-    ) -> None:
+    ) -> types.Done:
         self._connection.call(
             endpoint,
             request,
             run_id=_id(training_run_id),
             checkpoint_id=_checkpoint_id(checkpoint_id),
         )
+        return types.Done()
 
 
 def _parsed(tinker_path: str) -> types.ParsedCheckpointTinkerPath:

@@ -1,11 +1,14 @@
 """SamplingClient: text from a model, many prompts at once, in no order.
 
 Knows what a sample is asked with and what comes back; how many run at once is the business of
-runtime/sample_queue.py.
+runtime/sample_queue.py. Long, because it is one class, most of it the documentation of its public
+methods.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import queue
 import random
@@ -19,7 +22,7 @@ import numpy as np
 
 from tinkex import errors, types, wire
 from tinkex.config import Config
-from tinkex.futures import OperationFuture, gather
+from tinkex.futures import OperationFuture, awaits_result, awaits_value, gather
 from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.polling import check_timeout
@@ -44,7 +47,7 @@ PAUSE_REASONS = {
 }
 
 
-class SamplingClient:
+class SamplingClient(types.Ready):
     """Samples from one set of weights, which do not change.
 
     All methods may be called from any thread, thousands of times without waiting. Make one with
@@ -60,10 +63,12 @@ class SamplingClient:
         base_model: str | None = None,
         model_path: str | None = None,
         retry_config: Retry | None = None,
+        record_stability_info: bool = False,
         clone: int = 0,
         owns_session: bool = False,
     ) -> None:
         self.sampling_session_id = sampling_session_id
+        self._record_stability_info = record_stability_info
         self.model_path = model_path
         self._session = session
         self._base_model = base_model
@@ -93,6 +98,7 @@ class SamplingClient:
         base_model: str | None = None,
         tokenizer_model: str | None = None,
         retry_config: Retry | None = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
         """A client of the weights at *model_path*, or of *base_model* as it is.
 
@@ -116,6 +122,7 @@ class SamplingClient:
             base_model=base_model or tokenizer_model,
             model_path=model_path,
             retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
 
     # Sampling.
@@ -127,6 +134,10 @@ class SamplingClient:
         sampling_params: Params = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
         *,
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -134,9 +145,6 @@ class SamplingClient:
         top_p: float | None = None,
         stop: types.Stop = None,
         seed: int | None = None,
-        topk_sample_logprobs: int = 0,
-        target_prompt_logprobs: types.TensorData | None = None,
-        prompt_logprobs_last_n: int | None = None,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.SampleResponse]:
         """Sample *num_samples* continuations of *prompt*.
@@ -149,7 +157,8 @@ class SamplingClient:
             max_tokens, temperature, top_k, top_p, stop, seed: single fields of SamplingParams, as
                 in `sample(prompt, max_tokens=3)`; they replace those of *sampling_params*.
             include_prompt_logprobs, topk_prompt_logprobs, topk_sample_logprobs,
-            target_prompt_logprobs, prompt_logprobs_last_n: see `types.SampleRequest`.
+            target_prompt_logprobs, prompt_alt_tokens_k, prompt_logprobs_last_n: see
+                `types.SampleRequest`.
             poll_timeout: seconds until the future fails with APITimeoutError; None is never.
 
         Raises:
@@ -174,13 +183,15 @@ class SamplingClient:
             topk_prompt_logprobs=topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
             target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
+            record_stability_info=self._record_stability_info,
         )
         check_timeout(poll_timeout)
         return self._queue.submit(request, poll_timeout, self._show_text)
 
     def compute_logprobs(
-        self, prompt: Prompt, *, prompt_logprobs_last_n: int | None = None
+        self, prompt: Prompt, prompt_logprobs_last_n: int | None = None
     ) -> OperationFuture[list[float | None]]:
         """The log-probability of each token of *prompt* after those before it; None first."""
         sampled = self.sample(
@@ -195,6 +206,9 @@ class SamplingClient:
         self._session.pending.add(self.sampling_session_id, future, ordered=False)
         gather([sampled], lambda r: _prompt_logprobs(r[0]), future)
         return future
+
+    sample_async = awaits_result(sample)
+    compute_logprobs_async = awaits_result(compute_logprobs)
 
     def sample_many(
         self,
@@ -282,6 +296,7 @@ class SamplingClient:
             ),
             num_samples=num_samples,
             sampling_session_id=self.sampling_session_id,
+            record_stability_info=self._record_stability_info,
         )
         self._queue.check_open()
         return self._stream(attrs.evolve(request, seq_id=self._queue.take_number()))
@@ -350,6 +365,8 @@ class SamplingClient:
             self._base_model = sampler.base_model
         return self._base_model
 
+    get_base_model_async = awaits_value(get_base_model)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of *text*, by the model's tokenizer."""
         ids: list[int] = self.get_tokenizer().encode(text)
@@ -410,19 +427,55 @@ class SamplingClient:
         return f"<SamplingClient {self.sampling_session_id} [{self._queue.state}]>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = self._session.config
-        return _unpickled, (
-            settings.without_secrets(),
-            self._session.session_id,
-            self.sampling_session_id,
-            self._base_model,
-            self.model_path,
-            self._retry,
-        )
+        settings = self._session.config.without_secrets()
+        return _unpickled, (settings, self._parts(), self._retry)
 
-    def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
+    def _parts(self) -> dict[str, Any]:
+        """What names this sampler on its server."""
+        return {
+            "session_id": self._session.session_id,
+            "sampling_session_id": self.sampling_session_id,
+            "base_model": self._base_model,
+            "model_path": self.model_path,
+            "record_stability_info": self._record_stability_info,
+        }
+
+    def get_sampler_handle(self) -> str:
+        """A text from which `from_sampler_handle` makes a client of the same sampler, in any
+        process and any number of times. It holds no key."""
+        parts = {**self._parts(), "base_url": self._session.config.base_url}
+        return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
+        """A client of the sampler behind *handle*, with its own numbers.
+
+        Args:
+            handle: from `get_sampler_handle`.
+            api_key: by default TINKER_API_KEY of this process.
+
+        Raises:
+            ValueError: If *handle* is not one.
+        """
+        try:
+            parts = json.loads(base64.urlsafe_b64decode(handle))
+            base_url = parts.pop("base_url")
+            names = set(parts)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise ValueError(_NO_HANDLE) from exc
+        if names != set(_HANDLE_PARTS) or not isinstance(base_url, str):
+            raise ValueError(_NO_HANDLE)
+        return _unpickled(Config(base_url=base_url, api_key=api_key), parts, None)
+
+    def get_telemetry(self) -> Any:
+        """The telemetry reporter of the session, or None where telemetry is off (the default)."""
+        return self._session.telemetry
+
+    def on_queue_state_change(
+        self, queue_state: str, queue_state_reason: str | None = None
+    ) -> None:
         """Warns that sampling is paused, once a minute at most."""
-        self._warn_of_pause(state, reason)
+        self._warn_of_pause(queue_state, queue_state_reason)
 
 
 def check_source(model_path: object, base_model: object, retry_config: object = None) -> None:
@@ -465,17 +518,21 @@ class _ProgressBar:
             self._bar.close()
 
 
-def _unpickled(
-    given: Config,
-    session_id: str,
-    sampling_session_id: str,
-    base_model: str | None,
-    model_path: str | None,
-    retry: Retry | None,
-) -> SamplingClient:
+_HANDLE_PARTS = (
+    "session_id",
+    "sampling_session_id",
+    "base_model",
+    "model_path",
+    "record_stability_info",
+)
+_NO_HANDLE = "handle must be a text that get_sampler_handle() returned; this is something else."
+
+
+def _unpickled(given: Config, parts: dict[str, Any], retry: Retry | None) -> SamplingClient:
     """A copy of a client, perhaps in another process, with separate numbers."""
     settings, engine = connect(settings=given)
-    session = Session(settings, session_id=session_id, engine=engine, heartbeat=False)
+    session = Session(settings, session_id=parts["session_id"], engine=engine, heartbeat=False)
+    sampling_session_id = parts["sampling_session_id"]
     clone = random.randrange(1, 2**30)
     if session.features.sample_join_sampling_session:
         request = types.JoinSamplingSessionRequest(sampling_session_id)
@@ -483,9 +540,22 @@ def _unpickled(
     return SamplingClient(
         session,
         sampling_session_id,
-        base_model=base_model,
-        model_path=model_path,
+        base_model=parts["base_model"],
+        model_path=parts["model_path"],
+        record_stability_info=parts["record_stability_info"],
         retry_config=retry,
         clone=clone,
         owns_session=True,
     )
+
+
+class SamplingClientFuture(OperationFuture[SamplingClient]):
+    """The future of a sampling client that can be used as the client, too.
+
+    `future.sample(...)` waits for the client and samples from it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.result(), name)

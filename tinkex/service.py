@@ -15,7 +15,7 @@ import requests
 
 from tinkex import types, wire
 from tinkex.config import Config, Patience, SamplingLimits
-from tinkex.futures import OperationFuture
+from tinkex.futures import OperationFuture, awaits_value
 from tinkex.rest import RestClient
 from tinkex.runtime.connection import HURRIED_TIMEOUT, connect
 from tinkex.runtime.ending import is_normal_end
@@ -30,11 +30,14 @@ from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
 
 
-class ServiceClient:
+class ServiceClient(types.Ready):
     """A session on a server.
 
     Use it as a context manager, or close it: its clients end with it. Arguments win over *config*,
     *config* over the environment, the environment over defaults.
+
+    Without names, the arguments are (base_url, api_key); or, as in the official SDK,
+    (user_metadata, project_id), where the first is a dict.
 
     Args:
         base_url: of the server; by default TINKER_BASE_URL, or the official service if there is a
@@ -42,11 +45,14 @@ class ServiceClient:
         api_key: by default TINKER_API_KEY.
         user_metadata: stored with the session.
         project_id: by default TINKER_PROJECT_ID.
+        display_name: of the session, in listings.
+        timeout: seconds to wait for the answer to a request, in place of `patience.request`.
         patience: how long to wait for what.
         sampling: limits of concurrent sampling.
         config: all settings in one object.
         session: a requests.Session that all requests go through; it is not closed.
         default_headers, proxies, verify, hooks: for all requests; see `tinkex.Config`.
+        default_headers_overrides: another name of default_headers.
 
     Raises:
         ValueError, TypeError: For a setting that cannot be right.
@@ -55,35 +61,53 @@ class ServiceClient:
 
     def __init__(
         self,
+        *positional: Any,
         base_url: str | None = None,
         api_key: str | None = None,
-        *,
         user_metadata: dict[str, Any] | None = None,
         project_id: str | None = None,
+        display_name: str | None = None,
+        timeout: float | None = None,
         patience: Patience | None = None,
         sampling: SamplingLimits | None = None,
         config: Config | None = None,
         session: requests.Session | None = None,
         default_headers: Mapping[str, str] | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
         proxies: Mapping[str, str] | None = None,
         verify: bool | str | None = None,
         hooks: Mapping[str, Any] | None = None,
     ) -> None:
+        named = {
+            "base_url": base_url,
+            "api_key": api_key,
+            "user_metadata": user_metadata,
+            "project_id": project_id,
+        }
+        base_url, api_key, user_metadata, project_id = _with_positional(positional, named)
         user_metadata = types.check_metadata(user_metadata)
+        if display_name is not None and (not isinstance(display_name, str) or not display_name):
+            raise TypeError(f"display_name must be a non-empty str or None, got {display_name!r}.")
+        if default_headers is not None and default_headers_overrides is not None:
+            raise TypeError(
+                "default_headers_overrides is another name of default_headers; give only one."
+            )
         settings, engine = connect(
             base_url,
             api_key,
             settings=config,
             project_id=project_id,
-            patience=patience,
+            patience=_with_timeout(patience, config, timeout),
             sampling=sampling,
             session=session,
-            default_headers=default_headers,
+            default_headers=default_headers or default_headers_overrides,
             proxies=proxies,
             verify=verify,
             hooks=hooks,
         )
-        self._session = Session(settings, user_metadata=user_metadata, engine=engine)
+        self._session = Session(
+            settings, user_metadata=user_metadata, display_name=display_name, engine=engine
+        )
 
     @property
     def session_id(self) -> str:
@@ -92,6 +116,11 @@ class ServiceClient:
     @property
     def base_url(self) -> str:
         return self._session.config.base_url
+
+    def get_console_url(self) -> str:
+        """The page of the session in the official service's console; on another server, where its
+        record can be read."""
+        return self._session.config.console_url("sessions", self.session_id)
 
     # Training.
 
@@ -104,6 +133,7 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: dict[str, Any] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
         *,
         adapter: str | None = None,
         queue_state_observer: QueueStateObserver | None = None,
@@ -117,6 +147,7 @@ class ServiceClient:
             seed: of its initialization; None lets the server choose.
             train_mlp, train_attn, train_unembed: which linear layers are adapted.
             user_metadata: stored with the model.
+            optimizer: which optimizer trains it; None is AdamW.
             adapter: a PEFT adapter folder to start from (local server only).
             queue_state_observer: called as (state, reason) when the server pauses training;
                 by default a warning is logged.
@@ -134,20 +165,12 @@ class ServiceClient:
             train_attn,
             train_unembed,
             user_metadata,
+            optimizer,
             adapter=adapter,
             queue_state_observer=queue_state_observer,
         )()
 
     def create_lora_training_client_async(
-        self, base_model: str, *args: Any, **options: Any
-    ) -> OperationFuture[TrainingClient]:
-        """`create_lora_training_client`, as a future. Wrong arguments raise in the call."""
-        return self._session.in_background(
-            self._new_model(base_model, *args, **options),
-            f"create_lora_training_client of {base_model}",
-        )
-
-    def _new_model(
         self,
         base_model: str,
         rank: int = 32,
@@ -156,14 +179,47 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: dict[str, Any] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
         *,
         adapter: str | None = None,
         queue_state_observer: QueueStateObserver | None = None,
+    ) -> OperationFuture[TrainingClient]:
+        """`create_lora_training_client`, as a future. Wrong arguments raise in the call."""
+        return self._session.in_background(
+            self._new_model(
+                base_model,
+                rank,
+                seed,
+                train_mlp,
+                train_attn,
+                train_unembed,
+                user_metadata,
+                optimizer,
+                adapter=adapter,
+                queue_state_observer=queue_state_observer,
+            ),
+            f"create_lora_training_client of {base_model}",
+        )
+
+    def _new_model(
+        self,
+        base_model: str,
+        rank: int,
+        seed: int | None,
+        train_mlp: bool,
+        train_attn: bool,
+        train_unembed: bool,
+        user_metadata: dict[str, Any] | None,
+        optimizer: types.OptimizerConfig | None,
+        *,
+        adapter: str | None,
+        queue_state_observer: QueueStateObserver | None,
     ) -> Callable[[], TrainingClient]:
         """Check all arguments, and return the function that creates the model."""
         check_base_model(base_model)
         base_model = self._recorded(base_model)
         check_observer(queue_state_observer)
+        types.optimizer_config(optimizer)
         if adapter is not None and not isinstance(adapter, str):
             raise TypeError(f"adapter must be the path of a PEFT adapter folder, got {adapter!r}.")
         return partial(
@@ -173,47 +229,125 @@ class ServiceClient:
             types.LoraConfig(rank, seed, train_unembed, train_mlp, train_attn),
             user_metadata=types.check_metadata(user_metadata),
             adapter=adapter,
+            optimizer=optimizer,
             queue_state_observer=queue_state_observer,
         )
 
     def create_training_client_from_state(
-        self, path: str, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
     ) -> TrainingClient:
         """A new model with the weights saved at *path*; its optimizer starts fresh.
 
         Args:
             path: `tinker://...`, from `save_state`.
+            base_model: a variant of the checkpoint's base model to load the weights into; None is
+                the same.
             user_metadata: stored with the new model.
+            weights_access_token: a key that may read the checkpoint, if this client's may not.
+            optimizer: which optimizer trains the new model; None is AdamW.
         """
-        made = restore(self._session, path, optimizer=False, user_metadata=user_metadata)
-        return TrainingClient(self._session, **attrs.asdict(made))
+        return self._restored(
+            False, path, base_model, user_metadata, weights_access_token, optimizer
+        )
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
     ) -> TrainingClient:
-        """A new model with the weights and the optimizer state saved at *path*."""
-        made = restore(self._session, path, optimizer=True, user_metadata=user_metadata)
-        return TrainingClient(self._session, **attrs.asdict(made))
+        """A new model with the weights and the optimizer state saved at *path*.
+
+        Arguments as for `create_training_client_from_state`.
+        """
+        return self._restored(True, path, base_model, user_metadata, weights_access_token)
 
     def create_training_client_from_state_async(
-        self, path: str, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
     ) -> OperationFuture[TrainingClient]:
         """`create_training_client_from_state`, as a future."""
-        check_restore(path, user_metadata)
+        check_restore(path, user_metadata, base_model, weights_access_token)
+        types.optimizer_config(optimizer)
         return self._session.in_background(
-            lambda: self.create_training_client_from_state(path, user_metadata),
+            lambda: self._restored(
+                False, path, base_model, user_metadata, weights_access_token, optimizer
+            ),
             f"create_training_client_from_state of {path}",
         )
 
     def create_training_client_from_state_with_optimizer_async(
-        self, path: str, user_metadata: dict[str, Any] | None = None
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, Any] | None = None,
+        weights_access_token: str | None = None,
     ) -> OperationFuture[TrainingClient]:
         """`create_training_client_from_state_with_optimizer`, as a future."""
-        check_restore(path, user_metadata)
+        check_restore(path, user_metadata, base_model, weights_access_token)
         return self._session.in_background(
-            lambda: self.create_training_client_from_state_with_optimizer(path, user_metadata),
+            lambda: self._restored(True, path, base_model, user_metadata, weights_access_token),
             f"create_training_client_from_state_with_optimizer of {path}",
         )
+
+    def _restored(
+        self,
+        optimizer: bool,
+        path: str,
+        base_model: str | None,
+        user_metadata: dict[str, Any] | None,
+        weights_access_token: str | None,
+        optimizer_of_new: types.OptimizerConfig | None = None,
+    ) -> TrainingClient:
+        made = restore(
+            self._session,
+            path,
+            optimizer=optimizer,
+            base_model=base_model,
+            user_metadata=user_metadata,
+            weights_access_token=weights_access_token,
+            optimizer_config=types.optimizer_config(optimizer_of_new),
+        )
+        return TrainingClient(self._session, **attrs.asdict(made))
+
+    def copy_weights(
+        self,
+        path: str,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> OperationFuture[str]:
+        """Copy a checkpoint into a new training run of this session; the future of the copy's path.
+
+        Args:
+            path: `tinker://...`, of this user's or of a public checkpoint.
+            ttl_seconds: when the server may delete the copy; None is never.
+            weights_access_token: a key that may read the checkpoint, if this client's may not.
+        """
+        check_restore(path, weights_access_token=weights_access_token)
+        ttl_seconds = types.check_ttl(ttl_seconds)
+
+        def copy() -> str:
+            request = types.CopyWeightsRequest(
+                source_path=path,
+                session_id=self.session_id,
+                model_seq_id=self._session.model_numbers.take(),
+                ttl_seconds=ttl_seconds,
+                weights_access_token=weights_access_token,
+            )
+            return self._session.call(wire.COPY_WEIGHTS, request).tinker_path
+
+        return self._session.in_background(copy, f"copy_weights of {path}")
 
     # Sampling.
 
@@ -222,6 +356,7 @@ class ServiceClient:
         model_path: str | None = None,
         base_model: str | None = None,
         retry_config: Retry | None = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
         """A sampling client of saved weights, or of a base model.
 
@@ -229,12 +364,15 @@ class ServiceClient:
             model_path: `tinker://...`, from `save_weights_for_sampler`; or give
             base_model: the name of a model, which is sampled without an adapter.
             retry_config: when a failed request is sent again.
+            record_stability_info: have the server keep what it knows of each sample, for losses
+                that take it by the sample's sequence_id.
         """
         return SamplingClient.create(
             self._session,
             model_path=model_path,
             base_model=base_model and self._recorded(base_model),
             retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
 
     def create_sampling_client_async(
@@ -242,11 +380,14 @@ class ServiceClient:
         model_path: str | None = None,
         base_model: str | None = None,
         retry_config: Retry | None = None,
+        record_stability_info: bool = False,
     ) -> OperationFuture[SamplingClient]:
         """`create_sampling_client`, as a future."""
         check_source(model_path, base_model, retry_config)
         return self._session.in_background(
-            lambda: self.create_sampling_client(model_path, base_model, retry_config),
+            lambda: self.create_sampling_client(
+                model_path, base_model, retry_config, record_stability_info
+            ),
             f"create_sampling_client of {model_path or base_model}",
         )
 
@@ -266,6 +407,8 @@ class ServiceClient:
         """Check that the server answers."""
         return self._session.call(wire.HEALTHZ)
 
+    get_server_capabilities_async = awaits_value(get_server_capabilities)
+
     def create_rest_client(self) -> RestClient:
         """A client for stored runs, checkpoints and sessions."""
         return RestClient(connection=self._session)
@@ -274,13 +417,13 @@ class ServiceClient:
         """The telemetry reporter, or None where telemetry is off (the default)."""
         return self._session.telemetry
 
-    def close(self, reason: str = "success", detail: str | None = None) -> None:
+    def close(self, status: str = "success", detail: str | None = None) -> types.Done:
         """Wait until what was submitted is done, then end the session. Safe to call twice.
 
         The embedded engine ends with its last session. The wait takes `patience.close` at most.
 
         Args:
-            reason: "success", "errored" or "interrupted"; stored by the server. Only with "success"
+            status: "success", "errored" or "interrupted"; stored by the server. Only with "success"
                 does close() wait; else it drops what is not done, and logs how much.
             detail: more about it, in words; stored by the server.
 
@@ -288,9 +431,10 @@ class ServiceClient:
             ClientClosedError: If something was not done in time; says how much. Only logged while
                 another exception is being handled.
         """
-        wait = self._session.config.patience.close if reason == "success" else 0.0
-        left = self._session.finish(reason, detail, wait=wait)
+        wait = self._session.config.patience.close if status == "success" else 0.0
+        left = self._session.finish(status, detail, wait=wait)
         drop(left, whose=f"session {self.session_id}", normal_end=wait > 0, seconds=wait)
+        return types.Done()
 
     def __enter__(self) -> ServiceClient:
         return self
@@ -312,3 +456,29 @@ class ServiceClient:
     def __repr__(self) -> str:
         state = "closed" if self._session.is_closed else "open"
         return f"<ServiceClient of {self.base_url} [session {self.session_id}, {state}]>"
+
+
+def _with_positional(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """base_url, api_key, user_metadata and project_id, whichever way they are given."""
+    first = positional[0] if positional else None
+    names = ("user_metadata", "project_id") if isinstance(first, Mapping) else tuple(named)
+    if len(positional) > 2:
+        raise TypeError(
+            f"ServiceClient takes 2 arguments without names, {names[0]} and {names[1]}, got "
+            f"{len(positional)}; name the others."
+        )
+    for name, value in zip(names, positional):
+        if value is not None and named[name] is not None:
+            raise TypeError(f"ServiceClient got {name} twice, with its name and without.")
+        named[name] = value if value is not None else named[name]
+    return tuple(named.values())
+
+
+def _with_timeout(
+    patience: Patience | None, settings: Config | None, timeout: float | None
+) -> Patience | None:
+    """*patience* with *timeout* seconds for a request."""
+    if timeout is None:
+        return patience
+    before = patience or (settings.patience if settings else None) or Patience()
+    return attrs.evolve(before, request=timeout)

@@ -14,12 +14,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
 from tinkex import config, errors, types, wire
-from tinkex.futures import OperationFuture, gather
+from tinkex.futures import (
+    OperationFuture,
+    awaits_future,
+    awaits_result,
+    awaits_value,
+    gather,
+)
 from tinkex.runtime import batching, custom_loss
 from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import exit_timeout, is_normal_end
@@ -30,7 +36,7 @@ from tinkex.runtime.queue_state import PauseWarning, QueueStateObserver, check_o
 from tinkex.runtime.retry import Retry, check_retry
 from tinkex.runtime.session import Session
 from tinkex.runtime.worker import Turn
-from tinkex.sampling import SamplingClient
+from tinkex.sampling import SamplingClient, SamplingClientFuture
 from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")
@@ -64,7 +70,7 @@ class ClientSpec:
         return TrainingClient.start(**self.options)
 
 
-class TrainingClient:
+class TrainingClient(types.Ready):
     """One model on the server, with a LoRA adapter that is trained.
 
     Operations return a future at once. They run in the order of the calls: from one thread in the
@@ -207,6 +213,7 @@ class TrainingClient:
         user_metadata: dict[str, Any] | None = None,
         model_seq_id: int | None = None,
         adapter: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
         **options: Any,
     ) -> TrainingClient:
         """Create a model in *session*. A number whose model was refused is used again."""
@@ -217,6 +224,7 @@ class TrainingClient:
             user_metadata=user_metadata,
             model_seq_id=model_seq_id,
             adapter=adapter,
+            optimizer_config=types.optimizer_config(optimizer),
         )
         return cls(session, made.model_id, base_model=base_model, **options)
 
@@ -257,11 +265,15 @@ class TrainingClient:
         """
         return self._batches(wire.FORWARD_BACKWARD, data, loss_fn, loss_fn_config, poll_timeout)
 
+    forward_async = awaits_future(forward)
+    forward_backward_async = awaits_future(forward_backward)
+
     def forward_backward_custom(
         self,
         data: Sequence[types.Datum],
         loss_fn: custom_loss.LossFunction,
         *,
+        loss_type_input: str | None = None,
         framework: str | None = None,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
@@ -274,6 +286,7 @@ class TrainingClient:
             loss_fn: called once, on another thread, with (data, logprobs): an array for each
                 datum, in the shape of its target_tokens. Returns (loss, metrics), or (loss,
                 metrics, gradients) with d loss / d logprobs for each datum.
+            loss_type_input: "logprobs", which is the only kind of input, or None.
             framework: "torch", "autograd" or "jax" gives the arrays as its own and differentiates;
                 None takes torch if it is installed, else autograd, else your gradients.
 
@@ -283,6 +296,10 @@ class TrainingClient:
         """
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (data, logprobs), got {loss_fn!r}.")
+        if loss_type_input not in (None, "logprobs"):
+            raise ValueError(
+                f'loss_type_input must be "logprobs" or None, got {loss_type_input!r}.'
+            )
         chosen = custom_loss.check(data, framework)
         check_timeout(poll_timeout)
         data = list(data)
@@ -310,10 +327,13 @@ class TrainingClient:
         self._note_gradient(True)
         return future
 
+    forward_backward_custom_async = awaits_future(forward_backward_custom)
+
     def optim_step(
         self,
-        adam_params: types.AdamParams | Mapping[str, float] | None = None,
+        optim_params: types.OptimParams | Mapping[str, float] | None = None,
         *,
+        adam_params: types.AdamParams | Mapping[str, float] | None = None,
         learning_rate: float | None = None,
         beta1: float | None = None,
         beta2: float | None = None,
@@ -328,10 +348,12 @@ class TrainingClient:
         gradient to apply. The embedded engine also sets the metric "no_gradient" in the result.
 
         Args:
-            adam_params: an AdamParams, or a dict of its fields.
+            optim_params: an AdamParams, or a dict of its fields; None takes the defaults. For a
+                model with another optimizer, the params of that.
+            adam_params: another name of optim_params.
             learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm: single fields of
                 AdamParams, as in `optim_step(learning_rate=1e-4)`; they replace those of
-                *adam_params*.
+                *optim_params*.
 
         Raises:
             ValueError, TypeError: For values that AdamParams does not take; nothing is sent.
@@ -344,15 +366,19 @@ class TrainingClient:
             "weight_decay": weight_decay,
             "grad_clip_norm": grad_clip_norm,
         }
-        if adam_params is None and all(value is None for value in fields.values()):
-            raise TypeError(
-                "adam_params must be types.AdamParams(...) or a dict of its fields, got None; "
-                "or give single fields: optim_step(learning_rate=1e-4)."
-            )
-        params = types.as_params(types.AdamParams, adam_params, "adam_params", **fields)
+        if optim_params is not None and adam_params is not None:
+            raise TypeError("adam_params is another name of optim_params; give only one.")
+        given = adam_params if optim_params is None else optim_params
+        if isinstance(given, types.DimuonParams):
+            step = partial(types.OptimStepRequest, adam_params=None, optimizer_params=given)
+            if any(value is not None for value in fields.values()):
+                raise TypeError("single fields are those of AdamParams; set them in DimuonParams.")
+        else:
+            params = types.as_params(types.AdamParams, given, "optim_params", **fields)
+            step = partial(types.OptimStepRequest, adam_params=params)
         future = self._queue.operation(
             wire.OPTIM_STEP,
-            lambda seq_id: types.OptimStepRequest(self.model_id, seq_id, params),
+            lambda seq_id: step(self.model_id, seq_id),
             poll_timeout,
         )
         if not self._note_gradient(False):
@@ -362,6 +388,8 @@ class TrainingClient:
                 self.model_id,
             )
         return future
+
+    optim_step_async = awaits_future(optim_step)
 
     def _note_gradient(self, is_there: bool) -> bool:
         """Note whether the model has a gradient from now on; returns whether it had one before."""
@@ -374,10 +402,10 @@ class TrainingClient:
     def save_state(
         self,
         name: str,
-        *,
         ttl_seconds: int | None = None,
         overwrite: bool = False,
         user_metadata: dict[str, Any] | None = None,
+        *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.SaveWeightsResponse]:
         """Save weights and optimizer under *name*; the result's `path` loads them again.
@@ -399,24 +427,46 @@ class TrainingClient:
             saves=f"save_state({name!r}) of {self.model_id}",
         )
 
+    save_state_async = awaits_future(save_state)
+
     def load_state(
-        self, path: str, *, poll_timeout: float | None = None
+        self,
+        path: str,
+        weights_access_token: str | None = None,
+        *,
+        poll_timeout: float | None = None,
     ) -> OperationFuture[types.LoadWeightsResponse]:
-        """Load the weights saved at *path* (tinker://...); the optimizer starts from zero."""
-        return self._load(path, optimizer=False, poll_timeout=poll_timeout)
+        """Load the weights saved at *path* (tinker://...); the optimizer starts from zero.
+
+        Args:
+            weights_access_token: a key that may read the checkpoint, if this client's may not.
+        """
+        return self._load(path, False, weights_access_token, poll_timeout)
+
+    load_state_async = awaits_future(load_state)
 
     def load_state_with_optimizer(
-        self, path: str, *, poll_timeout: float | None = None
+        self,
+        path: str,
+        weights_access_token: str | None = None,
+        *,
+        poll_timeout: float | None = None,
     ) -> OperationFuture[types.LoadWeightsResponse]:
-        """Load weights and optimizer saved at *path* (tinker://...)."""
-        return self._load(path, optimizer=True, poll_timeout=poll_timeout)
+        """Load weights and optimizer saved at *path* (tinker://...).
+
+        Args:
+            weights_access_token: a key that may read the checkpoint, if this client's may not.
+        """
+        return self._load(path, True, weights_access_token, poll_timeout)
+
+    load_state_with_optimizer_async = awaits_future(load_state_with_optimizer)
 
     def save_weights_for_sampler(
         self,
         name: str,
-        *,
         ttl_seconds: int | None = None,
         user_metadata: dict[str, Any] | None = None,
+        *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.SaveWeightsForSamplerResponse]:
         """Save the weights, without optimizer, for sampling clients to use."""
@@ -435,39 +485,89 @@ class TrainingClient:
             saves=f"save_weights_for_sampler({name!r}) of {self.model_id}",
         )
 
-    def save_weights_and_get_sampling_client(
+    save_weights_for_sampler_async = awaits_future(save_weights_for_sampler)
+
+    def save_weights_external(
         self,
-        path: str | None = None,
-        *,
+        name: str,
         ttl_seconds: int | None = None,
-        retry_config: Retry | None = None,
+        age_encryption_recipients: Sequence[str] | None = None,
+        *,
         poll_timeout: float | None = None,
-    ) -> OperationFuture[SamplingClient]:
-        """A sampling client of the weights as they are now, whatever is trained after.
+    ) -> OperationFuture[types.SaveWeightsExternalResponse]:
+        """Save the weights as files that `RestClient.get_external_weights_urls` gives URLs of.
 
         Args:
-            path: keep them as a checkpoint of this name; None keeps them for the session only.
+            ttl_seconds: when the server may delete them; None is never.
+            age_encryption_recipients: up to 10 public keys (`age1...`, or SSH's); every file is
+                encrypted to them and gets the suffix `.age`. None leaves the files readable.
         """
-        if path is not None:
-            types.check_name(path)
+        name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
+        recipients = types.check_recipients(age_encryption_recipients)
+        return self._queue.operation(
+            wire.SAVE_WEIGHTS_EXTERNAL,
+            lambda seq_id: types.SaveWeightsExternalRequest(
+                self.model_id, seq_id, name, ttl_seconds, recipients
+            ),
+            poll_timeout,
+            saves=f"save_weights_external({name!r}) of {self.model_id}",
+        )
+
+    save_weights_external_async = awaits_future(save_weights_external)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: Retry | None = None,
+        record_stability_info: bool = False,
+        kind: types.SamplingClientKind = "snapshot",
+        *,
+        path: str | None = None,
+        ttl_seconds: int | None = None,
+        poll_timeout: float | None = None,
+    ) -> SamplingClientFuture:
+        """A sampling client of the weights as they are now, whatever is trained after.
+
+        The future can be used as the client, too: it then waits for it.
+
+        Args:
+            name: keep them as a checkpoint of this name; None keeps them for the session only.
+            retry_config: when a failed request is sent again.
+            record_stability_info: as for `ServiceClient.create_sampling_client`.
+            kind: "snapshot", weights that stay as they are; or "inflight", which a server may
+                replace by newer ones while samples are running.
+            path: another name of *name*.
+        """
+        if name is not None and path is not None:
+            raise TypeError("path is another name of the argument name; give only one.")
+        name = path if name is None else name
+        if name is not None:
+            types.check_name(name)
+        if kind not in ("snapshot", "inflight"):
+            raise ValueError(f'kind must be "snapshot" or "inflight", got {kind!r}.')
         ttl_seconds = types.check_ttl(ttl_seconds)
         check_retry(retry_config)
         check_timeout(poll_timeout)
         what = f"save_weights_and_get_sampling_client of {self.model_id}"
+        options = {"retry_config": retry_config, "record_stability_info": record_stability_info}
 
         def run(turn: Turn, future: OperationFuture[SamplingClient]) -> None:
             saved: OperationFuture[types.SaveWeightsForSamplerResponse]
             saved = OperationFuture(what, turn.progress)
-            self._save_for_sampler(turn, saved, path, ttl_seconds, poll_timeout)
-            gather([saved], lambda r: self._sampler_of(r[0], retry_config), future)
+            self._save_for_sampler(turn, saved, name, kind, ttl_seconds, poll_timeout)
+            gather([saved], lambda r: self._sampler_of(r[0], **options), future)
 
-        return self._queue.put(run, what, saves=what)
+        future = self._queue.put(run, what, saves=what, make=SamplingClientFuture)
+        return cast(SamplingClientFuture, future)
+
+    save_weights_and_get_sampling_client_async = awaits_result(save_weights_and_get_sampling_client)
 
     def _save_for_sampler(
         self,
         turn: Turn,
         saved: OperationFuture[types.SaveWeightsForSamplerResponse],
         path: str | None,
+        kind: str,
         ttl_seconds: int | None,
         poll_timeout: float | None,
     ) -> None:
@@ -480,6 +580,7 @@ class TrainingClient:
                 seq_id,
                 path=path,
                 sampling_session_seq_id=number,
+                kind=kind,
                 ttl_seconds=ttl_seconds,
             )
             try:
@@ -492,20 +593,20 @@ class TrainingClient:
         turn.send(send)
 
     def save_weights_and_get_sampling_client_sync(
-        self, path: str | None = None, **options: Any
+        self, name: str | None = None, **options: Any
     ) -> SamplingClient:
         """`save_weights_and_get_sampling_client`, waiting for the client."""
-        return self.save_weights_and_get_sampling_client(path, **options).result()
+        return self.save_weights_and_get_sampling_client(name, **options).result()
 
     def _sampler_of(
-        self, saved: types.SaveWeightsForSamplerResponse, retry_config: Retry | None
+        self, saved: types.SaveWeightsForSamplerResponse, **options: Any
     ) -> SamplingClient:
         if saved.sampling_session_id is not None:
             return SamplingClient(
                 self._session,
                 saved.sampling_session_id,
                 base_model=self._base_model,
-                retry_config=retry_config,
+                **options,
             )
         if saved.path is None:
             raise errors.APIResponseValidationError(
@@ -516,13 +617,19 @@ class TrainingClient:
             self._session,
             model_path=saved.path,
             tokenizer_model=self._base_model,
-            retry_config=retry_config,
+            **options,
         )
 
     def create_sampling_client(
-        self, model_path: str, *, retry_config: Retry | None = None
+        self,
+        model_path: str,
+        retry_config: Retry | None = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
-        """A sampling client of the weights saved at *model_path*."""
+        """A sampling client of the weights saved at *model_path*.
+
+        Other arguments as for `ServiceClient.create_sampling_client`.
+        """
         types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
         self._queue.check_open("create_sampling_client")
         return SamplingClient.create(
@@ -530,16 +637,22 @@ class TrainingClient:
             model_path=model_path,
             tokenizer_model=self._base_model,
             retry_config=retry_config,
+            record_stability_info=record_stability_info,
         )
 
     def create_sampling_client_async(
-        self, model_path: str, *, retry_config: Retry | None = None
+        self,
+        model_path: str,
+        retry_config: Retry | None = None,
+        record_stability_info: bool = False,
     ) -> OperationFuture[SamplingClient]:
         """`create_sampling_client`, as a future."""
         self._queue.check_open("create_sampling_client")
         types.ParsedCheckpointTinkerPath.from_tinker_path(model_path)
         check_retry(retry_config)
-        create = partial(self.create_sampling_client, model_path, retry_config=retry_config)
+        create = partial(
+            self.create_sampling_client, model_path, retry_config, record_stability_info
+        )
         return self._session.in_background(create, f"create_sampling_client of {model_path}")
 
     # Lookups.
@@ -555,6 +668,13 @@ class TrainingClient:
             with self._lock:
                 self._info = info
         return info
+
+    get_info_async = awaits_value(get_info)
+
+    def get_console_url(self) -> str:
+        """The page of the model in the official service's console; on another server, where its
+        record can be read."""
+        return self._session.config.console_url("training_runs", self.model_id)
 
     def get_tokenizer(
         self,
@@ -654,9 +774,11 @@ class TrainingClient:
 
     # Queue state.
 
-    def on_queue_state_change(self, state: str, reason: str | None = None) -> None:
+    def on_queue_state_change(
+        self, queue_state: str, queue_state_reason: str | None = None
+    ) -> None:
         """The default observer: warns that training is paused, once a minute at most."""
-        self._warn_of_pause(state, reason)
+        self._warn_of_pause(queue_state, queue_state_reason)
 
     # The way down.
 
@@ -695,13 +817,23 @@ class TrainingClient:
         return list(data), settings
 
     def _load(
-        self, path: str, *, optimizer: bool, poll_timeout: float | None
+        self,
+        path: str,
+        optimizer: bool,
+        weights_access_token: str | None,
+        poll_timeout: float | None,
     ) -> OperationFuture[types.LoadWeightsResponse]:
         types.ParsedCheckpointTinkerPath.from_tinker_path(path)
+        if weights_access_token is not None and not isinstance(weights_access_token, str):
+            raise TypeError("weights_access_token must be a str or None.")
         return self._queue.operation(
             wire.LOAD_WEIGHTS,
             lambda seq_id: types.LoadWeightsRequest(
-                path, optimizer, model_id=self.model_id, seq_id=seq_id
+                path,
+                optimizer,
+                model_id=self.model_id,
+                seq_id=seq_id,
+                weights_access_token=weights_access_token,
             ),
             poll_timeout,
         )

@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 import sys
 
-from tests.official_sdk import sdk
+from tests.official_sdk import page, port, sdk
 
 MARKS = {"works": "yes", "absent": "-", "refused": "refused", "fails": "**fails**"}
 
 HEAD = """\
-# Compatibility with the official SDK
-
 The official Python SDK (`tinker` on PyPI) runs unmodified against the server that `tinkex serve`
 starts. Point it there and give it any key of its own shape:
 
@@ -58,7 +56,9 @@ def main(arguments: list[str]) -> int:
     for line in alike(results):
         print(line)
     if not arguments:
-        (sdk.ROOT / "docs" / "compatibility.md").write_text(page(results))
+        page.write("server", section(results))
+        port.keep(sdk.surface(sdk.VERSIONS[-1]))
+        page.write("port", port.section(port.snapshot()))
     failed = sum(line["state"] == "fails" for row in results.values() for line in row.values())
     ran = sum(len(row) for row in results.values())
     print(f"{ran - failed} of {ran} as they should be" + (f", {failed} FAILED" if failed else ""))
@@ -77,25 +77,24 @@ def alike(results: dict[str, dict[str, dict[str, str]]]) -> list[str]:
     return different
 
 
-def page(results: dict[str, dict[str, dict[str, str]]]) -> str:
-    """docs/compatibility.md."""
+def section(results: dict[str, dict[str, dict[str, str]]]) -> str:
+    """The part of docs/compatibility.md about our server."""
     offered, refused = [], []
     for feature, row in results.items():
         states = {line["state"] for line in row.values()}
         (refused if "refused" in states or "not refused" in str(row) else offered).append(feature)
     lines = [HEAD.format(versions=", ".join(sdk.VERSIONS))]
-    lines += [f"| Feature | {' | '.join(sdk.VERSIONS)} |", "|---" * (len(sdk.VERSIONS) + 1) + "|"]
-    for feature in offered:
-        cells = [MARKS[results[feature][version]["state"]] for version in sdk.VERSIONS]
-        lines.append(f"| {feature} | {' | '.join(cells)} |")
-    lines += [REFUSED, "| Feature | SDK versions that have it | Answer |", "|---|---|---|"]
+    cells = [
+        [feature, *(MARKS[results[feature][version]["state"]] for version in sdk.VERSIONS)]
+        for feature in offered
+    ]
+    lines += [page.table(["Feature", *sdk.VERSIONS], cells), REFUSED]
+    answers = []
     for feature in refused:
         row = {v: line for v, line in results[feature].items() if line["state"] != "absent"}
-        newest = list(row.values())[-1]
-        lines.append(
-            f"| {feature} | {', '.join(row)} | {newest['detail'].replace('|', chr(92) + '|')} |"
-        )
-    return "\n".join(lines) + "\n"
+        answers.append([feature, ", ".join(row), list(row.values())[-1]["detail"]])
+    lines.append(page.table(["Feature", "SDK versions that have it", "Answer"], answers))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -169,3 +169,9 @@ def scenario(
         raise RuntimeError(f"the scenario with tinker {version} broke off:\n{done.stderr[-3000:]}")
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"feature"')]
     return [json.loads(line) for line in lines], done.stderr
+
+
+def surface(version: str) -> str:
+    """What surface.py prints in the environment of *version*."""
+    command = [str(python_of(version)), str(HERE / "surface.py")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -41,6 +41,10 @@ EXAMPLES = {
     "data": [types.Datum(types.ModelInput.from_ints([3]), {"weights": [1.0]})],
     "loss_fn": "ppo",
     "training_run_ids": ["m"],
+    "source_path": "tinker://m/weights/a",
+    "project_id": "p",
+    "urls": {"a.safetensors": "http://x"},
+    "learning_rate": 0.5,
     "chunks": (types.EncodedTextChunk([1]),),
 }
 
@@ -53,6 +57,12 @@ NOT_ALONE = {
     types.SampleResponse,
     types.TopkLogprobs,
     types.LossFunction,
+    types.AdamOptimizerConfig,
+    types.DimuonOptimizerConfig,
+    types.DimuonParams,
+    types.PromptAltTokens,
+    types.PromptProvenanceSpan,
+    types.SampledProvenanceSpan,
     types.ParsedCheckpointTinkerPath,
 }
 

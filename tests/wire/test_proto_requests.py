@@ -78,13 +78,49 @@ def test_the_newer_map_wins_and_the_older_is_enough():
 
 
 def test_fields_of_newer_sdks_are_skipped():
-    """Provenance spans (Datum 3 and 4) and unknown fields."""
+    """Field 126 of a Datum, which no version has."""
     datum = proto.CLASSES["Datum"].FromString(parsed(request()).data[0].SerializeToString())
-    datum.MergeFromString(bytes.fromhex("1a060a040a024142") + bytes.fromhex("f2070161"))
+    datum.MergeFromString(bytes.fromhex("f2070161"))
     sent = parsed(request())
     sent.data[0].CopyFrom(datum)
 
     assert request() == proto.decode_request(sent.SerializeToString())
+
+
+def test_provenance_spans_are_messages_of_their_kind():
+    """Bytes as the official SDK 0.38.0 writes them: field 3 of a Datum, then field 4."""
+    [datum] = request().data
+    with_spans = datum.with_provenance(
+        model_input=[
+            types.PromptProvenanceSpan(sequence_id="AB", length=2),
+            types.SampledProvenanceSpan(sequence_id="AB", length=1),
+        ],
+        loss_fn_inputs=[
+            types.PromptProvenanceSpan(sequence_id="AB", offset=1, length=1),
+            types.SampledProvenanceSpan(sequence_id="AB", length=2),
+        ],
+    )
+    body = proto.encode_request(request(data=[with_spans]))
+
+    assert bytes.fromhex("1a080a060a0241421802") + bytes.fromhex("1a0812060a0241421801") in body
+    assert bytes.fromhex("220a0a080a02414210011801" + "220812060a0241421802") in body
+    assert [with_spans] == proto.decode_request(body).data
+
+
+@pytest.mark.parametrize(
+    "extra, match",
+    [
+        ("1a060a040a024142", "data.0. is invalid: spans come in pairs"),
+        ("1a00" + "22080a060a0241421801", r"model_input_spans\[0\] is of an unknown kind"),
+        ("1a040a021801" + "22080a060a0241421801", r"model_input_spans\[0\].*sequence_id must"),
+    ],
+)
+def test_spans_that_cannot_be_are_refused_with_their_place(extra, match):
+    sent = parsed(request())
+    sent.data[0].MergeFromString(bytes.fromhex(extra))
+
+    with pytest.raises(wire.DecodeError, match=match):
+        proto.decode_request(sent.SerializeToString())
 
 
 def test_decoded_arrays_are_views_where_nothing_is_converted():

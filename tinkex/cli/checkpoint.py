@@ -358,7 +358,7 @@ class Change:
 
     question: str
     done: str
-    action: Callable[[str], None]
+    action: Callable[[str], object]
     is_final: bool = False
 
     def apply(self, rest: RestClient, selection: Selection, yes: bool, as_json: bool) -> int:
@@ -427,7 +427,7 @@ def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[typ
 
 
 def _each(
-    action: Callable[[str], None],
+    action: Callable[[str], object],
     paths: Sequence[str],
     done: list[str],
     failures: list[dict[str, str]],

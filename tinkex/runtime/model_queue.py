@@ -78,8 +78,14 @@ class ModelQueue:
         tokens: Callable[[], int] = lambda: 0,
         *,
         saves: str = "",
+        make: type[OperationFuture[T]] = OperationFuture,
     ) -> OperationFuture[T]:
-        """Queue a call; *saves* is what to call it in a warning, if it saves the weights."""
+        """Queue a call.
+
+        Args:
+            saves: what to call it in a warning, if it saves the weights.
+            make: the class of the future.
+        """
         self.check_open(what)
 
         def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
@@ -88,7 +94,7 @@ class ModelQueue:
             run(turn, future)
 
         note = partial(operation_log.submitted, model=self.model_id, tokens=tokens)
-        future = self._worker.put(run_unless_unloaded, what, note)
+        future = self._worker.put(run_unless_unloaded, what, note, make)
         self._session.pending.add(self.model_id, future, saves=saves)
         return future
 

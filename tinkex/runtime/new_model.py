@@ -47,11 +47,18 @@ def create_model(
     user_metadata: dict[str, Any] | None = None,
     model_seq_id: int | None = None,
     adapter: str | None = None,
+    optimizer_config: dict[str, Any] | None = None,
 ) -> NewModel:
     """Create a model in *session*. A number whose model was refused is used again."""
     number = model_seq_id if model_seq_id is not None else session.model_numbers.take()
     request = types.CreateModelRequest(
-        session.session_id, number, base_model, lora_config, user_metadata, adapter=adapter
+        session.session_id,
+        number,
+        base_model,
+        lora_config,
+        user_metadata,
+        optimizer_config=optimizer_config,
+        adapter=adapter,
     )
     future: OperationFuture[types.CreateModelResponse]
     future = OperationFuture(f"create_model of {base_model}")

@@ -19,11 +19,14 @@ logger = logging.getLogger("tinkex")
 def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> NewModel:
     """A new model from the checkpoint at *path*, with its rank and flags.
 
+    *options* are base_model (by default the checkpoint's own), weights_access_token,
+    optimizer_config and user_metadata.
+
     Servers that do not support the single request get the three older ones: look up the base
     model, create a model like it, load the weights. A restore that fails leaves nothing behind, and
     its number is used again.
     """
-    check_restore(path, options.get("user_metadata"))
+    check_restore(path, **options)
     if session.restores_at_once is not False:
         try:
             return _restore_at_once(session, path, optimizer, **options)
@@ -34,10 +37,23 @@ def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> 
     return _restore_by_three_calls(session, path, optimizer, **options)
 
 
-def check_restore(path: str, user_metadata: object) -> None:
+def check_restore(
+    path: str,
+    user_metadata: object = None,
+    base_model: object = None,
+    weights_access_token: object = None,
+    optimizer_config: object = None,
+) -> None:
     """ValueError or TypeError if the arguments of `restore` are wrong."""
     types.ParsedCheckpointTinkerPath.from_tinker_path(path)
     types.check_metadata(user_metadata)
+    if base_model is not None and (not isinstance(base_model, str) or not base_model.strip()):
+        raise TypeError(
+            f"base_model must be the name of a model, got {base_model!r}; metadata is given as "
+            "user_metadata={...}."
+        )
+    if weights_access_token is not None and not isinstance(weights_access_token, str):
+        raise TypeError("weights_access_token must be a str or None.")
 
 
 def _restore_at_once(
@@ -46,6 +62,9 @@ def _restore_at_once(
     optimizer: bool,
     *,
     user_metadata: dict[str, Any] | None = None,
+    base_model: str | None = None,
+    weights_access_token: str | None = None,
+    optimizer_config: dict[str, Any] | None = None,
 ) -> NewModel:
     number = session.model_numbers.take()
     request = types.LoadWeightsRequest(
@@ -53,7 +72,10 @@ def _restore_at_once(
         optimizer,
         session_id=session.session_id,
         model_seq_id=number,
+        base_model=base_model,
         user_metadata=user_metadata,
+        optimizer_config=optimizer_config,
+        weights_access_token=weights_access_token,
     )
     future: OperationFuture[types.LoadWeightsResponse]
     future = OperationFuture(f"create_training_client_from_state of {path}")
@@ -70,7 +92,13 @@ def _wants_older_calls(exc: errors.APIStatusError) -> bool:
 
 
 def _restore_by_three_calls(
-    session: Session, path: str, optimizer: bool, **options: Any
+    session: Session,
+    path: str,
+    optimizer: bool,
+    *,
+    base_model: str | None = None,
+    weights_access_token: str | None = None,
+    **options: Any,
 ) -> NewModel:
     info = session.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(path))
     lora = types.LoraConfig(
@@ -79,13 +107,17 @@ def _restore_by_three_calls(
         train_mlp=info.train_mlp is not False,
         train_attn=info.train_attn is not False,
     )
-    made = create_model(session, info.base_model, lora, **options)
+    made = create_model(session, base_model or info.base_model, lora, **options)
     queue = ModelQueue(session, made.model_id, name=f"restore-{made.model_id}")
     try:
         queue.operation(
             wire.LOAD_WEIGHTS,
             lambda seq_id: types.LoadWeightsRequest(
-                path, optimizer, model_id=made.model_id, seq_id=seq_id
+                path,
+                optimizer,
+                model_id=made.model_id,
+                seq_id=seq_id,
+                weights_access_token=weights_access_token,
             ),
             None,
         ).result()

@@ -79,6 +79,7 @@ class Session(Connection):
         *,
         session_id: str | None = None,
         user_metadata: dict[str, Any] | None = None,
+        display_name: str | None = None,
         transport: Transport | None = None,
         engine: embedded.EmbeddedEngine | None = None,
         poller: Poller | None = None,
@@ -105,7 +106,7 @@ class Session(Connection):
         self._closing = threading.Event()
         self._owns_session = session_id is None
         try:
-            self.session_id = session_id or self._create(user_metadata)
+            self.session_id = session_id or self._create(user_metadata, display_name)
             logger.info("session %s on %s", self.session_id, settings.base_url)
         except BaseException:
             Connection.close(self)
@@ -118,7 +119,7 @@ class Session(Connection):
             self._heart.start()
         open_sessions.add(self)
 
-    def _create(self, user_metadata: dict[str, Any] | None) -> str:
+    def _create(self, user_metadata: dict[str, Any] | None, display_name: str | None) -> str:
         created = self.transport.call(
             wire.CREATE_SESSION,
             types.CreateSessionRequest(
@@ -126,6 +127,7 @@ class Session(Connection):
                 user_metadata=user_metadata,
                 sdk_version=config.PROTOCOL_VERSION,
                 project_id=self.config.project_id,
+                display_name=display_name,
             ),
         )
         for level, message in (

@@ -111,16 +111,18 @@ class OrderedWorker:
         run: Callable[[Turn, OperationFuture[T]], None],
         what: str,
         on_put: Callable[[OperationFuture[T]], None] = lambda future: None,
+        make: type[OperationFuture[T]] = OperationFuture,
     ) -> OperationFuture[T]:
         """Take the next place in line, and return the future at once.
 
         Args:
             on_put: called with the future before *run* can be.
+            make: the class of the future.
 
         Raises:
             ClientClosedError: After close().
         """
-        future: OperationFuture[T] = OperationFuture(what)
+        future = make(what)
         with self._lock:
             if self._closed:
                 raise errors.ClientClosedError(

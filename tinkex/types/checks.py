@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -142,6 +142,34 @@ def check_metadata(user_metadata: object) -> dict[str, Any] | None:
             "booleans, lists and dicts."
         ) from exc
     return copy
+
+
+#: Most public keys that files are encrypted to.
+MAX_RECIPIENTS = 10
+
+
+def check_recipients(recipients: object) -> list[str] | None:
+    """Public keys of age (https://age-encryption.org) to encrypt to; None is no encryption.
+
+    Raises:
+        TypeError, ValueError: If one of them cannot be a key, or there are too many.
+    """
+    if recipients is None:
+        return None
+    if isinstance(recipients, str) or not isinstance(recipients, Sequence):
+        raise TypeError(f"age_encryption_recipients must be a list of str, got {recipients!r}.")
+    if not 1 <= len(recipients) <= MAX_RECIPIENTS:
+        raise ValueError(
+            f"age_encryption_recipients must hold 1 to {MAX_RECIPIENTS} keys, got "
+            f"{len(recipients)}."
+        )
+    for key in recipients:
+        if not isinstance(key, str) or not key.startswith(("age1", "ssh-")):
+            raise ValueError(
+                f"age_encryption_recipients holds {key!r}, which is no public key: one begins "
+                "with 'age1', 'ssh-ed25519' or 'ssh-rsa'."
+            )
+    return list(recipients)
 
 
 def check_ttl(ttl_seconds: object) -> int | None:

@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.types import checks, display
+from tinkex.types.provenance import ProvenanceSpan, ProvenanceSpans, as_spans, check_cover
 
 DType = Literal["int64", "float32"]
+TensorDtype = DType
 ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData
 
 #: Largest token id that travels (tokens are int32 on the wire).
@@ -174,6 +176,7 @@ class ImageAssetPointerChunk:
 
 
 Chunk = Union[EncodedTextChunk, ImageChunk, ImageAssetPointerChunk]
+ModelInputChunk = Chunk
 
 
 def _as_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
@@ -474,10 +477,44 @@ class Datum:
         loss_fn_inputs: arrays of length N (or (N, K)) by name, as the loss function asks for them
             (see `LOSS_FUNCTIONS`). Targets are already shifted: `target_tokens[t]` is the token to
             predict after `model_input[0..t]`.
+        model_input_spans, loss_fn_input_spans: where the tokens came from; both or neither. See
+            `with_provenance`.
     """
 
     model_input: ModelInput = attrs.field(validator=_check_model_input)
-    loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)
+    loss_fn_inputs: dict[str, TensorData] = attrs.field(
+        factory=dict, converter=_as_inputs, hash=False
+    )
+    model_input_spans: tuple[ProvenanceSpan, ...] | None = attrs.field(
+        default=None, converter=as_spans
+    )
+    loss_fn_input_spans: tuple[ProvenanceSpan, ...] | None = attrs.field(
+        default=None, converter=as_spans
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if (self.model_input_spans is None) != (self.loss_fn_input_spans is None):
+            raise ValueError(
+                "spans come in pairs: give model_input_spans and loss_fn_input_spans, or neither."
+            )
+
+    def with_provenance(
+        self, model_input: ProvenanceSpans, loss_fn_inputs: ProvenanceSpans
+    ) -> Datum:
+        """A copy that says which samples its tokens came from.
+
+        Args:
+            model_input: spans of the input, in order; they cover its N tokens.
+            loss_fn_inputs: the same of `loss_fn_inputs["target_tokens"]`.
+
+        Raises:
+            ValueError: If they cover fewer or more tokens.
+        """
+        check_cover("model_input", as_spans(model_input), self.model_input.length)
+        targets = self.loss_fn_inputs.get("target_tokens")
+        if targets is not None and len(targets.shape) == 1:
+            check_cover('loss_fn_inputs["target_tokens"]', as_spans(loss_fn_inputs), len(targets))
+        return attrs.evolve(self, model_input_spans=model_input, loss_fn_input_spans=loss_fn_inputs)
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} {list(t.shape)}" for name, t in self.loss_fn_inputs.items())

@@ -16,9 +16,13 @@ from typing import Union
 import attrs
 import numpy as np
 
-from tinkex.types.data import Datum
+from tinkex.types.data import Datum, TensorData
 
 LossConfigValue = Union[float, str]
+#: A name of `LOSS_FUNCTIONS`, the inputs of a datum, and the outputs for one.
+LossFnType = str
+LossFnInputs = dict[str, TensorData]
+LossFnOutput = dict[str, TensorData]
 
 _CLIP = MappingProxyType({"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})
 

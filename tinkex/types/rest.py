@@ -7,6 +7,7 @@ from typing import Any, Literal
 import attrs
 
 from tinkex.types import display
+from tinkex.types.ready import Ready
 
 CheckpointType = Literal["training", "sampler", "external"]
 
@@ -93,7 +94,7 @@ class Checkpoint:
 
 
 @attrs.frozen
-class CheckpointsListResponse:
+class CheckpointsListResponse(Ready):
     """A page of checkpoints, newest first."""
 
     checkpoints: list[Checkpoint] = attrs.field(factory=list)
@@ -111,7 +112,7 @@ class CheckpointsListResponse:
 
 
 @attrs.frozen
-class TrainingRun:
+class TrainingRun(Ready):
     """A model that is or was trained; the time is ISO 8601 in UTC."""
 
     training_run_id: str
@@ -135,7 +136,7 @@ class TrainingRun:
 
 
 @attrs.frozen
-class TrainingRunsResponse:
+class TrainingRunsResponse(Ready):
     """A page of training runs, newest first."""
 
     training_runs: list[TrainingRun] = attrs.field(factory=list)
@@ -153,13 +154,13 @@ class TrainingRunsResponse:
 
 
 @attrs.frozen
-class ListSessionsResponse:
+class ListSessionsResponse(Ready):
     sessions: list[str] = attrs.field(factory=list)
     cursor: Cursor | None = None
 
 
 @attrs.frozen
-class GetSessionResponse:
+class GetSessionResponse(Ready):
     training_run_ids: list[str] = attrs.field(factory=list)
     sampler_ids: list[str] = attrs.field(factory=list)
     user_metadata: dict[str, Any] | None = None
@@ -174,7 +175,76 @@ class SetTtlRequest:
 
 
 @attrs.frozen
-class CheckpointArchiveUrlResponse:
+class SetProjectRequest:
+    """project_id: the project that the session moves into."""
+
+    project_id: str
+
+
+@attrs.frozen
+class SessionSearchRequest:
+    """Filters for sessions; all that are given must match.
+
+    Args:
+        session_id: exact.
+        project_ids: sessions of these projects; None is all.
+        user_metadata: pairs that a session must have.
+        display_name: a part of the name; upper and lower case are the same.
+        owner: whose sessions: {"type": "own"}, {"type": "accessible"}, or {"type": "user",
+            "owner_urns": [...]}.
+        statuses: any of these, as in {"type": "active"}; None is all.
+        limit: sessions of a page.
+        cursor: the `next_cursor` of the page before.
+    """
+
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, Any] = attrs.field(factory=dict)
+    display_name: str | None = None
+    owner: dict[str, Any] = attrs.field(factory=lambda: {"type": "own"})
+    statuses: list[dict[str, Any]] | None = None
+    limit: int = 50
+    cursor: dict[str, Any] | None = None
+
+
+@attrs.frozen
+class SessionSummary:
+    """A session that a search found; the time is ISO 8601 in UTC, sizes are bytes."""
+
+    session_id: str
+    created_at: str | None = None
+    owner: str = ""
+    project_id: str = ""
+    checkpoints_count: int = 0
+    status: dict[str, Any] | None = None
+    display_name: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    checkpoint_storage_bytes: int | None = None
+
+
+@attrs.frozen
+class SessionSearchResponse(Ready):
+    """A page of sessions, newest first; next_cursor is None on the last."""
+
+    sessions: list[SessionSummary] = attrs.field(factory=list)
+    next_cursor: dict[str, Any] | None = None
+
+
+@attrs.frozen
+class ExternalWeightsUrlsResponse(Ready):
+    """Where the files of external weights can be fetched without a key.
+
+    Attributes:
+        urls: for each file, by its path in the checkpoint.
+        expires: when the URLs stop working, ISO 8601 in UTC.
+    """
+
+    urls: dict[str, str] = attrs.field(repr=lambda urls: repr(sorted(urls)))
+    expires: str | None = None
+
+
+@attrs.frozen
+class CheckpointArchiveUrlResponse(Ready):
     url: str
     expires: str | None = None
 

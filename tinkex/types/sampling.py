@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from tinkex.types import checks, display
 from tinkex.types.data import MAX_TOKEN_ID, ModelInput, TensorData, as_tokens, to_array
+from tinkex.types.ready import Ready
 
 StopReason = Literal["stop", "length"]
+SamplingClientKind = Literal["snapshot", "inflight"]
 Stop = Union[str, Sequence[str], Sequence[int], None]
 
 #: Log-probability in the empty cells of a top-k table.
@@ -113,6 +115,8 @@ class SampleRequest:
     The prompt's own log-probabilities come with it if `prompt_logprobs`; with
     `topk_prompt_logprobs` / `topk_sample_logprobs` = k the k likeliest tokens at each position too;
     with `target_prompt_logprobs` (N - 1, K), int64, -1 to skip, those of the tokens it names;
+    with `prompt_alt_tokens_k` = k there are k random draws from the distribution at each of its
+    positions, at the request's temperature (`PromptAltTokens`);
     `prompt_logprobs_last_n` leaves all but the last n positions NaN.
     """
 
@@ -251,6 +255,19 @@ class SampledSequence:
         return f"{self.stop_reason}, {shown}"
 
 
+@attrs.frozen
+class PromptAltTokens:
+    """Draws from the model's distribution at each position of the prompt after the first.
+
+    Attributes:
+        tokens: (N - 1, k) int64; row i holds alternatives to token i + 1 of the prompt.
+        logprobs: (N - 1, k) float32, their log-probabilities.
+    """
+
+    tokens: TensorData
+    logprobs: TensorData
+
+
 @attrs.frozen(eq=False)
 class SampleResponse:
     """The result of `sample`.
@@ -261,6 +278,7 @@ class SampleResponse:
         topk_prompt_logprobs_np: (N, k), or None.
         target_prompt_logprobs: (N - 1, K) float32, or None.
         prompt_cache_hit_tokens: tokens of the prompt that the server took from its cache.
+        prompt_alt_tokens: where `prompt_alt_tokens_k` asked for them.
     """
 
     sequences: list[SampledSequence]
@@ -272,6 +290,7 @@ class SampleResponse:
     )
     target_prompt_logprobs: TensorData | None = None
     prompt_cache_hit_tokens: int = 0
+    prompt_alt_tokens: PromptAltTokens | None = None
 
     @cached_property
     def prompt_logprobs(self) -> list[float | None] | None:
@@ -358,7 +377,7 @@ class JoinSamplingSessionResponse:
 
 
 @attrs.frozen
-class GetSamplerResponse:
+class GetSamplerResponse(Ready):
     """What a sampler samples from."""
 
     sampler_id: str

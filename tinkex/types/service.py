@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 
 from tinkex.types import checks
+from tinkex.types.ready import Ready
 
 
 @attrs.frozen
@@ -73,6 +74,28 @@ class AuthTokenResponse:
 
 
 @attrs.frozen
+class KeyOwner(Ready):
+    """Whom a key belongs to.
+
+    Attributes:
+        user_details: {"email": ...}.
+        org_details: {"name": ...}.
+    """
+
+    user_details: dict[str, Any] = attrs.field(factory=dict)
+    org_details: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def email(self) -> str | None:
+        """The user's address; servers with named users give the name."""
+        return self.user_details.get("email")
+
+    @property
+    def organization(self) -> str | None:
+        return self.org_details.get("name")
+
+
+@attrs.frozen
 class HealthResponse:
     status: str = "ok"
 
@@ -86,7 +109,7 @@ class SupportedModel:
 
 
 @attrs.frozen
-class GetServerCapabilitiesResponse:
+class GetServerCapabilitiesResponse(Ready):
     supported_models: list[SupportedModel] = attrs.field(factory=list)
 
     @property

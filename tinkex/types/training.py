@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Union
 
 import attrs
 
 from tinkex.types import checks, display
 from tinkex.types.data import Datum, TensorData
 from tinkex.types.losses import LossConfigValue
+from tinkex.types.ready import Ready
+
+ModelID = str
 
 #: Largest LoRA rank that is accepted.
 MAX_RANK = 4096
@@ -79,6 +82,62 @@ class AdamParams:
 
 
 @attrs.frozen
+class DimuonParams:
+    """Settings of one step of Dimuon, the official service's other optimizer.
+
+    Args:
+        grad_clip_norm: largest global L2 norm of the gradient; 0 is no limit.
+        beta1: of the running average of gradients.
+    """
+
+    learning_rate: float = attrs.field(validator=checks.number("a number >= 0", lambda x: x >= 0))
+    grad_clip_norm: float = attrs.field(
+        default=0.0, validator=checks.number("a number", lambda x: True)
+    )
+    beta1: float = attrs.field(
+        default=0.9, validator=checks.number("a number in [0, 1)", lambda x: 0 <= x < 1)
+    )
+    type: Literal["dimuon"] = "dimuon"
+
+
+OptimParams = Union[AdamParams, DimuonParams]
+
+
+@attrs.frozen
+class AdamOptimizerConfig:
+    """The model is trained by AdamW."""
+
+    type: Literal["adamw"] = "adamw"
+
+
+@attrs.frozen
+class DimuonOptimizerConfig:
+    """The model is trained by Dimuon, where a server offers it."""
+
+    type: Literal["dimuon"] = "dimuon"
+    version: int = 1
+
+
+OptimizerConfig = Union[AdamOptimizerConfig, DimuonOptimizerConfig]
+
+
+def optimizer_config(optimizer: OptimizerConfig | None) -> dict[str, Any] | None:
+    """What a request says of the optimizer: nothing for AdamW, which all servers use by default.
+
+    Raises:
+        TypeError: If it is no optimizer's configuration.
+    """
+    if optimizer is None or isinstance(optimizer, AdamOptimizerConfig):
+        return None
+    if not isinstance(optimizer, DimuonOptimizerConfig):
+        raise TypeError(
+            "optimizer must be types.AdamOptimizerConfig() or types.DimuonOptimizerConfig(), got "
+            f"{optimizer!r}."
+        )
+    return attrs.asdict(optimizer)
+
+
+@attrs.frozen
 class CreateModelRequest:
     session_id: str
     model_seq_id: int
@@ -117,6 +176,7 @@ class GetInfoResponse:
     is_lora: bool | None = None
     lora_rank: int | None = None
     model_name: str | None = None
+    optimizer_config: dict[str, Any] | None = None
 
     @property
     def base_model(self) -> str | None:
@@ -185,7 +245,9 @@ class ForwardBackwardOutput:
 class OptimStepRequest:
     model_id: str
     seq_id: int
-    adam_params: AdamParams = attrs.field(factory=AdamParams)
+    adam_params: AdamParams | None = attrs.field(factory=AdamParams)
+    #: In place of adam_params, for models with another optimizer.
+    optimizer_params: DimuonParams | None = None
 
 
 @attrs.frozen
@@ -243,6 +305,31 @@ class SaveWeightsForSamplerResponse:
 
 
 @attrs.frozen
+class SaveWeightsExternalRequest:
+    """Save weights as files that can be fetched one by one.
+
+    Args:
+        path: the name.
+        age_encryption_recipients: public keys (https://age-encryption.org) that every file is
+            encrypted to; None leaves the files readable.
+    """
+
+    model_id: str
+    seq_id: int
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
+@attrs.frozen
+class SaveWeightsExternalResponse:
+    """path: `tinker://<model>/external_weights/<name>`; size_bytes: of all files."""
+
+    path: str
+    size_bytes: int | None = None
+
+
+@attrs.frozen
 class LoadWeightsRequest:
     """Into an existing model (model_id, seq_id), or as a new one (session_id, model_seq_id)."""
 
@@ -265,12 +352,29 @@ class LoadWeightsResponse:
 
 
 @attrs.frozen
+class CopyWeightsRequest:
+    """Copy a checkpoint into a run of a session, or into a project."""
+
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = attrs.field(default=None, repr=False)
+
+
+@attrs.frozen
+class CopyWeightsResponse:
+    tinker_path: str
+
+
+@attrs.frozen
 class WeightsInfoRequest:
     tinker_path: str
 
 
 @attrs.frozen
-class WeightsInfoResponse:
+class WeightsInfoResponse(Ready):
     """The model that a checkpoint belongs to."""
 
     base_model: str
@@ -279,3 +383,4 @@ class WeightsInfoResponse:
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
+    optimizer_config: dict[str, Any] | None = None

@@ -200,6 +200,20 @@ def _read_training_request(value: Any) -> types.ForwardBackwardRequest:
     )
 
 
+def _read_span(value: Any) -> types.ProvenanceSpan:
+    if isinstance(value, dict):
+        for key, cls in _SPANS.items():
+            if value.get(key) is not None:
+                span: types.ProvenanceSpan = read_required(key, value, _reader(cls))
+                return span
+    refuse(value, "an object with prompt_tokens or sampled_tokens")
+
+
+_SPANS = {
+    "prompt_tokens": types.PromptProvenanceSpan,
+    "sampled_tokens": types.SampledProvenanceSpan,
+}
+
 _READERS: dict[Any, Reader] = {
     Any: _as_is,
     str: read_text,
@@ -210,6 +224,7 @@ _READERS: dict[Any, Reader] = {
     Stop: _as_is,  # SamplingParams checks it, with a better message
     LossConfigValue: read_number_or_text,
     Chunk: read_chunk,
+    types.ProvenanceSpan: _read_span,
     dict[str, float]: read_metrics,
     types.TensorData: read_tensor,
     types.TopkLogprobs: read_topk,

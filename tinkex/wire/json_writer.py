@@ -26,6 +26,7 @@ _LATER_FIELDS = frozenset(
         "adapter",
         "kind",
         "optimizer_config",
+        "prompt_alt_tokens",
         "prompt_alt_tokens_k",
         "prompt_cache_hit_tokens",
         "prompt_logprobs_last_n",
@@ -152,6 +153,11 @@ def _with_length(
     return plain
 
 
+def _span(span: types.ProvenanceSpan) -> dict[str, Any]:
+    kind = "prompt_tokens" if isinstance(span, types.PromptProvenanceSpan) else "sampled_tokens"
+    return {kind: attrs.asdict(span)}
+
+
 def _training_request(request: types.ForwardBackwardRequest) -> dict[str, Any]:
     batch: dict[str, Any] = {
         "data": [_plain(datum) for datum in request.data],
@@ -175,4 +181,6 @@ _WRITERS: dict[type, Writer] = {
     types.ImageChunk: _image,
     types.ImageAssetPointerChunk: _image_asset,
     types.ForwardBackwardRequest: _training_request,
+    types.PromptProvenanceSpan: _span,
+    types.SampledProvenanceSpan: _span,
 }

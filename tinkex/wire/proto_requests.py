@@ -31,6 +31,15 @@ LossConfigValue
 Datum
   1 repeated Chunk              model_input
   2 map Tensor                  loss_fn_inputs
+  3 repeated ProvenanceSpan     model_input_spans
+  4 repeated ProvenanceSpan     loss_fn_input_spans
+ProvenanceSpan
+  1 Span                        prompt_tokens           oneof:span
+  2 Span                        sampled_tokens          oneof:span
+Span
+  1 string                      sequence_id
+  2 int64                       offset
+  3 int64                       length
 Chunk
   1 EncodedTextChunk            encoded_text            oneof:chunk
   2 ImageChunk                  image                   oneof:chunk
@@ -83,7 +92,19 @@ def _datum(datum: types.Datum, index: int) -> Body:
         entry.add(1, name.encode())
         entry.add(2, write_tensor(tensor))
         body.add(2, entry)
+    for number, spans in ((3, datum.model_input_spans), (4, datum.loss_fn_input_spans)):
+        for span in spans or ():
+            body.add(number, _span(span))
     return body
+
+
+def _span(span: types.ProvenanceSpan) -> bytes:
+    message = CLASSES["ProvenanceSpan"]()
+    is_prompt = isinstance(span, types.PromptProvenanceSpan)
+    inner = message.prompt_tokens if is_prompt else message.sampled_tokens
+    inner.sequence_id, inner.offset, inner.length = span.sequence_id, span.offset, span.length
+    written: bytes = message.SerializeToString()
+    return written
 
 
 def _chunk(chunk: Any, index: int) -> Body | bytes:
@@ -151,7 +172,23 @@ def _read_datum(message: Any) -> types.Datum:
         name: at(f"loss_fn_inputs[{name!r}]", read_tensor, tensor)
         for name, tensor in message.loss_fn_inputs.items()
     }
-    return types.Datum(types.ModelInput(chunks), inputs)
+    values: dict[str, Any] = {"model_input": types.ModelInput(chunks), "loss_fn_inputs": inputs}
+    for name in ("model_input_spans", "loss_fn_input_spans"):
+        spans = getattr(message, name)
+        if spans:
+            values[name] = [at(f"{name}[{i}]", _read_span, span) for i, span in enumerate(spans)]
+    return make(types.Datum, values)
+
+
+def _read_span(message: Any) -> types.ProvenanceSpan:
+    kind = message.WhichOneof("span")
+    if kind is None:
+        raise Wrong("is of an unknown kind, but must be prompt_tokens or sampled_tokens.")
+    inner = getattr(message, kind)
+    values = {"sequence_id": inner.sequence_id, "offset": inner.offset, "length": inner.length}
+    if kind == "prompt_tokens":
+        return make(types.PromptProvenanceSpan, values)
+    return make(types.SampledProvenanceSpan, values)
 
 
 def _read_chunk(message: Any) -> types.Chunk:

@@ -47,6 +47,10 @@ SampleResponse
   3 optional TopkLogprobs       topk_prompt_logprobs
   4 int32                       prompt_cache_hit_tokens
   5 optional Tensor             target_prompt_logprobs
+  6 optional PromptAltTokens    prompt_alt_tokens
+PromptAltTokens
+  1 Tensor                      tokens
+  2 Tensor                      logprobs
 SampledSequence
   1 StopReason                  stop_reason
   2 bytes                       tokens
@@ -189,6 +193,10 @@ def _sample_message(result: types.SampleResponse) -> Any:
     if result.target_prompt_logprobs is not None:
         tensor = write_tensor(result.target_prompt_logprobs)
         message.target_prompt_logprobs.MergeFromString(b"".join(tensor.parts))
+    if result.prompt_alt_tokens is not None:
+        for name in ("tokens", "logprobs"):
+            tensor = write_tensor(getattr(result.prompt_alt_tokens, name))
+            getattr(message.prompt_alt_tokens, name).MergeFromString(b"".join(tensor.parts))
     return message
 
 
@@ -212,6 +220,17 @@ def _read_sample(message: Any) -> types.SampleResponse:
             else None
         ),
         prompt_cache_hit_tokens=message.prompt_cache_hit_tokens,
+        prompt_alt_tokens=(
+            at("prompt_alt_tokens", _read_alt_tokens, message.prompt_alt_tokens)
+            if message.HasField("prompt_alt_tokens")
+            else None
+        ),
+    )
+
+
+def _read_alt_tokens(message: Any) -> types.PromptAltTokens:
+    return types.PromptAltTokens(
+        at("tokens", read_tensor, message.tokens), at("logprobs", read_tensor, message.logprobs)
     )
 
 

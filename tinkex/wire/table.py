@@ -145,6 +145,14 @@ SAVE_WEIGHTS_FOR_SAMPLER = Operation(
     "save_weights_for_sampler",
     name="SaveWeightsForSampler",
 )
+SAVE_WEIGHTS_EXTERNAL = Operation(
+    "POST",
+    "save_weights_external",
+    types.SaveWeightsExternalResponse,
+    types.SaveWeightsExternalRequest,
+    "save_weights_external",
+    name="SaveWeightsExternal",
+)
 LOAD_WEIGHTS = Operation(
     "POST",
     "load_weights",
@@ -169,6 +177,15 @@ PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
 UNPUBLISH_CHECKPOINT = Endpoint("DELETE", f"{_CHECKPOINT}/publish", Nothing)
 SET_CHECKPOINT_TTL = Endpoint("PUT", f"{_CHECKPOINT}/ttl", Nothing, types.SetTtlRequest)
 CHECKPOINT_ARCHIVE = Endpoint("GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse)
+COPY_WEIGHTS = Endpoint("POST", "copy_weights", types.CopyWeightsResponse, types.CopyWeightsRequest)
+EXTERNAL_WEIGHTS_URLS = Endpoint(
+    "GET", f"{_CHECKPOINT}/external_weights_urls", types.ExternalWeightsUrlsResponse
+)
+SET_PROJECT = Endpoint("PUT", "sessions/{session_id}/project", Nothing, types.SetProjectRequest)
+SEARCH_SESSIONS = Endpoint(
+    "POST", "sessions/search", types.SessionSearchResponse, types.SessionSearchRequest
+)
+WHOAMI = Endpoint("GET", "auth/apikey/me", types.KeyOwner)
 LIST_SESSIONS = Endpoint("GET", "sessions", types.ListSessionsResponse)
 GET_SESSION = Endpoint("GET", "sessions/{session_id}", types.GetSessionResponse)
 

@@ -1,0 +1,39 @@
+"""What can be known of the key before anything is sent with it, and whether a server takes it.
+
+The key is looked for as by the clients: the argument, TINKER_API_KEY, TINKER_CREDENTIAL_CMD, and
+the credentials file that the official command line and `tinkex auth login` write.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tinkex import config, errors
+from tinkex.rest import RestClient
+
+
+def get_tinker_token() -> str | None:
+    """The key from TINKER_API_KEY or the credentials file, or None.
+
+    TINKER_CREDENTIAL_CMD is not run.
+    """
+    return os.environ.get("TINKER_API_KEY") or config.stored_key() or None
+
+
+def tinker_has_credentials() -> bool:
+    """True if there is a key, or a command that prints one. Nothing is sent or run."""
+    return bool(get_tinker_token() or os.environ.get("TINKER_CREDENTIAL_CMD"))
+
+
+def raise_if_tinker_not_accessible() -> None:
+    """Ask the server that the environment names for its capabilities, once.
+
+    Raises:
+        TinkexError: If there is no key for the official service, or the server cannot be reached
+            or refuses it.
+    """
+    try:
+        with RestClient() as client:
+            client.get_server_capabilities()
+    except ValueError as exc:  # no key, or one that the official service cannot have made
+        raise errors.TinkexError(str(exc)) from exc
