@@ -71,7 +71,6 @@ NAMES = [
     "TrainingClient",
     "TrainingRun",
     "UnprocessableEntityError",
-    "__title__",
     "__version__",
     "auth",
     "errors",

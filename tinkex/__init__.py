@@ -10,7 +10,7 @@ The names of the official SDK (`tinker`) are here, too: `import tinkex as tinker
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tinkex._version import __title__, __version__
+from tinkex._version import __version__
 
 if TYPE_CHECKING:
     from tinkex import auth, errors, types
@@ -134,7 +134,6 @@ __all__ = [
     "TrainingClient",
     "TrainingRun",
     "UnprocessableEntityError",
-    "__title__",
     "__version__",
     "auth",
     "errors",

@@ -1,4 +1,3 @@
 """The version of tinkex, in one place. setup.cfg reads it from here."""
 
-__title__ = "tinkex"
 __version__ = "0.1.0"

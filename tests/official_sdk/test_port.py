@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-import tinkex
 from tests.official_sdk import page, port, sdk
 from tinkex import types
 
@@ -72,4 +71,3 @@ def test_the_page_has_the_table_of_the_comparison():
 
 def test_the_newest_version_is_the_one_that_is_compared():
     assert sdk.VERSIONS[-1] == SURFACE["version"]
-    assert tinkex.__title__ == "tinkex"
