@@ -11,7 +11,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean
+.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean browser screenshots
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,14 +21,14 @@ demo: .venv/local ## fine-tune SmolLM2, show answers before and after (MODEL=tin
 	$(BIN)/python -m tinkex.cli.demo build/demo $(MODEL)
 
 test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k retry')
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py $(ARGS)
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser $(ARGS)
 
 test-slow: .venv/test ## run the tests marked slow: more seeds, more versions, larger data
-	$(PYTEST) -m slow --ignore tests/test_docs.py $(ARGS)
+	$(PYTEST) -m slow --ignore tests/test_docs.py --ignore tests/browser $(ARGS)
 
 coverage: .venv/test ## run the tests and report which lines and branches they reach
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --cov --cov-report= $(ARGS)
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --cov --cov-report= $(ARGS)
 	$(BIN)/python -m tests.coverage_figures build/coverage/report.json
 
 check: lint types test docs core ## run everything that must pass before a change is done
@@ -45,6 +45,12 @@ docs: .venv/test ## run the examples in README.md and docs/, compare help texts 
 
 core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 there is
 	$(BIN)/python tests/check_core_install.py build/core
+
+browser: .venv/browser ## try the web page in chromium (Debian: apt install chromium chromium-driver)
+	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+screenshots: .venv/browser ## take the pictures of the web page in docs/
+	BROWSER_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k the_page_fits
 
 conformance: .venv/test ## run five versions of the official SDK against our server, write docs/compatibility.md
 	$(BIN)/python -m tests.official_sdk.run $(ARGS)
@@ -88,6 +94,10 @@ clean: ## remove what make made
 .venv/test: .venv/made $(INSTALLED_BY)
 	$(PIP) -e '.[local,data,test]'
 	@touch .venv/local $@
+
+.venv/browser: .venv/test
+	$(PIP) -e '.[local,data,test,browser]'
+	@touch .venv/local .venv/test $@
 
 .venv/bench: .venv/test
 	$(PIP) -e '.[local,data,test,bench]'

@@ -356,6 +356,16 @@ def engine_key_file(base_url: str) -> Path:
     return home() / "engines" / f"{parts.hostname}-{parts.port}.key"
 
 
+def engine_addresses() -> list[str]:
+    """Addresses of this user's embedded engines, the newest first. Some may have died."""
+    files = sorted((home() / "engines").glob("*.key"), key=lambda path: -path.stat().st_mtime)
+    names = [path.stem.rpartition("-") for path in files]
+    return [
+        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        for host, _, port in names
+    ]
+
+
 def engine_token() -> str | None:
     """The secret by which an embedded engine recognizes its parent process."""
     return _env("TINKEX_ENGINE_TOKEN")

@@ -29,6 +29,7 @@ from tinkex.cli import (
     serve,
     session,
     train,
+    ui,
 )
 from tinkex.cli.options import add_verbosity, format_option
 
@@ -73,6 +74,7 @@ def cli(traceback: bool) -> None:
 for _command in (
     train.train,
     serve.serve,
+    ui.ui,
     sample.sample,
     chat.chat,
     conformance.conformance,

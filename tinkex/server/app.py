@@ -330,6 +330,7 @@ def main(
     limits: Limits | None = None,
     dtype: str = "auto",
     engine: Callable[[], Any] | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
     """Run a server until SIGTERM, Ctrl-C, or the end of the parent process.
 
@@ -341,6 +342,7 @@ def main(
         parent_pid: the server ends when this process does, even if it is killed.
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
         engine: makes the engine; None is `make_engine` with *dtype*.
+        on_ready: called with the server's address when it accepts requests.
 
     Returns:
         The exit code: 0, or 1 if the server could not start (stderr says why).
@@ -381,6 +383,7 @@ def main(
         print(server.url, flush=True)
         if made_up is not None:
             print(f"API key (not shown again): {made_up}", flush=True)
+        on_ready(server.url)
 
     server.serve(ready)
     failure = server.scheduler.failure

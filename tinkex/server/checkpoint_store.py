@@ -300,6 +300,13 @@ class Checkpoints:
         )
         return count, size
 
+    def counts(self, owner: str) -> dict[str, int]:
+        """How many checkpoints each run of an owner has; runs without any are left out."""
+        rows = self._db.select(
+            "SELECT run_id, COUNT(*) FROM checkpoints WHERE owner = ? GROUP BY run_id", owner
+        )
+        return dict(rows)
+
 
 def damage_of(row: CheckpointRow) -> str | None:
     """What is wrong with a checkpoint's files, or None."""

@@ -42,6 +42,7 @@ class Limits:
         body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
         idle_seconds: an idle connection is closed after this time. It is longer than clients
             keep theirs: a connection that the server closes first can lose a request.
+        page_seconds: interval at which the web page is told what has changed.
         open_samplers: adapters kept in memory for sampling; idle ones beyond are closed.
     """
 
@@ -74,4 +75,5 @@ class Limits:
     body_seconds: float = 60.0
     body_rate: int = 50_000
     idle_seconds: int = 300
+    page_seconds: float = 1.0
     open_samplers: int = 32

@@ -23,6 +23,7 @@ from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
 from tinkex.server.live import CHANGES_MODEL, LiveModel, LiveSampler, Refused, Work
 from tinkex.server.results import explained
+from tinkex.server.run_metrics import RunMetrics
 from tinkex.server.scheduler import Steps
 from tinkex.server.store import Store
 
@@ -57,6 +58,7 @@ class Workshop:
         self._on_sampler = on_sampler
         self._on_unloaded = on_unloaded
         self._open: OrderedDict[str, int] = OrderedDict()  # engine_id -> samples in flight
+        self.metrics = RunMetrics(store.home.path / "metrics")
         #: Metadata of the loaded base models, by name.
         self.bases: dict[str, Any] = {}
 
@@ -82,6 +84,7 @@ class Workshop:
                 try:
                     next(steps)
                 except StopIteration as stop:
+                    self.metrics.observe(work, stop.value)
                     return stop.value
                 model.seconds += time.perf_counter() - started
                 yield

@@ -26,6 +26,7 @@ from tinkex.server.auth import Keys
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger import Ledger
 from tinkex.server.limits import Limits
+from tinkex.server.page.sign_in import SignIns
 from tinkex.server.replies import Replies
 from tinkex.server.results import explained
 from tinkex.server.store import Store
@@ -60,6 +61,7 @@ class Site:
     #: Bytes that the bodies of all current requests take; used on the event loop only.
     decoding: int = 0
     replies: Replies = attrs.field(factory=Replies)
+    sign_ins: SignIns = attrs.field(factory=SignIns)
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
         """Run a function that would block the event loop on a pool thread."""

@@ -60,6 +60,21 @@ class SampleJob:
     after: Callable[[Any], None]
 
 
+@attrs.frozen
+class Load:
+    """What the compute thread has to do.
+
+    Attributes:
+        running: the line that was served last, if it has more to do.
+        waiting: jobs of each line that wait or run, without idle lines.
+        samples: sample requests that wait or run.
+    """
+
+    running: str | None
+    waiting: dict[str, int]
+    samples: int
+
+
 class Cancelled(ValueError):
     """The job was cancelled."""
 
@@ -119,6 +134,7 @@ class Scheduler:
             str, SampleJob
         ] = {}  # submitted to the engine; used by the compute thread only
         self._train_used = self._sample_used = 0.0
+        self._served: str | None = None
         self._stopping = False
 
     def start(self) -> None:
@@ -195,6 +211,16 @@ class Scheduler:
         """True if the line has a job that can run."""
         with self._changed:
             return line_id in self._active
+
+    def load(self) -> Load:
+        with self._changed:
+            waiting = {
+                line_id: len(line.waiting) + (line.running is not None) + (line.last is not None)
+                for line_id, line in self._lines.items()
+            }
+            samples = len(self._samples) + len(self._new_samples)
+            running = self._served if self._served in self._active else None
+        return Load(running, {name: count for name, count in waiting.items() if count}, samples)
 
     def place(self, line_id: str, seq: int) -> tuple[int, str]:
         """How many jobs are ahead of number *seq*, and the reason why it waits."""
@@ -278,6 +304,7 @@ class Scheduler:
 
     def _train_turn(self, line_id: str, line: _Line) -> None:
         start = self._clock()
+        self._served = line_id
         if line.running is None:
             with self._changed:
                 job = line.take()

@@ -180,13 +180,18 @@ class Samplers:
         on_token: Callable[[int, int, float], None] | None = None,
     ) -> None:
         workshop = self._workshop
+
+        def finish(outcome: Any) -> None:
+            workshop.metrics.sampled(live.owner, outcome)
+            ended(outcome)
+
         self._shared.scheduler.put_sample(
             SampleJob(
                 ticket,
                 submit=lambda engine: workshop.submit_sample(
                     engine, ticket, live, request, on_token
                 ),
-                finish=ended,
+                finish=finish,
                 after=lambda engine: workshop.sample_ended(engine, live),
             )
         )

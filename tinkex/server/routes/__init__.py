@@ -6,11 +6,13 @@ from starlette.routing import Route
 
 from tinkex import wire
 from tinkex.server.openai import endpoints as openai
+from tinkex.server.page import endpoints as page
 from tinkex.server.request_context import guarded
 from tinkex.server.routes import (
     archives,
     checkpoints,
     futures,
+    metrics,
     sampling,
     sessions,
     training,
@@ -20,7 +22,12 @@ from tinkex.server.routes import (
 #: The busiest first, because routes are matched in order.
 _MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.ENDPOINTS)
 #: Paths with parameters that contain slashes: longer patterns first.
-_MANAGEMENT = (archives.ENDPOINTS, unsupported.ENDPOINTS, checkpoints.ENDPOINTS)
+_MANAGEMENT = (
+    archives.ENDPOINTS,
+    unsupported.ENDPOINTS,
+    checkpoints.ENDPOINTS,
+    metrics.ENDPOINTS,
+)
 #: POSTs that change nothing, or stream their response: a repeat runs again.
 _REPEATABLE = {
     "retrieve_future",
@@ -34,7 +41,7 @@ _REPEATABLE = {
 
 def routes() -> list[Route]:
     """All routes, in the order of matching."""
-    found = [Route("/", guarded(sessions.about, public=True), methods=["GET"])]
+    found = page.routes()
     for endpoints, public in (
         *((endpoints, False) for endpoints in _MODULES),
         (sessions.PUBLIC, True),

@@ -1,0 +1,143 @@
+"""What the page shows of a server to one of its users: their runs and sessions, and its health."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tinkex.server.database import CheckpointRow, RunRow, SessionRow, iso
+from tinkex.server.request_context import Call
+from tinkex.server.run_metrics import Point
+
+#: The newest of each are shown.
+_MOST_RUNS, _MOST_SESSIONS = 100, 20
+
+_STARTED = time.monotonic()
+
+
+async def overview(call: Call) -> dict[str, Any]:
+    """The newest runs and sessions of the caller, what is computed, usage and health."""
+    shared = call.site.ledger.shared
+    load = shared.scheduler.load()
+    runs, latest, saved, sessions = await call.site.in_pool(_stored, call)
+    own = {row.run_id for row in runs}
+    running = load.running
+    if running is not None and running not in own:
+        running = "another user's model"
+    usage = call.site.ledger.workshop.metrics.usage(call.owner)
+    return {
+        "server": _health(call)
+        | {"operations": sum(load.waiting.values()), "samples": load.samples},
+        "running": running,
+        "owner": call.owner,
+        "usage": attrs.asdict(usage),
+        "runs": [
+            _run(row, load.waiting.get(row.run_id, 0), latest[row.run_id])
+            | {"checkpoints": saved.get(row.run_id, 0)}
+            for row in runs
+        ],
+        "sessions": [_session(row) for row in sessions],
+        "base_models": list(
+            dict.fromkeys([*call.site.base_models, *call.site.ledger.workshop.bases])
+        ),
+    }
+
+
+def _stored(
+    call: Call,
+) -> tuple[list[RunRow], dict[str, Point], dict[str, int], list[SessionRow]]:
+    store, metrics = call.site.store, call.site.ledger.workshop.metrics
+    runs, _ = store.runs(call.owner, _MOST_RUNS, 0)
+    sessions, _ = store.sessions(call.owner, _MOST_SESSIONS, 0)
+    latest = {row.run_id: metrics.latest(row.run_id) for row in runs}
+    return runs, latest, store.checkpoints.counts(call.owner), sessions
+
+
+def _run(row: RunRow, waiting: int, latest: Point) -> dict[str, Any]:
+    return {
+        "id": row.run_id,
+        "base_model": row.base_model,
+        "rank": row.rank,
+        "created": iso(row.created_at),
+        "waiting": waiting,
+        "latest": latest,
+        "metadata": row.user_metadata or {},
+    }
+
+
+def _session(row: SessionRow) -> dict[str, Any]:
+    return {
+        "id": row.session_id,
+        "name": row.display_name or "",
+        "created": iso(row.created_at),
+        "status": row.status,
+    }
+
+
+async def run_details(call: Call, run_id: str) -> dict[str, Any]:
+    """Settings and checkpoints of a run. Raises Refusal (404)."""
+    store = call.site.store
+    row = await call.site.in_pool(store.run, run_id, call.owner)
+    checkpoints = await call.site.in_pool(store.checkpoints.of_run, run_id, call.owner)
+    trained = [
+        name
+        for name, is_on in (
+            ("attention", row.train_attn),
+            ("MLP", row.train_mlp),
+            ("lm_head", row.train_unembed),
+        )
+        if is_on
+    ]
+    return {
+        "settings": {
+            "Base model": row.base_model,
+            "LoRA rank": row.rank,
+            "Trained": ", ".join(trained),
+            "Session": row.session_id,
+            "Created": iso(row.created_at),
+            **{str(name): str(value) for name, value in (row.user_metadata or {}).items()},
+        },
+        "checkpoints": [_checkpoint(checkpoint) for checkpoint in checkpoints],
+    }
+
+
+def _checkpoint(row: CheckpointRow) -> dict[str, Any]:
+    return {
+        "id": row.checkpoint_id,
+        "path": row.path,
+        "kind": row.kind,
+        "bytes": row.size_bytes,
+        "created": iso(row.created_at),
+        "expires": None if row.expires_at is None else iso(row.expires_at),
+        "public": row.public,
+    }
+
+
+def _health(call: Call) -> dict[str, Any]:
+    shared = call.site.ledger.shared
+    engine = "running" if shared.scheduler.ready.is_set() else "starting"
+    problem = shared.home_problem
+    if not shared.scheduler.alive:
+        engine, problem = "failed", str(shared.scheduler.failure)
+    return {
+        "version": call.site.version,
+        "engine": engine,
+        "problem": problem,
+        "memory_bytes": resident_bytes(),
+        "threads": threading.active_count(),
+        "minutes": int(time.monotonic() - _STARTED) // 60,
+    }
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
