@@ -6,8 +6,9 @@ short request. Downloading is download.py's, exporting export.py's.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -91,6 +92,35 @@ class RestClient(types.Ready):
     ) -> types.TrainingRun:
         """The training run that a checkpoint is of."""
         return self.get_training_run(_parsed(tinker_path).training_run_id, access_scope)
+
+    def get_run_metrics(self, training_run_id: str, after: int = 0) -> types.RunMetricsResponse:
+        """The metrics of a training run: a point per optimizer step, and what was reported.
+
+        Servers of tinkex have it.
+
+        Args:
+            after: `next` of an earlier response, to get only what is new.
+        """
+        return self._connection.call(
+            wire.RUN_METRICS,
+            query={"after": _at_least(0, "after", after)},
+            run_id=_id(training_run_id),
+        )
+
+    def report_run_metrics(
+        self, training_run_id: str, points: Sequence[Mapping[str, float]]
+    ) -> None:
+        """Add metrics of your own to a training run, for the server's web page.
+
+        Servers of tinkex have it.
+
+        Args:
+            points: up to 1,000 dicts of finite numbers by name; "step" says where one belongs.
+        """
+        checked = [_point(number, point) for number, point in enumerate(points)]
+        self._connection.call(
+            wire.REPORT_METRICS, types.ReportMetricsRequest(checked), run_id=_id(training_run_id)
+        )
 
     # Checkpoints.
 
@@ -451,10 +481,23 @@ def _checkpoint_id(value: object) -> str:
 
 
 def _page(limit: int, offset: int) -> dict[str, int]:
-    for name, value, least in (("limit", limit, 1), ("offset", offset, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-    return {"limit": limit, "offset": offset}
+    return {"limit": _at_least(1, "limit", limit), "offset": _at_least(0, "offset", offset)}
+
+
+def _at_least(least: int, name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return value
+
+
+def _point(number: int, point: object) -> dict[str, float]:
+    if not isinstance(point, Mapping) or not point:
+        raise TypeError(f"points[{number}] must be a dict of numbers by name, got {point!r}.")
+    for name, value in point.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise ValueError(f"points[{number}][{name!r}] must be a finite number, got {value!r}.")
+    return dict(point)
 
 
 def _scope(access_scope: str) -> str:

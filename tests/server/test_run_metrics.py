@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import tinkex
 from tests.support.processes import free_port
 from tinkex.server.run_metrics import MOST_POINTS, RunMetrics
 
@@ -59,6 +60,19 @@ def test_a_client_adds_points_of_its_own(client):
     (point,) = points(client, model)["points"]
 
     assert {"step": 3, "held_out_loss": 2.5} == {k: v for k, v in point.items() if k != "time"}
+
+
+def test_the_client_reads_and_reports_them(served):
+    with tinkex.ServiceClient(served.server.url, "tml-any") as service:
+        training = service.create_lora_training_client("tiny")
+        rest, run_id = service.create_rest_client(), training.model_id
+        rest.report_run_metrics(run_id, [{"step": 1, "eval_loss": 3.5}])
+        head = rest.get_run_metrics(run_id)
+        rest.report_run_metrics(run_id, [{"step": 2, "eval_loss": 3.0}])
+        tail = rest.get_run_metrics(run_id, after=head.next)
+
+    assert [3.5] == [point["eval_loss"] for point in head.points]
+    assert [3.0] == [point["eval_loss"] for point in tail.points]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tinkex import types, wire
 # --- round trips --------------------------------------------------------------------------------
 
 EXAMPLES = {
+    "points": [{"step": 1.0, "loss": 2.5}],
     "session_id": "s",
     "sampling_session_id": "s",
     "model_id": "m",

@@ -136,6 +136,26 @@ class TrainingRun(Ready):
 
 
 @attrs.frozen
+class RunMetricsResponse(Ready):
+    """Metrics of a training run, in the order in which they came.
+
+    Attributes:
+        points: numbers by name; "step" and "time" (seconds since the epoch) say where they belong.
+        next: give it as *after* to get what comes later.
+    """
+
+    points: list[dict[str, float]] = attrs.field(factory=list)
+    next: int = 0
+
+
+@attrs.frozen
+class ReportMetricsRequest:
+    """Metrics of a training run that its client has measured."""
+
+    points: list[dict[str, float]]
+
+
+@attrs.frozen
 class TrainingRunsResponse(Ready):
     """A page of training runs, newest first."""
 

@@ -71,6 +71,8 @@ TELEMETRY = Endpoint("POST", "telemetry", Nothing)
 
 GET_INFO = Endpoint("POST", "get_info", types.GetInfoResponse, types.GetInfoRequest, "get_info")
 WEIGHTS_INFO = Endpoint("POST", "weights_info", types.WeightsInfoResponse, types.WeightsInfoRequest)
+RUN_METRICS = Endpoint("GET", "runs/{run_id}/metrics", types.RunMetricsResponse)
+REPORT_METRICS = Endpoint("POST", "runs/{run_id}/metrics", Nothing, types.ReportMetricsRequest)
 CREATE_SAMPLING_SESSION = Endpoint(
     "POST",
     "create_sampling_session",

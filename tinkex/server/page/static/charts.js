@@ -3,15 +3,15 @@
 const SVG = "http://www.w3.org/2000/svg";
 const WIDE = 640, NARROW = 320, HEIGHT = 200, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
 const NOT_DRAWN = new Set(["step", "time"]);
-const FIRST = ["loss", "held_out_loss", "tokens_per_second", "learning_rate"];
+const FIRST = ["loss", "eval_loss", "tokens_per_second", "learning_rate"];
 
 export function drawCharts(place, points) {
   const names = [...new Set(points.flatMap(Object.keys))].filter((name) => !NOT_DRAWN.has(name));
   names.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
   const charts = [];
   for (const name of names) {
-    if (name === "held_out_loss" && names.includes("loss")) continue;
-    const second = name === "loss" && names.includes("held_out_loss") ? ["held_out_loss"] : [];
+    if (name === "eval_loss" && names.includes("loss")) continue;
+    const second = name === "loss" && names.includes("eval_loss") ? ["eval_loss"] : [];
     charts.push(chart([name, ...second], points, charts.length === 0));
   }
   place.replaceChildren(...charts);
