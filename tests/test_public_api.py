@@ -114,13 +114,15 @@ METHODS = {
         get_checkpoint_archive_url_async get_checkpoint_archive_url_from_tinker_path
         get_checkpoint_archive_url_from_tinker_path_async get_external_weights_urls
         get_external_weights_urls_async get_sampler get_sampler_async get_server_capabilities
-        get_run_metrics get_session get_session_async get_telemetry get_training_run get_training_run_async
+        get_run_metrics get_session get_session_async get_telemetry get_training_run
+        get_training_run_async
         get_training_run_by_tinker_path get_training_run_by_tinker_path_async
         get_weights_info_by_tinker_path health iter_sessions iter_training_runs
         iter_user_checkpoints list_checkpoints list_checkpoints_async list_sessions
         list_sessions_async list_training_runs list_training_runs_async list_user_checkpoints
         list_user_checkpoints_async publish_checkpoint_from_tinker_path
-        publish_checkpoint_from_tinker_path_async report_run_metrics result result_async search_sessions
+        publish_checkpoint_from_tinker_path_async report_run_metrics result result_async
+        search_sessions
         set_checkpoint_ttl_from_tinker_path set_checkpoint_ttl_from_tinker_path_async
         unpublish_checkpoint_from_tinker_path unpublish_checkpoint_from_tinker_path_async whoami""",
 }
