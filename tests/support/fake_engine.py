@@ -26,6 +26,7 @@ class BaseInfo:
     name: str
     architecture: str = "FakeForCausalLM"
     tokenizer_id: str = "tiny"
+    tokenizer_source: str = ""
     vocab_size: int = VOCABULARY
     max_context_length: int = 4096
 

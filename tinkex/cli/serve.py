@@ -24,7 +24,15 @@ import click
     "--base-model",
     "base_models",
     multiple=True,
-    help="Load this model at the start. May be repeated; other models are loaded when first used.",
+    help="Load this model at the start: a name, a directory, or NAME=DIRECTORY, which serves the "
+    "directory under the name (org/model). May be repeated; other models are loaded when first "
+    "used.",
+)
+@click.option(
+    "--tiny/--no-tiny",
+    "with_tiny",
+    default=True,
+    help="Offer the built-in model 'tiny', too. Default: it is offered, after the others.",
 )
 @click.option(
     "--home",

@@ -2,7 +2,7 @@
 
 Does not know about HTTP, users, sequence numbers or where files are kept. Single-threaded: one
 thread makes all calls; only `base_info` may be called from others. Wrong arguments raise ValueError
-with a full sentence.
+with a full sentence. Long, because it is one class with every operation.
 """
 
 from __future__ import annotations
@@ -36,13 +36,19 @@ SAMPLING_SHARE = 0.25
 
 @attrs.frozen
 class BaseInfo:
-    """Metadata of a base model."""
+    """Metadata of a base model.
+
+    Attributes:
+        tokenizer_id: by which clients find its tokenizer.
+        tokenizer_source: where it is on this machine; "" if it is found by its id.
+    """
 
     name: str
     architecture: str
     tokenizer_id: str
     vocab_size: int
     max_context_length: int
+    tokenizer_source: str = ""
 
     @property
     def supported_model(self) -> types.SupportedModel:
@@ -98,14 +104,23 @@ class Engine:
         threads: processor threads to compute with; None is all that the process may use.
         dtype: of base weights and activations: "auto" (float32 on a CPU, bfloat16 on an
             accelerator), "float32" or "bfloat16". Adapters and optimizers are always float32.
+        names: directories (or GGUF files) that are known by a name, which is then all that is said
+            of them.
 
     Raises:
         ValueError: If the device cannot be used or the dtype is unknown.
     """
 
     def __init__(
-        self, *, device: str = "auto", threads: int | None = None, dtype: str = "auto"
+        self,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        dtype: str = "auto",
+        names: Mapping[str, str] | None = None,
     ) -> None:
+        self._directories = dict(names or {})
+        self._names = {place: name for name, place in self._directories.items()}
         self._device = _device(device)
         self._dtype = loading.dtype_of(dtype, self._device)
         self._workers = Workers(threads or _available_cores(), on_cpu=self._device.type == "cpu")
@@ -125,13 +140,33 @@ class Engine:
         Raises:
             ValueError: With what was tried and what to do, when it cannot be loaded.
         """
-        name = _canonical(base_model)
+        name = self._canonical(base_model)
         if name not in self._bases:
-            self._bases[name] = self._describe(name, loading.load(name, self._device, self._dtype))
+            source = self._directories.get(name, name)
+            loaded = loading.load(source, self._device, self._dtype)
+            self._bases[name] = self._describe(name, loaded)
+
+    def _canonical(self, base_model: str) -> str:
+        """One name for one model: the given name of a directory, else its absolute path; or the
+        name as is."""
+        if base_model in self._directories:
+            return base_model
+        path = Path(base_model).expanduser()
+        is_here = base_model != tiny.NAME and (path.is_dir() or is_gguf(base_model))
+        place = str(path.resolve()) if is_here else base_model
+        return self._names.get(place, place)
 
     def _describe(self, name: str, loaded: loading.Loaded) -> _Loaded:
         spec = loaded.base.spec
-        info = BaseInfo(name, loaded.architecture, loaded.tokenizer_id, spec.vocab, spec.context)
+        is_mapped = name in self._directories
+        info = BaseInfo(
+            name,
+            loaded.architecture,
+            name if is_mapped else loaded.tokenizer_id,
+            spec.vocab,
+            spec.context,
+            loaded.tokenizer_id if is_mapped else "",
+        )
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
         sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
@@ -141,7 +176,7 @@ class Engine:
         return self._base(base_model).info
 
     def _base(self, base_model: str) -> _Loaded:
-        loaded = self._bases.get(_canonical(base_model))
+        loaded = self._bases.get(self._canonical(base_model))
         if loaded is None:
             there = ", ".join(sorted(self._bases)) or "none"
             raise ValueError(f"base model {base_model!r} is not loaded here; loaded are: {there}.")
@@ -469,13 +504,6 @@ def _check_base(info: checkpoints.Info, base: BaseInfo, directory: Path) -> None
 
 def _words(shape: lora.Shape) -> str:
     return f"rank {shape.rank} on {', '.join(shape.groups)}"
-
-
-def _canonical(base_model: str) -> str:
-    """One name for one model: the absolute path of a directory or GGUF file, or the name as is."""
-    path = Path(base_model).expanduser()
-    is_here = base_model != tiny.NAME and (path.is_dir() or is_gguf(base_model))
-    return str(path.resolve()) if is_here else base_model
 
 
 def _device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from starlette.responses import Response
 
 from tinkex._version import __version__
 from tinkex.server.auth import LOOPBACK, Keys
+from tinkex.server.base_models import parse as parse_base_models
 from tinkex.server.connections import Acceptor, Connection, most_connections
 from tinkex.server.home import Home, HomeError, ServerFolder
 from tinkex.server.http_errors import Refusal
@@ -64,11 +65,12 @@ _PARENT_SECONDS = 0.5
 _SHUTDOWN_SECONDS = 1.5
 
 
-def make_engine(dtype: str = "auto") -> Any:
-    """Create the real engine; *dtype* as `Engine` takes it. Imports torch, which takes seconds."""
+def make_engine(dtype: str = "auto", names: Mapping[str, str] | None = None) -> Any:
+    """Create the real engine; arguments as `Engine` takes them. Imports torch, which takes
+    seconds."""
     from tinkex.engine.engine import Engine
 
-    return Engine(dtype=dtype)
+    return Engine(dtype=dtype, names=names)
 
 
 class LocalServer:
@@ -76,7 +78,8 @@ class LocalServer:
 
     Args:
         home: see `Home`; port: 0 takes a free port; models then do not survive the server.
-        base_models: loaded at the start; "tiny" is always available.
+        base_models: loaded at the start, and listed in this order.
+        with_tiny: True if the built-in model "tiny" is available, too.
         engine: creates the engine; called on the compute thread.
         on_failure: called there if that fails. The server then refuses every operation with the
             reason until it is stopped.
@@ -92,6 +95,7 @@ class LocalServer:
         host: str = "127.0.0.1",
         port: int = 0,
         base_models: Sequence[str] = (),
+        with_tiny: bool = True,
         keys: Callable[[Home], Keys] = lambda home: Keys.of_one(None),
         dialect: Dialect = "both",
         limits: Limits | None = None,
@@ -120,7 +124,7 @@ class LocalServer:
             self.store,
             keys(self._home),
             limits,
-            tuple(dict.fromkeys(["tiny", *base_models])),
+            tuple(dict.fromkeys([*base_models, *(["tiny"] if with_tiny else [])])),
             dialect == "both",
             __version__,
             (os.environ.get(PUBLIC_URL_VARIABLE) or "").rstrip("/") or None,
@@ -323,6 +327,7 @@ def main(
     port: int = 0,
     home: Path | None = None,
     base_models: Sequence[str] = (),
+    with_tiny: bool = True,
     api_keys: Sequence[str] = (),
     dialect: Dialect = "both",
     announce: Path | None = None,
@@ -336,6 +341,8 @@ def main(
 
     Args:
         home: default TINKEX_HOME, else ~/.tinkex.
+        base_models: models to load at the start: names, directories, or NAME=DIRECTORY.
+        with_tiny: True if the built-in model "tiny" is available, too.
         api_keys: one user each. Without keys, every client on loopback is the user "local"; on
             another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
@@ -357,18 +364,20 @@ def main(
     if home is not None:  # the engine keeps the models that it fetches there
         os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
     try:
+        models, names = parse_base_models(base_models)
         server = LocalServer(
             home or Path(os.environ.get(HOME_VARIABLE) or "~/.tinkex"),
             host=host,
             port=port,
-            base_models=base_models,
+            base_models=models,
+            with_tiny=with_tiny,
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=limits,
-            engine=engine or partial(make_engine, dtype),
+            engine=engine or partial(make_engine, dtype, names),
             on_failure=lambda: server.stop(),
         )
-    except (HomeError, OSError) as exc:
+    except (HomeError, OSError, ValueError) as exc:
         print(f"tinkex serve: {exc}", file=sys.stderr)
         return 1
     if parent_pid is not None:

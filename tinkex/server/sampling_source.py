@@ -5,29 +5,48 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tinkex.engine import tiny
+from tinkex.server import base_models
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.live import LiveSampler
 from tinkex.server.request_context import Call
 
 
-def check_base_model(call: Call, base_model: str) -> None:
-    """Check a base model's name. With several users, it may only be a directory given at start.
+def checked_base_model(call: Call, base_model: str) -> str:
+    """The name of the model that *base_model*, which may be a variant of it, stands for.
+
+    With several users, it may only be a directory given at the start.
 
     Raises:
         Refusal: 400.
     """
+    base_model, context = base_models.split_variant(base_model)
     if not base_model:
         raise Refusal(400, "base_model is empty; name one, such as 'tiny'.")
     if "\0" in base_model or len(base_model) > 1000:
         raise Refusal(400, f"base_model {shown(base_model)} is neither a name nor a directory.")
+    if base_model == tiny.NAME and base_model not in call.site.base_models:
+        raise Refusal(
+            400,
+            f"this server runs without the built-in model {base_model!r}; choose one of "
+            f"{', '.join(call.site.base_models) or 'the models of the hub'}.",
+        )
+    info = call.site.ledger.workshop.bases.get(base_model)
+    if context is not None and info is not None and context > info.max_context_length:
+        raise Refusal(
+            400,
+            f"{shown(base_model)} has a context of {info.max_context_length} tokens, not "
+            f"{context}; ask for that or fewer.",
+        )
     if not call.site.keys.several_users or base_model in call.site.base_models:
-        return
+        return base_model
     if base_model.startswith(("/", ".", "~")) or os.path.exists(base_model):
         raise Refusal(
             400,
             f"base_model {shown(base_model)} is a directory that this server was not started "
             f"with; choose one of {', '.join(call.site.base_models)} or a hub id.",
         )
+    return base_model
 
 
 async def sampler_of(
@@ -44,7 +63,7 @@ async def sampler_of(
                 400,
                 "give model_path (tinker://...) or base_model (such as 'tiny') to sample from.",
             )
-        check_base_model(call, base_model)
+        base_model = checked_base_model(call, base_model)
         return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)
     row = await call.site.in_pool(call.site.store.checkpoints.find, model_path, call.owner)
     return LiveSampler(

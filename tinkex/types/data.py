@@ -482,9 +482,7 @@ class Datum:
     """
 
     model_input: ModelInput = attrs.field(validator=_check_model_input)
-    loss_fn_inputs: dict[str, TensorData] = attrs.field(
-        factory=dict, converter=_as_inputs, hash=False
-    )
+    loss_fn_inputs: dict[str, TensorData] = attrs.field(converter=_as_inputs, hash=False)
     model_input_spans: tuple[ProvenanceSpan, ...] | None = attrs.field(
         default=None, converter=as_spans
     )

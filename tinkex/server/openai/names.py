@@ -77,7 +77,7 @@ async def _newest(call: Call, run_id: str) -> str:
 
 async def _tokenizer_of(call: Call, live: LiveSampler) -> Any:
     info = call.site.ledger.workshop.bases.get(live.base_model)
-    told = None if info is None else info.tokenizer_id
+    told = None if info is None else info.tokenizer_source or info.tokenizer_id
     try:
         identifier = tokenizers.tokenizer_id(live.base_model, told)
         return await call.site.in_pool(tokenizers.load, identifier)

@@ -14,19 +14,19 @@ from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger import Record
 from tinkex.server.live import LiveModel
 from tinkex.server.request_context import Call, Handler, reply
-from tinkex.server.sampling_source import check_base_model
+from tinkex.server.sampling_source import checked_base_model
 
 
 async def create_model(call: Call) -> Response:
     request, body = await call.read(types.CreateModelRequest)
     _check_optimizer(request.optimizer_config)
-    check_base_model(call, request.base_model)
+    base_model = checked_base_model(call, request.base_model)
     _check_adapter(call, request.adapter)
     live = LiveModel(
         model_id=f"{request.session_id}:train:{request.model_seq_id}",
         session_id=request.session_id,
         owner=call.owner,
-        base_model=request.base_model,
+        base_model=base_model,
         lora=request.lora_config,
         user_metadata=request.user_metadata,
     )
@@ -166,7 +166,8 @@ async def _create_from_checkpoint(
         live = known.live  # a repeat; the checkpoint may have been deleted
     else:
         row = await call.site.in_pool(call.site.store.checkpoints.find, request.path, call.owner)
-        if request.base_model not in (None, row.base_model):
+        wanted = request.base_model and checked_base_model(call, request.base_model)
+        if wanted not in (None, row.base_model):
             raise Refusal(
                 400,
                 f"the checkpoint is of base model {row.base_model!r}, not "
