@@ -21,7 +21,7 @@ FLOORS = [
     "_version types/ errors",
     "wire/ config futures text/ runtime/executor cli/progress cli/formatting checkpoints/archive",
     "runtime/interpreter_exit runtime/queue_state runtime/wait_log runtime/tracing "
-    "runtime/log_setup",
+    "runtime/log_setup runtime/exchange_limits",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "
     "runtime/pending runtime/responses data/ cli/options",
     "runtime/retry runtime/http_session runtime/sample_stream",

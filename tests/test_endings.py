@@ -268,7 +268,7 @@ def stuck_server(tmp_path_factory):
 
 
 OPEN_POLLS = """
-    s = service()
+    s = {service}
     models = [s.create_lora_training_client("tiny") for _ in range({models})]
     sampler = s.create_sampling_client(base_model="tiny")
     work = [t.forward_backward([datum(1, 2, 3)], "cross_entropy") for t in models]
@@ -287,7 +287,25 @@ OPEN_POLLS = """
 )
 def test_open_polls_do_not_hold_up_the_end(stuck_server, models, end):
     """A long poll may have 40 s to go. So may 64, and those of samples."""
-    script = OPEN_POLLS.format(models=models, now=NOW, end=end)
+    script = OPEN_POLLS.format(service="service()", models=models, now=NOW, end=end)
+    ended = run(stuck_server, script, "never", close=0.01)
+
+    assert "operations (0 not sent" in ended.stderr, ended.stderr
+    assert 2 > ended.seconds, ended.stderr
+
+
+@pytest.mark.parametrize("models", [1, 64])
+@pytest.mark.parametrize("end", ["pass", "1 / 0"])
+def test_nor_do_polls_through_an_adapter_of_the_user(stuck_server, models, end):
+    """Nothing is known of its connections, so none of them can be woken."""
+    service = "tinkex.ServiceClient(url, 'tml-test', patience=patience, session=session)"
+    script = """
+    import requests
+    session = requests.Session()
+    session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=300))
+    """
+    script = textwrap.dedent(script) + textwrap.dedent(OPEN_POLLS)
+    script = script.format(service=service, models=models, now=NOW, end=end)
     ended = run(stuck_server, script, "never", close=0.01)
 
     assert "operations (0 not sent" in ended.stderr, ended.stderr
@@ -321,7 +339,9 @@ PARENTS = {
 @pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS)
 def test_nor_do_they_inside_another_program(stuck_server, tmp_path, parent):
     """None of these ends as a script does: the work is done in a function, a child or a thread."""
-    code = START + textwrap.dedent(OPEN_POLLS).format(models=64, now=NOW, end="")
+    code = START + textwrap.dedent(OPEN_POLLS).format(
+        service="service()", models=64, now=NOW, end=""
+    )
     script = f"import multiprocessing, textwrap\ncode = {code!r}\n{textwrap.dedent(parent)}"
     ended = run(stuck_server, script, str(tmp_path / "test_it.py"), close=0.01)
 

@@ -305,17 +305,16 @@ class SamplingClient(types.Ready):
         transport = self._session.transport
         body = wire.dumps(wire.to_json(request, wire.STREAM_SAMPLE.tag))
         headers = {"Accept": "text/event-stream", "Content-Type": wire.JSON}
-        headers["Accept-Encoding"] = "identity"
         try:
-            response = transport.open_stream(
+            stream = transport.open_stream(
                 "POST", transport.url(wire.STREAM_SAMPLE.path), body, headers
             )
         except errors.APIStatusError as exc:
             if is_missing_route(exc):
                 raise not_offered(exc, wire.STREAM_SAMPLE.path) from exc
             raise
-        with response:
-            yield from read_events(response)
+        with stream:
+            yield from read_events(stream.lines())
 
     def _show_text(self, response: types.SampleResponse) -> None:
         """Let the repr of a response show its text, once a tokenizer is loaded."""

@@ -23,7 +23,7 @@ import tenacity
 from tinkex import errors, types, wire
 from tinkex.checkpoints.archive import unpack
 from tinkex.runtime.connection import Connection
-from tinkex.runtime.responses import Answer, connection_error, is_missing_route, not_offered
+from tinkex.runtime.responses import Answer, Stream, is_missing_route, not_offered
 from tinkex.runtime.retry import CUT, CUT_TRIES, PACKING, Retry, seconds
 
 logger = logging.getLogger("tinkex")
@@ -232,13 +232,13 @@ class _Download:
     def fetch_rest(self, connection: Connection, url: str) -> None:
         """Fetch what is missing from *url*."""
         self._size_before, self.is_refused = self.size, False
-        headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
+        headers = {"Accept": "*/*"}
         if self.size:
             headers["Range"] = f"bytes={self.size}-"
             if self._etag:
                 headers["If-Range"] = self._etag
         with connection.transport.open_stream("GET", url, headers=headers) as response:
-            if response.status_code != 206:
+            if response.status != 206:
                 self.size = 0  # the server starts again
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
                 self.size = 0
@@ -247,8 +247,8 @@ class _Download:
             self._check_space()
             try:
                 self._write(response)
-            except requests.RequestException as exc:  # a subclass of OSError
-                raise connection_error(exc, "GET", url, 0) from exc
+            except errors.APIError:  # of which a timeout is an OSError, too
+                raise
             except OSError as exc:
                 raise errors.DownloadError(
                     f"{self._target.parent} cannot be written ({exc.strerror or exc}) after "
@@ -259,7 +259,7 @@ class _Download:
                 f"only {self.size} of {self._total} bytes arrived.", url=url
             )
 
-    def _note(self, response: requests.Response) -> None:
+    def _note(self, response: Stream) -> None:
         length = response.headers.get("Content-Length", "")
         self._total = self.size + int(length) if length.isdigit() else None
         self._etag = response.headers.get("ETag", "")
@@ -275,10 +275,18 @@ class _Download:
                 f"{self._target.parent.parent}; free some space, or choose another folder."
             )
 
-    def _write(self, response: requests.Response) -> None:
+    def _write(self, response: Stream) -> None:
+        limit = self.size + shutil.disk_usage(self._target.parent).free // 2
+        if self._total is not None:
+            limit = self._total
         with open(self._target, "r+b" if self.size else "wb") as file:
             file.seek(self.size)
-            for block in response.iter_content(BLOCK):
+            for block in response.pieces(BLOCK):
+                if self.size + len(block) > limit:
+                    raise errors.DownloadError(
+                        f"the server announced no size and has sent {self.size} bytes; more than "
+                        f"half of what was free in {self._target.parent.parent} is not used."
+                    )
                 file.write(block)
                 self.size += len(block)
                 if self._progress is not None:

@@ -135,6 +135,7 @@ class Client:
             body,
             headers=headers,
             timeout=timeout,
+            most_bytes=wire.RESULT_ANSWER,
             retry=ONCE,
             accept=_ANY_STATUS,
             parse=lambda answer: answer,

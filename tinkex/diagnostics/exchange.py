@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex import wire
 from tinkex.runtime.responses import Answer
 from tinkex.runtime.retry import ONCE
 from tinkex.runtime.transport import Transport
@@ -37,6 +38,7 @@ def ask(
         body,
         headers=headers,
         query=query,
+        most_bytes=wire.LIST_ANSWER,
         retry=ONCE,
         accept=_ANY_STATUS,
         parse=lambda answer: answer,

@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 
-from tinkex.runtime import http_adapter, interpreter_exit
+from tinkex.runtime import http_session, interpreter_exit
 from tinkex.runtime.connection import HURRIED_TIMEOUT
 from tinkex.runtime.executor import end_all
 from tinkex.runtime.session import open_sessions
@@ -61,7 +61,7 @@ def _end_program() -> None:
                 f"the end; patience.close ({session.config.patience.close:.0f} s) limits the wait.",
                 file=sys.stderr,
             )
-    end_all(http_adapter.interrupt_all)
+    end_all(http_session.interrupt_all)
     if interpreter_exit.ends_by_ctrl_c():
         interpreter_exit.exit_by_ctrl_c()
     elif status and not interpreter_exit.ends_by_exception():

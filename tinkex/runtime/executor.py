@@ -6,6 +6,7 @@ Does not know about HTTP or operations.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import os
 import threading
@@ -99,10 +100,11 @@ def on_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
     future: Future[T] = concurrent.futures.Future()
 
     def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as exc:
-            future.set_exception(exc)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+            try:
+                future.set_result(function())
+            except BaseException as exc:
+                future.set_exception(exc)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future

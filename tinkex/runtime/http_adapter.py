@@ -1,9 +1,10 @@
 """An adapter for requests with a quick path: one write for a small request, one read per answer.
 
 The quick path is for the exchange that is made thousands of times: a request in one piece and an
-answer of known length, on an open connection of urllib3's own classes. Everything else (the start
-of TLS, proxies, cookies, answers in chunks, compressed or without a length, and the connection
-classes of a mock such as vcrpy) takes the usual way through urllib3 and http.client.
+answer of known length, on a connection of urllib3's own classes. Everything else (proxies, cookies,
+answers in chunks, compressed or without a length, and the connection classes of a mock such as
+vcrpy) takes the usual way through urllib3 and http.client. Both keep to `ExchangeLimits`, if the
+timeout that they are given is one.
 
 Private names of urllib3 and requests are used in this module only, after a self-test: if it fails
 on some version, every exchange takes the usual way. Does not know the API.
@@ -17,6 +18,9 @@ import http.client
 import logging
 import re
 import socket
+import ssl
+import threading
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -25,6 +29,9 @@ import attrs
 import requests
 import urllib3
 from requests.structures import CaseInsensitiveDict
+from urllib3.util.ssl_match_hostname import CertificateError
+
+from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError
 
 logger = logging.getLogger("tinkex")
 
@@ -32,6 +39,8 @@ logger = logging.getLogger("tinkex")
 SMALL = 1 << 16
 #: Largest Content-Length that is read in one piece, in bytes.
 LONGEST = 1 << 30
+#: So many bytes at a time are read of other answers.
+PIECE = 1 << 16
 
 #: Characters that may not be in a request's target: they would end it or start another line.
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
@@ -48,33 +57,56 @@ class Reply:
     content: bytes
 
 
-class KeptConnections(requests.adapters.HTTPAdapter):
-    """The adapter of requests, with a quick path."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        #: For answers that are read piece by piece: the quick path reads them whole.
-        self._streams = requests.adapters.HTTPAdapter()
+class _Interruptible(requests.adapters.HTTPAdapter):
+    """The adapter of requests, on connections that keep to limits and can be interrupted."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self._pools: dict[tuple[Any, ...], Any] = {}
         if quick_path_works():
-            self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
+            self.poolmanager.pool_classes_by_scheme = self._pool_classes()
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         manager = super().proxy_manager_for(proxy, **options)
         if quick_path_works():
-            classes = {"http": _InterruptiblePool, "https": _InterruptiblePoolTLS}
-            manager.pool_classes_by_scheme = classes
+            manager.pool_classes_by_scheme = _Interruptible._pool_classes(self)
         return manager
 
+    def _pool_classes(self) -> dict[str, Any]:
+        return {"http": _InterruptiblePool, "https": _InterruptiblePoolTLS}
+
+
+class KeptConnections(_Interruptible):
+    """The adapter of requests, with a quick path."""
+
+    def __init__(self, **options: Any) -> None:
+        self._pools: dict[tuple[Any, ...], Any] = {}
+        super().__init__(**options)
+        #: For answers that are read piece by piece: the quick path reads them whole.
+        self._streams = _Interruptible()
+
+    def _pool_classes(self) -> dict[str, Any]:
+        return {"http": _Pool, "https": _PoolTLS}
+
     def send(
-        self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **kwargs: Any
+        self,
+        request: requests.PreparedRequest,
+        stream: bool = False,
+        timeout: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> requests.Response:
-        if stream:
-            return self._streams.send(request, True, *args, **kwargs)
-        return super().send(request, False, *args, **kwargs)
+        if not isinstance(timeout, ExchangeLimits):
+            send = self._streams.send if stream else super().send
+            return send(request, stream, timeout, *args, **kwargs)
+        _this_thread.limits = timeout
+        try:
+            if stream:
+                return self._streams.send(request, True, timeout, *args, **kwargs)
+            response = super().send(request, False, timeout, *args, **kwargs)
+            read_within(response, timeout)
+            return response
+        finally:
+            _this_thread.limits = None
 
     def get_connection_with_tls_context(
         self,
@@ -117,6 +149,42 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         super().close()
 
 
+def read_within(response: requests.Response, limits: ExchangeLimits) -> None:
+    """Read the body of *response*, and decompress it, as far as *limits* allow.
+
+    Raises:
+        requests.RequestException: If it breaks off, takes too long or is too large.
+    """
+    if response._content is not False:  # type: ignore[comparison-overlap]  # read already
+        return
+    pieces, size = [], 0
+    try:
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in _EXPECTED_ENCODINGS:
+            raise UnusableAnswerError(f"the Content-Encoding {encoding!r} was not asked for")
+        for piece in response.iter_content(PIECE):
+            pieces.append(piece)
+            size += len(piece)
+            limits.received = max(limits.received, size)
+            limits.expect(size)
+    except BaseException as exc:
+        response.close()
+        if isinstance(exc, UnusableAnswerError):
+            raise requests.ConnectionError(exc, request=response.request) from exc
+        raise
+    response._content = b"".join(pieces)
+
+
+_EXPECTED_ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
+
+
+#: What pools cannot be given by urllib3's own signatures: the limits of this thread's exchange.
+class _ThisThread(threading.local):
+    limits: ExchangeLimits | None = None
+
+
+_this_thread = _ThisThread()
+
 #: Connections on which an exchange is under way.
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -140,6 +208,9 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
     def _get_conn(self, timeout: float | None = None) -> Any:
         conn = super()._get_conn(timeout)
         _in_use.add(conn)
+        limits = _this_thread.limits
+        if type(conn).__module__ == "urllib3.connection":
+            conn.response_class = functools.partial(_Answer, limits=limits)  # type: ignore[attr-defined]
         return conn
 
     def _put_conn(self, conn: Any) -> None:
@@ -150,6 +221,22 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
 
 class _InterruptiblePoolTLS(_InterruptiblePool, urllib3.HTTPSConnectionPool):
     """The same over TLS."""
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that keeps to limits, and is never one of the 1xx that may come before it."""
+
+    def __init__(
+        self, sock: Any, *args: Any, limits: ExchangeLimits | None = None, **kwargs: Any
+    ) -> None:
+        opened: Any = sock if limits is None else _Opened(limits.reader(sock))
+        super().__init__(opened, *args, **kwargs)
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = self.msg = None  # type: ignore[assignment]  # begin() reads the next
+            super().begin()
 
 
 class _Pool(_InterruptiblePool):
@@ -167,11 +254,11 @@ class _Pool(_InterruptiblePool):
         conn = self._open_connection(url, how["timeout"].connect_timeout) if head else None
         if conn is None:
             return super().urlopen(method, url, body, headers, **how)
-        timeout = how["timeout"].read_timeout
+        timeout, limits = how["timeout"].read_timeout, _this_thread.limits
         try:
-            conn.sock.settimeout(timeout)
-            _write(conn.sock, head, body or b"")
-            answer = self._read(conn, method, url)
+            conn.sock.settimeout(timeout if limits is None else limits.left())
+            _write(conn.sock, head, body or b"", limits)
+            answer = self._read(conn, method, url, limits)
         except TimeoutError as exc:
             conn.close()
             raise urllib3.exceptions.ReadTimeoutError(
@@ -188,26 +275,36 @@ class _Pool(_InterruptiblePool):
         return answer
 
     def _open_connection(self, url: str, timeout: float | None) -> Any:
-        """An open connection, or None where urllib3 must open it: for TLS, and for connection
-        classes that are not urllib3's own (a mock may not have a socket)."""
+        """An open connection, or None where urllib3 must open it: for connection classes that are
+        not its own (a mock may not have a socket)."""
         conn: Any = self._get_conn()
         if type(conn).__module__ != "urllib3.connection":
             self._put_conn(conn)
             return None
         if conn.sock is not None:
             return conn
-        if self.scheme == "http":
-            conn.timeout = timeout
-            try:
-                conn.connect()
-                return conn
-            except urllib3.exceptions.HTTPError as exc:  # in the words of urllib3's own urlopen
-                raise urllib3.exceptions.MaxRetryError(self, url, exc) from exc
-            finally:
-                if conn.sock is None:
-                    self._put_conn(conn)
-        self._put_conn(conn)
-        return None
+        conn.timeout, connected = timeout, False
+        try:
+            conn.connect()
+            if self.scheme == "https" and not conn.is_verified:
+                warning = f"{self.host} is not verified: its certificate is not checked."
+                warnings.warn(warning, urllib3.exceptions.InsecureRequestWarning, stacklevel=2)
+        except TimeoutError as exc:  # these are the words of urllib3's own urlopen
+            raise urllib3.exceptions.ReadTimeoutError(self, url, "TLS handshake timed out") from exc
+        except (ssl.SSLError, CertificateError) as exc:
+            problem = urllib3.exceptions.SSLError(exc)
+            raise urllib3.exceptions.MaxRetryError(self, url, problem) from exc
+        except urllib3.exceptions.HTTPError as exc:
+            raise urllib3.exceptions.MaxRetryError(self, url, exc) from exc
+        except OSError as exc:
+            raise urllib3.exceptions.ProtocolError("Connection aborted.", exc) from exc
+        else:
+            connected = True
+            return conn
+        finally:
+            if not connected:
+                conn.close()
+                self._put_conn(conn)
 
     def _head(self, method: str, url: str, headers: Mapping[str, str]) -> bytes:
         """A request up to its body; empty if it cannot take the quick path."""
@@ -222,8 +319,10 @@ class _Pool(_InterruptiblePool):
             return b""  # a line break in a header: http.client says which
         return f"{head}\r\n".encode("latin-1")
 
-    def _read(self, conn: Any, method: str, url: str) -> Reply | urllib3.HTTPResponse:
-        reader = conn.sock.makefile("rb")
+    def _read(
+        self, conn: Any, method: str, url: str, limits: ExchangeLimits | None
+    ) -> Reply | urllib3.HTTPResponse:
+        reader = conn.sock.makefile("rb") if limits is None else limits.reader(conn.sock)
         try:
             reply = _read_plain(reader)
             if reply is None:
@@ -238,7 +337,7 @@ class _Pool(_InterruptiblePool):
         self, conn: Any, reader: BinaryIO, method: str, url: str
     ) -> urllib3.HTTPResponse:
         """An answer that http.client must read; none of it has been consumed."""
-        answer = http.client.HTTPResponse(_Opened(reader), method=method)  # type: ignore[arg-type]
+        answer = _Answer(_Opened(reader), method=method)
         answer.begin()
         if answer.will_close:
             conn.close()  # the reader keeps its own hold on the socket
@@ -352,12 +451,15 @@ class _Scripted:
         return getattr(self._ours, name)
 
 
-def _write(sock: Any, head: bytes, body: bytes) -> None:
+def _write(sock: Any, head: bytes, body: bytes, limits: ExchangeLimits | None) -> None:
     if len(body) <= SMALL:
         sock.sendall(head + body)
-    else:
+    elif limits is None:
         sock.sendall(head)
         sock.sendall(body)
+    else:
+        sock.sendall(head)
+        limits.send(sock, body)
 
 
 def _read_plain(reader: Any) -> Reply | None:
@@ -386,6 +488,8 @@ def _read_plain(reader: Any) -> Reply | None:
         or headers.get("Connection", "keep-alive").lower() != "keep-alive"
     ):
         return None
+    if _this_thread.limits is not None:
+        _this_thread.limits.expect(int(length))
     reader.read(end + 4)
     content = reader.read(int(length))
     if len(content) < int(length):

@@ -6,13 +6,21 @@ exchange. Does not know the API; takes methods, URLs, headers and bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import concurrent.futures
+import contextvars
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import requests
 
 from tinkex.config import Config
-from tinkex.runtime.http_adapter import KeptConnections, is_plain, prepared_request
+from tinkex.futures import fail
+from tinkex.runtime import http_adapter
+from tinkex.runtime.exchange_limits import ExchangeLimits
+from tinkex.runtime.executor import on_daemon_thread
+from tinkex.runtime.http_adapter import KeptConnections, is_plain, prepared_request, read_within
 
 #: What a new requests.Session sends; a user's session that sends something else means it.
 _REQUESTS_OWN = requests.utils.default_headers()
@@ -60,22 +68,51 @@ class HttpSession:
         url: str,
         headers: Mapping[str, str],
         body: bytes | None,
-        timeout: tuple[float, float],
-        *,
-        stream: bool = False,
-        with_auth: bool = True,
+        limits: ExchangeLimits,
     ) -> requests.Response:
-        """Make one exchange, without following redirects.
+        """Make one exchange, without following redirects, and read the answer.
 
         Args:
             headers: win over those of the user's session, but for its User-Agent.
-            timeout: seconds for the connection, and for each read.
-            stream: leave the body to be read by the caller.
-            with_auth: apply the `auth` of the user's session.
+            limits: of the whole exchange.
 
         Raises:
             requests.RequestException: If no answer came back.
         """
+        exchange = partial(self._exchange, method, url, headers, body, limits, False, True)
+        if self._owns_session or self._adapter is not None:
+            return exchange()
+        limits.sent = len(body or b"")  # its progress is not known
+        return _on_thread(exchange, limits)
+
+    def open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        limits: ExchangeLimits,
+        *,
+        with_auth: bool = True,
+    ) -> requests.Response:
+        """The same, but the body is still to be read: by the caller, who begins a new part of
+        *limits* as often as they are to hold again.
+
+        Args:
+            with_auth: apply the `auth` of the user's session.
+        """
+        return self._exchange(method, url, headers, body, limits, True, with_auth)
+
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        limits: ExchangeLimits,
+        stream: bool,
+        with_auth: bool,
+    ) -> requests.Response:
         session = self._session
         request = prepared_request(method, url, body)
         request.hooks = self._hooks
@@ -84,14 +121,19 @@ class HttpSession:
             self._apply(request, with_auth)
         if session.cookies:
             request.prepare_cookies(session.cookies)
+        # Our own adapter reads whole answers within the limits, others read without any.
+        later = stream or not (self._owns_session or self._adapter is not None)
         try:
-            return session.send(
-                request, stream=stream, timeout=timeout, allow_redirects=False, **self._options
+            response = session.send(
+                request, stream=later, timeout=limits, allow_redirects=False, **self._options
             )
         except requests.HTTPError as exc:  # a hook has called raise_for_status()
             if exc.response is None:
                 raise
-            return exc.response
+            response = exc.response
+        if not stream:
+            read_within(response, limits)
+        return response
 
     def _apply(self, request: requests.PreparedRequest, with_auth: bool) -> None:
         """What the user's session adds to a request; read each time, since it may change."""
@@ -112,6 +154,41 @@ class HttpSession:
             self._session.close()
         elif self._adapter is not None:
             self._adapter.close()
+
+
+#: Exchanges through adapters of the user that are waited for, so that the end of the program can
+#: interrupt them: nothing is known of their connections.
+_foreign: set[concurrent.futures.Future[requests.Response]] = set()
+_foreign_lock = threading.Lock()  # guards _foreign
+
+
+def _on_thread(
+    exchange: Callable[[], requests.Response], limits: ExchangeLimits
+) -> requests.Response:
+    """Make an exchange on a thread of its own, and wait for it within the limits."""
+    run = contextvars.copy_context().run  # instrumentation keeps the current span there
+    future = on_daemon_thread(lambda: run(exchange), "tinkex-exchange")
+    with _foreign_lock:
+        _foreign.add(future)
+    try:
+        while True:
+            done, _ = concurrent.futures.wait([future], limits.left())
+            if done:
+                return future.result()
+    except TimeoutError as exc:
+        raise requests.ReadTimeout(str(exc)) from exc
+    finally:
+        with _foreign_lock:
+            _foreign.discard(future)
+
+
+def interrupt_all() -> None:
+    """At the end of the program: make every exchange that is under way fail now."""
+    http_adapter.interrupt_all()
+    with _foreign_lock:
+        waited_for = list(_foreign)
+    for future in waited_for:
+        fail(future, requests.ConnectionError("the program is ending"))
 
 
 def _adapter(connections: int) -> requests.adapters.BaseAdapter:

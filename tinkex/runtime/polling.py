@@ -293,6 +293,7 @@ class Poller:
             json.dumps(body, separators=(",", ":")).encode(),
             headers=headers,
             timeout=self._poll_timeout(promise),
+            most_bytes=wire.RETRIEVE_FUTURE.most_bytes,
             retry=ONCE,
             accept=frozenset({408}),
             parse=_itself,

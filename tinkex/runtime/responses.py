@@ -11,7 +11,7 @@ import email.utils
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -19,10 +19,14 @@ import requests
 from requests.structures import CaseInsensitiveDict
 
 from tinkex import errors, wire
+from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError
 from tinkex.runtime.wait_log import one_line
 
 #: Longest Retry-After that is believed, in seconds.
 MAX_RETRY_AFTER = 300.0
+#: JSON of more bytes than this is counted before it is decoded, against the two bounds below.
+LARGE = 1 << 20
+MOST_VALUES, MOST_CONTAINERS = 1 << 24, 1 << 20
 
 
 @attrs.frozen
@@ -39,6 +43,15 @@ class Answer:
         """The URL as it is shown in messages: without its query."""
         return self.url.split("?")[0]
 
+    def _check_number_of_values(self) -> None:
+        size = wire.json_size(self.content, MOST_VALUES, MOST_CONTAINERS)
+        if size.values > MOST_VALUES or size.containers > MOST_CONTAINERS:
+            raise errors.APIResponseValidationError(
+                f"{self.place} answered with JSON of over {MOST_VALUES:,} values or "
+                f"{MOST_CONTAINERS:,} lists and objects, which no result has.",
+                url=self.url,
+            )
+
     @property
     def is_protobuf(self) -> bool:
         return wire.PROTOBUF in self.headers.get("Content-Type", "")
@@ -51,6 +64,8 @@ class Answer:
         """
         if not self.content.strip():
             return {}
+        if len(self.content) > LARGE:
+            self._check_number_of_values()
         try:
             return wire.loads(self.content)
         except ValueError as exc:
@@ -60,6 +75,60 @@ class Answer:
                 "the URL of a training server, without a proxy's login page before it?",
                 url=self.url,
             ) from exc
+
+
+class Stream:
+    """An answer whose body is read piece by piece. The limits of an exchange hold for each piece.
+
+    Attributes:
+        status, headers: of the answer.
+    """
+
+    def __init__(self, response: requests.Response, method: str, limits: ExchangeLimits) -> None:
+        self._response = response
+        self._method = method
+        self._limits = limits
+        self.status = response.status_code
+        self.headers = response.headers
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """The body in pieces of *size* bytes.
+
+        Raises:
+            APIError: If it breaks off, or a piece takes too long.
+        """
+        return self._translated(self._response.iter_content(size))
+
+    def lines(self) -> Iterator[bytes]:
+        """The body in lines, each as soon as it is whole.
+
+        Raises:
+            APIError: If it breaks off, or a line takes too long or is too long.
+        """
+        return self._translated(self._response.iter_lines(chunk_size=1))
+
+    def _translated(self, parts: Iterator[bytes]) -> Iterator[bytes]:
+        encoding = self.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise errors.APIResponseValidationError(
+                f"{self._response.url} answered with the Content-Encoding {encoding!r}, which was "
+                "not asked for.",
+                method=self._method,
+                url=self._response.url,
+            )
+        self._limits.begin_part()
+        try:
+            for part in parts:
+                yield part
+                self._limits.begin_part()
+        except requests.RequestException as exc:
+            raise exchange_error(exc, self._method, self._response.url, self._limits) from exc
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._response.close()
 
 
 #: Shorter keys are not looked for: too much would read like one.
@@ -105,15 +174,23 @@ def check_whole(answer: Answer) -> None:
         )
 
 
-def connection_error(
-    exc: requests.RequestException, method: str, url: str, timeout: float
-) -> errors.APIConnectionError:
+def exchange_error(
+    exc: requests.RequestException, method: str, url: str, limits: ExchangeLimits
+) -> errors.APIConnectionError | errors.APIResponseValidationError:
     """The error of an exchange that failed on the way, with the URL and the fix."""
     shown = url.split("?")[0]
+    if _comes_of(exc, UnusableAnswerError):
+        return errors.APIResponseValidationError(
+            f"{shown}: the answer is unusable: {_innermost(exc)}; did a proxy answer instead of "
+            "the server?",
+            method=method,
+            url=url,
+        )
     if isinstance(exc, requests.ConnectTimeout):
         message = f"{shown}: no connection; is the host right, and reachable from here?"
-    elif isinstance(exc, requests.Timeout):
-        message = f"{shown}: no answer within {timeout:.0f} s."
+    elif isinstance(exc, requests.Timeout) or _comes_of(exc, TimeoutError):
+        part = "no" if not limits.received else "no complete"
+        message = f"{shown}: {part} answer within {limits.seconds:.0f} s."
         return errors.APITimeoutError(message, method=method, url=url)
     elif isinstance(exc, requests.exceptions.SSLError):
         message = f"{shown}: the TLS certificate or handshake is not good: {_innermost(exc)}"
@@ -124,6 +201,18 @@ def connection_error(
     else:
         message = f"{shown}: the connection broke: {_innermost(exc)}"
     return errors.APIConnectionError(message, method=method, url=url)
+
+
+def _comes_of(exc: BaseException, kind: type[BaseException]) -> bool:
+    """True if a *kind* is inside of what urllib3 and requests have wrapped in each other."""
+    inside: list[Any] = [exc]
+    while inside:
+        exc = inside.pop()
+        if isinstance(exc, kind):
+            return True
+        causes = (*exc.args, exc.__cause__, exc.__context__)
+        inside += [cause for cause in causes if isinstance(cause, BaseException)]
+    return False
 
 
 def _innermost(exc: BaseException) -> str:

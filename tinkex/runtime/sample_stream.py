@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from typing import Any
-
-import requests
+from collections.abc import Iterable, Iterator
 
 from tinkex import errors, types, wire
-from tinkex.runtime.responses import connection_error, error_detail
+from tinkex.runtime.responses import error_detail
+
+#: Lines of one event, at most.
+MOST_LINES = 1000
 
 
-def read_events(response: Any) -> Iterator[types.SampleStreamChunk]:
+def read_events(lines: Iterable[bytes]) -> Iterator[types.SampleStreamChunk]:
     """Server-sent events as chunks, each as soon as it is whole."""
-    data: deque[bytes] = deque()
-    try:
-        for line in response.iter_lines(chunk_size=1):
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                event = b"\n".join(data)
-                data.clear()
-                if event == b"[DONE]":
-                    return
-                yield _read_event(event)
-    except requests.RequestException as exc:
-        raise connection_error(exc, "POST", response.url, 0) from exc
+    data: list[bytes] = []
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:].removeprefix(b" "))
+            if len(data) > MOST_LINES:
+                raise errors.APIResponseValidationError(
+                    f"the server sent an event of over {MOST_LINES} lines in a stream of samples."
+                )
+        elif not line and data:
+            event = b"\n".join(data)
+            data.clear()
+            if event == b"[DONE]":
+                return
+            yield _read_event(event)
     raise errors.APIConnectionError("the stream of samples broke off before its end.")
 
 

@@ -26,11 +26,14 @@ from tinkex._version import __version__
 from tinkex.config import PROTOCOL_VERSION, Config
 from tinkex.futures import Progress
 from tinkex.runtime import tracing
+from tinkex.runtime.exchange_limits import ExchangeLimits
+from tinkex.runtime.http_adapter import read_within
 from tinkex.runtime.http_session import HttpSession
 from tinkex.runtime.responses import (
     Answer,
+    Stream,
     check_whole,
-    connection_error,
+    exchange_error,
     status_error,
     without_secrets,
 )
@@ -117,6 +120,7 @@ class Transport:
             retry=retry,
             query=query,
             timeout=timeout,
+            most_bytes=endpoint.most_bytes,
             parse=partial(self.decode, endpoint.result),
         )
 
@@ -154,6 +158,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        most_bytes: int = wire.SMALL_ANSWER,
         retry: Retry | None = None,
         accept: frozenset[int] = frozenset(),
         parse: Callable[[Answer], R],
@@ -162,7 +167,8 @@ class Transport:
         """Send one request, with retries, and return its parsed answer.
 
         Args:
-            timeout: seconds until the answer begins.
+            timeout: seconds for the whole exchange; large bodies get more, see `ExchangeLimits`.
+            most_bytes: of an answer.
             retry: when to send it again; None keeps trying for `patience.no_answer`, or for
                 `patience.first_contact` if the server has never answered.
             accept: error statuses that count as answers.
@@ -183,6 +189,7 @@ class Transport:
             body,
             {**(headers or {}), **_own_headers(method, body, headers)},
             timeout,
+            most_bytes,
             accept,
             parse,
             wait.progress if wait is not None else None,
@@ -218,6 +225,7 @@ class Transport:
         body: bytes,
         headers: dict[str, str],
         timeout: float | None,
+        most_bytes: int,
         accept: frozenset[int],
         parse: Callable[[Answer], R],
         progress: Progress | None,
@@ -228,12 +236,15 @@ class Transport:
         if left is not None:
             timeout = min(timeout, left)
         send = partial(self._traced, progress) if progress is not None else self._exchange
-        answer = send(method, url, body, headers, timeout, number)
+        connect = self.config.patience.connect
+        limits = ExchangeLimits(connect, timeout, most_bytes)
+        answer = send(method, url, body, headers, limits, number)
         invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
         if answer.status == 401 and invalid and self.refresh_key():
-            answer = send(method, url, body, headers, timeout, number)
+            limits = ExchangeLimits(connect, timeout, most_bytes)
+            answer = send(method, url, body, headers, limits, number)
         self.waits.heard()
-        is_answer = answer.status < 300 or answer.status in accept
+        is_answer = 200 <= answer.status < 300 or answer.status in accept
         if is_answer:
             check_whole(answer)
         answer = without_secrets(answer, self._secrets())
@@ -254,17 +265,17 @@ class Transport:
         url: str,
         body: bytes,
         headers: dict[str, str],
-        timeout: float,
+        limits: ExchangeLimits,
         number: int,
     ) -> Answer:
         """An exchange that belongs to an operation."""
         progress.sent += len(body)
         if progress.span is None:
-            answer = self._exchange(method, url, body, headers, timeout, number)
+            answer = self._exchange(method, url, body, headers, limits, number)
         else:
             headers = dict(headers)
             with tracing.exchange(progress, method, url, headers) as note_status:
-                answer = self._exchange(method, url, body, headers, timeout, number)
+                answer = self._exchange(method, url, body, headers, limits, number)
                 note_status(answer.status)
         progress.received += len(answer.content)
         return answer
@@ -275,20 +286,18 @@ class Transport:
         url: str,
         body: bytes,
         headers: dict[str, str],
-        timeout: float,
+        limits: ExchangeLimits,
         number: int,
     ) -> Answer:
         headers = {**self._headers, **headers, "x-stainless-retry-count": str(number)}
         key = self.get_key()
         if key:
             headers["X-API-Key"] = key
-        limits = (min(self.config.patience.connect, timeout), timeout)
         try:
             response = self._http.send(method, url, headers, body or None, limits)
-            content = response.content
         except requests.RequestException as exc:
-            raise connection_error(exc, method, url, timeout) from exc
-        return Answer(response.status_code, response.headers, content, url)
+            raise exchange_error(exc, method, url, limits) from exc
+        return Answer(response.status_code, response.headers, response.content, url)
 
     def open_stream(
         self,
@@ -296,31 +305,29 @@ class Transport:
         url: str,
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> requests.Response:
-        """Send one request and return the response with its body still to be read.
+    ) -> Stream:
+        """Send one request and return the answer with its body still to be read.
 
         The caller closes it. Error statuses raise; foreign URLs (of archives) get no key.
         """
         is_ours = self.is_ours(url)
-        sent = {**self._headers, **(headers or {})}
+        sent = {**self._headers, "Accept-Encoding": "identity", **(headers or {})}
         if body:
             sent["Content-Length"] = str(len(body))
         if is_ours and self.get_key():
             sent["X-API-Key"] = self.get_key()
         elif not is_ours:
             sent = {k: v for k, v in sent.items() if k not in self.config.default_headers}
-        limit = timeout or self.config.patience.request
-        limits = (self.config.patience.connect, limit)
+        patience = self.config.patience
+        limits = ExchangeLimits(patience.connect, patience.request, wire.SMALL_ANSWER)
         try:
-            response = self._http.send(
-                method, url, sent, body or None, limits, stream=True, with_auth=is_ours
-            )
+            response = self._http.open(method, url, sent, body or None, limits, with_auth=is_ours)
             if response.status_code < 300:
-                return response
-            answer = Answer(response.status_code, response.headers, response.content, url)
+                return Stream(response, method, limits)
+            read_within(response, limits)
         except requests.RequestException as exc:
-            raise connection_error(exc, method, url, limit) from exc
+            raise exchange_error(exc, method, url, limits) from exc
+        answer = Answer(response.status_code, response.headers, response.content, url)
         raise status_error(without_secrets(answer, self._secrets()), method)
 
     def is_ours(self, url: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from tinkex.types import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from tinkex.wire.bounds import json_size
 from tinkex.wire.json_reader import from_json, resembles
 from tinkex.wire.json_text import dumps, loads
 from tinkex.wire.json_writer import to_json
@@ -34,6 +35,7 @@ from tinkex.wire.table import (
     GET_TRAINING_RUN,
     HEALTHZ,
     JOIN_SAMPLING_SESSION,
+    LIST_ANSWER,
     LIST_CHECKPOINTS,
     LIST_SESSIONS,
     LIST_TRAINING_RUNS,
@@ -44,6 +46,7 @@ from tinkex.wire.table import (
     PREFIX,
     PUBLISH_CHECKPOINT,
     REPORT_METRICS,
+    RESULT_ANSWER,
     RETRIEVE_FUTURE,
     RETRIEVE_FUTURES,
     RUN_METRICS,
@@ -55,6 +58,7 @@ from tinkex.wire.table import (
     SESSION_HEARTBEAT,
     SET_CHECKPOINT_TTL,
     SET_PROJECT,
+    SMALL_ANSWER,
     STREAM_SAMPLE,
     TELEMETRY,
     UNLOAD_MODEL,
@@ -93,6 +97,7 @@ __all__ = [
     "HEALTHZ",
     "JOIN_SAMPLING_SESSION",
     "JSON",
+    "LIST_ANSWER",
     "LIST_CHECKPOINTS",
     "LIST_SESSIONS",
     "LIST_TRAINING_RUNS",
@@ -104,6 +109,7 @@ __all__ = [
     "PROTOBUF",
     "PUBLISH_CHECKPOINT",
     "REPORT_METRICS",
+    "RESULT_ANSWER",
     "RETRIEVE_FUTURE",
     "RETRIEVE_FUTURES",
     "RUN_METRICS",
@@ -115,6 +121,7 @@ __all__ = [
     "SESSION_HEARTBEAT",
     "SET_CHECKPOINT_TTL",
     "SET_PROJECT",
+    "SMALL_ANSWER",
     "STREAM_SAMPLE",
     "TELEMETRY",
     "UNLOAD_MODEL",
@@ -131,6 +138,7 @@ __all__ = [
     "encode_request",
     "encode_result",
     "from_json",
+    "json_size",
     "loads",
     "place_of",
     "resembles",

@@ -16,6 +16,10 @@ T = TypeVar("T")
 
 PREFIX = "/api/v1/"
 
+#: The most bytes that an answer may have: usually, of a list, and of a result (four times the
+#: largest request, as servers that answer in JSON need many characters for a number).
+SMALL_ANSWER, LIST_ANSWER, RESULT_ANSWER = 1 << 20, 1 << 24, 1 << 28
+
 
 @attrs.frozen
 class Endpoint(Generic[T]):
@@ -26,6 +30,7 @@ class Endpoint(Generic[T]):
         result: the type of the response; `Nothing` where it does not matter.
         request: the type of the request; None if there is no body.
         tag: the value of "type" in the request's JSON, where the protocol has one.
+        most_bytes: of an answer that is believed.
     """
 
     method: str
@@ -33,6 +38,7 @@ class Endpoint(Generic[T]):
     result: type[T]
     request: type[Any] | None = None
     tag: str | None = None
+    most_bytes: int = attrs.field(default=SMALL_ANSWER, kw_only=True)
 
 
 @attrs.frozen
@@ -44,6 +50,7 @@ class Operation(Endpoint[T]):
     """
 
     name: str = attrs.field(kw_only=True)
+    most_bytes: int = attrs.field(default=RESULT_ANSWER, kw_only=True)
 
 
 class Nothing:
@@ -71,7 +78,9 @@ TELEMETRY = Endpoint("POST", "telemetry", Nothing)
 
 GET_INFO = Endpoint("POST", "get_info", types.GetInfoResponse, types.GetInfoRequest, "get_info")
 WEIGHTS_INFO = Endpoint("POST", "weights_info", types.WeightsInfoResponse, types.WeightsInfoRequest)
-RUN_METRICS = Endpoint("GET", "runs/{run_id}/metrics", types.RunMetricsResponse)
+RUN_METRICS = Endpoint(
+    "GET", "runs/{run_id}/metrics", types.RunMetricsResponse, most_bytes=LIST_ANSWER
+)
 REPORT_METRICS = Endpoint("POST", "runs/{run_id}/metrics", Nothing, types.ReportMetricsRequest)
 CREATE_SAMPLING_SESSION = Endpoint(
     "POST",
@@ -90,9 +99,19 @@ JOIN_SAMPLING_SESSION = Endpoint(
 GET_SAMPLER = Endpoint("GET", "samplers/{sampler_id}", types.GetSamplerResponse)
 STREAM_SAMPLE = Endpoint("POST", "stream_sample", Nothing, types.SampleRequest, "sample")
 
-RETRIEVE_FUTURE = Endpoint("POST", "retrieve_future", Nothing, types.RetrieveFutureRequest)
+RETRIEVE_FUTURE = Endpoint(
+    "POST",
+    "retrieve_future",
+    Nothing,
+    types.RetrieveFutureRequest,
+    most_bytes=RESULT_ANSWER,
+)
 RETRIEVE_FUTURES = Endpoint(
-    "POST", "retrieve_futures", types.RetrieveFuturesResponse, types.RetrieveFuturesRequest
+    "POST",
+    "retrieve_futures",
+    types.RetrieveFuturesResponse,
+    types.RetrieveFuturesRequest,
+    most_bytes=LIST_ANSWER,
 )
 CANCEL_FUTURE = Endpoint("POST", "cancel_future", Nothing, types.CancelFutureRequest)
 
@@ -167,12 +186,19 @@ SAMPLE = Operation(
     "POST", "asample", types.SampleResponse, types.SampleRequest, "sample", name="Sample"
 )
 
-LIST_TRAINING_RUNS = Endpoint("GET", "training_runs", types.TrainingRunsResponse)
+LIST_TRAINING_RUNS = Endpoint(
+    "GET", "training_runs", types.TrainingRunsResponse, most_bytes=LIST_ANSWER
+)
 GET_TRAINING_RUN = Endpoint("GET", "training_runs/{run_id}", types.TrainingRun)
 LIST_CHECKPOINTS = Endpoint(
-    "GET", "training_runs/{run_id}/checkpoints", types.CheckpointsListResponse
+    "GET",
+    "training_runs/{run_id}/checkpoints",
+    types.CheckpointsListResponse,
+    most_bytes=LIST_ANSWER,
 )
-LIST_USER_CHECKPOINTS = Endpoint("GET", "checkpoints", types.CheckpointsListResponse)
+LIST_USER_CHECKPOINTS = Endpoint(
+    "GET", "checkpoints", types.CheckpointsListResponse, most_bytes=LIST_ANSWER
+)
 _CHECKPOINT = "training_runs/{run_id}/checkpoints/{checkpoint_id}"  # the id holds a slash
 DELETE_CHECKPOINT = Endpoint("DELETE", _CHECKPOINT, Nothing)
 PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
@@ -185,11 +211,17 @@ EXTERNAL_WEIGHTS_URLS = Endpoint(
 )
 SET_PROJECT = Endpoint("PUT", "sessions/{session_id}/project", Nothing, types.SetProjectRequest)
 SEARCH_SESSIONS = Endpoint(
-    "POST", "sessions/search", types.SessionSearchResponse, types.SessionSearchRequest
+    "POST",
+    "sessions/search",
+    types.SessionSearchResponse,
+    types.SessionSearchRequest,
+    most_bytes=LIST_ANSWER,
 )
 WHOAMI = Endpoint("GET", "auth/apikey/me", types.KeyOwner)
-LIST_SESSIONS = Endpoint("GET", "sessions", types.ListSessionsResponse)
-GET_SESSION = Endpoint("GET", "sessions/{session_id}", types.GetSessionResponse)
+LIST_SESSIONS = Endpoint("GET", "sessions", types.ListSessionsResponse, most_bytes=LIST_ANSWER)
+GET_SESSION = Endpoint(
+    "GET", "sessions/{session_id}", types.GetSessionResponse, most_bytes=LIST_ANSWER
+)
 
 #: Every operation by the name it has on the wire.
 OPERATIONS: dict[str, Operation[Any]] = {

@@ -1,0 +1,111 @@
+"""How long an HTTP exchange may take in all, and how many bytes its answer may have.
+
+The timeouts of requests are per read: a peer that sends a byte a second never runs into one. Knows
+sockets, not HTTP.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from typing import Any
+
+#: Bytes that a request and its answer may have before they get more time.
+FREE = 1 << 16
+#: Each second more must carry so many bytes.
+SLOWEST = 50_000
+
+
+class UnusableAnswerError(OSError):
+    """An answer that is not read: too large for its kind, or in a form that was not asked for."""
+
+
+class ExchangeLimits(tuple[float, float]):
+    """The limits of one exchange, and where it stands.
+
+    To requests and to any adapter it is a timeout: (seconds to connect, seconds for each read). The
+    connections of `http_adapter` hold the whole exchange to it: `seconds` from the first byte sent
+    to the last one received, and one more for every 50 kB beyond the first 64 KiB.
+
+    Attributes:
+        most_bytes: of the answer, head included, as sent and again after decompression.
+        sent, received: bytes so far; the thread of the exchange counts them.
+    """
+
+    seconds: float
+    most_bytes: float
+    sent: int
+    received: int
+
+    def __new__(
+        cls, connect: float, seconds: float, most_bytes: float = math.inf
+    ) -> ExchangeLimits:
+        made = super().__new__(cls, (min(connect, seconds), seconds))
+        made.seconds = seconds
+        made.most_bytes = most_bytes
+        made.begin_part()
+        return made
+
+    def begin_part(self) -> None:
+        """Start again, with all of the time and all of the bytes: a stream has many parts."""
+        self._began = time.monotonic()
+        self.sent = self.received = 0
+
+    def left(self) -> float:
+        """Seconds that are left. TimeoutError if none are."""
+        moved = self.sent + self.received - FREE
+        end = self._began + self.seconds
+        if moved > 0:
+            end += moved / SLOWEST
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"the exchange took more than {self.seconds:.0f} s.")
+        return left
+
+    def take(self, count: int) -> None:
+        """Note *count* bytes received. UnusableAnswerError if it is too many in all."""
+        self.received += count
+        self.expect(self.received)
+
+    def expect(self, count: int) -> None:
+        """UnusableAnswerError if an answer of *count* bytes is too large."""
+        if count > self.most_bytes:
+            raise UnusableAnswerError(
+                f"the answer has more than {self.most_bytes:,} bytes, the most of its kind"
+            )
+
+    def reader(self, sock: Any) -> io.BufferedReader:
+        """Reads from *sock* within the limits."""
+        return io.BufferedReader(_Limited(sock, self))
+
+    def send(self, sock: Any, data: bytes) -> None:
+        """Write *data* to *sock* within the limits, for which `sendall` over TLS takes no care."""
+        view = memoryview(data)
+        while view:
+            sock.settimeout(self.left())
+            count = sock.send(view)
+            self.sent += count
+            view = view[count:]
+
+
+class _Limited(io.RawIOBase):
+    """A socket's bytes; each read gets the time that is left."""
+
+    def __init__(self, sock: Any, limits: ExchangeLimits) -> None:
+        self._sock = sock
+        self._limits = limits
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(self._limits.left())
+        count: int = self._raw.readinto(buffer)
+        self._limits.take(count)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
