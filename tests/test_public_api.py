@@ -74,6 +74,7 @@ NAMES = [
     "__version__",
     "auth",
     "errors",
+    "finetune",
     "load_run",
     "parse_response",
     "render",

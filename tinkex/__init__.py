@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tinkex.futures import OperationFuture
     from tinkex.futures import OperationFuture as APIFuture
     from tinkex.recipes.callbacks import Callback
+    from tinkex.recipes.finetune import finetune
     from tinkex.recipes.run import Run, load_run
     from tinkex.rest import RestClient
     from tinkex.runtime.retry import Retry
@@ -137,6 +138,7 @@ __all__ = [
     "__version__",
     "auth",
     "errors",
+    "finetune",
     "load_run",
     "parse_response",
     "render",
@@ -161,6 +163,7 @@ _HOMES = {
     "ServiceClient": "service",
     "TinkexError": "errors",
     "TrainingClient": "training",
+    "finetune": "recipes.finetune",
     "load_run": "recipes.run",
     "parse_response": "text.responses",
     "render": "text.renderer",

@@ -7,9 +7,8 @@ from __future__ import annotations
 import json
 import sysconfig
 from pathlib import Path
-from xml.etree import ElementTree
 
-from tinkex.cli import demo, loss_chart
+from tinkex.cli import demo
 from tinkex.cli.demo_people import line, people
 from tinkex.data import files
 
@@ -80,34 +79,6 @@ def test_the_comparison_fits_the_terminal():
     assert all(len(line) <= 90 for line in lines)
     assert lines[0].split() == ["PROMPT", "BEFORE", "AFTER"]
     assert "(nothing)" in lines[-1]
-
-
-def test_the_loss_curve_is_a_picture_of_the_rows(tmp_path):
-    rows = [
-        {"step": 0, "eval_loss": 2.0},
-        {"step": 1, "train_loss": 1.5},
-        {"step": 2, "train_loss": 1.0, "eval_loss": 0.5},
-    ]
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    loss_chart.write(metrics, tmp_path / "loss.svg")
-
-    picture = ElementTree.parse(tmp_path / "loss.svg").getroot()
-    space = "{http://www.w3.org/2000/svg}"
-    training, held_out = picture.findall(f"{space}polyline")
-    assert 2 == len(training.attrib["points"].split())
-    ups = [float(point.split(",")[1]) for point in held_out.attrib["points"].split()]
-    assert ups[0] < ups[1]  # a smaller loss is further down
-    assert 4 == len(picture.findall(f"{space}circle"))
-
-
-def test_the_chart_of_a_run_that_diverged_leaves_out_what_is_no_number():
-    rows = [{"step": 1, "train_loss": 1.0}, {"step": 2, "train_loss": float("nan")}]
-
-    drawn = loss_chart.draw(rows)
-
-    assert "nan" not in drawn
 
 
 def test_without_a_network_the_built_in_model_is_trained(tmp_path, monkeypatch, capsys):

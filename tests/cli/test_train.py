@@ -296,3 +296,71 @@ def test_a_number_type_is_of_the_embedded_engine_only(run, tmp_path):
 
     assert 2 == status
     assert "start the server at --base-url with `tinkex serve --dtype`" in error
+
+
+# Configuration files
+
+
+def test_a_config_file_sets_options_and_flags_win(train, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("rank: 3\nlearning-rate: 1e-2\nreport-to: [tensorboard]\n")
+
+    assert 0 == train("--config", str(config), "--rank", "5")
+
+    settings = json.loads((tmp_path / "run" / "state.json").read_text())["settings"]
+    assert (5, 0.01, ["tensorboard"]) == tuple(
+        settings[key] for key in ("rank", "learning_rate", "report_to")
+    )
+
+
+def test_a_config_file_can_hold_everything(service, data, tmp_path):
+    config = tmp_path / "run.json"
+    output = tmp_path / "run"
+    values = {"data": str(data), "base_model": "fake", "output": str(output), "format": "text"}
+    config.write_text(json.dumps(values))
+
+    assert 0 == cli.main(["train", "--config", str(config)])
+    assert (output / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("leraning_rate: 1", "there is no setting leraning_rate; did you mean learning_rate?"),
+        ("rank: no number", "Invalid value for '--rank': 'no number' is not a valid integer"),
+        ("schedule: cosin", "'cosin' is not one of 'constant', 'linear', 'cosine'"),
+    ],
+)
+def test_a_config_with_a_typo_is_refused_and_starts_nothing(
+    train, service, tmp_path, capsys, text, message
+):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+
+    assert 0 != train("--config", str(config))
+    assert message in capsys.readouterr().err
+    assert [] == service.addresses
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_can_be_printed_and_read_again(train, data, tmp_path, capsys):
+    assert 0 == train("--rank", "7", "--prompts", str(_prompts(tmp_path)), "--dump-config")
+    text = capsys.readouterr().out
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+
+    assert "rank: 7\n" in text and 'prompts: ["one", "two"]\n' in text
+    assert 0 == cli.main(["train", "--config", str(config), "--output", str(tmp_path / "run")])
+    settings = json.loads((tmp_path / "run" / "state.json").read_text())["settings"]
+    assert 7 == settings["rank"]
+
+
+def _prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\ntwo\n")
+    return path
+
+
+def test_an_output_is_needed(data, capsys):
+    assert 2 == cli.main(["train", str(data), "--base-model", "fake"])
+    assert "Missing option '--output'" in capsys.readouterr().err

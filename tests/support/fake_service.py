@@ -33,6 +33,8 @@ class FakeService:
         on_operation: called with the name of each operation as it is asked for.
     """
 
+    base_url = "http://fake"
+
     def __init__(self, on_operation=lambda name: None):
         self.checkpoints = {}
         self.created, self.prompts = [], []

@@ -11,17 +11,19 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import attrs
 import click
 
-from tinkex.cli import answers
 from tinkex.cli.model import fetched
 from tinkex.cli.options import server_options
 from tinkex.cli.sample import what_to_sample
+from tinkex.recipes import answers
+
+if TYPE_CHECKING:
+    from tinkex.recipes.conversation import Conversation
 
 HELP = """\
 /reset             forget the conversation; the system prompt stays
@@ -70,6 +72,7 @@ def chat(
     one, else the built-in model `tiny`. Input that is not a terminal is read line by line.
     """
     from tinkex import ServiceClient
+    from tinkex.recipes.conversation import Conversation, Settings
 
     model = model or ("run" if Path("run", "state.json").is_file() else "tiny")
     base_model, model_path = what_to_sample(model)
@@ -97,105 +100,6 @@ def _greet(model: str, conversation: Conversation) -> None:
         )
     if sys.stdin.isatty():
         click.echo(f"Chat with {model}. /help lists the commands, Ctrl-D ends.", err=True)
-
-
-@attrs.define
-class Settings:
-    """How answers are sampled."""
-
-    max_tokens: int
-    temperature: float
-    seed: int | None
-
-
-class Conversation:
-    """
-    What was said, and the model that says the rest.
-
-    Args:
-        base: makes the sampler of the base model; None if the model is a base model itself.
-    """
-
-    def __init__(
-        self, sampler: Any, tokenizer: Any, settings: Settings, base: Callable[[], Any] | None
-    ) -> None:
-        from tinkex.text.renderer import Renderer
-
-        self.settings = settings
-        self.messages: list[dict[str, Any]] = []
-        self.system = ""
-        self._sampler = sampler
-        self._tokenizer = tokenizer
-        self._renderer = Renderer(tokenizer)
-        self._make_base = base
-        self._base: Any = None
-
-    @property
-    def has_template(self) -> bool:
-        return self._renderer.template is not None
-
-    def set_system(self, text: str) -> None:
-        self.system = text
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-
-    def ask(self, text: str) -> Iterator[str]:
-        """
-        The answer to *text*, piece by piece. It is remembered, also if it is stopped half-way.
-
-        Raises:
-            ValueError, TinkexError: If the model does not take the conversation. *text* is
-                forgotten then.
-        """
-        from tinkex.text.responses import parse_response
-
-        asked = [*self.messages, {"role": "user", "content": text}]
-        tokens: list[int] = []
-        try:
-            yield from self._answer(self._sampler, asked, tokens)
-        finally:
-            if tokens:
-                answer = parse_response(tokens, self._tokenizer)
-                self.messages = [*asked, answer]
-
-    def compare(self, text: str) -> tuple[str, str]:
-        """
-        The answers of the base model and of this one to *text*, here in the conversation.
-
-        Raises:
-            ValueError: If there is nothing to compare or to answer.
-        """
-        if self._make_base is None:
-            raise ValueError("this is the base model; there is nothing to compare it with.")
-        before = self.messages
-        if not text:
-            asked = [i for i, message in enumerate(before) if message["role"] == "user"]
-            if not asked:
-                raise ValueError("nothing was asked yet; write /compare TEXT.")
-            text, before = str(before[asked[-1]]["content"]), before[: asked[-1]]
-        if self._base is None:
-            self._base = self._make_base()
-        messages = [*before, {"role": "user", "content": text}]
-        theirs, ours = (
-            "".join(self._answer(sampler, messages, [])) for sampler in (self._base, self._sampler)
-        )
-        return theirs, ours
-
-    def _answer(
-        self, sampler: Any, messages: list[dict[str, Any]], tokens: list[int]
-    ) -> Iterator[str]:
-        from tinkex import types
-
-        prompt = self._renderer.prompt(messages)
-        params = types.SamplingParams(
-            max_tokens=self.settings.max_tokens,
-            temperature=self.settings.temperature,
-            seed=self.settings.seed,
-            stop=prompt.stop or None,
-        )
-        return answers.pieces(sampler, prompt.model_input, params, self._tokenizer, tokens)
 
 
 # The terminal

@@ -22,8 +22,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from tinkex import cli
-from tinkex.cli import loss_chart
 from tinkex.cli.demo_people import INSTRUCTION, line, people
+from tinkex.recipes import charts
 
 #: The held-out loss must fall by this part of itself, or the demonstration has failed.
 LEAST_FALL = 0.5
@@ -87,7 +87,7 @@ def train_smollm2(folder: Path) -> int:
     status = _train(data, output, {**SMOLLM2_OPTIONS, "--eval-data": str(held_out)})
     if status != 0:
         return status
-    loss_chart.write(output / "metrics.jsonl", output / "loss.svg")
+    charts.write(output / "metrics.jsonl", output / "loss.svg")
     asked = pairs[TRAINED:]
     answers = _answers(output, [sentence for sentence, _ in asked])
     rows = [(sentence, *said) for (sentence, _), said in zip(asked, answers)]
@@ -196,7 +196,7 @@ def train_tiny(folder: Path) -> int:
     status = _train(data, output, TINY_OPTIONS)
     if status != 0:
         return status
-    loss_chart.write(output / "metrics.jsonl", output / "loss.svg")
+    charts.write(output / "metrics.jsonl", output / "loss.svg")
     before, after = _losses(output)
     fall = 1 - after / before
     verdict = "" if fall >= LEAST_FALL else f", LESS than the {LEAST_FALL:.0%} that is expected"

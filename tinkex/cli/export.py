@@ -9,18 +9,14 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import attrs
 import click
 
 from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
 from tinkex.cli.options import server_options
 from tinkex.cli.train import progress_of
-
-if TYPE_CHECKING:
-    from tinkex.checkpoints import card
 
 Command = Callable[..., Any]
 
@@ -119,6 +115,7 @@ def _export(
 ) -> None:
     from tinkex.checkpoints import export as exporting
     from tinkex.recipes import run_folder
+    from tinkex.recipes.run import Run
 
     more: dict[str, Any] = {"name": name, "gguf_type": gguf_type, "force": force}
     if not run.startswith("tinker://"):
@@ -131,7 +128,7 @@ def _export(
                 f"tinkex train --resume --output {run}"
             )
         base = base_model or state.settings.base_model
-        training = _training(Path(run), state)
+        training = Run(run).training
         exporting.export_adapter(
             Path(run) / "adapter", base, folder, form, training=training, **more
         )
@@ -144,16 +141,3 @@ def _export(
         config = json.loads((adapter / exporting.ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = base_model or config["base_model_name_or_path"]
         exporting.export_adapter(adapter, base, folder, form, **more)
-
-
-def _training(folder: Path, state: Any) -> card.Training:
-    """What the folder of a run says about its training."""
-    from tinkex.checkpoints import card
-
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [row["eval_loss"] for row in map(json.loads, lines) if "eval_loss" in row]
-    settings = {
-        key: value for key, value in attrs.asdict(state.settings).items() if key != "base_model"
-    }
-    evaluated = (losses[0], losses[-1]) if losses else None
-    return card.Training(state.data_sha256, state.total_steps, settings, evaluated)

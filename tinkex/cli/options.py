@@ -75,6 +75,7 @@ SHAPES = (
     "openai-preference",
     "prompt-completion",
     "text",
+    "tokens",
 )
 
 

@@ -47,7 +47,7 @@ class Progress:
         if self._quiet:
             return
         now = self._clock()
-        if sys.stderr.isatty():
+        if _shows_bars():
             if self._bar is None:
                 self._bar = tqdm(total=total, unit="example", dynamic_ncols=True)
                 self._bar.set_description_str("rendering")
@@ -61,7 +61,7 @@ class Progress:
     def begin(self, step: int, total_steps: int) -> None:
         self._first_step, self._total = step, total_steps
         self._begun = self._last_line = self._clock()
-        if sys.stderr.isatty() and not self._quiet:
+        if _shows_bars() and not self._quiet:
             self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def row(self, row: dict[str, float]) -> None:
@@ -94,6 +94,17 @@ class Progress:
             self._bar = None
 
 
+def is_notebook() -> bool:
+    """True in a Jupyter notebook, where IPython's shell talks with a browser."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def _shows_bars() -> bool:
+    return sys.stderr.isatty() or is_notebook()
+
+
 def _fields(row: dict[str, float]) -> list[str]:
     fields = []
     if "train_loss" in row:
@@ -109,22 +120,27 @@ class CtrlC:
 
     Inside `deferred` the first signal is only recorded, elsewhere it raises KeyboardInterrupt. The
     second one exits at once. `LAST_RESORT_SECONDS` after the first the process exits in any case,
-    whatever it is waiting for.
+    whatever it is waiting for. In a thread that is not the main one signals are left alone.
+
+    Args:
+        is_last_resort: end the process, as above. False is for programs that are not ours: there
+            the second signal raises KeyboardInterrupt, and only Ctrl-C is handled.
 
     Attributes:
         status: the exit status: 130 after Ctrl-C, 143 after SIGTERM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_last_resort: bool = True) -> None:
         self.status = 128 + signal.SIGINT
+        self._ends_process = is_last_resort
         self._is_deferred = self._is_pressed = False
         self._last_resort: threading.Timer | None = None
 
     def __enter__(self) -> CtrlC:
-        self._previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM) if self._ends_process else (signal.SIGINT,)
+            self._previous = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -144,8 +160,13 @@ class CtrlC:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # Do not print here: the signal may have interrupted another print.
-        if self._is_pressed:
+        if self._is_pressed and self._ends_process:
             os._exit(self.status)
+        if not self._ends_process:
+            is_second, self._is_pressed = self._is_pressed, True
+            if is_second or not self._is_deferred:
+                raise KeyboardInterrupt
+            return
         self._is_pressed = True
         self.status = 128 + signum
         self._last_resort = threading.Timer(LAST_RESORT_SECONDS, os._exit, (self.status,))

@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 
-from tinkex.cli import answers, formatting
+from tinkex.cli import formatting
 from tinkex.cli.model import fetched
 from tinkex.cli.options import server_options
 from tinkex.cli.train import progress_of
+from tinkex.recipes import answers
 
 
 @click.command()

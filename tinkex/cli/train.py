@@ -11,7 +11,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import click
 from click.core import ParameterSource
 
@@ -20,11 +19,45 @@ from tinkex.cli.model import fetched
 from tinkex.cli.options import data_options, is_quiet, server_options
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
-    from tinkex.data import files
-    from tinkex.recipes import run_folder, settings, supervised
+    from tinkex.recipes import run_folder, supervised
 
-#: How often a run starts the embedded engine again after that has died.
-RESTARTS = 3
+#: Keys of a configuration file that are written as the flag is, and the option's name.
+_ALIASES = {"format": "data_format", "map": "data_map", "from": "start_from"}
+
+
+class Prompts(click.ParamType):
+    """A file of prompts, read; or the prompts themselves, from a configuration file."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> list[str]:
+        from tinkex.recipes import given_data
+
+        if isinstance(value, list):
+            return value
+        try:
+            return given_data.read_prompts(Path(value))
+        except (OSError, ValueError) as exc:
+            self.fail(str(exc), param, ctx)
+
+
+def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Make the values of the file the defaults of the other options."""
+    from tinkex.recipes import config_file
+
+    if path is None:
+        return
+    values = config_file.read(path)
+    values = {_ALIASES.get(key, key): value for key, value in values.items()}
+    known = [option.name for option in context.command.params if option.name]
+    left_out = ("config", "dump_config", "resume", "help", "verbose", "quiet")
+    config_file.check_keys(values, [name for name in known if name not in left_out], str(path))
+    for key in ("data", "eval_data"):
+        if isinstance(values.get(key), str):
+            values[key] = [values[key]]
+    if isinstance(values.get("report_to"), list):
+        values["report_to"] = ",".join(values["report_to"])
+    context.default_map = {key: value for key, value in values.items() if value is not None}
 
 
 @click.command()
@@ -36,7 +69,6 @@ RESTARTS = 3
 @click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
-    required=True,
     help="Folder for metrics, checkpoint state and the adapter.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its settings.")
@@ -142,6 +174,80 @@ RESTARTS = 3
     help="Evaluate on these examples instead of a part of DATA. May be repeated.",
 )
 @click.option(
+    "--weight-decay",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Weight decay of AdamW.",
+)
+@click.option(
+    "--beta1",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.9,
+    show_default=True,
+    help="Decay of AdamW's mean of the gradient.",
+)
+@click.option(
+    "--beta2",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="Decay of AdamW's mean of the squared gradient.",
+)
+@click.option(
+    "--grad-clip-norm",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Largest L2 norm of a step's gradient; 0 does not clip.",
+)
+@click.option(
+    "--gradient-accumulation",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Batches per optimizer step, each of --batch-size examples.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(1),
+    help="Stop after this many evaluations without a lower held-out loss, with the weights of the "
+    "best one.",
+)
+@click.option("--load-best", is_flag=True, help="End with the weights of the lowest held-out loss.")
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    help="Newest checkpoints to keep on the server, besides the best. Default: all.",
+)
+@click.option(
+    "--prompts",
+    type=Prompts(),
+    metavar="FILE",
+    help="Sample from the model as training goes: a prompt a line, or JSON lines with prompt.",
+)
+@click.option(
+    "--generate-every",
+    type=click.IntRange(1),
+    help="Steps between two samples of --prompts. Default: a tenth of the run.",
+)
+@click.option(
+    "--report-to",
+    metavar="TRACKER,...",
+    help="Send settings, metrics and the adapter to tensorboard, wandb, mlflow or trackio.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="Read options from a YAML, JSON or TOML file; options of the command line win.",
+)
+@click.option(
+    "--dump-config", is_flag=True, help="Print the options as a configuration file, and exit."
+)
+@click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     envvar="TINKEX_DTYPE",
@@ -156,8 +262,9 @@ def train(
     context: click.Context,
     data: tuple[str, ...],
     eval_data: tuple[str, ...],
-    output: Path,
+    output: Path | None,
     resume: bool,
+    dump_config: bool,
     base_url: str | None,
     api_key: str | None,
     dtype: str | None,
@@ -175,6 +282,12 @@ def train(
     """
     from tinkex.recipes import run_folder
 
+    data = data or tuple((context.default_map or {}).get("data", ()))
+    if dump_config:
+        _dump_config(data, eval_data, given, base_url)
+        return 0
+    if output is None:
+        raise click.UsageError("Missing option '--output'.")
     if dtype is not None:
         if base_url is not None and _is_explicit(context, "dtype"):
             raise click.UsageError(
@@ -182,14 +295,16 @@ def train(
                 "`tinkex serve --dtype` instead."
             )
         os.environ["TINKEX_DTYPE"] = dtype  # read by the embedded engine's `tinkex serve`
-    if resume and not output.exists():
-        _check_folder(output, None, resume)
+    if resume and not (output / "state.json").exists():
+        raise click.UsageError(
+            f"there is no run to resume in {output}; omit --resume to start one."
+        )
+    given = {name: value for name, value in given.items() if _is_explicit(context, name)}
     with run_folder.locked(output):
-        return _train(context, data, eval_data, output, resume, base_url, api_key, given)
+        return _train(data, eval_data, output, resume, base_url, api_key, given)
 
 
 def _train(
-    context: click.Context,
     data: tuple[str, ...],
     eval_data: tuple[str, ...],
     output: Path,
@@ -199,160 +314,54 @@ def _train(
     given: dict[str, Any],
 ) -> int:
     """The command, when no other process uses the folder."""
-    from tinkex import ServiceClient, errors
+    from tinkex import Run, ServiceClient, errors
     from tinkex.cli import progress
-    from tinkex.recipes import run_folder, settings, supervised
-    from tinkex.text.tokenizer import resolve_base_model
+    from tinkex.recipes import finetune, start_from, supervised
 
-    state = run_folder.load_state(output)
-    if state is not None and not state.has_begun and not resume:
-        state = None  # it failed before it created a model
-    _check_folder(output, state, resume)
-    given["base_model"] = given["base_model"] and resolve_base_model(given["base_model"])
-    if state is not None:
-        data = data or tuple(state.data.splitlines())
-        eval_data = eval_data or tuple((state.eval_data or "").splitlines())
-        given = {name: value for name, value in given.items() if _is_explicit(context, name)}
-        wanted = attrs.evolve(state.settings, **given)
-    else:
-        _start_from(given, base_url, api_key)
-        if not data or given["base_model"] is None:
-            raise click.UsageError(f"Missing {'--base-model' if data else 'DATA'}.")
-        wanted = settings.Settings(**given)
-    file = _read(data, wanted)
-    held_out = _read(eval_data, wanted) if eval_data else None
-    if state is not None:
-        run_folder.check_same(state, wanted, file, held_out)
-        if state.is_finished:
-            click.echo(f"The run in {output} is already finished.", err=True)
-            return 0
-    run_folder.check_space(output)
-    tokenizer = _tokenizer(fetched(wanted.base_model, base_url, api_key))
-    report = progress.Progress(quiet=is_quiet())
-    restarts = 0
+    was_finished = Run(output).is_finished
     with progress.CtrlC() as ctrl_c:
-        while True:
-            began = False
-            try:
-                with ServiceClient(base_url=base_url, api_key=api_key) as service:
-                    began = True
-                    outcome = supervised.run(
-                        service,
-                        file,
-                        wanted,
-                        output,
-                        report,
-                        state,
-                        ctrl_c.deferred,
-                        eval_data=held_out,
-                        tokenizer=tokenizer,
-                    )
-                break
-            except errors.EngineError as exc:
-                if not began or restarts == RESTARTS:
-                    _print_resume_command(output)
-                    raise
-                restarts += 1
-                state = run_folder.load_state(output)
-                step = 0 if state is None else state.step
-                report.say(
-                    f"{exc} Starting it again and resuming after step {step} "
-                    f"({restarts} of {RESTARTS})."
-                )
-            except (errors.TinkexError, KeyboardInterrupt):
-                _print_resume_command(output)
-                raise
-    if outcome.adapter is None:
+        try:
+            run = finetune.start(
+                data or None,
+                given,
+                output,
+                lambda: ServiceClient(base_url=base_url, api_key=api_key),
+                progress.Progress(quiet=is_quiet()),
+                eval_data=eval_data or None,
+                resume=resume,
+                guard=ctrl_c.deferred,
+                fetched=lambda base_model: fetched(base_model, base_url, api_key),
+                base_url=base_url,
+            )
+        except (finetune.UsageError, start_from.StartError) as exc:
+            raise click.UsageError(str(exc)) from exc
+        except (errors.TinkexError, KeyboardInterrupt):
+            _print_resume_command(output)
+            raise
+    if not run.is_finished:
         _print_resume_command(output)
         return ctrl_c.status
-    _print_outcome(outcome, output)
+    if not was_finished:
+        _print_outcome(supervised.outcome(run), output)
     return 0
 
 
-def _read(sources: tuple[str, ...], wanted: settings.Settings) -> files.DataFile:
-    from tinkex.data import files
+def _dump_config(
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    given: dict[str, Any],
+    base_url: str | None,
+) -> None:
+    from tinkex.recipes import config_file
 
-    return files.read(
-        sources, wanted.skip_bad_lines, shape=wanted.data_format, renames=wanted.data_map
-    )
-
-
-def _tokenizer(base_model: str) -> Any:
-    """The tokenizer, to check the data before the model is loaded; None if only the server has
-    it."""
-    from tinkex import errors
-    from tinkex.text import registry, tokenizer
-
-    if base_model in registry.KNOWN:  # a name of ours, and of nothing on the hub
-        return None
-    try:
-        return tokenizer.load(tokenizer.tokenizer_id(base_model))
-    except errors.TinkexError:
-        return None
-
-
-def _start_from(given: dict[str, Any], base_url: str | None, api_key: str | None) -> None:
-    """Replace a run given as --from by its checkpoint, with its base model and rank."""
-    from tinkex import ServiceClient
-    from tinkex.recipes import peft_adapter, run_folder
-
-    source = given["start_from"]
-    if source is None:
-        return
-    if source.startswith("tinker://"):
-        if given["base_model"] is None:
-            with ServiceClient(base_url=base_url, api_key=api_key) as service:
-                info = service.create_rest_client().get_weights_info_by_tinker_path(source)
-            given |= {"base_model": info.base_model, "rank": info.lora_rank or given["rank"]}
-        return
-    folder = Path(source)
-    state = run_folder.load_state(folder) or run_folder.load_state(folder.parent)
-    if state is None and (folder / peft_adapter.CONFIG).is_file():
-        _start_from_adapter(given, folder)
-        return
-    if state is None or state.checkpoint is None:
-        raise click.UsageError(
-            f"--from {source} is neither a run with a checkpoint, nor a PEFT adapter folder, nor "
-            "a tinker:// path."
-        )
-    model = given["base_model"] or state.settings.base_model
-    if model != state.settings.base_model:
-        raise click.UsageError(
-            f"--base-model is {model}, but the weights of --from {source} are for "
-            f"{state.settings.base_model}."
-        )
-    given |= {"base_model": model, "start_from": state.checkpoint, "rank": state.settings.rank}
-
-
-def _start_from_adapter(given: dict[str, Any], folder: Path) -> None:
-    """Take over the rank and the layers of a PEFT adapter, and its base model if none is given."""
-    from tinkex.recipes import peft_adapter
-    from tinkex.text.tokenizer import resolve_base_model
-
-    adapter = peft_adapter.read(folder)
-    model = given["base_model"] or resolve_base_model(adapter.base_model)
-    given |= {
-        **attrs.asdict(adapter),
-        "base_model": model or None,
-        "start_from": str(folder.resolve()),
-    }
+    sources = {"data": list(data) or None, "eval_data": list(eval_data) or None}
+    formatting.say(config_file.text({**sources, **given, "base_url": base_url}).rstrip("\n"))
 
 
 def _is_explicit(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
-def _check_folder(output: Path, state: run_folder.State | None, resume: bool) -> None:
-    if resume and state is None:
-        raise click.UsageError(
-            f"there is no run to resume in {output}; omit --resume to start one."
-        )
-    if state is not None and not resume:
-        raise click.UsageError(
-            f"{output} already contains a run ({progress_of(state)}). Continue it with "
-            "--resume, or "
-            "start a new run with a different --output."
-        )
+    """True if *name* was given: on the command line or in --config."""
+    source = context.get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
 def progress_of(state: run_folder.State) -> str:

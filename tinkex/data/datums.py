@@ -120,7 +120,11 @@ def render(
     for first in range(0, len(data), ENCODED_AT_ONCE):
         owners: list[int] = []
         drafts: list[renderer.Draft] = []
+        given: list[tuple[int, renderer.Rendered]] = []
         for number, record in enumerate(data[first : first + ENCODED_AT_ONCE], start=first):
+            if isinstance(record, records.Tokens):
+                given.append((number, _as_given(record)))
+                continue
             try:
                 found = _drafts(record, render_one, options)
             except (ValueError, TypeError) as exc:
@@ -129,7 +133,8 @@ def render(
             drafts += found
             owners += [number] * len(found)
             split += len(found) > 1
-        for number, rendered in zip(owners, render_one.finish(drafts)):
+        finished = [*zip(owners, render_one.finish(drafts)), *given]
+        for number, rendered in sorted(finished, key=lambda pair: pair[0]):
             example = _example(rendered, data[number], number, options.max_length)
             truncated += len(rendered.tokens) > options.max_length
             if example.counted.any():
@@ -158,6 +163,13 @@ def check_some_are_left(rendered: Rendered, count: int, max_length: int) -> None
         f"none of the {count} examples has a token that counts: no message counts (weight, "
         "trainable), or what counts is empty."
     )
+
+
+def _as_given(record: records.Tokens) -> renderer.Rendered:
+    weights = np.asarray(record.weights, np.float32)
+    first = int(weights.nonzero()[0][0]) if weights.any() else 1
+    span = renderer.Span(0, first, len(record.tokens))
+    return renderer.Rendered(np.asarray(record.tokens, np.int64), weights, (span,))
 
 
 def _drafts(record: records.Record, render_one: Renderer, options: Options) -> list[renderer.Draft]:

@@ -101,15 +101,25 @@ def from_rows(
     renames: Mapping[str, str] | None = None,
 ) -> DataFile:
     """The same for rows in memory: a list of dicts, a DataFrame, or a `datasets.Dataset`."""
+    found = _Collected(shape, renames)
+    plain = plain_rows(rows)
+    digest = hashlib.sha256(json.dumps(plain, default=repr).encode()).hexdigest()
+    found.add(_numbered(plain, "row"), digest, "")
+    return found.result("the data", (), skip_bad_lines)
+
+
+def plain_rows(rows: Any) -> list[Any]:
+    """
+    Rows in memory as JSON would hold them.
+
+    Raises:
+        TypeError: If they are not a list of dicts, a DataFrame, or a `datasets.Dataset`.
+    """
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a DataFrame
         rows = rows.to_dict("records")
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise TypeError(f"rows must be a list of dicts, got {type(rows).__name__}.")
-    found = _Collected(shape, renames)
-    plain = [_plain(row) for row in rows]
-    digest = hashlib.sha256(json.dumps(plain, default=repr).encode()).hexdigest()
-    found.add(_numbered(plain, "row"), digest, "")
-    return found.result("the data", (), skip_bad_lines)
+    return [_plain(row) for row in rows]
 
 
 def describe(name: str, bad: Sequence[BadLine]) -> str:

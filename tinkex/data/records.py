@@ -7,6 +7,7 @@ about files or tokens.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
@@ -61,6 +62,20 @@ class Text:
 
 
 @attrs.frozen
+class Tokens:
+    """Tokens as they are, without a tokenizer or a template.
+
+    Attributes:
+        tokens: at least two.
+        weights: of the loss, one a token; the first does not count: nothing comes before it.
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    where: str = attrs.field(default="", eq=False, repr=False)
+
+
+@attrs.frozen
 class Preference:
     """A prompt with a better and a worse answer, as messages."""
 
@@ -70,7 +85,7 @@ class Preference:
     where: str = attrs.field(default="", eq=False, repr=False)
 
 
-Record = Union[Chat, Completion, Text, Preference]
+Record = Union[Chat, Completion, Text, Tokens, Preference]
 
 
 def parse(
@@ -245,6 +260,23 @@ def _parse_text(row: Mapping[str, Any]) -> Text:
     return Text(row["text"])
 
 
+def _parse_tokens(row: Mapping[str, Any]) -> Tokens:
+    tokens, weights = row["tokens"], row.get("weights")
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError("tokens must be a list of whole numbers")
+    if len(tokens) < 2:
+        raise ValueError("tokens must be at least two: the first only begins the text")
+    if weights is None:
+        weights = [0, *[1] * (len(tokens) - 1)]
+    if (
+        not isinstance(weights, list)
+        or len(weights) != len(tokens)
+        or not all(type(w) in (int, float) and math.isfinite(w) for w in weights)
+    ):
+        raise ValueError(f"weights must be a list of {len(tokens)} numbers, one a token")
+    return Tokens(tuple(tokens), (0.0, *map(float, weights[1:])))
+
+
 def _parse_preference(row: Mapping[str, Any]) -> Preference:
     chosen = _messages(_as_turns(row["chosen"], "assistant"), "chosen")
     rejected = _messages(_as_turns(row["rejected"], "assistant"), "rejected")
@@ -291,6 +323,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "prompt-completion": Shape(("prompt", "completion"), _parse_completion),
     "text": Shape(("text",), _parse_text),
+    "tokens": Shape(("tokens",), _parse_tokens),
 }
 
 

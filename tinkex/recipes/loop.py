@@ -306,11 +306,12 @@ class Loop:
             return
         self.metrics.append(row)
         self.report.row(row)
-        if "train_loss" in row:
-            self.callbacks.step(self.run_object, row)
-        if "eval_loss" in row:
-            told = {key: v for key, v in row.items() if key == "step" or key.startswith("eval_")}
-            self.callbacks.eval(self.run_object, told)
+        evaluated = {key: value for key, value in row.items() if key.startswith("eval_")}
+        trained = {key: value for key, value in row.items() if key not in evaluated}
+        if len(trained) > 1:
+            self.callbacks.step(self.run_object, trained)
+        if evaluated:
+            self.callbacks.eval(self.run_object, {"step": row["step"], **evaluated})
 
     def _record_samples(self, step: int, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
         said = [Sample(step, prompt.text, text) for prompt, text in zip(prompts, texts)]

@@ -6,11 +6,21 @@ whose state.json has the keys of `run_folder.State` gets one.
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
-from tinkex.recipes import run_folder
+from tinkex import errors, types
+from tinkex.checkpoints import card
+from tinkex.checkpoints import export as exporting
+from tinkex.recipes import answers, charts, run_folder
+from tinkex.recipes.conversation import Conversation, Settings
+from tinkex.sampling import SamplingClient
+from tinkex.service import ServiceClient
+from tinkex.text.renderer import Renderer
 
 
 class Rows(list[dict[str, Any]]):
@@ -18,8 +28,12 @@ class Rows(list[dict[str, Any]]):
 
     def to_pandas(self) -> Any:
         """A pandas.DataFrame with a column per key. Needs pandas (tinkex[data])."""
-        import pandas  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
+        try:
+            import pandas  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        except ImportError as exc:
+            raise errors.MissingExtraError(
+                "a DataFrame needs pandas, which is not installed: pip install 'tinkex[data]'."
+            ) from exc
         return pandas.DataFrame(list(self))
 
 
@@ -35,8 +49,10 @@ class Run:
         self, folder: str | Path, base_url: str | None = None, api_key: str | None = None
     ) -> None:
         self.folder = Path(folder)
-        self._address = {"base_url": base_url, "api_key": api_key}
-        self._lock = threading.Lock()
+        self._address = base_url, api_key
+        self._lock = threading.Lock()  # guards the two below
+        self._service: ServiceClient | None = None
+        self._sampler: SamplingClient | None = None
 
     def __repr__(self) -> str:
         return f"<Run {self.folder} [{self.description}]>"
@@ -105,6 +121,163 @@ class Run:
     def samples(self) -> Rows:
         """samples.jsonl: what the model said as training went, with "step", "prompt", "text"."""
         return Rows(run_folder.read_rows(self.folder / "samples.jsonl"))
+
+    # What can be done with it
+
+    def plot(self, path: str | Path | None = None) -> charts.Plot:
+        """
+        The losses as a picture, which a notebook shows.
+
+        Args:
+            path: also write it there, as SVG.
+        """
+        plot = charts.Plot(charts.losses(self.metrics))
+        if path is not None:
+            plot.save(path)
+        return plot
+
+    def sampling_client(self) -> SamplingClient:
+        """A client of the trained model; opened at the first call, and kept.
+
+        Raises:
+            ValueError: If the run is not finished.
+        """
+        if self.sampler_path is None:
+            raise ValueError(
+                f"the run in {self.folder} is not finished ({self.description}); resume it first: "
+                "tinkex.finetune(..., resume=True) or tinkex train --resume."
+            )
+        with self._lock:
+            if self._sampler is None:
+                self._service = ServiceClient(*self._address)
+                self._sampler = self._service.create_sampling_client(model_path=self.sampler_path)
+            return self._sampler
+
+    def sample(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        **params: Any,
+    ) -> str:
+        """
+        What the trained model says to *prompt*.
+
+        Args:
+            prompt: text to continue, or messages of a conversation.
+            params: more fields of `types.SamplingParams`: top_p, top_k, stop.
+
+        Raises:
+            ValueError: If the run is not finished, or a parameter is bad.
+            TinkexError: If the server cannot be reached, or does not have the weights.
+        """
+        sampler = self.sampling_client()
+        tokenizer = sampler.get_tokenizer()
+        renderer = Renderer(tokenizer)
+        if isinstance(prompt, str):
+            tokens = types.ModelInput.from_ints(renderer.encode_prompt(prompt))
+        else:
+            rendered = renderer.prompt([dict(message) for message in prompt])
+            tokens = rendered.model_input
+            params.setdefault("stop", rendered.stop or None)
+        options = types.SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, **params
+        )
+        return "".join(answers.pieces(sampler, tokens, options, tokenizer))
+
+    def chat(
+        self, *, system: str = "", max_tokens: int = 512, temperature: float = 0.7
+    ) -> list[dict[str, Any]]:
+        """
+        Talk with the trained model in a terminal or a notebook, until an empty line or Ctrl-D.
+
+        Ctrl-C stops an answer. `tinkex chat` has more commands.
+
+        Returns:
+            The messages of the conversation.
+        """
+        sampler = self.sampling_client()
+        settings = Settings(max_tokens, temperature, None)
+        conversation = Conversation(sampler, sampler.get_tokenizer(), settings, None)
+        conversation.set_system(system)
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                text = ""
+            if not text:
+                return conversation.messages
+            try:
+                for piece in conversation.ask(text):
+                    print(answers.shown(piece), end="", flush=True)
+                print()
+            except KeyboardInterrupt:
+                print(" [stopped]", file=sys.stderr)
+
+    def export(
+        self,
+        folder: str | Path,
+        form: Literal["peft", "hf", "gguf"] = "hf",
+        *,
+        gguf_type: Literal["F16", "Q8_0", "F32"] = "F16",
+        base_model: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """
+        Write the trained model into *folder* for other programs, as `tinkex export` does.
+
+        Args:
+            form: "peft" is the adapter, "hf" a Hugging Face directory, "gguf" a file for llama.cpp.
+            gguf_type: of the matrices.
+            base_model: directory, GGUF file or hub id; by default that of the run.
+            force: replace *folder* if it exists.
+
+        Raises:
+            ValueError: If the run is not finished, or *folder* exists.
+        """
+        if self.adapter is None:
+            raise ValueError(f"the run in {self.folder} is not finished ({self.description}).")
+        folder = Path(folder)
+        exporting.export_adapter(
+            self.adapter,
+            base_model or self.base_model,
+            folder,
+            form,
+            name=folder.resolve().name,
+            gguf_type=gguf_type,
+            force=force,
+            training=self.training,
+        )
+        return folder
+
+    @property
+    def training(self) -> card.Training:
+        """What a model card says about the training."""
+        losses = [row["eval_loss"] for row in self.metrics if "eval_loss" in row]
+        settings = {key: value for key, value in self.settings.items() if key != "base_model"}
+        evaluated = (losses[0], losses[-1]) if losses else None
+        digest = str(self.state.get("data_sha256", ""))
+        return card.Training(digest, self.total_steps, settings, evaluated)
+
+    def close(self) -> None:
+        """Close the client that samples, if there is one."""
+        with self._lock:
+            service, self._service, self._sampler = self._service, None, None
+        if service is not None:
+            service.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def load_run(folder: str | Path, base_url: str | None = None, api_key: str | None = None) -> Run:

@@ -73,6 +73,19 @@ def _one_of(literal: Any) -> Callable[[object, Any, Any], None]:
     return check
 
 
+def _texts(instance: object, attribute: Any, value: Any) -> None:
+    is_list = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if value is not None and not is_list:
+        raise ValueError(f"{attribute.name} must be a list of texts, got {value!r}.")
+
+
+def _names(value: Any) -> Any:
+    """A list of names from text with commas; anything else is left to the validator."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return list(value) if isinstance(value, tuple) else value
+
+
 @attrs.frozen
 class Settings:
     """What a run was asked for. A resumed run must have the same, but for what is in `FREE`.
@@ -106,6 +119,7 @@ class Settings:
         generate_every: steps between two samples of *prompts*; None is a tenth of the run.
         prompts: texts that the model continues as training goes (as messages of a user, if the
             training data is conversations).
+        report_to: names of trackers, as a list or "tensorboard,wandb".
     """
 
     base_model: str
@@ -140,7 +154,8 @@ class Settings:
     load_best: bool = False
     keep: int | None = attrs.field(default=None, validator=_whole(1))
     generate_every: int | None = attrs.field(default=None, validator=_whole(1))
-    prompts: list[str] | None = None
+    prompts: list[str] | None = attrs.field(default=None, validator=_texts)
+    report_to: list[str] | None = attrs.field(default=None, converter=_names, validator=_texts)
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The rate of *step*, from 1. Depends on nothing else: a resumed run has the same."""
@@ -177,4 +192,4 @@ class Settings:
 
 
 #: Settings that do not decide the result.
-FREE = {"eval_every", "save_every", "keep", "generate_every", "prompts"}
+FREE = {"eval_every", "save_every", "keep", "generate_every", "prompts", "report_to"}

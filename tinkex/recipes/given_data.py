@@ -1,0 +1,126 @@
+"""The data of a run, whichever way it is given: files, objects in memory, or datums.
+
+Objects are kept as a file in the run's folder, so that the run can be resumed, by a script or by
+the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinkex import types
+from tinkex.data import files
+from tinkex.recipes.settings import Settings
+
+#: Objects are kept under this name.
+FILE = "data.jsonl"
+
+
+def read(data: Any, told: str | None, settings: Settings, keep: Path) -> files.DataFile:
+    """
+    Read and check the data of a run.
+
+    Args:
+        data: a path, or several; a list of dicts, a DataFrame, a `datasets.Dataset`, or an iterable
+            of datums. None reads what is *told*.
+        told: sources of the run that is resumed, one a line; None if it is a new one.
+        keep: where objects are kept.
+
+    Raises:
+        ValueError: If data is bad, or objects are not those of the run that is resumed.
+        TypeError: If *data* is none of these.
+    """
+    if data is None:
+        sources: tuple[Any, ...] = tuple((told or "").splitlines())
+    elif isinstance(data, (str, Path)):
+        sources = (data,)
+    elif (
+        isinstance(data, (list, tuple))
+        and data
+        and all(isinstance(source, (str, Path)) for source in data)
+    ):
+        sources = tuple(data)
+    else:
+        sources = (_kept(data, settings, keep, told is not None),)
+    return files.read(
+        sources, settings.skip_bad_lines, shape=settings.data_format, renames=settings.data_map
+    )
+
+
+def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
+    rows = _rows(data)
+    # Before anything is written: bad rows are named by their number.
+    files.from_rows(
+        rows, settings.skip_bad_lines, shape=settings.data_format, renames=settings.data_map
+    )
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    if is_resumed:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"the data is not that of the run to resume ({path}); give that, or start a new "
+                "run with another --output."
+            )
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+    return path
+
+
+def _rows(data: Any) -> list[dict[str, Any]]:
+    if (
+        not isinstance(data, Mapping)
+        and not hasattr(data, "columns")
+        and isinstance(data, Iterable)
+    ):
+        data = list(data)
+        if data and all(isinstance(item, types.Datum) for item in data):
+            return [_row(datum, number) for number, datum in enumerate(data)]
+    return files.plain_rows(data)
+
+
+def _row(datum: types.Datum, number: int) -> dict[str, Any]:
+    """A datum of cross-entropy as tokens and weights, for `records.Tokens`."""
+    inputs = datum.loss_fn_inputs
+    if "target_tokens" not in inputs:
+        raise ValueError(f"datum {number} has no target_tokens, which cross_entropy needs.")
+    tokens = datum.model_input.to_ints()
+    targets = [int(token) for token in inputs["target_tokens"].to_numpy()]
+    if len(tokens) != len(targets) or tokens[1:] != targets[:-1]:
+        raise ValueError(
+            f"the target_tokens of datum {number} are not its tokens moved by one; train it with "
+            "TrainingClient.forward_backward."
+        )
+    weights = [1.0] * len(targets)
+    if "weights" in inputs:
+        weights = [float(weight) for weight in inputs["weights"].to_numpy()]
+    return {"tokens": [*tokens, targets[-1]], "weights": [0.0, *weights]}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """
+    The prompts in a file: a text a line, or JSON lines with "prompt".
+
+    Raises:
+        ValueError: If there is none, or a line of JSON has no prompt.
+        OSError: If the file cannot be read.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line) if line.lstrip().startswith("{") else {"prompt": line}
+        except ValueError as exc:
+            raise ValueError(f"{path} line {number} is not JSON: {exc}") from exc
+        if not isinstance(value.get("prompt"), str):
+            raise ValueError(f'{path} line {number} has no "prompt" that is a string.')
+        found.append(value["prompt"])
+    if not found:
+        raise ValueError(f"{path} has no prompts; write one a line.")
+    return found

@@ -1,0 +1,53 @@
+"""What the trackers share: the name of a run, its project, and its number in the tracker."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tinkex.recipes.callbacks import Callback
+from tinkex.recipes.run import Run
+from tinkex.recipes.run_folder import read_json
+
+#: The project, or experiment, of a tracker; each tracker's own variable wins over it.
+PROJECT = "tinkex"
+
+
+class Tracker(Callback):
+    """A callback that remembers in the run's folder under which number the tracker knows the run.
+
+    So a resumed run continues the same curves.
+    """
+
+    #: Name of the tracker, as in `--report-to`.
+    name = ""
+
+    def known_as(self, run: Run) -> str | None:
+        """The tracker's number of *run* from an earlier start; None at the first."""
+        return (read_json(_path(run)) or {}).get(self.name)
+
+    def remember(self, run: Run, number: str) -> None:
+        numbers = {**(read_json(_path(run)) or {}), self.name: number}
+        new = _path(run).with_suffix(".json.new")
+        new.write_text(json.dumps(numbers), encoding="utf-8")
+        os.replace(new, _path(run))
+
+    def on_step(self, run: Run, row: dict[str, float]) -> None:
+        self.log(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
+
+    def on_eval(self, run: Run, row: dict[str, float]) -> None:
+        self.on_step(run, row)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Send the metrics of a step; a step may have several calls."""
+        raise NotImplementedError
+
+
+def _path(run: Run) -> Path:
+    return run.folder / "trackers.json"
+
+
+def title(run: Run) -> str:
+    """What people call the run: the name of its folder."""
+    return run.folder.resolve().name

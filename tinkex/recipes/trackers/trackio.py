@@ -1,0 +1,39 @@
+"""trackio: a local database, and `trackio show`, a page of it. TRACKIO_DIR holds as usual."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tinkex.recipes.callbacks import End
+from tinkex.recipes.run import Run
+from tinkex.recipes.trackers import base
+
+
+class Tracker(base.Tracker):
+    """Settings as config, metrics, samples as a table, and the adapter as an artifact."""
+
+    name = "trackio"
+
+    def __init__(self) -> None:
+        import trackio
+
+        self._trackio = trackio
+        self._run: Any = None
+
+    def on_start(self, run: Run) -> None:
+        if self._run is None:
+            self._run = self._trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", base.PROJECT),
+                name=base.title(run),
+                config=run.settings,
+                resume="allow",
+                embed=False,
+            )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def on_end(self, run: Run, end: End) -> None:
+        if self._run is not None:
+            self._run.finish()
