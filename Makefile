@@ -11,7 +11,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean browser screenshots
+.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean browser screenshots clients
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,14 +21,14 @@ demo: .venv/local ## fine-tune SmolLM2, show answers before and after (MODEL=tin
 	$(BIN)/python -m tinkex.cli.demo build/demo $(MODEL)
 
 test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k retry')
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser $(ARGS)
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
 
 test-slow: .venv/test ## run the tests marked slow: more seeds, more versions, larger data
-	$(PYTEST) -m slow --ignore tests/test_docs.py --ignore tests/browser $(ARGS)
+	$(PYTEST) -m slow --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
 
 coverage: .venv/test ## run the tests and report which lines and branches they reach
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --cov --cov-report= $(ARGS)
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients --cov --cov-report= $(ARGS)
 	$(BIN)/python -m tests.coverage_figures build/coverage/report.json
 
 check: lint types test docs core ## run everything that must pass before a change is done
@@ -48,6 +48,9 @@ core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 th
 
 browser: .venv/browser ## try the web page in chromium (Debian: apt install chromium chromium-driver)
 	$(BIN)/python -m pytest tests/browser $(ARGS)
+
+clients: .venv/test ## run litellm, lm-eval and inspect-ai, in a venv of their own, against our server
+	$(BIN)/python -m pytest tests/openai_clients $(ARGS)
 
 screenshots: .venv/browser ## take the pictures of the web page in docs/
 	BROWSER_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k the_page_fits

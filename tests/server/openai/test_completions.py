@@ -180,6 +180,12 @@ def test_what_cannot_be_done_is_refused_in_openai_s_form(server, fields, said):
     assert {"message", "type", "param", "code"} == set(error)
 
 
+def test_a_name_that_no_model_here_has_is_not_looked_for_in_the_hub(client):
+    """That takes half a minute where the hub cannot be reached."""
+    with pytest.raises(openai.NotFoundError, match=r"there is no model 'gpt-4o' here.*tiny"):
+        client.completions.create(model="gpt-4o", prompt="x")
+
+
 def test_a_refusal_is_the_exception_that_users_of_openai_know(client):
     with pytest.raises(openai.NotFoundError, match="there is no checkpoint"):
         client.completions.create(model="tinker://a:train:0/sampler_weights/b", prompt="a")

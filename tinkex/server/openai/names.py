@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,6 +14,7 @@ from tinkex.server.ledger import SamplerPlace
 from tinkex.server.live import LiveSampler
 from tinkex.server.request_context import Call
 from tinkex.server.sampling_source import sampler_of
+from tinkex.text import registry
 from tinkex.text import tokenizer as tokenizers
 
 SCHEME = "tinker://"
@@ -52,6 +54,8 @@ async def find_model(call: Call, name: str) -> Model:
         raise Refusal(400, f"model {shown(name)}: after ';' there must be a tinker:// path.")
     elif not separator and ":train:" in name:
         base_model, path = "", await _newest(call, name)
+    if not path:
+        _check_known(call, base_model)
     once = f"none:sample:{uuid.uuid4()}"
     live = await sampler_of(call, once, "", base_model or None, path or None)
     if path and base_model and base_model != live.base_model:
@@ -61,6 +65,23 @@ async def find_model(call: Call, name: str) -> Model:
             f"{shown(live.base_model)}; write that, or the path alone.",
         )
     return Model(name, SamplerPlace(live), await _tokenizer_of(call, live))
+
+
+def _check_known(call: Call, base_model: str) -> None:
+    """Refuse a name that cannot be a model, such as "gpt-4o", before the hub is asked for it.
+
+    Raises:
+        Refusal: 404.
+    """
+    names = [*call.site.base_models, *call.site.ledger.workshop.bases, *registry.KNOWN]
+    if base_model in names or "/" in base_model or Path(base_model).is_dir():
+        return
+    there = ", ".join(dict.fromkeys(names))
+    raise Refusal(
+        404,
+        f"there is no model {shown(base_model)} here; choose one of {there}, a hub id with its "
+        "organization, a tinker:// path, or a training run's id.",
+    )
 
 
 async def _newest(call: Call, run_id: str) -> str:
@@ -82,9 +103,7 @@ async def _tokenizer_of(call: Call, live: LiveSampler) -> Any:
         identifier = tokenizers.tokenizer_id(live.base_model, told)
         return await call.site.in_pool(tokenizers.load, identifier)
     except errors.TokenizerError as exc:
-        raise Refusal(
-            400, f"the tokenizer of {shown(live.base_model)} cannot be loaded here: {exc}"
-        ) from exc
+        raise Refusal(404, f"there is no model {shown(live.base_model)} here: {exc}") from exc
 
 
 async def model_names(call: Call) -> list[str]:
