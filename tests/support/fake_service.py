@@ -40,6 +40,7 @@ class FakeService:
         self.created, self.prompts = [], []
         self.deleted, self.steps = [], []
         self.on_operation = on_operation
+        self.reported = []  # (run, points) of each report of metrics
         self.hangs = False  # no answer comes any more
 
     def create_lora_training_client(self, base_model, adapter=None, **settings):
@@ -64,6 +65,9 @@ class FakeService:
 
     def create_rest_client(self):
         return self
+
+    def report_run_metrics(self, run_id, points):
+        self.reported.append((run_id, points))
 
     def get_weights_info_by_tinker_path(self, path):
         return types.WeightsInfoResponse("fake", is_lora=True, lora_rank=7)
@@ -90,6 +94,7 @@ class FakeService:
 class FakeTraining:
     def __init__(self, service, number, logits, momentum):
         self.service, self.number = service, number
+        self.model_id = f"fake:train:{number}"
         self.logits, self.momentum, self.gradient = logits, momentum, np.zeros(258)
         self.is_closed = False
 

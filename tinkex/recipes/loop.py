@@ -22,6 +22,7 @@ import attrs
 from tinkex import errors, types
 from tinkex.data.split import Plan
 from tinkex.recipes.callbacks import Callbacks, Checkpoint, Sample
+from tinkex.recipes.page_metrics import PageMetrics
 from tinkex.recipes.run import Run
 from tinkex.recipes.run_folder import RowFile, State, save_state
 from tinkex.sampling import SamplingClient
@@ -137,6 +138,7 @@ class Loop:
         self.service, self.training, self.tokenizer = service, training, tokenizer
         self.objective, self.settings, self.folder = objective, state.settings, run.folder
         self.run_object, self.report, self.callbacks = run, report, callbacks
+        self.page = PageMetrics(service, training.model_id)
         settings = state.settings
         self.plan = Plan(
             objective.examples,
@@ -185,6 +187,7 @@ class Loop:
             self.report.end()
             self.metrics.close()
             self.samples.close()
+        self.page.flush()
         return True
 
     # Jobs, in the order in which the server runs them
@@ -306,6 +309,7 @@ class Loop:
             return
         self.metrics.append(row)
         self.report.row(row)
+        self.page.add(row)
         evaluated = {key: value for key, value in row.items() if key.startswith("eval_")}
         trained = {key: value for key, value in row.items() if key not in evaluated}
         if len(trained) > 1:

@@ -1,0 +1,66 @@
+"""Reports what a recipe measures to the server, whose web page then shows it.
+
+The server sees the losses of training itself; what it cannot know is the learning rate, the
+held-out loss, and the metrics of a recipe's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tinkex import errors
+
+logger = logging.getLogger("tinkex")
+
+#: Seconds between two reports.
+INTERVAL = 2.0
+#: The server has these by itself.
+_KNOWN = ("train_loss", "tokens", "tokens_per_second")
+
+
+class PageMetrics:
+    """
+    The metrics of one model, sent every few seconds.
+
+    A server that does not take them (others than tinkex's own) is asked once. A report that fails
+    is the last one: it costs a curve, never the run.
+
+    Args:
+        service: a ServiceClient; run_id: of the training run.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, service: Any, run_id: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rest, self._run_id, self._clock = service.create_rest_client(), run_id, clock
+        self._rows: list[dict[str, float]] = []
+        self._reported = -INTERVAL
+        self._is_on = True
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Note a row of metrics by name; "step" says where it belongs."""
+        told = {
+            name: value
+            for name, value in row.items()
+            if name not in _KNOWN and isinstance(value, (int, float)) and abs(value) < 1e300
+        }
+        if self._is_on and len(told) > 1:
+            self._rows.append(told)
+            if self._clock() - self._reported >= INTERVAL:
+                self.flush()
+
+    def flush(self) -> None:
+        """Send what is left."""
+        if not self._rows or not self._is_on:
+            return
+        rows, self._rows = self._rows[-1000:], []
+        self._reported = self._clock()
+        try:
+            self._rest.report_run_metrics(self._run_id, rows)
+        except errors.TinkexError as exc:
+            logger.debug("metrics are not reported to the server any more: %s", exc)
+            self._is_on = False
