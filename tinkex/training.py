@@ -288,7 +288,8 @@ class TrainingClient(types.Ready):
                 metrics, gradients) with d loss / d logprobs for each datum.
             loss_type_input: "logprobs", which is the only kind of input, or None.
             framework: "torch", "autograd" or "jax" gives the arrays as its own and differentiates;
-                None takes torch if it is installed, else autograd, else your gradients.
+                "numpy" takes your gradients; None takes torch if it is installed, else autograd,
+                else your gradients.
 
         Raises:
             ValueError, TypeError, MissingExtraError: Before anything is sent. What loss_fn raises

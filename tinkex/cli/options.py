@@ -124,6 +124,44 @@ def data_options(command: Command) -> Command:
     return command
 
 
+def method_options(command: Command) -> Command:
+    """What is learnt: --method and the settings of preference methods."""
+    options = [
+        click.option(
+            "--method",
+            type=click.Choice(["sft", "dpo", "ipo", "simpo", "orpo"]),
+            default="sft",
+            show_default=True,
+            help="sft imitates the examples; the others learn from rows with chosen and rejected.",
+        ),
+        click.option(
+            "--beta",
+            type=click.FloatRange(0, min_open=True),
+            default=0.1,
+            show_default=True,
+            help="dpo, ipo: strength of the pull to the base model; simpo: scale of the rewards "
+            "(try 2); orpo: weight of the odds.",
+        ),
+        click.option(
+            "--label-smoothing",
+            type=click.FloatRange(0, 0.5, max_open=True),
+            default=0.0,
+            show_default=True,
+            help="dpo: fraction of pairs assumed to be the wrong way round.",
+        ),
+        click.option(
+            "--margin",
+            type=click.FloatRange(0),
+            default=0.5,
+            show_default=True,
+            help="simpo: by how much the chosen answer should be better.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def format_option(command: Command) -> Command:
     """--format, which the command receives as the bool *as_json*."""
     return click.option(

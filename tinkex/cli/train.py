@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import data_options, is_quiet, server_options
+from tinkex.cli.options import data_options, is_quiet, method_options, server_options
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.recipes import run_folder, supervised
@@ -255,6 +255,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     help="Number type of base weights in the embedded engine; bfloat16 halves the memory on a CPU. "
     "Default: float32 on a CPU, bfloat16 on an accelerator.",
 )
+@method_options
 @data_options
 @server_options
 @click.pass_context

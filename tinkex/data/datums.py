@@ -180,7 +180,9 @@ def _drafts(record: records.Record, render_one: Renderer, options: Options) -> l
         return [render_one.completion_draft(record.prompt, record.completion)]
     if isinstance(record, records.Text):
         return [render_one.completion_draft("", record.text)]
-    raise ValueError("a preference pair (chosen, rejected), which only preference training reads")
+    raise ValueError(
+        "a preference pair (chosen, rejected), which is for preference training: --method dpo"
+    )
 
 
 def _example(

@@ -98,12 +98,15 @@ class Objective(Protocol):
     Attributes:
         examples: how many there are to train on; steps are given their positions, from 0.
         is_evaluated: True if there is a held-out part.
+        falls: True if the loss falls as the model learns, so that one that stays far above the
+            first means that the run diverged.
         shown: held-out prompts whose completions are kept, before and after.
         prompts: those that the settings ask to sample from as training goes.
     """
 
     examples: int
     is_evaluated: bool
+    falls: bool
     shown: Sequence[Prompt]
     prompts: Sequence[Prompt]
 
@@ -330,7 +333,8 @@ class Loop:
         No checkpoint follows, so that the last one is still good.
         """
         losses = [r["train_loss"] for r in [*self.metrics.rows, row] if "train_loss" in r]
-        is_high = [loss > DIVERGED_FACTOR * losses[0] for loss in losses[-DIVERGED_STEPS:]]
+        recent = losses[-DIVERGED_STEPS:] if self.objective.falls else []
+        is_high = [loss > DIVERGED_FACTOR * losses[0] for loss in recent]
         if math.isfinite(row["train_loss"]) and not (
             len(is_high) == DIVERGED_STEPS and all(is_high)
         ):

@@ -14,6 +14,8 @@ from tinkex.data import datums
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
+#: What is learnt from: examples to imitate ("sft"), or pairs of a better and a worse answer.
+Method = Literal["sft", "dpo", "ipo", "simpo", "orpo"]
 
 #: The highest learning rate that is accepted. LoRA trains with 1e-5 to 1e-3.
 MAX_LEARNING_RATE = 1.0
@@ -56,6 +58,16 @@ def _whole(least: int) -> Callable[[object, Any, Any], None]:
 def _not_negative(instance: object, attribute: Any, value: Any) -> None:
     if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{attribute.name} must be a number from 0, got {value!r}.")
+
+
+def _positive(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(f"{attribute.name} must be a number above 0, got {value!r}.")
+
+
+def _below_half(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 0.5:
+        raise ValueError(f"{attribute.name} must be from 0 to below 0.5, got {value!r}.")
 
 
 def _below_one(instance: object, attribute: Any, value: Any) -> None:
@@ -110,6 +122,9 @@ class Settings:
         start_from: tinker:// path, or the PEFT adapter folder, of the weights that the run starts
             with; None is a new adapter.
         weight_decay, beta1, beta2: of AdamW.
+        method: "sft" imitates examples; "dpo", "ipo", "simpo" and "orpo" learn from pairs of a
+            chosen and a rejected answer.
+        beta, label_smoothing, margin: of those: see `preference_losses.Options`.
         grad_clip_norm: largest L2 norm of a step's gradient; 0 does not clip.
         gradient_accumulation: batches per optimizer step, each of batch_size examples.
         patience: evaluations without a lower held-out loss after which the run ends early; it then
@@ -156,6 +171,10 @@ class Settings:
     generate_every: int | None = attrs.field(default=None, validator=_whole(1))
     prompts: list[str] | None = attrs.field(default=None, validator=_texts)
     report_to: list[str] | None = attrs.field(default=None, converter=_names, validator=_texts)
+    method: Method = attrs.field(default="sft", validator=_one_of(Method))
+    beta: float = attrs.field(default=0.1, validator=_positive)
+    label_smoothing: float = attrs.field(default=0.0, validator=_below_half)
+    margin: float = attrs.field(default=0.5, validator=_not_negative)
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The rate of *step*, from 1. Depends on nothing else: a resumed run has the same."""

@@ -1,13 +1,14 @@
-"""Supervised fine-tuning: a data file and settings in, a PEFT adapter out.
+"""Fine-tuning on a data file: data and settings in, a PEFT adapter out.
 
-What a step trains and an evaluation measures is `CrossEntropy`; loop.py runs them. Does not know
+What a step trains and an evaluation measures is `CrossEntropy`, or `Preferences` for pairs of
+answers (preference_pairs.py); loop.py runs them. Does not know
 about the command line, the terminal or signals: it takes a Report and a guard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import date as Date
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import numpy as np
 from tinkex import types
 from tinkex.data import datums, files, records
 from tinkex.data.split import split
-from tinkex.recipes import loop
+from tinkex.recipes import loop, preference_losses, preference_pairs
 from tinkex.recipes.callbacks import Callbacks
-from tinkex.recipes.loop import Guard, Loop, Prompt, Report, Work
+from tinkex.recipes.loop import Guard, Loop, Objective, Prompt, Report, Work
 from tinkex.recipes.run import Run
 from tinkex.recipes.run_folder import State, check_same, load_state, save_state
 from tinkex.recipes.settings import Settings
@@ -111,6 +112,8 @@ def run(
         )
     check_same(state, settings, data, eval_data)
     state = attrs.evolve(state, settings=settings)
+    data = _of_method(data, settings.method)
+    eval_data = eval_data and _of_method(eval_data, settings.method)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = None
     if tokenizer is not None:
@@ -122,11 +125,12 @@ def run(
         if prepared is None or not _is_same(tokenizer, theirs):
             prepared = _prepare(data, eval_data, settings, theirs, folder, report)
         report.say(prepared.description)
+        objective = _objective(service, training, prepared, theirs, state, folder)
         trainer = Loop(
             service,
             training,
             theirs,
-            CrossEntropy(prepared, theirs, settings),
+            objective,
             attrs.evolve(state, counts=prepared.counts),
             Run(folder),
             report,
@@ -180,12 +184,17 @@ def open_training(service: ServiceClient, state: State) -> TrainingClient:
 # The data
 
 
+def _of_method(data: files.DataFile, method: str) -> files.DataFile:
+    return data if method == "sft" else preference_pairs.as_conversations(data, method)
+
+
 @attrs.frozen
 class _Prepared:
     """The examples to train on and to evaluate on.
 
     Attributes:
         is_chat: True if the data is conversations.
+        pairs, held_out_pairs: the same examples as pairs, if the method learns from such.
         counts: what is in the data, and what was left out.
         notes: what was left out, in words.
     """
@@ -195,11 +204,15 @@ class _Prepared:
     is_chat: bool
     counts: dict[str, int]
     notes: str
+    pairs: list[preference_pairs.Pair]
+    held_out_pairs: list[preference_pairs.Pair]
 
     @property
     def description(self) -> str:
+        what = "pairs" if self.pairs else "examples"
         return (
-            f"{len(self.examples)} examples to train on, {len(self.held_out)} held out{self.notes}."
+            f"{self.counts['examples']} {what} to train on, {self.counts['held_out']} held out"
+            f"{self.notes}."
         )
 
 
@@ -212,16 +225,26 @@ def _prepare(
     report: Report,
 ) -> _Prepared:
     """Render the data, or take what an earlier start of this run rendered."""
+    of_pair = 1 if settings.method == "sft" else 2  # examples that are not to be divided
+    if of_pair == 2:
+        settings = attrs.evolve(settings, train_on="assistant", split_turns=False)
     rendered = _rendered(data, settings, tokenizer, folder, report)
     if eval_data is not None:
         examples = rendered.examples
         held_out = _rendered(eval_data, settings, tokenizer, folder / "eval", report).examples
     else:
         # Whole conversations are held out: examples of one conversation share most of their tokens.
-        owners = sorted({example.record for example in rendered.examples})
+        owners = sorted({example.record // of_pair for example in rendered.examples})
         held = {owners[i] for i in split(len(owners), settings.eval_fraction, settings.seed)[1]}
-        examples = [e for e in rendered.examples if e.record not in held]
-        held_out = [e for e in rendered.examples if e.record in held]
+        examples = [e for e in rendered.examples if e.record // of_pair not in held]
+        held_out = [e for e in rendered.examples if e.record // of_pair in held]
+    pairs, held_out_pairs = [
+        preference_pairs.paired(part) if of_pair == 2 else [] for part in (examples, held_out)
+    ]
+    if of_pair == 2 and not pairs:
+        raise ValueError(
+            "no pair is left to train on: of each, one answer was left out; raise --max-length."
+        )
     counts = [
         (len(data.bad) + len(rendered.bad), "bad lines left out"),
         (rendered.truncated, f"cut to --max-length {settings.max_length} tokens"),
@@ -230,8 +253,8 @@ def _prepare(
     ]
     notes = "".join(f"; {count} {what}" for count, what in counts if count)
     told = {
-        "examples": len(examples),
-        "held_out": len(held_out),
+        "examples": len(pairs or examples),
+        "held_out": len(held_out_pairs or held_out),
         "tokens": sum(len(example.tokens) for example in examples),
         "counted_tokens": int(datums.counted_tokens(examples)),
         "bad": counts[0][0],
@@ -240,7 +263,7 @@ def _prepare(
         "split": rendered.split,
     }
     is_chat = isinstance(data.records[0], records.Chat)
-    return _Prepared(examples, held_out, is_chat, told, notes)
+    return _Prepared(examples, held_out, is_chat, told, notes, pairs, held_out_pairs)
 
 
 def _rendered(
@@ -260,8 +283,60 @@ def _rendered(
 # What is trained
 
 
+def _objective(
+    service: ServiceClient,
+    training: TrainingClient,
+    prepared: _Prepared,
+    tokenizer: Any,
+    state: State,
+    folder: Path,
+) -> Objective:
+    settings = state.settings
+    if settings.method == "sft":
+        return CrossEntropy(prepared, tokenizer, settings)
+    references = None
+    if preference_pairs.needs_reference(settings.method):
+        references = _references(service, training, prepared, state, folder)
+    return preference_pairs.Preferences(
+        prepared.pairs,
+        prepared.held_out_pairs,
+        settings.method,
+        preference_losses.Options(settings.beta, settings.label_smoothing, settings.margin),
+        references,
+        tokenizer,
+        prompts(settings.prompts or [], tokenizer, prepared.is_chat),
+    )
+
+
+def _references(
+    service: ServiceClient,
+    training: TrainingClient,
+    prepared: _Prepared,
+    state: State,
+    folder: Path,
+) -> tuple[preference_pairs.Reference, preference_pairs.Reference]:
+    """The log-probabilities before the first step: of the pairs to train on, and of those held
+    out."""
+    with ExitStack() as stack:
+
+        def untrained() -> TrainingClient:
+            if state.checkpoint is None:
+                return training
+            # Resumed without the file of the first start: the model as it was then.
+            other = open_training(service, attrs.evolve(state, checkpoint=None))
+            stack.callback(other.close)
+            return other
+
+        return (
+            preference_pairs.reference(prepared.pairs, folder, "train", untrained),
+            preference_pairs.reference(prepared.held_out_pairs, folder, "eval", untrained),
+        )
+
+
 class CrossEntropy:
     """The negative log-likelihood of the tokens that count. An `Objective`."""
+
+    falls = True
 
     def __init__(self, prepared: _Prepared, tokenizer: Any, settings: Settings) -> None:
         self._examples, self._held_out = prepared.examples, prepared.held_out

@@ -17,8 +17,8 @@ import numpy as np
 from tinkex import errors
 from tinkex.types import Datum, ForwardBackwardOutput, TensorData, check_data
 
-Framework = Literal["torch", "autograd", "jax"]
-FRAMEWORKS: tuple[Framework, ...] = ("torch", "autograd", "jax")
+Framework = Literal["torch", "autograd", "jax", "numpy"]
+FRAMEWORKS: tuple[Framework, ...] = ("torch", "autograd", "jax", "numpy")
 
 #: The loss inputs that go to the server in the forward pass.
 _SENT = ("target_tokens", "weights")
@@ -111,7 +111,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: If what it returns is not usable; what it raises goes through.
     """
-    compute = {"torch": _torch, "autograd": _autograd, "jax": _jax, None: _given}[framework]
+    compute = {"torch": _torch, "autograd": _autograd, "jax": _jax}.get(framework or "", _given)
     loss, metrics, gradients = compute(data, logprobs, loss_fn)
     if len(gradients) != len(data):
         raise ValueError(
@@ -162,8 +162,8 @@ def _returned(result: Any, gradients: bool) -> tuple[Any, ...]:
         raise TypeError(f"the loss function's metrics must be a dict, got {result[1]!r}.")
     if gradients and len(result) != 3:
         raise TypeError(
-            "without torch, autograd or jax installed the loss function must return (loss, "
-            "metrics, gradients), one gradient array for each datum."
+            'without torch, autograd or jax (and with framework="numpy") the loss function must '
+            "return (loss, metrics, gradients), one gradient array for each datum."
         )
     return result
 
