@@ -77,6 +77,7 @@ NAMES = [
     "finetune",
     "load_run",
     "parse_response",
+    "preference",
     "render",
     "render_prompt",
     "render_turns",

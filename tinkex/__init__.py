@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tinkex.errors import TinkexError as TinkerError
     from tinkex.futures import OperationFuture
     from tinkex.futures import OperationFuture as APIFuture
+    from tinkex.recipes import preference
     from tinkex.recipes.callbacks import Callback
     from tinkex.recipes.finetune import finetune
     from tinkex.recipes.run import Run, load_run
@@ -141,6 +142,7 @@ __all__ = [
     "finetune",
     "load_run",
     "parse_response",
+    "preference",
     "render",
     "render_prompt",
     "render_turns",
@@ -172,7 +174,12 @@ _HOMES = {
 }
 #: Names of the official SDK for what has another name here.
 _OTHER_NAMES = {"APIFuture": "OperationFuture", "TinkerError": "TinkexError"}
-_MODULES = ("auth", "errors", "types")
+_MODULES = {
+    "auth": "auth",
+    "errors": "errors",
+    "preference": "recipes.preference",
+    "types": "types",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -185,7 +192,7 @@ def __getattr__(name: str) -> Any:
 
 def _found(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     home = _HOMES.get(name) or ("errors" if name.endswith("Error") else "types")
     return getattr(importlib.import_module(f".{home}", __name__), name)
 

@@ -277,6 +277,7 @@ def train(
     set) of JSON lines, a JSON array, CSV, TSV or Parquet. A row is {"messages": [{"role": ...,
     "content": ...}, ...]}, {"prompt": ..., "completion": ...}, {"text": ...}, or in the format of
     ShareGPT or Alpaca. The model learns the assistant's messages, the completions and the texts.
+    With --method dpo and others, a row is {"prompt": ..., "chosen": ..., "rejected": ...}.
 
     Ctrl-C (or SIGTERM) saves a checkpoint. --resume --output FOLDER continues from it and ends with
     the same weights as an uninterrupted run. With --resume, omitted options keep their values.
@@ -389,8 +390,9 @@ def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
         formatting.say(f"after   {_one_line(shown.after)}\n")
     if outcome.losses is not None:
         before, after = outcome.losses
+        unit = "token" if outcome.state.settings.method == "sft" else "pair"
         formatting.say(
-            f"Held-out loss per token: {before:.4f} before, {after:.4f} after "
+            f"Held-out loss per {unit}: {before:.4f} before, {after:.4f} after "
             f"({(after - before) / before:+.1%})."
         )
     formatting.say(f"Adapter: {outcome.adapter}")
