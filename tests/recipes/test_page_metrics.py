@@ -54,7 +54,7 @@ def test_a_server_that_does_not_take_them_is_asked_once(monkeypatch):
 
     def refuse(run_id, points):
         asked.append(points)
-        raise errors.NotFoundError("no such endpoint")
+        raise errors.NotFoundError("no such endpoint", status=404)
 
     monkeypatch.setattr(service, "report_run_metrics", refuse)
     metrics = PageMetrics(service, "run", clock)
