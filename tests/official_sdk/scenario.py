@@ -732,6 +732,17 @@ def archive(world):
         check(len(response.read()) > 1000, "the archive is empty")
 
 
+@feature("save_weights_external: files by URLs without a key")
+def external_weights(world):
+    saved = done(method(world.state[0], "save_weights_external")("external", ttl_seconds=3600))
+    answer = done(method(world.rest, "get_external_weights_urls")(saved.path))
+    with urllib.request.urlopen(answer.urls["adapter_config.json"], timeout=60) as response:
+        check(json.loads(response.read())["r"] == RANK, "adapter_config.json has another rank")
+    seconds = answer.expires.timestamp() - time.time()
+    check(0 < seconds < 86_400, f"the URLs expire in {seconds} s")
+    done(world.rest.delete_checkpoint_from_tinker_path(saved.path))
+
+
 @feature("REST: sessions and samplers")
 def sessions(world):
     _, path = world.state
@@ -797,14 +808,6 @@ def images(world):
     image = types.ImageChunk(data=b"\x89PNG\r\n\x1a\n", format="png", expected_tokens=4)
     prompt = types.ModelInput(chunks=[image, types.EncodedTextChunk(tokens=TOKENS)])
     return world.sample(prompt=prompt)
-
-
-@refused("save_weights_external (encrypted weights)")
-def external_weights(world):
-    save = method(world.state[0], "save_weights_external")
-    known = inspect.signature(save).parameters
-    keys = {"age_encryption_recipients": ["age1" + "q" * 58]}
-    return done(save("external", **{k: v for k, v in keys.items() if k in known}))
 
 
 @refused("billing: usage")

@@ -260,9 +260,9 @@ case("no endpoint", "POST", "train_everything", b"{}", 404, says="does not offer
 case("no endpoint with dots", "GET", "../../etc/passwd", b"", 404)
 case("wrong method", "GET", "optim_step", b"", 405, says="POST")
 case("wrong method too", "DELETE", "create_session", b"", 405)
-for absent in ("billing/usage/events", "audit", f"{CHECKPOINT}/external_weights_urls"):
+for absent in ("billing/usage/events", "audit"):
     case(f"not offered: {absent}", "GET", absent, b"", 404, says="does not offer")
-for absent in ("create_custom_loss", "save_weights_external", "auth/token"):
+for absent in ("create_custom_loss", "auth/token"):
     case(f"not offered: {absent}", "POST", absent, b"{}", 404, says="does not offer")
 case("trace", "GET", f"sessions/{SESSION}/trace_export", b"", 404, says="does not offer")
 case("run: unknown", "GET", "training_runs/x", b"", 404)

@@ -24,6 +24,7 @@ MILESTONES = {
     "create_model",
     "load_weights",
     "save_weights",
+    "save_weights_external",
     "save_weights_for_sampler",
     "save_weights_and_get_sampling_client",
     "unload_model",

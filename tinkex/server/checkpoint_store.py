@@ -119,6 +119,21 @@ class Checkpoints:
             )
         return row
 
+    def find_model(self, path: str, owner: str) -> CheckpointRow:
+        """A checkpoint that *owner* may read, and that a model or a sampler can be made of.
+
+        Raises:
+            Refusal: As `find`; 400 for external weights, which may be encrypted.
+        """
+        row = self.find(path, owner)
+        if row.kind == "external":
+            raise Refusal(
+                400,
+                f"{shown(path, 300)} are external weights, which are only there to be fetched; "
+                "use a checkpoint of save_state or save_weights_for_sampler.",
+            )
+        return row
+
     def named(self, path: str) -> CheckpointRow | None:
         """The checkpoint with that path, of any owner, unless it has expired."""
         return self._db.one(

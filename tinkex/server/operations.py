@@ -18,6 +18,7 @@ from typing import Any
 
 from tinkex import types
 from tinkex.server.database import CheckpointRow, RunRow, SamplerRow
+from tinkex.server.encryption import encrypt_folder
 from tinkex.server.home import ServerFolder, move_into_place, sync_tree
 from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 #: A snapshot is taken when repeating the work since the last one would take this many times as
 #: long as the snapshot, so that snapshots cost a few percent at most.
 _SNAPSHOT_RATIO = 20.0
+
+#: The kind of checkpoint in each segment of a path.
+_KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 
 
 class Workshop:
@@ -102,6 +106,7 @@ class Workshop:
             "OptimStep": self._optim_step,
             "SaveWeights": self._save_weights,
             "SaveWeightsForSampler": self._save_weights_for_sampler,
+            "SaveWeightsExternal": self._save_weights_external,
             "LoadWeights": self._load_weights,
             "UnloadModel": self._unload_model,
         }
@@ -239,13 +244,22 @@ class Workshop:
         self._on_sampler(sampler)
         return types.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
 
+    def _save_weights_external(self, work: Work, engine: Any) -> Steps:
+        request: types.SaveWeightsExternalRequest = work.request
+        yield from ()
+        path = self._save(work, engine, "external_weights", request.path, request)
+        saved = self._store.checkpoints.named(path)
+        return types.SaveWeightsExternalResponse(path, saved.size_bytes if saved else None)
+
     def _save(
         self,
         work: Work,
         engine: Any,
         segment: str,
         name: str,
-        request: types.SaveWeightsRequest | types.SaveWeightsForSamplerRequest,
+        request: types.SaveWeightsRequest
+        | types.SaveWeightsForSamplerRequest
+        | types.SaveWeightsExternalRequest,
         *,
         overwrite: bool = False,
     ) -> str:
@@ -267,7 +281,7 @@ class Workshop:
             path=path,
             run_id=model.model_id,
             checkpoint_id=f"{segment}/{name}",
-            kind="training" if training else "sampler",
+            kind=_KINDS[segment],
             owner=model.owner,
             base_model=model.base_model,
             rank=model.lora.rank,
@@ -279,12 +293,15 @@ class Workshop:
             created_at=now,
             expires_at=None if ttl is None else now + ttl,
             public=False,
-            user_metadata=request.user_metadata,
+            user_metadata=getattr(request, "user_metadata", None),
             origin=work.origin,
         )
+        keys = getattr(request, "age_encryption_recipients", None)
         draft = self._folder.draft()
         try:
             engine.save(model.model_id, draft, optimizer=training)
+            if keys is not None:
+                encrypt_folder(draft, keys)
             self._store.checkpoints.add(draft, row)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -302,7 +319,7 @@ class Workshop:
         request: types.LoadWeightsRequest = work.request
         model = work.model
         try:
-            row = self._store.checkpoints.find(request.path, model.owner)
+            row = self._store.checkpoints.find_model(request.path, model.owner)
             self._store.checkpoints.verify(Path(row.directory))
             if work.seq == 0:
                 self.load_base(engine, model.base_model)

@@ -65,7 +65,7 @@ async def sampler_of(
             )
         base_model = checked_base_model(call, base_model)
         return LiveSampler(sampler_id, session_id, call.owner, base_model, None, None)
-    row = await call.site.in_pool(call.site.store.checkpoints.find, model_path, call.owner)
+    row = await call.site.in_pool(call.site.store.checkpoints.find_model, model_path, call.owner)
     return LiveSampler(
         sampler_id, session_id, call.owner, row.base_model, model_path, Path(row.directory)
     )

@@ -11,6 +11,7 @@ from tinkex.server.request_context import guarded
 from tinkex.server.routes import (
     archives,
     checkpoints,
+    external,
     futures,
     metrics,
     sampling,
@@ -24,6 +25,7 @@ _MODULES = (futures.ENDPOINTS, training.ENDPOINTS, sampling.ENDPOINTS, sessions.
 #: Paths with parameters that contain slashes: longer patterns first.
 _MANAGEMENT = (
     archives.ENDPOINTS,
+    external.ENDPOINTS,
     unsupported.ENDPOINTS,
     checkpoints.ENDPOINTS,
     metrics.ENDPOINTS,
@@ -46,6 +48,7 @@ def routes() -> list[Route]:
         *((endpoints, False) for endpoints in _MODULES),
         (sessions.PUBLIC, True),
         (archives.PUBLIC, True),
+        (external.PUBLIC, True),
         *((endpoints, False) for endpoints in _MANAGEMENT),
     ):
         for method, path, handler in endpoints:

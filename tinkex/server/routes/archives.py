@@ -44,7 +44,7 @@ async def give_ticket(call: Call) -> Response:
     token = secrets.token_urlsafe(24)
     tickets[token] = Ticket(row, now + TICKET_SECONDS)
     # The ticket is in the query, which clients and proxies tend not to log.
-    url = f"{_base_url(call)}{wire.PREFIX}archives/{_file_name(row)}?ticket={token}"
+    url = f"{base_url(call)}{wire.PREFIX}archives/{_file_name(row)}?ticket={token}"
     expires = formatdate(now + TICKET_SECONDS, usegmt=True)
     return reply(
         {"url": url, "expires": iso(now + TICKET_SECONDS)},
@@ -53,7 +53,7 @@ async def give_ticket(call: Call) -> Response:
     )
 
 
-def _base_url(call: Call) -> str:
+def base_url(call: Call) -> str:
     """The server's address for the client: the configured one, or a name of this machine.
 
     Another Host header is not repeated; "" makes the URL relative to the one that was requested.

@@ -88,7 +88,7 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
             400, "the endpoint forward needs forward_input; send this batch to forward_backward."
         )
     name = "Forward" if request.forward_only else "ForwardBackward"
-    return await _submit(call, name, request, body, content_type)
+    return await submit(call, name, request, body, content_type)
 
 
 async def optim_step(call: Call) -> Response:
@@ -101,14 +101,14 @@ async def optim_step(call: Call) -> Response:
             400, f"this server does not support the optimizer {shown(kind)}; send adam_params."
         )
     request = wire.from_json(types.OptimStepRequest, payload)
-    return await _submit(call, "OptimStep", request, body)
+    return await submit(call, "OptimStep", request, body)
 
 
 async def save_weights(call: Call) -> Response:
     request, body = await call.read(types.SaveWeightsRequest)
     check_name(request.path)
     check_ttl(request.ttl_seconds)
-    return await _submit(call, "SaveWeights", request, body)
+    return await submit(call, "SaveWeights", request, body)
 
 
 async def save_weights_for_sampler(call: Call) -> Response:
@@ -123,7 +123,7 @@ async def save_weights_for_sampler(call: Call) -> Response:
             400, f"this server does not support sampler weights of kind {shown(request.kind)}; use "
             "'snapshot'.",
         )  # fmt: skip
-    return await _submit(call, "SaveWeightsForSampler", request, body)
+    return await submit(call, "SaveWeightsForSampler", request, body)
 
 
 def check_name(name: str) -> None:
@@ -147,7 +147,7 @@ async def load_weights(call: Call) -> Response:
     _check_optimizer(request.optimizer_config)
     check_path(request.path)
     if request.model_id is not None and request.seq_id is not None:
-        return await _submit(call, "LoadWeights", request, body)
+        return await submit(call, "LoadWeights", request, body)
     if request.session_id is None or request.model_seq_id is None:
         raise Refusal(
             400,
@@ -165,7 +165,9 @@ async def _create_from_checkpoint(
     if known is not None and known.live.owner == call.owner:
         live = known.live  # a repeat; the checkpoint may have been deleted
     else:
-        row = await call.site.in_pool(call.site.store.checkpoints.find, request.path, call.owner)
+        row = await call.site.in_pool(
+            call.site.store.checkpoints.find_model, request.path, call.owner
+        )
         wanted = request.base_model and checked_base_model(call, request.base_model)
         if wanted not in (None, row.base_model):
             raise Refusal(
@@ -228,9 +230,10 @@ def _findable(tokenizer_id: str) -> str:
     return str(tiny.DIRECTORY) if tokenizer_id == tiny.TOKENIZER_ID else tokenizer_id
 
 
-async def _submit(
+async def submit(
     call: Call, name: str, request: Any, body: bytes, content_type: str = wire.JSON
 ) -> Response:
+    """Accept an operation on a model; the answer is its promise."""
     record = await call.site.ledger.models.submit(call.owner, name, request, body, content_type)
     return promise(record)
 
@@ -239,7 +242,7 @@ def promise(record: Record) -> Response:
     return reply(record.promise)
 
 
-def _numbered(name: str, handler: Handler) -> Handler:
+def numbered(name: str, handler: Handler) -> Handler:
     """Wrap *handler* so that refusals are noted under the request's number."""
 
     async def endpoint(call: Call) -> Response:
@@ -265,17 +268,17 @@ async def _note_refusal(call: Call, name: str, sentence: str) -> None:
 
 
 ENDPOINTS: list[tuple[str, str, Any]] = [
-    ("POST", "forward_backward", _numbered("ForwardBackward", forward_backward)),
-    ("POST", "optim_step", _numbered("OptimStep", optim_step)),
-    ("POST", "forward", _numbered("Forward", forward)),
+    ("POST", "forward_backward", numbered("ForwardBackward", forward_backward)),
+    ("POST", "optim_step", numbered("OptimStep", optim_step)),
+    ("POST", "forward", numbered("Forward", forward)),
     ("POST", "create_model", create_model),
     ("POST", "get_info", get_info),
-    ("POST", "save_weights", _numbered("SaveWeights", save_weights)),
+    ("POST", "save_weights", numbered("SaveWeights", save_weights)),
     (
         "POST",
         "save_weights_for_sampler",
-        _numbered("SaveWeightsForSampler", save_weights_for_sampler),
+        numbered("SaveWeightsForSampler", save_weights_for_sampler),
     ),
-    ("POST", "load_weights", _numbered("LoadWeights", load_weights)),
+    ("POST", "load_weights", numbered("LoadWeights", load_weights)),
     ("POST", "unload_model", unload_model),
 ]

@@ -8,7 +8,6 @@ from starlette.responses import Response
 
 from tinkex.server.http_errors import not_offered
 from tinkex.server.request_context import Call, Handler
-from tinkex.server.routes.checkpoints import CHECKPOINT
 
 
 def _absent(what: str, instead: str = "") -> Handler:
@@ -20,15 +19,12 @@ def _absent(what: str, instead: str = "") -> Handler:
 
 _billing = _absent("billing", "It costs nothing.")
 _audit = _absent("an audit log")
-_external = _absent("external weights", "Download the checkpoint's archive instead.")
 
 ENDPOINTS: list[tuple[str, str, Any]] = [
     ("GET", "billing/{rest:path}", _billing),
     ("POST", "billing/{rest:path}", _billing),
     ("GET", "audit", _audit),
     ("GET", "audit/{rest:path}", _audit),
-    ("POST", "save_weights_external", _external),
-    ("GET", f"{CHECKPOINT}/external_weights_urls", _external),
     ("GET", "sessions/{session_id}/trace_export", _absent("traces of sessions")),
     ("DELETE", "auth/apikey/me", _absent("revoking keys", "Restart it without that key.")),
     (
