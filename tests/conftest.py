@@ -17,6 +17,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
+# No test needs the hub. Without this, whatever names a model that is not here would ask for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # Time limits of hypothesis fail on a busy machine for no fault of the test.
 hypothesis.settings.register_profile(
     "tinkex", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

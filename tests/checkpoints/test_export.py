@@ -159,6 +159,7 @@ def test_a_hugging_face_model_is_taken_from_its_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--org--base" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
     (tmp_path / "models--org--base" / "refs").mkdir()
     (tmp_path / "models--org--base" / "refs" / "main").write_text("0123")
 

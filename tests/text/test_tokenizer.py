@@ -159,6 +159,7 @@ def test_the_hub_is_asked_by_its_own_library(directory, monkeypatch):
         return str(directory / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda address, timeout: None)
 
     assert [2, 0] == tokenizer.load("org/model", revision="abc").encode("a")
     assert ("org/model", "tokenizer.json", "abc") == asked[0]
@@ -182,10 +183,10 @@ def test_without_it_by_the_tokenizers_library(directory, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_be_loaded_says_why_and_what_to_do(monkeypatch):
-    def download(identifier, name, revision=None):
+    def refuse(address, timeout):
         raise OSError("401 Client Error: gated repo")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
 
     with pytest.raises(errors.TokenizerError) as caught:
         tokenizer.load("org/gated")
@@ -365,6 +366,7 @@ def test_kimi_k2_is_read_from_its_tiktoken_file(kimi_files, monkeypatch):
         return str(kimi_files / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda address, timeout: None)
     kimi = tokenizer.load("moonshotai/Kimi-K2-Thinking")
     ids = kimi.encode("ab你好[EOS]")
 

@@ -14,7 +14,7 @@ from typing import Any
 from tinkex import errors, types
 from tinkex.checkpoints import card, download
 from tinkex.runtime.connection import Connection
-from tinkex.text import gguf
+from tinkex.text import gguf, hub
 
 #: The files of a PEFT adapter.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -166,6 +166,8 @@ def resolve(base_model: str) -> str:
     import huggingface_hub
 
     try:
+        if not hub.is_cached(base_model, "config.json"):
+            hub.check_file(base_model, "config.json")
         return str(huggingface_hub.snapshot_download(base_model, allow_patterns=_BASE_FILES))
     except (OSError, ValueError) as exc:  # of Hugging Face, the network or the cache
         reason = " ".join(str(exc).split())[:200]

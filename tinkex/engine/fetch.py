@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinkex.text import registry
+from tinkex.text import hub, registry
 from tinkex.text.registry import Known
 
 logger = logging.getLogger(__name__)
@@ -237,11 +237,10 @@ def _bytes_in(folder: Path) -> int:
 
 
 def hub_download(known: Known, directory: Path) -> None:
-    """Fill *directory* from the hub; asks once, since its library tries for minutes offline."""
+    """Fill *directory* from the hub."""
     import huggingface_hub
 
-    address = huggingface_hub.hf_hub_url(known.hub_id, "config.json")
-    huggingface_hub.get_hf_file_metadata(address, timeout=10)
+    hub.check_file(known.hub_id, "config.json")
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     huggingface_hub.snapshot_download(known.hub_id, local_dir=directory, allow_patterns=patterns)
     shutil.rmtree(directory / ".cache", ignore_errors=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tinkex.engine import fetch, gguf, memory, tiny, weights
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
 from tinkex.text import gguf as gguf_file
-from tinkex.text import registry
+from tinkex.text import hub, registry
 
 ARCHITECTURES = registry.ARCHITECTURES
 
@@ -27,9 +27,6 @@ ARCHITECTURES = registry.ARCHITECTURES
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-#: Seconds to wait for the hub's answer whether it has a model.
-HUB_TIMEOUT = 10
 
 #: Files of a hub repository that are downloaded.
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
@@ -215,20 +212,15 @@ def _check_memory(name: str, parameters: int, device: torch.device, dtype: torch
 
 
 def _hub_directory(name: str) -> Path:
-    """The local copy of a hub repository; downloads what is missing.
-
-    Asks the hub once, with a timeout, before anything is downloaded: without a network it would
-    otherwise take half a minute to fail.
-    """
+    """The local copy of a hub repository; downloads what is missing."""
     import huggingface_hub
 
     try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        if hub.is_cached(name, "config.json"):
             cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
             if weights.is_complete(cached):
                 return cached
-        address = huggingface_hub.hf_hub_url(name, "config.json")
-        huggingface_hub.get_hf_file_metadata(address, timeout=HUB_TIMEOUT)
+        hub.check_file(name, "config.json")
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as exc:  # no network, no such model, no access, not an id
         raise _cannot_load(name, name, exc) from exc

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinkex import errors
-from tinkex.text import gguf, registry, templates
+from tinkex.text import gguf, hub, registry, templates
 
 T = TypeVar("T")
 
@@ -326,6 +326,8 @@ def _from_hub(identifier: str, revision: str | None) -> Tokenizer:
     directory = None
     for name in files:
         try:
+            if name == "tokenizer.json" and not hub.is_cached(identifier, name, revision):
+                hub.check_file(identifier, name, revision)
             path = Path(hf_hub_download(identifier, name, revision=revision))
             directory = path.parent
         except Exception as exc:
@@ -365,6 +367,8 @@ def _from_kimi(revision: str) -> Any:
     try:
         from huggingface_hub import hf_hub_download
 
+        if not hub.is_cached(KIMI_K2, "tiktoken.model", revision):
+            hub.check_file(KIMI_K2, "tiktoken.model", revision)
         model = Path(hf_hub_download(KIMI_K2, "tiktoken.model", revision=revision))
         settings = Path(hf_hub_download(KIMI_K2, "tokenizer_config.json", revision=revision))
     except Exception as exc:
