@@ -58,10 +58,16 @@ class FakeEngine:
         self._bases = {}
         self._micro_batch = micro_batch
 
-    def load_base(self, base_model):
+    def has_base(self, base_model):
+        return base_model in self._bases
+
+    def read_base(self, base_model, on_progress):
         if base_model.startswith("missing"):
             raise ValueError(f"base model {base_model!r} cannot be loaded: it is not there.")
-        self._bases.setdefault(base_model, BaseInfo(base_model))
+        return BaseInfo(base_model)
+
+    def enter_base(self, base_model, loaded):
+        self._bases[base_model] = loaded
 
     def base_info(self, base_model):
         return self._bases[base_model]
@@ -199,6 +205,9 @@ class FakeEngine:
         if request.prompt_logprobs:
             logprobs = [np.nan, *([-weight] * (request.prompt.length - 1))]
         return types.SampleResponse(sequences, prompt_logprobs=logprobs)
+
+    def free_idle(self):
+        self.log.append(("free_idle",))
 
     def cancel_sample(self, ticket):
         self._queue = deque(job for job in self._queue if job[0] != ticket)

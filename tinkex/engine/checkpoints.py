@@ -142,6 +142,20 @@ def _write_info(directory: Path, info: Info) -> None:
     _write_json(directory / CHECKPOINT, content)
 
 
+def check_base(info: Info, base_model: str, directory: Path) -> None:
+    """Check that a checkpoint is of a base model. PEFT's adapters may name it in any way.
+
+    Raises:
+        ValueError: If it is of another one.
+    """
+    ours = (directory / CHECKPOINT).is_file()
+    if ours and info.base_model != base_model:
+        raise ValueError(
+            f"the checkpoint {str(directory)!r} is of the base model {info.base_model!r}, not of "
+            f"{base_model!r}."
+        )
+
+
 def read_info(directory: Path) -> Info:
     """Base model and shape of the adapter in *directory*: ours, or PEFT's (shape by its modules).
 

@@ -8,6 +8,7 @@ a model 128 wide trains a third faster this way. Does not know what is computed.
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import queue
 import threading
 import weakref
@@ -30,6 +31,13 @@ MIN_SHARE = 256
 
 #: Largest ratio of the largest share to the average share; all workers wait for the largest.
 MAX_IMBALANCE = 1.25
+
+
+def available_cores() -> int:
+    """Processor threads that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Workers:

@@ -8,7 +8,6 @@ with a full sentence. Long, because it is one class with every operation.
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import checkpoints, loading, lora, losses, optim, tiny
-from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine import checkpoints, loading, lora, losses, optim
+from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.model import Base
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
-from tinkex.engine.training_pass import Pass, prepare
-from tinkex.text.gguf import is_gguf
+from tinkex.engine.training_pass import Pass, check_tokens, prepare
 
 logger = logging.getLogger("tinkex.engine")
 
@@ -121,11 +119,12 @@ class Engine:
     ) -> None:
         self._directories = dict(names or {})
         self._names = {place: name for name, place in self._directories.items()}
-        self._device = _device(device)
+        self._device = loading.device_of(device)
         self._dtype = loading.dtype_of(dtype, self._device)
-        self._workers = Workers(threads or _available_cores(), on_cpu=self._device.type == "cpu")
+        self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
+        self._asked: dict[str, str] = {}  # as asked for -> canonical, of the bases that are here
         self._models: dict[str, _Model] = {}
         self._samplers: dict[str, _Adapter] = {}
         self._tickets: dict[Hashable, Sampler] = {}
@@ -140,20 +139,41 @@ class Engine:
         Raises:
             ValueError: With what was tried and what to do, when it cannot be loaded.
         """
+        if not self.has_base(base_model):
+            self.enter_base(base_model, self.read_base(base_model))
+
+    def has_base(self, base_model: str) -> bool:
+        """True if the base model is loaded. Looks at no file."""
+        return base_model in self._asked
+
+    def read_base(
+        self, base_model: str, on_progress: loading.Progress = loading.no_progress
+    ) -> loading.Loaded:
+        """Read a base model for `enter_base`. May be called from any thread, as it changes nothing.
+
+        Args:
+            on_progress: called with the bytes read so far and those of all weights; what it raises
+                ends the reading.
+
+        Raises:
+            ValueError: With what was tried and what to do, when it cannot be loaded.
+        """
         name = self._canonical(base_model)
+        source = self._directories.get(name, name)
+        loaded = loading.load(source, self._device, self._dtype, on_progress)
+        return attrs.evolve(loaded, name=name)
+
+    def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
+        """Make a base model available that was read by `read_base`."""
+        name = self._asked[base_model] = loaded.name
         if name not in self._bases:
-            source = self._directories.get(name, name)
-            loaded = loading.load(source, self._device, self._dtype)
             self._bases[name] = self._describe(name, loaded)
 
     def _canonical(self, base_model: str) -> str:
-        """One name for one model: the given name of a directory, else its absolute path; or the
-        name as is."""
+        """One name for one model: the given name of a directory, else `loading.canonical`."""
         if base_model in self._directories:
             return base_model
-        path = Path(base_model).expanduser()
-        is_here = base_model != tiny.NAME and (path.is_dir() or is_gguf(base_model))
-        place = str(path.resolve()) if is_here else base_model
+        place = loading.canonical(base_model)
         return self._names.get(place, place)
 
     def _describe(self, name: str, loaded: loading.Loaded) -> _Loaded:
@@ -176,7 +196,7 @@ class Engine:
         return self._base(base_model).info
 
     def _base(self, base_model: str) -> _Loaded:
-        loaded = self._bases.get(self._canonical(base_model))
+        loaded = self._bases.get(self._asked.get(base_model, base_model))
         if loaded is None:
             there = ", ".join(sorted(self._bases)) or "none"
             raise ValueError(f"base model {base_model!r} is not loaded here; loaded are: {there}.")
@@ -263,7 +283,7 @@ class Engine:
         model = self._model(model_id)
         config = losses.complete_config(loss_fn, loss_fn_config)
         types.check_data(data, loss_fn)
-        _check_tokens(data, model.loaded.base)
+        check_tokens(data, model.loaded.base)
         inputs = prepare(data, loss_fn, config)
         loaded = model.loaded
         merges = model.can_merge and sum(map(len, inputs)) >= loaded.base.spec.width // 2
@@ -332,10 +352,10 @@ class Engine:
         info = checkpoints.read_info(directory)
         if info.shape != model.layout.shape:
             raise ValueError(
-                f"the checkpoint {str(directory)!r} is of {_words(info.shape)}, the model of "
-                f"{_words(model.layout.shape)}; create the model to match."
+                f"the checkpoint {str(directory)!r} is of {info.shape.words}, the model of "
+                f"{model.layout.shape.words}; create the model to match."
             )
-        _check_base(info, model.loaded.info, directory)
+        checkpoints.check_base(info, model.loaded.info.name, directory)
         weights = torch.zeros_like(model.weights)
         checkpoints.read_adapter(directory, model.layout, weights)
         fresh = optim.AdamW(model.layout.size, self._device)
@@ -400,7 +420,7 @@ class Engine:
     def _finished(self, loaded: _Loaded, directory: Path) -> lora.Finished:
         """The adapter in *directory*; one copy for all samplers of it."""
         info = checkpoints.read_info(directory)
-        _check_base(info, loaded.info, directory)
+        checkpoints.check_base(info, loaded.info.name, directory)
         file = (directory / checkpoints.ADAPTER).resolve()
         key = (loaded.info.name, str(file), file.stat().st_mtime_ns)
         finished = self._adapters.get(key)
@@ -466,58 +486,13 @@ class Engine:
         if sampler is not None:
             sampler.cancel(ticket)
 
+    def free_idle(self) -> None:
+        """Free what is kept to make the next operation quicker. Call it when nothing runs."""
+        for loaded in self._bases.values():
+            loaded.workspace.clear()
+            loaded.sampler.free_idle()
+
     @property
     def has_samples(self) -> bool:
         """True if `sample_step` has something to do."""
         return any(loaded.sampler.is_busy for loaded in self._bases.values())
-
-
-def _check_tokens(data: Sequence[types.Datum], base: Base) -> None:
-    """Token ids within the vocabulary, lengths within the context."""
-    spec = base.spec
-    for i, datum in enumerate(data):
-        tokens = datum.model_input.tokens
-        if len(tokens) > spec.context:
-            raise ValueError(
-                f"data[{i}] has {len(tokens)} tokens, but the model's context is {spec.context}; "
-                "cut it."
-            )
-        targets = datum.loss_fn_inputs["target_tokens"].data
-        for name, ids in (("model_input", tokens), ("target_tokens", targets)):
-            if ids.size and int(ids.max()) >= spec.vocab:
-                raise ValueError(
-                    f"data[{i}].{name} holds token id {int(ids.max())} at position "
-                    f"{int(ids.argmax())}, but the model's vocabulary has {spec.vocab} tokens; "
-                    "encode with the model's own tokenizer."
-                )
-
-
-def _check_base(info: checkpoints.Info, base: BaseInfo, directory: Path) -> None:
-    """Our own checkpoints name their base model; PEFT's may name it in any way."""
-    ours = (directory / checkpoints.CHECKPOINT).is_file()
-    if ours and info.base_model != base.name:
-        raise ValueError(
-            f"the checkpoint {str(directory)!r} is of the base model {info.base_model!r}, not of "
-            f"{base.name!r}."
-        )
-
-
-def _words(shape: lora.Shape) -> str:
-    return f"rank {shape.rank} on {', '.join(shape.groups)}"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        raise ValueError(f'device {name!r} cannot be used here ({exc}); try "auto".') from exc
-    return device
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

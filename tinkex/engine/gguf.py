@@ -8,7 +8,8 @@ directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, MutableMapping
+import math
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,15 @@ class Tensors(MutableMapping[str, Tensor]):
     """
 
     def __init__(
-        self, file: Gguf, content: dict[str, Any], dtype: torch.dtype, device: torch.device
+        self,
+        file: Gguf,
+        content: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._file, self._dtype, self._device = file, dtype, device
+        self._on_progress, self._done = on_progress, 0
         self._heads = {}
         if content["model_type"] == "llama":
             self._heads["attn_q"] = content["num_attention_heads"]
@@ -226,9 +233,11 @@ class Tensors(MutableMapping[str, Tensor]):
             for theirs in ("attn_norm", "ffn_norm", "ffn_down"):
                 _shape(file, f"blk.{i}.{theirs}.weight")
         _shape(file, "output_norm.weight")
+        self._total = sum(map(_stored_bytes, self._infos.values()))
 
     def __getitem__(self, key: str) -> Tensor:
         info = self._infos[key]
+        self._on_progress(self._done, self._total)
         heads = self._heads.get(info.name.split(".")[-2])
         out = torch.empty(info.shape, dtype=self._dtype, device=self._device)
         # A head's rows are reordered together; they are few, so all rows are taken at once.
@@ -241,6 +250,7 @@ class Tensors(MutableMapping[str, Tensor]):
             if heads:
                 rows = unpermute(rows, heads)
             out[start : start + step].copy_(torch.from_numpy(rows))
+        self._done += _stored_bytes(info)
         return out
 
     def __setitem__(self, key: str, value: Tensor) -> None:
@@ -269,7 +279,7 @@ def _check_tensor(file: Gguf, info: TensorInfo, size: int) -> None:
             f"the tensor {info.name!r} is quantized as {name}; supported are {known}. Quantize the "
             "model again with one of these."
         )
-    end = info.offset + _bytes(info, int(np.prod(info.shape)))
+    end = info.offset + _stored_bytes(info)
     if end > size:
         raise file.error(
             f"it is truncated: {info.name!r} ends at byte {end:,}, but the file has {size:,} "
@@ -280,6 +290,10 @@ def _check_tensor(file: Gguf, info: TensorInfo, size: int) -> None:
 def _bytes(info: TensorInfo, elements: int) -> int:
     _, per_block, block_bytes = TYPES[info.kind]
     return elements // per_block * block_bytes
+
+
+def _stored_bytes(info: TensorInfo) -> int:
+    return _bytes(info, math.prod(info.shape))
 
 
 def read_rows(file: Gguf, info: TensorInfo, start: int, stop: int | None) -> np.ndarray:

@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from tinkex.engine import fetch, gguf, memory, tiny, weights
+from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
@@ -35,28 +35,49 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Decode = Callable[[Sequence[int]], str]
 
+#: Receives the bytes of weights that were read so far, and those of all. May raise to end loading.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """A `Progress` that nobody looks at."""
+
 
 @attrs.frozen(eq=False)
 class Loaded:
     """A base model and its metadata.
 
     Attributes:
-        tokenizer_id: "tinkex/tiny", a directory's absolute path, or a hub id.
+        name: `canonical`; tokenizer_id: "tinkex/tiny", a directory's absolute path, or a hub id.
         architecture: its class in transformers.
         load_decode: gives the tokenizer's decoder (ids -> text, special tokens as text).
     """
 
+    name: str
     base: Base
     tokenizer_id: str
     architecture: str
     load_decode: Callable[[], Decode]
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Loaded:
+def canonical(base_model: str) -> str:
+    """One name for one model: the absolute path of a directory or GGUF file, or the name as is."""
+    path = Path(base_model).expanduser()
+    is_here = base_model != tiny.NAME and (path.is_dir() or gguf_file.is_gguf(base_model))
+    return str(path.resolve()) if is_here else base_model
+
+
+def load(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    on_progress: Progress = no_progress,
+) -> Loaded:
     """Load *name*: "tiny", a known name, a local directory, a GGUF file or a hub id.
 
     Args:
         dtype: of the weights and of what is computed with them; None is `default_dtype`.
+        on_progress: see `Progress`.
 
     Raises:
         ValueError: If there is no such model, it is not one of `ARCHITECTURES`, its files are
@@ -66,14 +87,31 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> L
     if name == tiny.NAME:
         return _load_tiny(device, dtype)
     if gguf_file.is_gguf(name):
-        return _load_gguf(name, device, dtype)
+        return _load_gguf(name, device, dtype, on_progress)
+    on_progress(0, 0)
     source = _check_source(str(fetch.ensure(name)) if name in registry.KNOWN else name)
-    return _load_hf(name, source, device, dtype)
+    return _load_hf(name, source, device, dtype, on_progress)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """float32 on the CPU, bfloat16 on an accelerator."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def device_of(name: str) -> torch.device:
+    """The device that *name* stands for; "auto" is an accelerator if there is one.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise ValueError(f'device {name!r} cannot be used here ({exc}); try "auto".') from exc
+    return device
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
@@ -107,21 +145,26 @@ def _load_tiny(device: torch.device, dtype: torch.dtype) -> Loaded:
     inv_freq = 1.0 / (config["rope_parameters"]["rope_theta"] ** (steps / spec.head_dim))
     tensors = {name: t.to(device, dtype) for name, t in tiny.weights().items()}
     base = assemble(spec, tensors, Rope(inv_freq.to(device)))
+    architecture = config["architectures"][0]
     return Loaded(
-        base, tiny.TOKENIZER_ID, config["architectures"][0], lambda: _decoder(tiny.DIRECTORY)
+        tiny.NAME, base, tiny.TOKENIZER_ID, architecture, lambda: _decoder(tiny.DIRECTORY)
     )
 
 
-def _load_gguf(name: str, device: torch.device, dtype: torch.dtype) -> Loaded:
+def _load_gguf(
+    name: str, device: torch.device, dtype: torch.dtype, on_progress: Progress
+) -> Loaded:
     path = Path(name).expanduser().resolve()
     file = gguf_file.read(path)
     content = gguf.config(file)
+    model_files.check_sizes(name, content)
     parameters = sum(math.prod(info.shape) for info in file.tensors.values())
     _check_memory(name, parameters, device, dtype)
-    tensors = gguf.Tensors(file, content, dtype, device)
+    tensors = gguf.Tensors(file, content, dtype, device, on_progress)
     rope = Rope(gguf.inverse_frequencies(file, content).to(device))
     base = assemble(_spec(SimpleNamespace(**content), None), tensors, rope)
-    return Loaded(base, str(path), content["architectures"][0], lambda: _gguf_decoder(path))
+    architecture = content["architectures"][0]
+    return Loaded(name, base, str(path), architecture, lambda: _gguf_decoder(path))
 
 
 def _gguf_decoder(path: Path) -> Decode:
@@ -156,22 +199,12 @@ def _check_source(name: str) -> str:
     return str(path.resolve())
 
 
-def _load_hf(name: str, source: str, device: torch.device, dtype: torch.dtype) -> Loaded:
-    import transformers  # imported here because it takes seconds, and "tiny" does not need it
-
+def _load_hf(
+    name: str, source: str, device: torch.device, dtype: torch.dtype, on_progress: Progress
+) -> Loaded:
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as exc:
-        raise _cannot_load(name, source, exc) from exc
-    _check_config(name, config)
-    try:
-        with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(config)
-        if (directory / "generation_config.json").is_file():
-            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError) as exc:
-        raise _cannot_load(name, source, exc) from exc
+    model_files.check_config_file(name, directory / "config.json")
+    config, module = _describe_hf(name, source, directory)
     rotary = type(module.model.rotary_emb)(config=config)
     rope = Rope(rotary.inv_freq.to(device), float(rotary.attention_scaling))
     spec = _spec(config, module.generation_config)
@@ -180,7 +213,7 @@ def _load_hf(name: str, source: str, device: torch.device, dtype: torch.dtype) -
             f"base model {name!r} rotates {2 * len(rotary.inv_freq)} of the {spec.head_dim} "
             "numbers of a head by position; this server computes models that rotate all of them."
         )
-    tensors = weights.Weights(name, directory, dtype, device)
+    tensors = weights.Weights(name, directory, dtype, device, on_progress)
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     head = ("lm_head.weight",) if config.tie_word_embeddings else ()
     tensors.check(name, expected, head)
@@ -188,7 +221,26 @@ def _load_hf(name: str, source: str, device: torch.device, dtype: torch.dtype) -
         tensors.pop(key, None)
     _check_memory(name, sum(p.numel() for p in module.parameters()), device, dtype)
     base = assemble(spec, tensors, rope)
-    return Loaded(base, source, type(module).__name__, lambda: _decoder(directory))
+    return Loaded(name, base, source, type(module).__name__, lambda: _decoder(directory))
+
+
+def _describe_hf(name: str, source: str, directory: Path) -> tuple[Any, Any]:
+    """The configuration of a model, and its module without memory for the weights."""
+    import transformers  # imported here because it takes seconds, and "tiny" does not need it
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except Exception as exc:  # whatever a damaged or hostile file makes transformers do
+        raise _cannot_load(name, source, exc) from exc
+    _check_config(name, config)
+    try:
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(config)
+        if (directory / "generation_config.json").is_file():
+            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    except Exception as exc:
+        raise _cannot_load(name, source, exc) from exc
+    return config, module
 
 
 def _check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:

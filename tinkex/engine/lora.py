@@ -69,6 +69,11 @@ class Shape:
         return ALPHA / self.rank
 
     @property
+    def words(self) -> str:
+        """The shape in an error message."""
+        return f"rank {self.rank} on {', '.join(self.groups)}"
+
+    @property
     def groups(self) -> tuple[str, ...]:
         chosen = (self.train_attn, self.train_mlp, self.train_unembed)
         return tuple(group for group, wanted in zip(GROUPS, chosen) if wanted)
@@ -150,6 +155,12 @@ class Workspace:
         self._room: dict[str, Tensor] = {}
         self._owner: object = None
         self._merged: set[str] = set()
+
+    def clear(self) -> None:
+        """Free the room."""
+        self._room.clear()
+        self._merged.clear()
+        self._owner = None
 
     def belongs_to(self, owner: object) -> bool:
         """True if the merged copies are *owner*'s."""

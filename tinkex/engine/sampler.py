@@ -110,6 +110,11 @@ class Sampler:
             if job is not None and matches(job):
                 self._release(row)
 
+    def free_idle(self) -> None:
+        """Free what only makes the next step quicker, unless there is something to do."""
+        if not self.is_busy:
+            self._forget_state()
+
     @torch.no_grad()
     def step(self) -> list[Outcome]:
         """Admit, then advance every running sequence by a token; give what is finished.

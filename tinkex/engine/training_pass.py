@@ -268,3 +268,27 @@ class Pass:
             metrics={"loss:sum": self._loss},
             loss_fn_output_type=losses.OUTPUT_TYPES[self._loss_fn],
         )
+
+
+def check_tokens(data: Sequence[types.Datum], base: Base) -> None:
+    """Check that token ids are within the vocabulary, and lengths within the context.
+
+    Raises:
+        ValueError: Naming the datum and the fix.
+    """
+    spec = base.spec
+    for i, datum in enumerate(data):
+        tokens = datum.model_input.tokens
+        if len(tokens) > spec.context:
+            raise ValueError(
+                f"data[{i}] has {len(tokens)} tokens, but the model's context is {spec.context}; "
+                "cut it."
+            )
+        targets = datum.loss_fn_inputs["target_tokens"].data
+        for name, ids in (("model_input", tokens), ("target_tokens", targets)):
+            if ids.size and int(ids.max()) >= spec.vocab:
+                raise ValueError(
+                    f"data[{i}].{name} holds token id {int(ids.max())} at position "
+                    f"{int(ids.argmax())}, but the model's vocabulary has {spec.vocab} tokens; "
+                    "encode with the model's own tokenizer."
+                )

@@ -7,7 +7,8 @@ So loading needs little more memory than the weights themselves. Errors name the
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import attrs
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from tinkex.engine import model_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,7 +56,7 @@ def check_no_pointers(directory: Path) -> None:
         ValueError: With the name of a file that is still a pointer.
     """
     for pattern in ("*.safetensors", "*.json", "*.model"):
-        for path in sorted(directory.glob(pattern)):
+        for path in filter(Path.is_file, sorted(directory.glob(pattern))):
             with path.open("rb") as file:
                 if file.read(len(_POINTER)) == _POINTER:
                     raise ValueError(
@@ -91,6 +94,11 @@ class _Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Weights(MutableMapping[str, Tensor]):
     """The tensors of a model directory by name; each access reads from disk.
@@ -106,8 +114,14 @@ class Weights(MutableMapping[str, Tensor]):
     """
 
     def __init__(
-        self, name: str, directory: Path, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        directory: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        self._on_progress, self._done = on_progress, 0
         self._dtype = dtype
         self._device = device
         self._places: dict[str, _Place] = {}
@@ -115,13 +129,15 @@ class Weights(MutableMapping[str, Tensor]):
         self._buffer = torch.empty(BLOCK, dtype=torch.uint8)
         for path in _weight_files(directory):
             self._add_file(name, path)
+        self._total = sum(place.size for place in self._places.values())
 
     def _add_file(self, name: str, path: Path) -> None:
         try:
-            with safe_open(path, "pt"):  # checks the header, and that the file is whole
-                pass
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
+                model_files.check_header(path, size)
+                with safe_open(path, "pt"):  # checks the header, and that the file is whole
+                    pass
                 header = json.loads(file.read(size))
         except (OSError, ValueError, SafetensorError) as exc:
             raise ValueError(
@@ -185,6 +201,8 @@ class Weights(MutableMapping[str, Tensor]):
                 if file.readinto(buffer[:wanted]) != wanted:
                     raise ValueError(f"{str(place.path)!r} became shorter while it was read.")
                 flat[start : start + count].copy_(block[:count])
+                self._done += wanted
+                self._on_progress(self._done, self._total)
         return out
 
     def __setitem__(self, key: str, value: Tensor) -> None:
@@ -219,11 +237,10 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as exc:
+            names = sorted(set(model_files.read_json(index)["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as exc:
             raise ValueError(f"{str(index)!r} cannot be read ({exc}); download it again.") from exc
+        model_files.check_names(index, names)
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ValueError(
@@ -233,4 +250,4 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / name for name in names]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
-    return sorted(directory.glob("*.safetensors"))
+    return sorted(path for path in directory.glob("*.safetensors") if path.is_file())

@@ -118,7 +118,7 @@ class LocalServer:
         self.scheduler = Scheduler(engine, self._engine_failed)
         self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)
         for base_model in base_models:
-            self.scheduler.put_chore(partial(self._load, base_model))
+            self.scheduler.put_chore(partial(self._preload, base_model))
         site = Site(
             self.ledger,
             self.store,
@@ -154,8 +154,8 @@ class LocalServer:
         self.ledger.shared.on_loop(self.ledger.release)
         self._on_failure()
 
-    def _load(self, base_model: str, engine: Any) -> None:
-        self.ledger.workshop.load_base(engine, base_model)
+    def _preload(self, base_model: str, engine: Any) -> None:
+        self.ledger.workshop.loader.preload(engine, base_model, self.scheduler.put_chore)
 
     def _clean_up(self) -> None:
         """Delete what dead servers left that no server can take over."""

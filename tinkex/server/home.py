@@ -262,7 +262,8 @@ class ServerFolder:
             return None
         folder = cls(path, lock)
         shutil.rmtree(folder.drafts, ignore_errors=True)  # incomplete files of a dead predecessor
-        for sub in (folder.drafts, folder.snapshots, folder.samplers):
+        shutil.rmtree(folder.spool, ignore_errors=True)
+        for sub in (folder.drafts, folder.spool, folder.snapshots, folder.samplers):
             sub.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -289,6 +290,10 @@ class ServerFolder:
     @property
     def drafts(self) -> Path:
         return self.path / "drafts"
+
+    @property
+    def spool(self) -> Path:
+        return self.path / "spool"
 
     def draft(self) -> Path:
         """Create an empty folder for files that are moved to their place when complete."""

@@ -8,12 +8,14 @@ them change a model.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ class OperationRow:
         target: id of the model or sampler; seq: the operation's number there.
         in_line: True for a model's numbered operations, whose numbers have no gaps.
         changes_model: True if it must run again after a restart to rebuild the model.
-        body: as received, decompressed; None when it is no longer needed.
+        body: as received, decompressed; None when it is no longer needed, or not read.
+        body_size: its bytes, also if it is not read.
         extra: JSON with decisions made at acceptance (random seeds).
         ended: None while it runs, then "failure" or the form of the result.
         answer: the result; None if there is none yet, or if it is forgotten.
@@ -71,6 +74,7 @@ class OperationRow:
     ended: str | None = None
     answer: Answer | None = None
     forgotten: bool = attrs.field(default=False, converter=bool)
+    body_size: int = attrs.field(default=0, eq=False)
 
 
 @attrs.frozen
@@ -101,9 +105,11 @@ class Journal:
     """Can be used from any thread. `close` writes everything that is queued."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a file that is made now
             self._db.execute("PRAGMA journal_mode=WAL")
             # A killed process loses nothing; a power cut may lose the last transactions.
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -236,6 +242,7 @@ class Journal:
         ]
 
         def afterwards() -> None:
+            self._db.execute("PRAGMA incremental_vacuum").fetchall()  # its pages, to the disk
             if snapshot is not None:
                 shutil.rmtree(snapshot, ignore_errors=True)
 
@@ -245,14 +252,31 @@ class Journal:
         rows = self._db.execute("SELECT model_id, info, snapshot, snapshot_seq, spoilt FROM models")
         return [ModelRow(*row) for row in rows]
 
-    def operations(self) -> list[OperationRow]:
-        """All operations in the order of acceptance."""
+    def operations(self, most_bytes: int = 2**62) -> list[OperationRow]:
+        """All operations in the order of acceptance, with bodies up to *most_bytes*."""
         rows = self._db.execute(
             "SELECT request_id, name, owner, session_id, target, seq, in_line, changes_model, "
-            "content_type, body, extra, fingerprint, form AS ended, answer AS kept, forgotten "
-            "FROM operations ORDER BY number"
+            "content_type, CASE WHEN length(body) <= ? THEN body END AS body, extra, fingerprint, "
+            "form AS ended, answer AS kept, forgotten, COALESCE(length(body), 0) AS body_size "
+            "FROM operations ORDER BY number",
+            (most_bytes,),
         )
         return [_operation(row) for row in rows]
+
+    def body(self, request_id: str) -> bytes:
+        """The body of an operation that has not run. Can be called from any thread.
+
+        Raises:
+            OSError: If there is none.
+        """
+        with closing(sqlite3.connect(self._path)) as db:
+            found = db.execute(
+                "SELECT body FROM operations WHERE request_id = ?", (request_id,)
+            ).fetchone()
+        if found is None or found[0] is None:
+            raise OSError(errno.ENOENT, f"the journal has no body of {request_id}", str(self._path))
+        body: bytes = found[0]
+        return body
 
     def close(self) -> None:
         with self._changed:

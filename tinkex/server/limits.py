@@ -36,6 +36,12 @@ class Limits:
         result_bytes: all results that are kept; the oldest are dropped first.
         snapshot_seconds: compute time on a model that a restart may have to repeat.
         snapshot_bytes: request bodies that the journal keeps for one model.
+        load_seconds: reading a base model may take so long.
+        idle_model_seconds: models and samplers that are not used for this time leave the memory;
+            they come back from disk when they are used.
+        trim_seconds: freed memory is given back to the system when nothing was computed for this
+            time.
+        spool_bytes: larger requests wait on disk, not in memory.
         reap_seconds: interval of the housekeeping that removes expired objects.
         connections: open connections; fewer if the process may not open that many files.
         head_seconds: the connection is closed if a request head takes longer.
@@ -69,6 +75,10 @@ class Limits:
     result_bytes: int = 4096 * MIB
     snapshot_seconds: float = 30.0
     snapshot_bytes: int = 64 * MIB
+    load_seconds: float = 3600.0
+    idle_model_seconds: float = 600.0
+    trim_seconds: float = 30.0
+    spool_bytes: int = MIB
     reap_seconds: float = 5.0
     connections: int = 10_000
     head_seconds: float = 30.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -20,7 +22,11 @@ class LiveModel:
         spoilt: the reason why the accumulated gradients are incomplete, or None.
         done_seq: number of the last completed operation.
         seconds, size: compute time and body bytes since the last snapshot.
-        snapshot: folder of the last snapshot; snapshot_seconds: how long it took.
+        snapshot: folder of the last snapshot; snapshot_seq: the last operation in it;
+            snapshot_seconds: how long it took.
+        in_memory: False while only its snapshot exists.
+        busy: an operation on it has begun and not ended.
+        used_at: time of its last operation, on the monotonic clock.
     """
 
     model_id: str
@@ -36,7 +42,11 @@ class LiveModel:
     seconds: float = 0.0
     size: int = 0
     snapshot: Path | None = None
+    snapshot_seq: int = -1
     snapshot_seconds: float = 0.0
+    in_memory: bool = False
+    busy: bool = False
+    used_at: float = attrs.field(factory=time.monotonic)
 
     @property
     def info(self) -> str:
@@ -69,6 +79,13 @@ class LiveSampler:
         return f"base:{self.base_model}" if self.directory is None else str(self.directory)
 
 
+class StoredRequest(Protocol):
+    """A request on disk."""
+
+    def read(self) -> Future[Any]:
+        """Begin to read and decode it."""
+
+
 @attrs.frozen
 class Work:
     """One operation on a model.
@@ -78,6 +95,7 @@ class Work:
         seed: drawn at acceptance, for requests without a seed.
         ended: True if it ended before a restart; failure: the error it ended with, or None.
         size: bytes of the request body.
+        stored: where the request is kept until it runs, instead of in `request`, or None.
     """
 
     name: str
@@ -88,6 +106,7 @@ class Work:
     ended: bool = False
     failure: str | None = None
     size: int = 0
+    stored: StoredRequest | None = None
 
     @property
     def title(self) -> str:

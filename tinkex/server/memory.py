@@ -1,7 +1,9 @@
-"""Recognises that memory has run out, and says how much was needed and how much there was."""
+"""Memory that has run out, with how much was needed and how much there was; and memory that is free
+again, for the system."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -51,3 +53,12 @@ def _free(text: str) -> float | None:
         return int(lines.split("MemAvailable:")[1].split()[0]) / 1024
     except (OSError, IndexError, ValueError):  # another system
         return None
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, as far as the C library can (glibc can)."""
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return
+    malloc_trim(0)

@@ -1,7 +1,7 @@
 """The operations: what each does with the engine and the store, on the compute thread.
 
 An operation is a generator that yields where other models may run first. The state of its model is
-a `LiveModel`; a snapshot may be taken after an operation. Does not know about HTTP, about the order
+a `LiveModel`. Does not know about HTTP, about the order
 of operations (see `scheduler`), or about who waits for results.
 """
 
@@ -16,23 +16,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from tinkex import types
+from tinkex.server.base_loader import BaseLoader
 from tinkex.server.database import CheckpointRow, RunRow, SamplerRow
 from tinkex.server.encryption import encrypt_folder
-from tinkex.server.home import ServerFolder, move_into_place, sync_tree
+from tinkex.server.home import ServerFolder, move_into_place
 from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
 from tinkex.server.live import CHANGES_MODEL, LiveModel, LiveSampler, Refused, Work
 from tinkex.server.results import explained
 from tinkex.server.run_metrics import RunMetrics
-from tinkex.server.scheduler import Steps
+from tinkex.server.scheduler import Steps, Wait
+from tinkex.server.snapshots import Snapshots
 from tinkex.server.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: A snapshot is taken when repeating the work since the last one would take this many times as
-#: long as the snapshot, so that snapshots cost a few percent at most.
-_SNAPSHOT_RATIO = 20.0
+
+@attrs.define
+class _OpenSampler:
+    """A sampler in the engine: its samples in flight, and when the last one ended."""
+
+    running: int = 0
+    used_at: float = attrs.field(factory=time.monotonic)
+
 
 #: The kind of checkpoint in each segment of a path.
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -57,43 +66,53 @@ class Workshop:
     ) -> None:
         self._store = store
         self._folder = folder
-        self._journal = journal
         self._limits = limits
         self._on_sampler = on_sampler
         self._on_unloaded = on_unloaded
-        self._open: OrderedDict[str, int] = OrderedDict()  # engine_id -> samples in flight
+        self._open: OrderedDict[str, _OpenSampler] = OrderedDict()  # by engine_id
+        self.loader = BaseLoader(limits.load_seconds)
+        self.snapshots = Snapshots(folder, journal, self.loader, limits)
         self.metrics = RunMetrics(store.home.path / "metrics")
-        #: Metadata of the loaded base models, by name.
-        self.bases: dict[str, Any] = {}
 
     # Operations on models.
 
     def steps(self, work: Work, engine: Any) -> Steps:
         """Run one operation; its return value is the result."""
         model = work.model
+        model.busy = True
         started = time.perf_counter()
         try:
+            if work.ended and work.failure is None and work.name not in CHANGES_MODEL:
+                return None
+            if work.name == "UnloadModel":  # of a broken model, too
+                return self._unload_model(work, engine)
+            yield from self.snapshots.bring_back(engine, model)
             if work.failure is not None:
                 self._fail_again(work, work.failure, engine)
-                return None
-            if work.ended and work.name not in CHANGES_MODEL:
                 return None
             if model.broken is not None:
                 raise ValueError(f"there is no model {model.model_id} ({model.broken})")
             if isinstance(work.request, Refused):
                 self._fail_again(work, f"{work.title}: {work.request.sentence}", engine)
                 raise ValueError(work.request.sentence)
+            if work.stored is not None:
+                reading = work.stored.read()
+                yield Wait(reading, lambda: "its data is read from disk")
+                work = attrs.evolve(work, request=reading.result())
+            started = time.perf_counter()
             steps = self._operation(work, engine)
             while True:
                 try:
-                    next(steps)
+                    wait = next(steps)
                 except StopIteration as stop:
                     self.metrics.observe(work, stop.value)
                     return stop.value
                 model.seconds += time.perf_counter() - started
-                yield
+                yield wait
                 started = time.perf_counter()
         finally:
+            model.busy = False
+            model.used_at = time.monotonic()
             model.done_seq = max(model.done_seq, work.seq)
             model.seconds += time.perf_counter() - started
             model.size += work.size
@@ -108,7 +127,6 @@ class Workshop:
             "SaveWeightsForSampler": self._save_weights_for_sampler,
             "SaveWeightsExternal": self._save_weights_external,
             "LoadWeights": self._load_weights,
-            "UnloadModel": self._unload_model,
         }
         return operations[work.name](work, engine)
 
@@ -122,18 +140,13 @@ class Workshop:
         elif work.seq == 0:
             work.model.broken = failure
 
-    def load_base(self, engine: Any, base_model: str) -> None:
-        engine.load_base(base_model)
-        self.bases[base_model] = engine.base_info(base_model)
-
     def _create_model(self, work: Work, engine: Any) -> Steps:
         request: types.CreateModelRequest = work.request
         model = work.model
         adapter = None if request.adapter is None else Path(request.adapter)
         seed = work.seed if request.lora_config.seed is None else request.lora_config.seed
         try:
-            self.load_base(engine, model.base_model)
-            yield
+            yield from self.loader.need(engine, model.base_model)
             engine.create_model(
                 model.model_id, model.base_model, model.lora, seed=seed, adapter=adapter
             )
@@ -147,6 +160,7 @@ class Workshop:
 
     def _enter_run(self, model: LiveModel) -> None:
         model.created = True
+        self.snapshots.entered(model)
         now = time.time()
         self._store.add_run(
             RunRow(
@@ -322,8 +336,7 @@ class Workshop:
             row = self._store.checkpoints.find_model(request.path, model.owner)
             self._store.checkpoints.verify(Path(row.directory))
             if work.seq == 0:
-                self.load_base(engine, model.base_model)
-                yield
+                yield from self.loader.need(engine, model.base_model)
                 engine.create_model(model.model_id, model.base_model, model.lora, seed=work.seed)
             self._load(work, engine, Path(row.directory))
         except Exception as exc:
@@ -345,62 +358,10 @@ class Workshop:
                 engine.unload(work.model.model_id)
             raise
 
-    def _unload_model(self, work: Work, engine: Any) -> Steps:
-        yield from ()
-        if work.model.created:
-            engine.unload(work.model.model_id)
-        if self._journal is not None:
-            self._journal.remove_model(work.model.model_id, work.model.snapshot)
+    def _unload_model(self, work: Work, engine: Any) -> types.UnloadModelResponse:
+        self.snapshots.remove(engine, work.model)
         self._on_unloaded(work.model)
         return types.UnloadModelResponse(work.model.model_id)
-
-    # Snapshots.
-
-    def after(self, work: Work, engine: Any) -> None:
-        """Take a snapshot of the model if one is due."""
-        model = work.model
-        due = model.seconds > max(
-            self._limits.snapshot_seconds, _SNAPSHOT_RATIO * model.snapshot_seconds
-        )
-        if self._journal is None or not model.created or work.name == "UnloadModel":
-            return
-        if due or model.size > self._limits.snapshot_bytes:
-            try:
-                self._take_snapshot(self._journal, model, engine)
-            except Exception:
-                # Nothing is lost: the journal has all operations, and the next one tries again.
-                logger.exception(
-                    "A snapshot of model %s failed; it is retried after the next operation.",
-                    model.model_id,
-                )
-
-    def _take_snapshot(self, journal: Journal, model: LiveModel, engine: Any) -> None:
-        started = time.perf_counter()
-        place = self._folder.snapshots / f"{model.model_id.replace(':', '_')}_{model.done_seq}"
-        shutil.rmtree(place, ignore_errors=True)
-        draft = self._folder.draft()
-        try:
-            engine.snapshot(model.model_id, draft)
-            sync_tree(draft)
-            move_into_place(draft, place)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        journal.snapshot(model.model_id, place, model.done_seq, model.spoilt, model.snapshot)
-        model.snapshot = place
-        model.seconds, model.size = 0.0, 0
-        model.snapshot_seconds = time.perf_counter() - started
-
-    def restore(self, engine: Any, model: LiveModel) -> None:
-        """Restore a model from its snapshot after a restart."""
-        if model.snapshot is None:
-            return
-        try:
-            self.load_base(engine, model.base_model)
-            engine.restore(model.model_id, model.snapshot)
-            model.created = True
-        except Exception as exc:
-            logger.exception("Model %s could not be restored.", model.model_id)
-            model.broken = f"it could not be restored after a restart ({exc})"
 
     # Sampling.
 
@@ -411,7 +372,7 @@ class Workshop:
         sampler: LiveSampler,
         request: types.SampleRequest,
         on_token: Callable[[int, int, float], None] | None = None,
-    ) -> None:
+    ) -> Steps:
         """Submit a sample request to the engine. Call `sample_ended` when it has ended."""
         engine_id = sampler.engine_id
         if engine_id not in self._open:
@@ -423,26 +384,38 @@ class Workshop:
                 )
             if sampler.directory is not None:
                 self._store.checkpoints.verify(sampler.directory)
-            self.load_base(engine, sampler.base_model)
+            yield from self.loader.need(engine, sampler.base_model)
+        if engine_id not in self._open:  # still: others may have opened it meanwhile
             engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
-            self._open[engine_id] = 0
+            self._open[engine_id] = _OpenSampler()
         engine.submit_sample(ticket, engine_id, request, on_token=on_token, share=sampler.owner)
-        self._open[engine_id] += 1
+        self._open[engine_id].running += 1
         self._open.move_to_end(engine_id)
 
     def sample_ended(self, engine: Any, sampler: LiveSampler) -> None:
         """Note that a sample request has ended; close idle samplers beyond the limit."""
-        if sampler.engine_id in self._open:
-            self._open[sampler.engine_id] -= 1
-        idle = [engine_id for engine_id, samples in self._open.items() if samples == 0]
+        opened = self._open.get(sampler.engine_id)
+        if opened is not None:
+            opened.running -= 1
+            opened.used_at = time.monotonic()
+        idle = [engine_id for engine_id, opened in self._open.items() if not opened.running]
         for engine_id in idle[: max(0, len(self._open) - self._limits.open_samplers)]:
-            del self._open[engine_id]
-            engine.close_sampler(engine_id)
+            self._close(engine, engine_id)
+
+    def close_idle_samplers(self, engine: Any) -> None:
+        """Take adapters out of memory that nothing was sampled from for the time that is set."""
+        idle_since = time.monotonic() - self._limits.idle_model_seconds
+        for engine_id, opened in list(self._open.items()):
+            if not opened.running and opened.used_at < idle_since:
+                self._close(engine, engine_id)
+
+    def _close(self, engine: Any, engine_id: str) -> None:
+        del self._open[engine_id]
+        engine.close_sampler(engine_id)
 
     def close_session_samplers(self, engine: Any, session_id: str) -> None:
         """Remove the samplers of an ended session, with their own snapshots."""
         prefix = str(self._folder.samplers / f"{session_id}_sample_")
         for engine_id in [i for i in self._open if i.startswith(prefix)]:
-            del self._open[engine_id]
-            engine.close_sampler(engine_id)
+            self._close(engine, engine_id)
         self._store.remove_samplers(session_id)

@@ -31,7 +31,7 @@ def checked_base_model(call: Call, base_model: str) -> str:
             f"this server runs without the built-in model {base_model!r}; choose one of "
             f"{', '.join(call.site.base_models) or 'the models of the hub'}.",
         )
-    info = call.site.ledger.workshop.bases.get(base_model)
+    info = call.site.ledger.workshop.loader.bases.get(base_model)
     if context is not None and info is not None and context > info.max_context_length:
         raise Refusal(
             400,

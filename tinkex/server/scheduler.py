@@ -5,6 +5,9 @@ gaps; an early job waits until those before it have arrived. Lines and sampling 
 fairly by time: training and sampling get half each while both have work, and the lines share
 training's half. A job can be interrupted at every `yield`, so small jobs do not wait for big ones.
 
+A job that waits for something that is not computed, such as a file that is read, yields a `Wait`:
+it is parked, and others run until that is done.
+
 States of a line: open; closing (a last job waits for those before it); removed.
 Does not know about HTTP, users, files, or what a job computes; takes callables.
 """
@@ -16,13 +19,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import attrs
 
 logger = logging.getLogger(__name__)
 
-Steps = Generator[None, None, Any]
+
+@attrs.define(eq=False)
+class Wait:
+    """What a job waits for without using the compute thread.
+
+    Attributes:
+        done: it is parked until this ends, in whatever way.
+        describe: what is waited for and how far it is, for those who wait for the job.
+        leave: called once when the job no longer waits, as it goes on or was cancelled.
+    """
+
+    done: Future[Any]
+    describe: Callable[[], str]
+    leave: Callable[[], None] = lambda: None
+
+
+Steps = Generator[Wait | None, None, Any]
 
 
 @attrs.define(eq=False)
@@ -30,8 +50,8 @@ class Job:
     """One operation.
 
     Attributes:
-        steps: called with the engine when the job starts; a generator that yields where other
-            work may run first, and returns the result.
+        steps: called with the engine when the job starts; a generator that yields None where other
+            work may run first, or a `Wait`, and returns the result.
         finish: called once, on the compute thread, with the result or the exception.
         after: called with the engine after `finish`, for work that no client waits for.
         size: bytes of memory while it waits.
@@ -49,15 +69,17 @@ class SampleJob:
 
     Attributes:
         ticket: its id at the engine.
-        submit: called with the engine; submits the request with that ticket.
+        submit: called with the engine; submits the request with that ticket. A generator if it has
+            to wait for something first.
         finish: called once, on the compute thread, with the response or the exception.
         after: called with the engine after `finish`, if the request had been submitted.
     """
 
     ticket: str
-    submit: Callable[[Any], None]
+    submit: Callable[[Any], Steps | None]
     finish: Callable[[Any], None]
     after: Callable[[Any], None]
+    steps: Steps | None = None
 
 
 @attrs.frozen
@@ -90,9 +112,13 @@ class _Line:
     running: tuple[Job, Steps] | None = None
     last: Job | None = None
     used: float = 0.0  # seconds of compute time, for fairness
+    parked: Wait | None = None
+    cancelled: bool = False
 
     @property
     def ready(self) -> bool:
+        if self.parked is not None:
+            return False
         return self.running is not None or self.next_seq in self.waiting or self.last is not None
 
     def take(self) -> Job | None:
@@ -129,12 +155,14 @@ class Scheduler:
         self._active: dict[str, _Line] = {}  # lines with a job that can run
         self._chores: deque[Callable[[Any], None]] = deque()
         self._new_samples: dict[str, SampleJob] = {}
+        self._parked: dict[str, tuple[SampleJob, Wait]] = {}
         self._cancelled: list[str] = []
         self._samples: dict[
             str, SampleJob
         ] = {}  # submitted to the engine; used by the compute thread only
         self._train_used = self._sample_used = 0.0
         self._served: str | None = None
+        self._turns = 0
         self._stopping = False
 
     def start(self) -> None:
@@ -195,6 +223,14 @@ class Scheduler:
             self._cancelled.append(ticket)
             self._changed.notify()
 
+    def cancel_parked(self, line_id: str, seq: int) -> None:
+        """Cancel job *seq* if it is parked; it ends with `Cancelled`. Others are not stopped."""
+        with self._changed:
+            line = self._lines.get(line_id)
+            wait = None if line is None or seq != line.next_seq - 1 else line.parked
+        if line is not None and wait is not None:
+            self._unpark(line_id, line, wait, cancelled=True)
+
     def put_chore(self, chore: Callable[[Any], None]) -> None:
         """Call *chore* with the engine before the next slice."""
         with self._changed:
@@ -228,13 +264,58 @@ class Scheduler:
             line = self._lines.get(line_id)
             if not self.ready.is_set():
                 return 0, "the engine is starting"
-            if line is None or seq < line.next_seq:
+            if line is None:
+                return 0, "running"
+            if line.parked is not None:
+                return max(0, seq - line.next_seq + 1), line.parked.describe()
+            if seq < line.next_seq:
                 return 0, "running"
             for missing in range(line.next_seq, seq):
                 if missing not in line.waiting:
                     return seq - line.next_seq, f"operation {missing} has not arrived yet"
             ahead = seq - line.next_seq + (line.running is not None)
             return ahead, f"{ahead} operations of this model are ahead"
+
+    def sample_place(self, ticket: str) -> str:
+        """The reason why a sample request waits."""
+        with self._changed:
+            if not self.ready.is_set():
+                return "the engine is starting"
+            parked = self._parked.get(ticket)
+            return (
+                "the sample request is waiting or running"
+                if parked is None
+                else parked[1].describe()
+            )
+
+    def _unpark(self, line_id: str, line: _Line, wait: Wait, *, cancelled: bool = False) -> None:
+        """Let a parked job run again. Called from any thread, without the lock."""
+        with self._changed:
+            if line.parked is not wait:
+                return
+            line.parked, line.cancelled = None, cancelled
+            self._wake(line_id, line)
+        wait.leave()
+
+    def _unpark_sample(self, ticket: str) -> None:
+        with self._changed:
+            job, wait = self._parked.pop(ticket, (None, None))
+            if job is not None:
+                self._new_samples[ticket] = job
+                self._changed.notify()
+        if wait is not None:
+            wait.leave()
+
+    @property
+    def turns(self) -> int:
+        """Slices of jobs and samples that have run: the same again if nothing ran since."""
+        return self._turns
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no job and no sample can run."""
+        with self._changed:
+            return not (self._active or self._has_samples())
 
     # What follows runs on the compute thread.
 
@@ -284,6 +365,7 @@ class Scheduler:
         if self._chores:
             chore = self._chores.popleft()
             return lambda: self._chore_turn(chore)
+        self._turns += 1
         sampling = self._has_samples() or bool(self._cancelled)
         if not self._active:
             self._train_used = max(self._train_used, self._sample_used)
@@ -313,7 +395,13 @@ class Scheduler:
             line.running = (job, job.steps(self._engine))
         job, steps = line.running
         try:
-            next(steps)
+            if line.cancelled:
+                line.cancelled = False
+                wait = steps.throw(Cancelled("the request was cancelled."))
+            else:
+                wait = next(steps)
+            if wait is not None:
+                self._park(line_id, line, wait)
         except StopIteration as stop:
             self._end(line_id, line, job, stop.value)
         except Exception as exc:
@@ -321,6 +409,12 @@ class Scheduler:
         spent = self._clock() - start
         line.used += spent
         self._train_used += spent
+
+    def _park(self, line_id: str, line: _Line, wait: Wait) -> None:
+        with self._changed:
+            line.parked = wait
+            del self._active[line_id]
+        wait.done.add_done_callback(lambda _: self._unpark(line_id, line, wait))
 
     def _end(self, line_id: str, line: _Line, job: Job, outcome: Any) -> None:
         job.finish(outcome)
@@ -360,14 +454,29 @@ class Scheduler:
             cancelled, self._cancelled = self._cancelled, []
         for ticket, job in new.items():
             try:
-                job.submit(self._engine)
-                self._samples[ticket] = job
+                self._submit(ticket, job)
             except Exception as exc:
                 job.finish(exc)
         for ticket in cancelled:
-            if ticket in self._samples:
+            with self._changed:
+                parked, wait = self._parked.pop(ticket, (None, None))
+            if parked is not None and wait is not None:
+                wait.leave()
+                parked.finish(Cancelled("the request was cancelled."))
+            elif ticket in self._samples:
                 self._forget_at_engine([ticket])
                 self._end_sample(ticket, Cancelled("the request was cancelled."))
+
+    def _submit(self, ticket: str, job: SampleJob) -> None:
+        if job.steps is None:
+            job.steps = job.submit(self._engine)
+        wait = None if job.steps is None else next(job.steps, None)
+        if wait is None:
+            self._samples[ticket] = job
+            return
+        with self._changed:
+            self._parked[ticket] = job, wait
+        wait.done.add_done_callback(lambda _: self._unpark_sample(ticket))
 
     def _end_sample(self, ticket: str, outcome: Any) -> None:
         job = self._samples.pop(ticket, None)

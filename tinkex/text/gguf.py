@@ -22,6 +22,8 @@ Tokenizer = Any
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+#: Most elements of a list in the header; the largest vocabularies have 300,000 entries.
+_MOST_ELEMENTS = 2**24
 _STRING, _ARRAY = 8, 9
 
 #: struct's letter for each scalar type of the format.
@@ -138,7 +140,7 @@ def read(path: Path) -> Gguf:
                     f"{str(path)!r} is truncated: the header is not complete after "
                     f"{len(data):,} bytes; download it again."
                 ) from exc
-            except (UnicodeDecodeError, KeyError) as exc:
+            except (UnicodeDecodeError, KeyError, RecursionError) as exc:
                 raise GgufError(f"{str(path)!r} is damaged ({exc!r}); download it again.") from exc
 
 
@@ -184,6 +186,11 @@ class _Header:
         if kind != _ARRAY:
             return self._one(_SCALARS[kind])
         element, count = self._one("I"), self._one("Q")
+        if count > _MOST_ELEMENTS:
+            raise GgufError(
+                f"{str(self._path)!r} has a list of {count} elements in its header; at most "
+                f"{_MOST_ELEMENTS} are read. The file is damaged."
+            )
         if element in _SCALARS:
             letters = f"<{count}{_SCALARS[element]}"
             values = struct.unpack_from(letters, self._data, self._at)

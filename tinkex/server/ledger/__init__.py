@@ -9,19 +9,23 @@ HTTP.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
+from typing import Any
 
+from tinkex.server import memory
 from tinkex.server.home import ServerFolder
 from tinkex.server.journal import Journal
 from tinkex.server.ledger.models import ModelPlace, Models
-from tinkex.server.ledger.records import Record, Records
+from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
 from tinkex.server.ledger.restart import Restart
 from tinkex.server.ledger.samplers import SamplerPlace, Samplers
 from tinkex.server.ledger.sessions import Session, Sessions, Shared
 from tinkex.server.limits import Limits
 from tinkex.server.operations import Workshop
 from tinkex.server.scheduler import Scheduler
+from tinkex.server.spool import Spool
 from tinkex.server.store import Store
 
 __all__ = ["Ledger", "ModelPlace", "Record", "SamplerPlace", "Session"]
@@ -58,9 +62,12 @@ class Ledger:
             on_forgotten=lambda record: self.samplers.forgotten(record),
         )
         parts = (self.shared, self.sessions, self.records, self.workshop)
-        self.models = Models(*parts)
+        self.spool = Spool(folder.spool, journal)
+        self.models = Models(*parts, self.spool)
         self.samplers = Samplers(*parts)
         self._reaper: asyncio.Task[None] | None = None
+        self._turns_seen = self._turns_trimmed = 0
+        self._still_since = 0.0
 
     def start(self) -> None:
         """Read what a predecessor on this port left, and start housekeeping."""
@@ -74,6 +81,7 @@ class Ledger:
     def stop(self) -> None:
         """Stop accepting, and answer every waiting poll."""
         self.shared.stop()
+        self.spool.close()
         if self._reaper is not None:
             self._reaper.cancel()
         self.release()
@@ -83,11 +91,33 @@ class Ledger:
         self.records.release()
         self.samplers.release()
 
+    async def base_info(self, base_model: str) -> Any | None:
+        """Metadata of a base model, which is loaded first if that is needed.
+
+        None if it cannot be loaded, or not while a poll may take.
+        """
+        bases, shared = self.workshop.loader.bases, self.shared
+        if base_model not in bases:
+            waiters: Waiters = []
+            shared.scheduler.put_chore(
+                lambda engine: self.workshop.loader.preload(
+                    engine,
+                    base_model,
+                    shared.scheduler.put_chore,
+                    lambda: shared.on_loop(wake, waiters),
+                )
+            )
+            await sleep_among(waiters, shared.limits.poll_seconds)
+        return bases.get(base_model)
+
     def cancel(self, owner: str, request_id: str) -> None:
-        """Cancel a running sample request; other operations continue. Raises Refusal (410)."""
+        """Cancel a sample request, or a creation that waits for its base model. Other operations
+        continue. Raises Refusal (410)."""
         record = self.records.of_owner(request_id, owner)
         if record.name == "Sample" and record.answer is None:
             self.shared.scheduler.cancel_sample(request_id)
+        elif record.seq == 0:
+            self.shared.scheduler.cancel_parked(record.target, 0)
 
     async def end_session(self, session: Session, status: str, detail: str | None) -> None:
         """End a session. Accepted operations still run, then models and samplers are removed."""
@@ -127,8 +157,25 @@ class Ledger:
             if not self._is_busy(session):
                 logger.info("Session %s is closed: no request for a long time.", session.session_id)
                 await self.end_session(session, "failed", "no heartbeat")
+        self.shared.scheduler.put_chore(self.workshop.snapshots.swap_out)
+        self.shared.scheduler.put_chore(self.workshop.close_idle_samplers)
+        self._free_memory()
         await self.models.write_touched()
         await self.shared.in_pool(self.shared.store.checkpoints.delete_expired)
+
+    def _free_memory(self) -> None:
+        """Give freed memory back to the system, once after each time that something was computed.
+
+        Not at once: the next operation would have to get it again, page by page.
+        """
+        scheduler, now = self.shared.scheduler, time.monotonic()
+        if scheduler.turns != self._turns_seen or not scheduler.is_idle:
+            self._turns_seen, self._still_since = scheduler.turns, now
+        elif now - self._still_since < self.shared.limits.trim_seconds:
+            return
+        elif self._turns_seen != self._turns_trimmed:
+            self._turns_trimmed = self._turns_seen
+            scheduler.put_chore(_free_memory)
 
     def _is_busy(self, session: Session) -> bool:
         """True if something is running. Operations that wait for a missing one do not count."""
@@ -136,3 +183,9 @@ class Ledger:
         return any(place is not None and place.running for place in places) or any(
             self.shared.scheduler.is_active(model_id) for model_id in session.models
         )
+
+
+def _free_memory(engine: Any) -> None:
+    engine.free_idle()
+    gc.collect()
+    memory.trim()

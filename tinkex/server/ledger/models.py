@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from functools import partial
@@ -13,14 +14,16 @@ from tinkex import types, wire
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.ledger.records import Record, Records
+from tinkex.server.ledger.requests import REFUSED, decode
 from tinkex.server.ledger.sessions import Session, Sessions, Shared, check_number
 from tinkex.server.live import LiveModel, Refused, Work
 from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer
 from tinkex.server.scheduler import Job
+from tinkex.server.spool import Spool
 
-#: Content type, in the journal, of the operation that takes the number of a refused request.
-REFUSED = "application/x-tinkex-refused"
+logger = logging.getLogger(__name__)
+
 #: Refused numbers that are remembered per model.
 MAX_REFUSED = 1000
 #: Headers of a refusal after which the client should retry.
@@ -50,8 +53,14 @@ class Models:
     """The live models of this server."""
 
     def __init__(
-        self, shared: Shared, sessions: Sessions, records: Records, workshop: Workshop
+        self,
+        shared: Shared,
+        sessions: Sessions,
+        records: Records,
+        workshop: Workshop,
+        spool: Spool,
     ) -> None:
+        self._spool = spool
         self._shared = shared
         self._sessions = sessions
         self._records = records
@@ -163,9 +172,32 @@ class Models:
             place.used.discard(seq)
             self._release_sampler(work)
             raise
-        self.put(place, record, work)
+        try:
+            work = await self._without_request(work, body, content_type)
+        finally:
+            self.put(place, record, work)
         place.refused.pop(seq, None)
         return record
+
+    async def _without_request(self, work: Work, body: bytes, content_type: str) -> Work:
+        """*work* with a large request on disk instead of in memory."""
+        if len(body) <= self._shared.limits.spool_bytes:
+            return work
+        if not self._spool.has_journal:
+            try:
+                path = await self._shared.in_pool(self._spool.write, body)
+            except OSError as exc:
+                logger.warning("A request stays in memory, as it cannot be written: %s", exc)
+                return work
+            read = partial(decode, work.name, content_type)
+            return attrs.evolve(work, request=None, stored=self._spool.in_file(path, read))
+        return self.stored(work, content_type)
+
+    def stored(self, work: Work, content_type: str) -> Work:
+        """*work* with the request that the journal has."""
+        read = partial(decode, work.name, content_type)
+        stored = self._spool.in_journal(work.origin, read)
+        return attrs.evolve(work, request=None, stored=stored)
 
     async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
         """Note that the request with this number was refused.
@@ -232,7 +264,7 @@ class Models:
         job = Job(
             steps=partial(self._workshop.steps, work),
             finish=ended,
-            after=partial(self._workshop.after, work),
+            after=partial(self._workshop.snapshots.after, work),
         )
         self._shared.scheduler.put(record.target, record.seq, job)
 

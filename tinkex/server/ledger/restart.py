@@ -7,13 +7,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from tinkex import types, wire
+from tinkex import types
 from tinkex.server.journal import Journal, ModelRow, OperationRow
-from tinkex.server.ledger.models import REFUSED, Models
+from tinkex.server.ledger.models import Models
 from tinkex.server.ledger.records import Record, Records
+from tinkex.server.ledger.requests import decode
 from tinkex.server.ledger.samplers import Samplers, name_sequences
 from tinkex.server.ledger.sessions import Sessions, Shared
-from tinkex.server.live import LiveModel, LiveSampler, Refused, Work
+from tinkex.server.live import LiveModel, LiveSampler, Work
 from tinkex.server.operations import Workshop
 from tinkex.server.results import answer
 
@@ -44,7 +45,7 @@ class Restart:
         self._read_store()
         for model in journal.models():
             self._read_model(model)
-        for operation in journal.operations():
+        for operation in journal.operations(self._shared.limits.spool_bytes):
             try:
                 self._read_operation(operation)
             except Exception:
@@ -73,11 +74,11 @@ class Restart:
         live = LiveModel.from_info(row.model_id, row.info)
         live.snapshot = None if row.snapshot is None else Path(row.snapshot)
         live.spoilt, live.done_seq = row.spoilt, row.snapshot_seq
+        live.created, live.snapshot_seq = live.snapshot is not None, row.snapshot_seq
         place = self._models.enter(live, first=row.snapshot_seq + 1)
         for seq in range(row.snapshot_seq + 1):
             place.used.add(seq)
         self._snapshots[row.model_id] = row.snapshot_seq
-        self._shared.scheduler.put_chore(lambda engine: self._workshop.restore(engine, live))
 
     def _read_operation(self, row: OperationRow) -> None:
         record = Record(
@@ -88,7 +89,7 @@ class Restart:
             row.target,
             row.seq,
             row.fingerprint,
-            len(row.body or b""),
+            row.body_size,
             answer=row.answer,
         )
         request = None if row.body is None else decode(row.name, row.content_type, row.body)
@@ -113,6 +114,8 @@ class Restart:
             failure=None if row.answer is None else row.answer.sentence,
             size=record.size,
         )
+        if request is None and row.body_size:
+            work = self._models.stored(work, row.content_type)
         session = self._sessions.get(row.session_id)
         if session is not None and isinstance(request, types.SaveWeightsForSamplerRequest):
             number = request.sampling_session_seq_id
@@ -143,20 +146,3 @@ class Restart:
         result = answer(gone, record.name)
         self._records.journal(record, result)
         self._records.end(record, result)
-
-
-#: The class of each operation's JSON body.
-_REQUESTS: dict[str, type[Any]] = {
-    name: operation.request
-    for name, operation in wire.OPERATIONS.items()
-    if operation.request is not None
-}
-
-
-def decode(name: str, content_type: str, body: bytes) -> Any:
-    """Decode the request of an operation. Raises DecodeError."""
-    if content_type == REFUSED:
-        return wire.from_json(Refused, wire.loads(body))
-    if name in ("Forward", "ForwardBackward"):
-        return wire.decode_request(content_type, body)
-    return wire.from_json(_REQUESTS[name], wire.loads(body))

@@ -73,7 +73,7 @@ def _check_known(call: Call, base_model: str) -> None:
     Raises:
         Refusal: 404.
     """
-    names = [*call.site.base_models, *call.site.ledger.workshop.bases, *registry.KNOWN]
+    names = [*call.site.base_models, *call.site.ledger.workshop.loader.bases, *registry.KNOWN]
     if base_model in names or "/" in base_model or Path(base_model).is_dir():
         return
     there = ", ".join(dict.fromkeys(names))
@@ -97,7 +97,7 @@ async def _newest(call: Call, run_id: str) -> str:
 
 
 async def _tokenizer_of(call: Call, live: LiveSampler) -> Any:
-    info = call.site.ledger.workshop.bases.get(live.base_model)
+    info = call.site.ledger.workshop.loader.bases.get(live.base_model)
     told = None if info is None else info.tokenizer_source or info.tokenizer_id
     try:
         identifier = tokenizers.tokenizer_id(live.base_model, told)

@@ -43,7 +43,7 @@ async def overview(call: Call) -> dict[str, Any]:
         ],
         "sessions": [_session(row) for row in sessions],
         "base_models": list(
-            dict.fromkeys([*call.site.base_models, *call.site.ledger.workshop.bases])
+            dict.fromkeys([*call.site.base_models, *call.site.ledger.workshop.loader.bases])
         ),
     }
 

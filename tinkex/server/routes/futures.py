@@ -50,7 +50,7 @@ def _not_yet(call: Call, record: Record) -> Response:
     ledger.shared.check_running()
     payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
     if record.name == "Sample":
-        payload["queue_state_reason"] = "the sample request is waiting or running"
+        payload["queue_state_reason"] = ledger.shared.scheduler.sample_place(record.request_id)
     else:
         position, reason = ledger.shared.scheduler.place(record.target, record.seq)
         payload |= {"queue_position": position, "queue_state_reason": reason}

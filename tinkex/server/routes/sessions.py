@@ -217,7 +217,7 @@ def _summary(call: Call, row: SessionRow) -> dict[str, Any]:
 
 async def capabilities(call: Call) -> Response:
     """The base models; their context length is known once they are loaded."""
-    bases = call.site.ledger.workshop.bases
+    bases = call.site.ledger.workshop.loader.bases
     names = dict.fromkeys([*call.site.base_models, *bases])
     models = [
         types.SupportedModel(name, bases[name].max_context_length if name in bases else None)

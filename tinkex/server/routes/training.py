@@ -209,7 +209,7 @@ async def get_info(call: Call) -> Response:
         await ledger.records.wait(creation, call.site.limits.poll_seconds)
     if live.broken is not None:
         raise Refusal(404, f"there is no model {live.model_id}: {live.broken}.")
-    info = ledger.workshop.bases.get(live.base_model)
+    info = await ledger.base_info(live.base_model)
     return reply(
         types.GetInfoResponse(
             model_id=live.model_id,
