@@ -6,8 +6,6 @@ the credentials file that the official command line and `tinkex auth login` writ
 
 from __future__ import annotations
 
-import os
-
 from tinkex import config, errors
 from tinkex.rest import RestClient
 
@@ -17,12 +15,12 @@ def get_tinker_token() -> str | None:
 
     TINKER_CREDENTIAL_CMD is not run.
     """
-    return os.environ.get("TINKER_API_KEY") or config.stored_key() or None
+    return config.variable("TINKER_API_KEY") or config.stored_key() or None
 
 
 def tinker_has_credentials() -> bool:
     """True if there is a key, or a command that prints one. Nothing is sent or run."""
-    return bool(get_tinker_token() or os.environ.get("TINKER_CREDENTIAL_CMD"))
+    return bool(get_tinker_token() or config.variable("TINKER_CREDENTIAL_CMD"))
 
 
 def raise_if_tinker_not_accessible() -> None:

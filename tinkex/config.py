@@ -268,7 +268,7 @@ def wants_embedded(
     given = _checked(config)
     named = base_url or api_key or given.base_url or given.api_key or given.credential_cmd
     in_environment = ("TINKER_BASE_URL", "TINKER_API_KEY", "TINKER_CREDENTIAL_CMD")
-    return not named and not any(_env(name) for name in in_environment)
+    return not named and not any(variable(name) for name in in_environment)
 
 
 def load(
@@ -289,17 +289,17 @@ def load(
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     given = attrs.evolve(_checked(config), **fields)
-    url = _check_url(base_url or given.base_url or _env("TINKER_BASE_URL") or OFFICIAL_URL)
+    url = _check_url(base_url or given.base_url or variable("TINKER_BASE_URL") or OFFICIAL_URL)
     telemetry = given.telemetry
     if telemetry is None:
-        telemetry = (_env("TINKER_TELEMETRY") or "").lower() in ("1", "true", "yes", "on")
+        telemetry = (variable("TINKER_TELEMETRY") or "").lower() in ("1", "true", "yes", "on")
     loaded = attrs.evolve(
         given,
         base_url=url,
-        api_key=api_key or given.api_key or _env("TINKER_API_KEY") or _engine_key(url),
-        credential_cmd=given.credential_cmd or _env("TINKER_CREDENTIAL_CMD"),
-        project_id=given.project_id or _env("TINKER_PROJECT_ID"),
-        tags=given.tags or _tags(_env("TINKER_TAGS") or ""),
+        api_key=api_key or given.api_key or variable("TINKER_API_KEY") or _engine_key(url),
+        credential_cmd=given.credential_cmd or variable("TINKER_CREDENTIAL_CMD"),
+        project_id=given.project_id or variable("TINKER_PROJECT_ID"),
+        tags=given.tags or _tags(variable("TINKER_TAGS") or ""),
         default_headers={**_cloudflare_headers(), **given.default_headers},
         telemetry=telemetry,
     )
@@ -320,7 +320,7 @@ def _tags(text: str) -> tuple[str, ...]:
 
 def key_source(config: Config) -> str | None:
     """Where the credential of *config* comes from, in words; None if there is none."""
-    if config.api_key and config.api_key == _env("TINKER_API_KEY"):
+    if config.api_key and config.api_key == variable("TINKER_API_KEY"):
         return "from TINKER_API_KEY"
     if config.api_key and config.api_key == _engine_key(config.base_url):
         return "of the embedded engine"
@@ -333,7 +333,7 @@ def key_source(config: Config) -> str | None:
 
 def log_level() -> str | None:
     """The log level that TINKEX_LOG names, in lower case; None if it is not set."""
-    level = _env("TINKEX_LOG")
+    level = variable("TINKEX_LOG")
     return level.lower() if level else None
 
 
@@ -344,7 +344,7 @@ def wants_color() -> bool:
 
 def home() -> Path:
     """The folder where the local server stores its files: TINKEX_HOME, or ~/.tinkex."""
-    return Path(_env("TINKEX_HOME") or "~/.tinkex").expanduser()
+    return Path(variable("TINKEX_HOME") or "~/.tinkex").expanduser()
 
 
 def engine_key_file(base_url: str) -> Path:
@@ -366,9 +366,14 @@ def engine_addresses() -> list[str]:
     ]
 
 
+def openai_key() -> str:
+    """The key for servers in the style of OpenAI: OPENAI_API_KEY, or ""."""
+    return variable("OPENAI_API_KEY") or ""
+
+
 def engine_token() -> str | None:
     """The secret by which an embedded engine recognizes its parent process."""
-    return _env("TINKEX_ENGINE_TOKEN")
+    return variable("TINKEX_ENGINE_TOKEN")
 
 
 def engine_environment(token: str) -> dict[str, str]:
@@ -395,7 +400,8 @@ def run_credential_cmd(command: str) -> str:
     return done.stdout.strip()
 
 
-def _env(name: str) -> str | None:
+def variable(name: str) -> str | None:
+    """An environment variable without surrounding spaces; None if it is not set or empty."""
     return os.environ.get(name, "").strip() or None
 
 
@@ -412,7 +418,7 @@ def _cloudflare_headers() -> dict[str, str]:
         "CF-Access-Client-Id": "CLOUDFLARE_ACCESS_CLIENT_ID",
         "CF-Access-Client-Secret": "CLOUDFLARE_ACCESS_CLIENT_SECRET",
     }
-    return {header: value for header, name in names.items() if (value := _env(name))}
+    return {header: value for header, name in names.items() if (value := variable(name))}
 
 
 def _check_official_key(config: Config) -> Config:

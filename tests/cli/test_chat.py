@@ -47,6 +47,22 @@ def test_a_conversation_can_be_piped(chat, service):
     assert "has no chat template" in err
 
 
+def test_a_server_in_the_style_of_openai_is_talked_to_by_its_name_for_the_model(
+    chat, requests_mock, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    answer = 'data: {"choices": [{"delta": {"content": "Hi there"}}]}\n\ndata: [DONE]\n\n'
+    requests_mock.post("http://other.test/v1/chat/completions", text=answer)
+    status, out, err = chat(
+        "hello", "/compare", model="qwen", options=["--base-url", "http://other.test/v1"]
+    )
+
+    assert (0, "Hi there\n") == (status, out)
+    assert "qwen" == requests_mock.last_request.json()["model"]
+    assert "Bearer sk-1" == requests_mock.last_request.headers["Authorization"]
+    assert "no base model to compare with" in err
+
+
 def test_system_and_reset(chat, service):
     chat("hi", "/reset", "/system Be brief.", "hi", options=["--system", "Rhyme."])
 
@@ -97,7 +113,7 @@ def test_a_wrong_command_is_explained_and_the_chat_continues(chat, line, said):
 def test_a_base_model_cannot_be_compared_with_itself(chat):
     _, _, err = chat("/compare hi", model="fake")
 
-    assert "this is the base model" in err
+    assert "no base model" in err
 
 
 def test_a_message_that_the_server_refuses_is_forgotten(chat, service, monkeypatch):

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,7 +23,7 @@ from tinkex.cli.sample import what_to_sample
 from tinkex.recipes import answers
 
 if TYPE_CHECKING:
-    from tinkex.recipes.conversation import Conversation
+    from tinkex.recipes.conversation import Conversation, Settings
 
 HELP = """\
 /reset             forget the conversation; the system prompt stays
@@ -70,25 +70,51 @@ def chat(
     MODEL is the --output folder of a finished `tinkex train`, a tinker:// path of weights saved
     for sampling, or a base model as for `tinkex train`. Default: the folder `run`, if there is
     one, else the built-in model `tiny`. Input that is not a terminal is read line by line.
+
+    A --base-url that ends in /v1 is a server in the style of OpenAI (vLLM, llama.cpp, Ollama ...);
+    MODEL is then a name that it knows, and the key --api-key or OPENAI_API_KEY.
     """
-    from tinkex import ServiceClient
     from tinkex.recipes.conversation import Conversation, Settings
+    from tinkex.recipes.openai_server import OpenAIServer, is_openai_style
 
-    model = model or ("run" if Path("run", "state.json").is_file() else "tiny")
-    base_model, model_path = what_to_sample(model)
-    fetched(base_model or "", base_url, api_key)
-    with ServiceClient(base_url=base_url, api_key=api_key) as service:
-        sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
-        tokenizer = sampler.get_tokenizer()
-        settings = Settings(max_tokens, temperature, seed)
+    settings = Settings(max_tokens, temperature, seed)
+    with contextlib.ExitStack() as stack:
+        if base_url is not None and is_openai_style(base_url):
+            from tinkex import config
 
-        def base() -> Any:
-            return service.create_sampling_client(base_model=sampler.get_base_model())
-
-        conversation = Conversation(sampler, tokenizer, settings, base if model_path else None)
+            model = model or "default"
+            server = OpenAIServer(base_url, api_key or config.openai_key(), model)
+            conversation = Conversation(server, settings)
+        else:
+            model = model or ("run" if Path("run", "state.json").is_file() else "tiny")
+            conversation = _conversation(stack, model, settings, base_url, api_key)
         conversation.set_system(system or "")
         _greet(model, conversation)
         _talk(conversation)
+
+
+def _conversation(
+    stack: contextlib.ExitStack,
+    model: str,
+    settings: Settings,
+    base_url: str | None,
+    api_key: str | None,
+) -> Conversation:
+    """With a model that is sampled from; *stack* closes its client."""
+    from tinkex import ServiceClient
+    from tinkex.recipes.conversation import Conversation, Sampled
+
+    base_model, model_path = what_to_sample(model)
+    fetched(base_model or "", base_url, api_key)
+    service = stack.enter_context(ServiceClient(base_url=base_url, api_key=api_key))
+    sampler = service.create_sampling_client(model_path=model_path, base_model=base_model)
+    tokenizer = sampler.get_tokenizer()
+
+    def base() -> Sampled:
+        base_sampler = service.create_sampling_client(base_model=sampler.get_base_model())
+        return Sampled(base_sampler, tokenizer)
+
+    return Conversation(Sampled(sampler, tokenizer), settings, base if model_path else None)
 
 
 def _greet(model: str, conversation: Conversation) -> None:

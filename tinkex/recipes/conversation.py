@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -22,29 +22,77 @@ class Settings:
     seed: int | None
 
 
-class Conversation:
+class Speaker(Protocol):
+    """What answers a conversation: a model that is sampled from, or a server of another API."""
+
+    @property
+    def has_template(self) -> bool:
+        """False if the conversation is written as plain text, which a model may not follow."""
+
+    @property
+    def message(self) -> dict[str, Any] | None:
+        """The last answer, as far as it was taken; None if nothing was said."""
+
+    def pieces(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[str]:
+        """The answer to *messages*, piece by piece. Raises ValueError, TinkexError."""
+
+
+class Sampled:
     """
-    What was said, and the model that says the rest.
+    A model that is sampled from.
 
     Args:
-        base: makes the sampler of the base model; None if the model is a base model itself.
+        sampler: a `SamplingClient`; tokenizer: its tokenizer.
     """
 
-    def __init__(
-        self, sampler: Any, tokenizer: Any, settings: Settings, base: Callable[[], Any] | None
-    ) -> None:
-        self.settings = settings
-        self.messages: list[dict[str, Any]] = []
-        self.system = ""
-        self._sampler = sampler
-        self._tokenizer = tokenizer
+    def __init__(self, sampler: Any, tokenizer: Any) -> None:
+        self._sampler, self._tokenizer = sampler, tokenizer
         self._renderer = Renderer(tokenizer)
-        self._make_base = base
-        self._base: Any = None
+        self._tokens: list[int] = []
 
     @property
     def has_template(self) -> bool:
         return self._renderer.template is not None
+
+    @property
+    def message(self) -> dict[str, Any] | None:
+        return parse_response(self._tokens, self._tokenizer) if self._tokens else None
+
+    def pieces(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[str]:
+        self._tokens = []
+        prompt = self._renderer.prompt(messages)
+        params = types.SamplingParams(
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            stop=prompt.stop or None,
+        )
+        yield from answers.pieces(
+            self._sampler, prompt.model_input, params, self._tokenizer, self._tokens
+        )
+
+
+class Conversation:
+    """
+    What was said, and who says the rest.
+
+    Args:
+        base: makes the speaker of the base model; None if there is nothing to compare with.
+    """
+
+    def __init__(
+        self, speaker: Speaker, settings: Settings, base: Callable[[], Speaker] | None = None
+    ) -> None:
+        self.settings = settings
+        self.messages: list[dict[str, Any]] = []
+        self.system = ""
+        self._speaker = speaker
+        self._make_base = base
+        self._base: Speaker | None = None
+
+    @property
+    def has_template(self) -> bool:
+        return self._speaker.has_template
 
     def set_system(self, text: str) -> None:
         self.system = text
@@ -62,13 +110,11 @@ class Conversation:
                 forgotten then.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        tokens: list[int] = []
         try:
-            yield from self._answer(self._sampler, asked, tokens)
+            yield from self._speaker.pieces(asked, self.settings)
         finally:
-            if tokens:
-                answer = parse_response(tokens, self._tokenizer)
-                self.messages = [*asked, answer]
+            if self._speaker.message is not None:
+                self.messages = [*asked, self._speaker.message]
 
     def compare(self, text: str) -> tuple[str, str]:
         """
@@ -78,7 +124,7 @@ class Conversation:
             ValueError: If there is nothing to compare or to answer.
         """
         if self._make_base is None:
-            raise ValueError("this is the base model; there is nothing to compare it with.")
+            raise ValueError("there is no base model to compare with.")
         before = self.messages
         if not text:
             asked = [i for i, message in enumerate(before) if message["role"] == "user"]
@@ -89,18 +135,7 @@ class Conversation:
             self._base = self._make_base()
         messages = [*before, {"role": "user", "content": text}]
         theirs, ours = (
-            "".join(self._answer(sampler, messages, [])) for sampler in (self._base, self._sampler)
+            "".join(speaker.pieces(messages, self.settings))
+            for speaker in (self._base, self._speaker)
         )
         return theirs, ours
-
-    def _answer(
-        self, sampler: Any, messages: list[dict[str, Any]], tokens: list[int]
-    ) -> Iterator[str]:
-        prompt = self._renderer.prompt(messages)
-        params = types.SamplingParams(
-            max_tokens=self.settings.max_tokens,
-            temperature=self.settings.temperature,
-            seed=self.settings.seed,
-            stop=prompt.stop or None,
-        )
-        return answers.pieces(sampler, prompt.model_input, params, self._tokenizer, tokens)

@@ -17,7 +17,7 @@ from tinkex import errors, types
 from tinkex.checkpoints import card
 from tinkex.checkpoints import export as exporting
 from tinkex.recipes import answers, charts, run_folder
-from tinkex.recipes.conversation import Conversation, Settings
+from tinkex.recipes.conversation import Conversation, Sampled, Settings
 from tinkex.sampling import SamplingClient
 from tinkex.service import ServiceClient
 from tinkex.text.renderer import Renderer
@@ -200,7 +200,7 @@ class Run:
         """
         sampler = self.sampling_client()
         settings = Settings(max_tokens, temperature, None)
-        conversation = Conversation(sampler, sampler.get_tokenizer(), settings, None)
+        conversation = Conversation(Sampled(sampler, sampler.get_tokenizer()), settings)
         conversation.set_system(system)
         while True:
             try:

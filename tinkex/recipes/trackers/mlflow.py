@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
+from tinkex import config
 from tinkex.recipes.callbacks import Checkpoint, End, Sample
 from tinkex.recipes.run import Run
 from tinkex.recipes.trackers import base
@@ -40,7 +40,7 @@ class Tracker(base.Tracker):
         self._number = known
 
     def _create(self, run: Run) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", base.PROJECT)
+        name = config.variable("MLFLOW_EXPERIMENT_NAME") or base.PROJECT
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         created = self._client.create_run(experiment, run_name=base.title(run))

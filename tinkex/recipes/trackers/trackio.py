@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from tinkex import config
 from tinkex.recipes.callbacks import End
 from tinkex.recipes.run import Run
 from tinkex.recipes.trackers import base
@@ -24,7 +24,7 @@ class Tracker(base.Tracker):
     def on_start(self, run: Run) -> None:
         if self._run is None:
             self._run = self._trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", base.PROJECT),
+                project=config.variable("TRACKIO_PROJECT") or base.PROJECT,
                 name=base.title(run),
                 config=run.settings,
                 resume="allow",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from tinkex import config
 from tinkex.recipes.callbacks import Checkpoint, End, Sample
 from tinkex.recipes.run import Run
 from tinkex.recipes.trackers import base
@@ -21,7 +21,7 @@ class Tracker(base.Tracker):
 
         self._wandb = wandb
         self._run: Any = None
-        mode = os.environ.get("WANDB_MODE", "online")
+        mode = config.variable("WANDB_MODE") or "online"
         # Otherwise init() would ask for a key in the terminal, and the run would wait.
         if mode == "online" and not wandb.api.api_key:
             raise ValueError(
@@ -32,7 +32,7 @@ class Tracker(base.Tracker):
     def on_start(self, run: Run) -> None:
         if self._run is None:
             self._run = self._wandb.init(
-                project=os.environ.get("WANDB_PROJECT", base.PROJECT),
+                project=config.variable("WANDB_PROJECT") or base.PROJECT,
                 name=base.title(run),
                 config=run.settings,
                 dir=str(run.folder),
