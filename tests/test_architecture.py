@@ -26,7 +26,8 @@ FLOORS = [
     "runtime/pending runtime/responses data/ cli/options",
     "runtime/retry runtime/http_session runtime/sample_stream",
     "runtime/transport runtime/rate_limit",
-    "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded",
+    "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded "
+    "runtime/heartbeat",
     "runtime/connection",
     "runtime/session",
     "runtime/ending",

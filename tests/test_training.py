@@ -1530,6 +1530,35 @@ def test_after_a_fork_the_child_says_that_the_client_must_be_made_anew():
     ] == done.stdout.splitlines(), done.stderr
 
 
+def test_after_a_fork_the_child_does_not_wait_for_its_parent_s_results():
+    """Nobody polls there: the wait would never end."""
+    done = run(
+        """
+        import asyncio
+        server.always("retrieve_future", fake_server.blocked(entered, release))
+        with fake_server.training(server) as client:
+            future = client.optim_step(types.AdamParams())
+            entered.wait(10)
+            pid = os.fork()
+            if pid == 0:
+                for wait in (lambda: future.result(5), lambda: asyncio.run(future.result_async())):
+                    try:
+                        wait()
+                    except RuntimeError as exc:
+                        print("is a fork: its result arrives there alone" in str(exc))
+                sys.stdout.flush()
+                os._exit(0)
+            print(os.waitpid(pid, 0)[1])
+            release.set()
+            print(future.result(10))
+        """
+    )
+
+    assert ["True", "True", "0", "OptimStepResponse(metrics={})"] == done.stdout.splitlines(), (
+        done.stderr
+    )
+
+
 def test_ctrl_c_gets_through_while_a_result_is_awaited():
     done = run(
         """

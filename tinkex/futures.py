@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -90,6 +91,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         #: Called once with (result, exception), before anybody who waits is woken: a program may
         #: end right after that.
         self.on_end: Callable[[Any, BaseException | None], None] | None = None
+        self._pid = os.getpid()
         self._ended: float | None = None  # when it was resolved; time.monotonic()
         #: Called after a failure was raised to, or returned to, the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
@@ -127,6 +129,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
         Raises:
             TimeoutError: If it is not done in time.
+            RuntimeError: In a forked child of the process that the future belongs to.
             Exception: What the operation failed with.
         """
         exc = self.exception(timeout)
@@ -140,6 +143,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What it failed with, or None if it succeeded; waits like `result`."""
+        self._check_process()
         self.is_retrieved = True
         try:
             exc = super().exception(timeout)
@@ -156,6 +160,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         """The result, for use in a coroutine; a timeout leaves the operation alive."""
         import asyncio  # only here: the SDK is for plain scripts
 
+        self._check_process()
         loop = asyncio.get_running_loop()
         finished = loop.create_future()
 
@@ -192,6 +197,15 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
+
+    def _check_process(self) -> None:
+        """In a forked child nothing resolves the futures of its parent: waiting would not end."""
+        if not self.done() and os.getpid() != self._pid:
+            raise RuntimeError(
+                f"{self.what} was started by process {self._pid}, of which this one "
+                f"({os.getpid()}) is a fork: its result arrives there alone. Call result() before "
+                "the fork, or submit the operation with a new client here."
+            )
 
     def _not_done(self, timeout: float | None) -> TimeoutError:
         return TimeoutError(

@@ -112,6 +112,18 @@ def test_resume_of_nothing_and_of_something_finished(train, tmp_path, capsys):
     assert "is already finished" in capsys.readouterr().err
 
 
+def test_a_finished_run_goes_further_with_more_steps(train, tmp_path, capsys):
+    assert 0 == train("--max-steps", "2", "--batch-size", "4")
+    capsys.readouterr()
+
+    assert 0 == resume(tmp_path, "--max-steps", "3")
+    captured = capsys.readouterr()
+    assert "continues to step 3 instead of 2" in captured.err
+    assert "adapter" in captured.out
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (3, 3) == (state["step"], state["total_steps"])
+
+
 def test_when_the_server_fails_the_resume_command_is_printed(train, service, tmp_path, capsys):
     def fails(name):
         if "step-000001" in str(service.checkpoints):

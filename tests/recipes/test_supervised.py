@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import attrs
@@ -360,6 +360,51 @@ def test_a_run_does_not_resume_as_another(run, tmp_path, changed, flag):
 
     with pytest.raises(ValueError, match=f"{flag}, but the run to resume has"):
         run(settings=attrs.evolve(SETTINGS, **changed))
+
+
+@pytest.mark.parametrize("changed", [{"max_steps": 4}, {"epochs": 1}])
+def test_a_run_does_not_resume_to_an_earlier_end(run, changed):
+    run(settings=attrs.evolve(SETTINGS, max_steps=6, epochs=2))
+
+    with pytest.raises(ValueError, match="omit it, give a larger one, or start a new run"):
+        run(settings=attrs.evolve(SETTINGS, **{"max_steps": 6, "epochs": 2, **changed}))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("further", [{"max_steps": 9}, {"max_steps": None}, {"epochs": 3}])
+def test_a_resumed_run_may_go_further(run, tmp_path, is_finished, further):
+    """With a constant learning rate it ends where a longer run from the start does, to the bit."""
+    short = attrs.evolve(SETTINGS, epochs=2, max_steps=None if "epochs" in further else 6)
+    long = attrs.evolve(short, **further)
+    expected = run("longer", settings=long)
+    service = FakeService(on_operation=killed_after(1000 if is_finished else 15))
+    with nullcontext() if is_finished else pytest.raises(Killed):
+        run(service=service, settings=short)
+    service.on_operation = lambda name: None
+    report = Silent()
+    outcome = run(service=service, settings=long, report=report)
+
+    assert outcome.state.is_finished
+    assert expected.state.step == outcome.state.step
+    assert adapter(tmp_path / "longer") == adapter(tmp_path / "run")
+    steps = [row["step"] for row in rows(tmp_path / "run") if "train_loss" in row]
+    assert list(range(1, outcome.state.step + 1)) == steps
+    assert any("ends as a run to step" in text for text in report.said)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_what_a_longer_run_does_to_a_falling_learning_rate_is_said(run, tmp_path, schedule):
+    settings = attrs.evolve(SETTINGS, schedule=schedule, max_steps=4, epochs=2)
+    service, report = FakeService(), Silent()
+    run(service=service, settings=settings)
+    run(service=service, settings=attrs.evolve(settings, max_steps=8), report=report)
+
+    said = next(text for text in report.said if "continues to step 8 instead of 4" in text)
+    assert "ends in other weights" in said
+    rates = [row["learning_rate"] for row in rows(tmp_path / "run") if "train_loss" in row]
+    assert 8 == len(rates)
+    assert rates[4] > rates[3]
+    assert f"from {rates[3]:.3g} at step 4 to {rates[4]:.3g} at step 5" in said
 
 
 def test_how_often_to_save_and_evaluate_may_change(run):

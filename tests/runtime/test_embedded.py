@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -122,6 +123,22 @@ def test_its_key_is_in_a_file_for_this_user_while_it_runs(engine):
     assert 0o600 == stat.S_IMODE(path.stat().st_mode)
     engine.close()
     assert not path.exists()
+
+
+def test_key_files_of_engines_that_were_killed_are_removed(home):
+    """And those of running ones stay: other processes read them."""
+    folder = home / "engines"
+    folder.mkdir(mode=0o700, parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as running:
+        with socket.create_server(("127.0.0.1", 0)) as killed:
+            dead, port = killed.getsockname()[1], running.getsockname()[1]
+        (folder / f"127.0.0.1-{dead}.key").write_text("tml-dead")
+        (folder / f"127.0.0.1-{port}.key").write_text("tml-running")
+        (folder / "not-an-address.key").write_text("")
+        started = EmbeddedEngine.start()
+        started.close()
+
+        assert {f"127.0.0.1-{port}.key", "not-an-address.key"} == {p.name for p in folder.iterdir()}
 
 
 def test_its_output_goes_to_a_log_for_this_user(engine, home):

@@ -1,4 +1,4 @@
-"""What the clients of one server session share: features, numbers, the heartbeat, and the end."""
+"""What the clients of one server session share: features, numbers, and the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.fake_server import (
     try_again,
 )
 from tinkex import errors, types, wire
-from tinkex.config import PROTOCOL_VERSION, Patience
+from tinkex.config import PROTOCOL_VERSION
 from tinkex.futures import OperationFuture
 from tinkex.runtime import embedded
 from tinkex.runtime.connection import Connection, connect
@@ -372,138 +372,6 @@ def test_a_thing_that_is_not_there_is_told_from_an_endpoint_that_is_not(server):
         s.call(wire.GET_INFO, types.GetInfoRequest("m1"))
 
     assert not isinstance(caught.value, errors.NotOfferedError)
-
-
-# The heartbeat.
-
-
-class Beats:
-    """Counts beats, and lets a test wait for the n-th."""
-
-    def __init__(self, server, fault=None):
-        self._seen = threading.Condition()
-        self.count = 0
-        server.always("session_heartbeat", self)
-        self.fault = fault
-
-    def __call__(self, server, request, limits, behave):
-        with self._seen:
-            self.count += 1
-            self._seen.notify_all()
-        return behave() if self.fault is None else self.fault(server, request, limits, behave)
-
-    def wait_for(self, n):
-        with self._seen:
-            return self._seen.wait_for(lambda: self.count >= n, 10)
-
-
-def beating(server):
-    return session(server, heartbeat=True, patience=Patience(heartbeat=0.001))
-
-
-def test_statement_27_the_session_gives_signs_of_life(server):
-    """To /session_heartbeat: /heartbeat is a 404, and sessions died of it unnoticed.
-    (statement 27)"""
-    beats = Beats(server)
-    with beating(server):
-        assert beats.wait_for(3)
-
-    seen = server.seen("session_heartbeat")[0]
-    assert {"session_id": "s0", "type": "session_heartbeat"} == seen.body
-    assert 10.0 == seen.timeout[1]
-    assert 10.0 == Patience().heartbeat
-
-
-def test_the_heartbeat_ends_with_the_session(server):
-    beats = Beats(server)
-    with beating(server) as s:
-        beats.wait_for(2)
-        heart = s._heart
-    heart.join(10)
-
-    assert not heart.is_alive()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [status(503), reset(), refused(), status(404, {"detail": "no session s0"})],
-    ids=["503", "reset", "refused", "the session is not known"],
-)
-def test_missed_beats_are_told_at_the_second_one_and_then_once_a_minute(server, caplog, fault):
-    """Not after 120 s, and not at every beat."""
-    beats = Beats(server, fault)
-    with beating(server):
-        beats.wait_for(20)
-        server.clock.sleep(61)
-        beats.wait_for(beats.count + 3)
-    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-
-    assert 2 == len(warnings)
-    assert "no heartbeat has reached the server for" in warnings[0]
-    assert "(session s0)" in warnings[0]
-
-
-def test_one_missed_beat_is_no_news(server, caplog):
-    beats = Beats(server)
-    server.script("session_heartbeat", status(503))
-    with beating(server):
-        beats.wait_for(3)
-
-    assert [] == caplog.records
-
-
-def test_a_beat_is_tried_once(server):
-    """The next one comes soon enough; retries would pile up."""
-    beats = Beats(server, status(503))
-    with beating(server):
-        beats.wait_for(3)
-
-    assert {"0"} == {
-        seen.headers["x-stainless-retry-count"] for seen in server.seen("session_heartbeat")
-    }
-
-
-def test_a_server_without_heartbeats_is_left_in_peace(server):
-    server.lacks.add("session_heartbeat")
-    with beating(server) as s:
-        s._heart.join(10)
-
-        assert 1 == len(server.seen("session_heartbeat"))
-
-
-def test_a_404_of_a_proxy_does_not_end_the_heartbeats_of_a_server_that_has_them(server):
-    """The official SDK dropped its sessions like this, silently."""
-    beats = Beats(server)
-    with beating(server):
-        beats.wait_for(2)
-        server.script("session_heartbeat", *[status(404, b"<html>no backend</html>")] * 3)
-
-        assert beats.wait_for(beats.count + 3)
-
-
-def test_a_session_that_the_server_has_ended_is_told_once(server, caplog):
-    server.always("session_heartbeat", status(410))
-    with beating(server) as s:
-        s._heart.join(10)
-
-    assert ["the server has ended session s0"] == [r.getMessage() for r in caplog.records]
-
-
-def test_a_heart_is_not_stopped_by_an_exception_that_nobody_thought_of(server):
-    """A credential command that fails once must not cost the session."""
-    beats = Beats(server)
-    with beating(server) as s:
-        beats.wait_for(1)
-        calls = []
-
-        def broken_once():
-            calls.append(1)
-            if len(calls) == 1:
-                raise ValueError("TINKER_CREDENTIAL_CMD ended with status 1")
-            return "tml-key"
-
-        s.transport.get_key = broken_once
-        assert beats.wait_for(beats.count + 3)
 
 
 # In the background.

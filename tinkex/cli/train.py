@@ -316,11 +316,11 @@ def _train(
     given: dict[str, Any],
 ) -> int:
     """The command, when no other process uses the folder."""
-    from tinkex import Run, ServiceClient, errors
+    from tinkex import ServiceClient, errors
     from tinkex.cli import progress
-    from tinkex.recipes import finetune, start_from, supervised
+    from tinkex.recipes import finetune, run_folder, start_from, supervised
 
-    was_finished = Run(output).is_finished
+    before = run_folder.load_state(output)
     with progress.CtrlC() as ctrl_c:
         try:
             run = finetune.start(
@@ -343,7 +343,7 @@ def _train(
     if not run.is_finished:
         _print_resume_command(output)
         return ctrl_c.status
-    if not was_finished:
+    if run_folder.load_state(output) != before:
         _print_outcome(supervised.outcome(run), output)
     return 0
 

@@ -181,7 +181,7 @@ def start(
         held_out = given_data.read(eval_data, told_eval, wanted, path)
     if state is not None:
         run_folder.check_same(state, wanted, file, held_out)
-        if state.is_finished:
+        if state.is_finished and not state.goes_further(wanted):
             report.say(f"The run in {folder} is already finished.")
             return Run(folder)
     run_folder.check_space(folder)

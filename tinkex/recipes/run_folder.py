@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import attrs
 
 from tinkex.data import files
-from tinkex.recipes.settings import FREE, Settings
+from tinkex.recipes.settings import FREE, GROWING, Settings
 
 #: Bytes that must be free in the folder when a run starts.
 MIN_FREE = 64 << 20
@@ -68,6 +68,10 @@ class State:
     def has_begun(self) -> bool:
         """True if there is a model to resume: the server has accepted it."""
         return self.total_steps > 0
+
+    def goes_further(self, settings: Settings) -> bool:
+        """True if *settings* have more epochs or steps than the run has had so far."""
+        return any(getattr(settings, n) != getattr(self.settings, n) for n in GROWING)
 
     @property
     def is_finished(self) -> bool:
@@ -195,11 +199,14 @@ def check_same(
         was, now = getattr(state.settings, field.name), getattr(settings, field.name)
         if field.name == "date" and now is None:
             continue  # the day of the start is kept
+        if field.name in GROWING and was is not None and (now is None or now > was):
+            continue
         if was != now and field.name not in FREE:
+            more = "give a larger one, " if field.name in GROWING else ""
             flag = f"--{field.name.replace('_', '-')}"
             raise ValueError(
                 f"{_FLAGS.get(field.name, flag)} is {now}, but the run to resume has {was}; "
-                "omit it, or start a new run with another --output."
+                f"omit it, {more}or start a new run with another --output."
             )
     for file, path, digest in (
         (data, state.data, state.data_sha256),

@@ -100,7 +100,8 @@ def _names(value: Any) -> Any:
 
 @attrs.frozen
 class Settings:
-    """What a run was asked for. A resumed run must have the same, but for what is in `FREE`.
+    """What a run was asked for. A resumed run must have the same, but for what is in `FREE`, and
+    no less of what is in `GROWING`.
 
     Args:
         base_model: name, or absolute path of a folder: see `tinkex.text.tokenizer`.
@@ -212,3 +213,5 @@ class Settings:
 
 #: Settings that do not decide the result.
 FREE = {"eval_every", "save_every", "keep", "generate_every", "prompts", "report_to"}
+#: Settings that a resumed run may have more of: it then goes further.
+GROWING = {"epochs", "max_steps"}

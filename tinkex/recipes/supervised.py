@@ -111,6 +111,9 @@ def run(
             eval_sha256=eval_data.sha256 if eval_data else None,
         )
     check_same(state, settings, data, eval_data)
+    before = state
+    if state.goes_further(settings):
+        state = attrs.evolve(state, sampler_path=None)
     state = attrs.evolve(state, settings=settings)
     data = _of_method(data, settings.method)
     eval_data = eval_data and _of_method(eval_data, settings.method)
@@ -136,6 +139,8 @@ def run(
             report,
             callbacks or Callbacks(),
         )
+        if before.goes_further(settings):
+            report.say(further(before, settings, trainer.total))
         with guard() as is_stopped:
             is_complete = trainer.run(is_stopped)
         if is_complete:
@@ -143,6 +148,23 @@ def run(
         return outcome(Run(folder))
     finally:
         training.close()
+
+
+def further(before: State, settings: Settings, total: int) -> str:
+    """What it means that the run of *before* now ends at step *total*, in words."""
+    if total == before.total_steps:
+        return f"The run ends at step {total} as before: see --epochs and --max-steps."
+    text = f"The run continues to step {total} instead of {before.total_steps}."
+    step = before.step + 1
+    if settings.schedule == "constant" or before.step <= settings.warmup_steps:
+        return f"{text} It ends as a run to step {total} from the start would."
+    was = settings.learning_rate_at(before.step, before.total_steps)
+    return (
+        f"{text} The {settings.schedule} schedule now falls to 0 there: the learning rate goes "
+        f"from {was:.3g} at step {before.step} to {settings.learning_rate_at(step, total):.3g} at "
+        f"step {step}. A run to step {total} from the start would have had higher rates so far, "
+        "and ends in other weights."
+    )
 
 
 def _completed(settings: Settings, state: State | None) -> Settings:

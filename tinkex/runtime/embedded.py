@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ class EmbeddedEngine:
         self.api_key = api_key
         self.log_path = log_path
         self._key_file = config.engine_key_file(base_url)
+        _remove_stale_keys(self._key_file.parent)
         _write_private(self._key_file, api_key)
         atexit.register(self.close)
 
@@ -121,6 +123,18 @@ def _write_private(path: Path, text: str) -> None:
             file.write(text)
     except OSError as exc:
         raise _unwritable(path.parent, exc) from exc
+
+
+def _remove_stale_keys(folder: Path) -> None:
+    """Of engines that are gone, because they and their parents were killed."""
+    for path in folder.glob("*.key"):
+        host, _, port = path.stem.rpartition("-")
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        except (OSError, ValueError):
+            continue
 
 
 def _log_file(home: Path) -> Path:

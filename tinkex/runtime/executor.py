@@ -31,11 +31,13 @@ class Pool:
     def __init__(self, max_workers: int, name: str) -> None:
         self._name = name
         self._pid = os.getpid()
-        self._threads: list[threading.Thread] = []
+        threads: list[threading.Thread] = []
+        self._threads = threads
         self._executor = ThreadPoolExecutor(
             max_workers,
             thread_name_prefix=name,
-            initializer=lambda: self._threads.append(threading.current_thread()),
+            # Not this pool itself: its threads would then keep it, and it them.
+            initializer=lambda: threads.append(threading.current_thread()),
         )
         _pools.add(self)
 

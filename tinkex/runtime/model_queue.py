@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -54,6 +55,8 @@ class ModelQueue:
         self._owns_session = owns_session
         self._worker = OrderedWorker(f"tinkex-{name}", first_seq_id=first_seq_id)
         session.dependents.add(self._worker)
+        # Of a client that is dropped, not closed, the thread ends when nothing waits any more.
+        weakref.finalize(self, self._worker.end).atexit = False
         self._lock = threading.Lock()  # guards both below
         self._ended = ""
         self._unloaded = False

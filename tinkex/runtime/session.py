@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import os
 import threading
 import time
@@ -27,6 +26,7 @@ from tinkex.runtime import (
 )
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Connection
 from tinkex.runtime.executor import Pool
+from tinkex.runtime.heartbeat import Heartbeat
 from tinkex.runtime.pending import PendingOperations, describe
 from tinkex.runtime.polling import Poller, Promise
 from tinkex.runtime.queue_state import tell_of_refusal
@@ -112,11 +112,18 @@ class Session(Connection):
             Connection.close(self)
             raise
         self.telemetry = telemetry.start(self.transport, self.session_id)
-        self._heart = threading.Thread(
-            target=self._beat, name=f"tinkex-heartbeat-{self.session_id}", daemon=True
+        dropped = threading.Event()
+        self._heart = Heartbeat(
+            self.transport,
+            self.session_id,
+            self.closed,
+            partial(_let_go_if_dropped, dropped, self.transport, self.telemetry, engine),
         )
         if heartbeat:
             self._heart.start()
+        # A program may forget to close it. Nothing that takes time may happen during the garbage
+        # collection, so the thread of the heartbeat lets go of the connections.
+        weakref.finalize(self, _note_dropped, dropped, self.closed).atexit = False
         open_sessions.add(self)
 
     def _create(self, user_metadata: dict[str, Any] | None, display_name: str | None) -> str:
@@ -293,41 +300,7 @@ class Session(Connection):
         self._background.start(run, dropped=lambda: fail(future, closed))
         return future
 
-    # Heartbeat.
-
-    def _beat(self) -> None:
-        """Tell the server that we live. Runs on the heartbeat's thread."""
-        interval = self.config.patience.heartbeat
-        now = self.transport.waits.now
-        missed, warned, heard = 0, -math.inf, now()
-        known = False  # a beat has got through: the server has this endpoint
-        while not self.closed.wait(interval / 4 if missed else interval):
-            try:
-                self._beat_once()
-                missed, heard, known = 0, now(), True
-                continue
-            except errors.PromiseExpiredError:
-                if not self.closed.is_set():
-                    logger.warning("the server has ended session %s", self.session_id)
-                return
-            except Exception as exc:  # whatever it is, the next beat may get through
-                if not known and isinstance(exc, errors.NotFoundError) and is_missing_route(exc):
-                    logger.debug("the server knows no heartbeats; none are sent")
-                    return
-                problem = exc
-            missed += 1
-            if missed >= 2 and now() - warned >= 60 and not self.closed.is_set():
-                warned = now()
-                logger.warning(
-                    "no heartbeat has reached the server for %.0f s (session %s): %s",
-                    now() - heard,
-                    self.session_id,
-                    problem,
-                )
-
-    def _beat_once(self) -> None:
-        request = types.SessionHeartbeatRequest(self.session_id)
-        self.transport.call(wire.SESSION_HEARTBEAT, request, retry=ONCE, timeout=10.0)
+    # The end.
 
     def check_open(self) -> None:
         """ClientClosedError if the session takes no new operations."""
@@ -446,6 +419,28 @@ class Session(Connection):
             )
         except errors.TinkexError as exc:
             logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
+
+
+def _note_dropped(dropped: threading.Event, closed: threading.Event) -> None:
+    if not closed.is_set():
+        dropped.set()
+        closed.set()
+
+
+def _let_go_if_dropped(
+    dropped: threading.Event,
+    transport: Transport,
+    reporter: telemetry.Reporter | None,
+    engine: embedded.EmbeddedEngine | None,
+) -> None:
+    """Like `close`, for a session that was collected; the server ends it when it stays silent."""
+    if not dropped.is_set():
+        return
+    if reporter is not None:
+        reporter.close()
+    transport.close()
+    if engine is not None:
+        embedded.release(engine)
 
 
 #: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.
