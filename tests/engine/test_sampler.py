@@ -385,6 +385,37 @@ def test_chosen_targets_of_the_prompt(engine):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+def test_alternatives_of_the_prompt_are_drawn_from_the_model_s_distribution(engine, temperature):
+    """At each position after the first: their log-probabilities are the model's, and how often a
+    token is drawn is its probability at the request's temperature."""
+    prompt, draws = PROMPTS[1], 4000
+    more = {"prompt_alt_tokens_k": draws, "prompt_logprobs": True, "prompt_logprobs_last_n": 2}
+    ask_for = request(prompt, max_tokens=1, temperature=temperature, seed=3, more=more)
+    [response] = ask(engine, ("a", ask_for))
+    [again] = ask(engine, ("a", ask_for))
+
+    found = response.prompt_alt_tokens
+    tokens, logprobs = found.tokens.to_numpy(), found.logprobs.to_numpy()
+    everything = _all_logprobs(engine, "a", prompt)
+    assert (len(prompt) - 1, draws) == tokens.shape == logprobs.shape
+    expected = np.take_along_axis(everything, tokens, axis=1)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+    np.testing.assert_array_equal(tokens, again.prompt_alt_tokens.tokens.to_numpy())
+    for row, drawn in zip(everything, tokens):
+        share = np.bincount(drawn, minlength=tiny.VOCAB) / draws
+        if temperature == 0:
+            assert share[row.argmax()] == 1
+            continue
+        chances = np.exp((row - row.max()) / temperature)
+        chances /= chances.sum()
+        # Five standard deviations of a share that is counted in *draws* draws.
+        assert (np.abs(share - chances) < 5 * np.sqrt(chances / draws) + 2 / draws).all()
+    scored = np.isnan(response.prompt_logprobs_np)
+    assert scored[:-2].all()
+    assert not scored[-2:].any()
+
+
 def test_prompts_are_scored_together_as_they_are_alone(engine):
     """Of several adapters and lengths, one of them asked for twice, whatever each wants to know."""
     targets = types.TensorData(np.full((len(PROMPTS[1]) - 1, 2), 5))
@@ -493,7 +524,6 @@ def test_a_failure_in_a_step_answers_all_who_wait(engine, monkeypatch):
         ([], {}, "the prompt is empty"),
         ([1, 512], {}, "token id 512 at position 1, but the model's vocabulary has 512"),
         ([1] * 4097, {}, "4097 tokens, but the model's context is 4096"),
-        ([1], {"prompt_alt_tokens_k": 1}, "not offered"),
         ([1], {"topk_prompt_logprobs": 513}, "more than the vocabulary's 512"),
         (
             [1, 2],

@@ -620,6 +620,51 @@ def last_n(world):
     close(whole[-4:], tail[-4:], "the two log-probabilities")
 
 
+@feature("sample: prompt_alt_tokens_k")
+def alt_tokens(world):
+    found = world.sample(extra={"prompt_alt_tokens_k": 3}, temperature=0.0).prompt_alt_tokens
+    tokens = np.asarray(found.tokens.data).reshape(found.tokens.shape)
+    check(tokens.shape == (len(TOKENS) - 1, 3), f"the draws have the shape {tokens.shape}")
+    check((tokens == tokens[:, :1]).all(), "at temperature 0 the draws of a position differ")
+
+
+@feature("record_stability_info, and provenance of training data")
+def provenance(world):
+    method(types, "SampledProvenanceSpan")
+    training = world.create()
+    create = training.save_weights_and_get_sampling_client
+    sampler = done(call(create, record_stability_info=True))
+    sequence = world.sample(client=sampler, stop=[]).sequences[0]
+    tokens = [*TOKENS, *sequence.tokens]
+    q = np.r_[np.zeros(len(TOKENS) - 1), sequence.logprobs].astype(np.float32)
+    inputs = {"target_tokens": np.array(tokens[1:]), "logprobs": q, "advantages": np.ones_like(q)}
+    bare = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+    name = sequence.sequence_id
+    named = bare.with_provenance(
+        model_input=[
+            types.PromptProvenanceSpan(sequence_id=name, length=len(TOKENS)),
+            types.SampledProvenanceSpan(sequence_id=name, length=len(sequence.tokens) - 1),
+        ],
+        loss_fn_inputs=[
+            types.PromptProvenanceSpan(sequence_id=name, offset=1, length=len(TOKENS) - 1),
+            types.SampledProvenanceSpan(sequence_id=name, length=len(sequence.tokens)),
+        ],
+    )
+    losses = [done(training.forward([data], "ppo")).metrics["loss:sum"] for data in (bare, named)]
+    check(losses[0] == losses[1], f"with provenance the loss is {losses[1]}, not {losses[0]}")
+
+
+@feature("sampler weights, inflight")
+def inflight(world):
+    training = world.create()
+    create = training.save_weights_and_get_sampling_client
+    first = done(call(create, kind="inflight"))
+    before = done(first.compute_logprobs(PROMPT))
+    step(training)
+    done(call(create, kind="inflight"))
+    check(done(first.compute_logprobs(PROMPT)) != before, "a save did not replace the weights")
+
+
 @feature("sampler weights, named")
 def named_sampler(world):
     training, _ = world.state
@@ -796,11 +841,6 @@ def stable_reinforce(world):
         raise Absent("stable_reinforce")
     inputs = {"target_tokens": TARGETS, "logprobs": WEIGHTS, "advantages": ADVANTAGES}
     return done(world.create().forward_backward([datum(**inputs)], "stable_reinforce"))
-
-
-@refused("prompt_alt_tokens_k")
-def alt_tokens(world):
-    return world.sample(extra={"prompt_alt_tokens_k": 2})
 
 
 @refused("images in prompts")

@@ -148,7 +148,7 @@ wrong("save_weights", ("path",), NOTHING, 7)
 wrong("save_weights", ("ttl_seconds",), 0, -5, 1.5, "3600", 10**12)
 wrong("save_weights", ("overwrite",), "yes")
 wrong("save_weights_for_sampler", ("path",), NOTHING, says="path")
-wrong("save_weights_for_sampler", ("kind",), "inflight")
+wrong("save_weights_for_sampler", ("kind",), "live", says="inflight")
 wrong("save_weights_for_sampler", ("ttl_seconds",), -1)
 wrong(
     "load_weights", ("path",), "weights/n", "tinker://r/n", "tinker://r/weights/../n", says="path"
@@ -189,8 +189,7 @@ wrong("asample", ("sampling_params", "top_k"), 0, -2, 0.5, 2**31, 2**70)
 wrong("asample", ("sampling_params", "seed"), -1, 2**64, "x")
 wrong("asample", ("sampling_params", "stop"), [""], ["a", 1], {"a": 1}, [-1], [2**31], [2**70])
 wrong("asample", ("topk_prompt_logprobs",), -1, "5")
-wrong("asample", ("prompt_alt_tokens_k",), 2)
-wrong("asample", ("record_stability_info",), True)
+wrong("asample", ("prompt_alt_tokens_k",), 10_000)
 for place in ("model_input", "loss_fn_inputs"):
     wrong("forward_backward", (*DATUM, place), NOTHING, 7)
 TARGETS = (*DATUM, "loss_fn_inputs", "target_tokens")

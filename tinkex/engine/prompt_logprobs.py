@@ -1,5 +1,5 @@
-"""Prompt log-probabilities of a sample request: of its tokens, of other tokens in their place, and
-of the likeliest tokens. Does not know about the running batch.
+"""Prompt log-probabilities of a sample request: of its tokens, of other tokens in their place, of
+the likeliest tokens and of random ones. Does not know about the running batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tinkex import types
 from tinkex.engine import lm_head
 from tinkex.engine.model import Linears
 from tinkex.engine.sample_requests import Job, PromptScores
+from tinkex.engine.token_sampling import usable_temperature
 
 
 def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, vocab: int) -> None:
@@ -26,10 +27,9 @@ def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, vocab: i
     by_width: dict[int, list[tuple[Job, Tensor, npt.NDArray[np.int64]]]] = {}
     for job, states in jobs:
         wanted = _wanted(job)
-        k = job.request.topk_prompt_logprobs
         states = states[len(states) - 1 - len(wanted) : -1]  # position t - 1 predicts token t
-        if k:
-            _set_scores(job, *_score_rows(states, wanted, linears, k, vocab))
+        if job.request.topk_prompt_logprobs or job.request.prompt_alt_tokens_k:
+            _set_scores(job, *_score_rows(states, wanted, linears, job, vocab))
         else:
             by_width.setdefault(wanted.shape[1], []).append((job, states, wanted))
     for alike in by_width.values():
@@ -42,37 +42,79 @@ def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, vocab: i
 
 
 def _wanted(job: Job) -> npt.NDArray[np.int64]:
-    """(n, K) tokens whose log-probabilities are asked for, of the last n positions."""
+    """(n, K) tokens whose log-probabilities are asked for, of the last n positions; of all where
+    random tokens are asked for, too, which are of every position."""
     last, targets = job.request.prompt_logprobs_last_n, job.request.target_prompt_logprobs
     wanted = job.prompt[1:, None].astype(np.int64)
     if targets is not None:
         wanted = np.concatenate([wanted, np.maximum(targets.to_numpy(), 0)], axis=1)
-    return wanted if last is None else wanted[max(0, len(wanted) - last) :]
+    if last is None or job.request.prompt_alt_tokens_k:
+        return wanted
+    return wanted[max(0, len(wanted) - last) :]
 
 
 def _score_rows(
-    states: Tensor, wanted: npt.NDArray[np.int64], linears: Linears, k: int, vocab: int
-) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs]:
-    """Log-probabilities of *wanted*, and the k likeliest tokens: they need whole rows of logits."""
+    states: Tensor, wanted: npt.NDArray[np.int64], linears: Linears, job: Job, vocab: int
+) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs | None, types.PromptAltTokens | None]:
+    """Log-probabilities of *wanted*, the k likeliest tokens, and random tokens: they need whole
+    rows of logits."""
+    k, draws = job.request.topk_prompt_logprobs, job.request.prompt_alt_tokens_k
     scores = np.empty(wanted.shape, np.float32)
     topk = types.TopkLogprobs(
         np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
     )
+    alternatives = np.empty((len(wanted), draws), np.int64)
+    of_alternatives = np.empty((len(wanted), draws), np.float32)
+    draw = _Draw(job, states.device)
     step = lm_head.row_count(vocab)
     for start in range(0, len(wanted), step):
         rows = slice(start, start + step)
         logits = linears.forward("head", states[rows]).float()
-        topk.token_ids[rows], topk.logprobs[rows] = topk_of(logits, k)
+        if k:
+            topk.token_ids[rows], topk.logprobs[rows] = topk_of(logits, k)
+        if draws:
+            alternatives[rows], of_alternatives[rows] = draw(logits, draws)
         chosen = torch.from_numpy(wanted[rows]).to(logits.device)
         scores[rows] = lm_head.softmax_(logits, chosen).cpu().numpy()
-    return scores, topk
+    found = types.PromptAltTokens(types.TensorData(alternatives), types.TensorData(of_alternatives))
+    return scores, topk if k else None, found if draws else None
+
+
+class _Draw:
+    """Draws tokens with replacement at the request's temperature; same seed, same tokens."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self._temperature = usable_temperature(job.request.sampling_params.temperature)
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(int(job.keys[0]) & (2**63 - 1))
+
+    def __call__(
+        self, logits: Tensor, k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """(n, k) tokens for logits (n, V), and their log-probabilities at temperature 1."""
+        if self._temperature == 0:
+            tokens = logits.argmax(dim=1, keepdim=True).expand(-1, k)
+        else:
+            chances = (logits / self._temperature).softmax(dim=1)
+            tokens = torch.multinomial(chances, k, replacement=True, generator=self._generator)
+        logprobs = logits.gather(1, tokens) - logits.logsumexp(dim=1, keepdim=True)
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
 def _set_scores(
-    job: Job, scores: npt.NDArray[np.float32], topk: types.TopkLogprobs | None = None
+    job: Job,
+    scores: npt.NDArray[np.float32],
+    topk: types.TopkLogprobs | None = None,
+    alternatives: types.PromptAltTokens | None = None,
 ) -> None:
     """Give a job its scores (n, K) of the last n positions; earlier positions have none."""
     request, before = job.request, len(job.prompt) - len(scores)
+    last = request.prompt_logprobs_last_n
+    if last is not None and last < len(scores):
+        unwanted = len(scores) - last
+        scores[:unwanted] = np.nan
+        if topk is not None:
+            topk.logprobs[:unwanted] = types.ABSENT_LOGPROB
     targets = request.target_prompt_logprobs
     padded = np.pad(scores, ((before, 0), (0, 0)), constant_values=np.nan)
     if topk is not None:
@@ -86,6 +128,7 @@ def _set_scores(
         topk=topk,
         targets=None if targets is None else _target_scores(targets, padded[1:, 1:]),
         cached=0 if job.scores is None else job.scores.cached,
+        alternatives=alternatives,
     )
 
 

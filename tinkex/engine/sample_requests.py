@@ -28,6 +28,7 @@ class PromptScores:
     topk: types.TopkLogprobs | None = None
     targets: types.TensorData | None = None
     cached: int = 0
+    alternatives: types.PromptAltTokens | None = None
 
 
 @attrs.define(eq=False)
@@ -73,7 +74,12 @@ class Job:
         """True if anything about the prompt is requested."""
         asked = self.request
         targets = asked.target_prompt_logprobs
-        return bool(asked.prompt_logprobs or asked.topk_prompt_logprobs or targets is not None)
+        return bool(
+            asked.prompt_logprobs
+            or asked.topk_prompt_logprobs
+            or asked.prompt_alt_tokens_k
+            or targets is not None
+        )
 
     @property
     def is_done(self) -> bool:
@@ -87,6 +93,7 @@ class Job:
             topk_prompt_logprobs=scores.topk,
             target_prompt_logprobs=scores.targets,
             prompt_cache_hit_tokens=scores.cached,
+            prompt_alt_tokens=scores.alternatives,
         )
 
 
@@ -105,11 +112,6 @@ def make_job(
             is asked for that this server does not do.
     """
     spec, params = base.spec, request.sampling_params
-    if request.prompt_alt_tokens_k or request.record_stability_info:
-        raise ValueError(
-            "prompt_alt_tokens_k and record_stability_info are not offered by this server; "
-            "leave them out."
-        )
     prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
     _check_prompt_scores(request, len(prompt), spec.vocab)
     room = max(1, spec.context - len(prompt))  # the last token is never read again

@@ -40,6 +40,10 @@ CREATE TABLE IF NOT EXISTS checkpoints (
     directory TEXT NOT NULL, size_bytes INTEGER NOT NULL, created_at REAL NOT NULL,
     expires_at REAL, public INTEGER NOT NULL DEFAULT 0, user_metadata TEXT, origin TEXT NOT NULL,
     sha256 TEXT, file_hashes TEXT);
+CREATE TABLE IF NOT EXISTS recorded (
+    sequence_id TEXT PRIMARY KEY, owner TEXT NOT NULL, session_id TEXT NOT NULL,
+    prompt BLOB NOT NULL, tokens BLOB NOT NULL, logprobs BLOB NOT NULL, expires_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS recorded_by_expiry ON recorded (expires_at);
 CREATE INDEX IF NOT EXISTS sessions_by_owner ON sessions (owner, created_at);
 CREATE INDEX IF NOT EXISTS runs_by_owner ON runs (owner, last_request_at);
 CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);

@@ -72,6 +72,8 @@ class LiveSampler:
     base_model: str
     model_path: str | None
     directory: Path | None
+    #: The model whose newest weights for it are sampled from, where they are not fixed.
+    follows: str | None = None
 
     @property
     def engine_id(self) -> str:

@@ -73,6 +73,8 @@ class Workshop:
         self.loader = BaseLoader(limits.load_seconds)
         self.snapshots = Snapshots(folder, journal, self.loader, limits)
         self.metrics = RunMetrics(store.home.path / "metrics")
+        #: The newest weights that were saved as `inflight`, by model.
+        self._inflight: dict[str, LiveSampler] = {}
 
     # Operations on models.
 
@@ -241,7 +243,13 @@ class Workshop:
         shutil.rmtree(place, ignore_errors=True)  # left by this operation before a restart
         self._write(engine, model, place, optimizer=False)
         sampler = LiveSampler(
-            sampler_id, model.session_id, model.owner, model.base_model, None, place
+            sampler_id,
+            model.session_id,
+            model.owner,
+            model.base_model,
+            None,
+            place,
+            model.model_id if request.kind == "inflight" else None,
         )
         self._store.add_sampler(
             SamplerRow(
@@ -255,6 +263,8 @@ class Workshop:
                 f"save:{work.origin}",
             )
         )
+        if request.kind == "inflight":
+            self._inflight[model.model_id] = sampler
         self._on_sampler(sampler)
         return types.SaveWeightsForSamplerResponse(sampling_session_id=sampler_id)
 
@@ -360,10 +370,18 @@ class Workshop:
 
     def _unload_model(self, work: Work, engine: Any) -> types.UnloadModelResponse:
         self.snapshots.remove(engine, work.model)
+        self._inflight.pop(work.model.model_id, None)
         self._on_unloaded(work.model)
         return types.UnloadModelResponse(work.model.model_id)
 
     # Sampling.
+
+    def newest(self, sampler: LiveSampler) -> LiveSampler:
+        """What to sample from now: for an `inflight` sampler the model's newest such weights.
+
+        After a restart it is its own weights again, until the model saves others.
+        """
+        return self._inflight.get(sampler.follows or "", sampler)
 
     def submit_sample(
         self,
@@ -416,6 +434,9 @@ class Workshop:
     def close_session_samplers(self, engine: Any, session_id: str) -> None:
         """Remove the samplers of an ended session, with their own snapshots."""
         prefix = str(self._folder.samplers / f"{session_id}_sample_")
+        for model_id, sampler in list(self._inflight.items()):
+            if sampler.session_id == session_id:
+                del self._inflight[model_id]
         for engine_id in [i for i in self._open if i.startswith(prefix)]:
             self._close(engine, engine_id)
         self._store.remove_samplers(session_id)

@@ -16,10 +16,13 @@ from tinkex.server.checkpoint_store import Checkpoints
 from tinkex.server.database import Database, RunRow, SamplerRow, SessionRow, iso
 from tinkex.server.home import Home
 from tinkex.server.http_errors import not_found
+from tinkex.server.recorded import Recorded
 
 
 class Store:
-    """Sessions, runs and samplers of a home, and its `checkpoints`. Safe to share between threads.
+    """Sessions, runs and samplers of a home, its `checkpoints`, and what is `recorded` of samples.
+
+    Safe to share between threads.
 
     Args:
         now: the clock for expiry, in seconds since the epoch.
@@ -32,6 +35,7 @@ class Store:
         self.home = home
         self._db = Database(home.database)
         self.checkpoints = Checkpoints(home, self._db, now)
+        self.recorded = Recorded(self._db, now)
 
     def problem(self) -> str | None:
         """Why nothing can be stored any more (the home was deleted or replaced), or None."""

@@ -162,6 +162,7 @@ class Ledger:
         self._free_memory()
         await self.models.write_touched()
         await self.shared.in_pool(self.shared.store.checkpoints.delete_expired)
+        await self.shared.in_pool(self.shared.store.recorded.delete_expired)
 
     def _free_memory(self) -> None:
         """Give freed memory back to the system, once after each time that something was computed.

@@ -165,11 +165,28 @@ class Samplers:
         self._running += 1
 
         def ended(outcome: Any) -> None:
+            outcome = self._recorded(outcome, record, request)
             result = answer(outcome, "Sample")
             self._records.journal(record, result)
             self._shared.on_loop(self._ended, place, record, result)
 
         self._submit(place.live, record.request_id, _seeded(request, seed), ended)
+
+    def _recorded(self, outcome: Any, record: Record, request: types.SampleRequest) -> Any:
+        """Keep the sequences of a response, if it was asked for; what fails then is the outcome."""
+        if not request.record_stability_info or not isinstance(outcome, types.SampleResponse):
+            return outcome
+        try:
+            self._shared.store.recorded.add(
+                record.owner,
+                record.session_id,
+                record.sample_sequence_ids or [],
+                request.prompt,
+                outcome,
+            )
+        except Exception as exc:
+            return exc
+        return outcome
 
     def _submit(
         self,
@@ -180,6 +197,7 @@ class Samplers:
         on_token: Callable[[int, int, float], None] | None = None,
     ) -> None:
         workshop = self._workshop
+        live = workshop.newest(live)
 
         def finish(outcome: Any) -> None:
             workshop.metrics.sampled(live.owner, outcome)

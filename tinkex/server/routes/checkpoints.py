@@ -87,6 +87,7 @@ async def weights_info(call: Call) -> Response:
             train_unembed=row.train_unembed,
             train_mlp=row.train_mlp,
             train_attn=row.train_attn,
+            optimizer_config={"type": "adamw"},
         )
     )
 

@@ -64,10 +64,12 @@ async def _place(call: Call, request: types.SampleRequest) -> SamplerPlace:
         raise Refusal(
             400, f"max_tokens must be at most {limits.max_tokens} on this server, got {max_tokens}."
         )
-    if request.prompt_alt_tokens_k:
-        raise Refusal(400, "this server does not support prompt_alt_tokens_k; omit it.")
-    if request.record_stability_info:
-        raise Refusal(400, "this server does not support record_stability_info; omit it.")
+    if request.prompt_alt_tokens_k > limits.num_samples:
+        raise Refusal(
+            400,
+            f"prompt_alt_tokens_k must be at most {limits.num_samples} on this server, got "
+            f"{request.prompt_alt_tokens_k}.",
+        )
     if request.sampling_session_id is not None:
         return call.site.ledger.samplers.of_owner(request.sampling_session_id, call.owner)
     once = f"none:sample:{uuid.uuid4()}"

@@ -87,6 +87,11 @@ async def _batch(call: Call, forward_only: bool | None) -> Response:
         raise Refusal(
             400, "the endpoint forward needs forward_input; send this batch to forward_backward."
         )
+    if any(datum.model_input_spans for datum in request.data):
+        live = call.site.ledger.models.of_owner(request.model_id, call.owner).live
+        await call.site.in_pool(
+            call.site.store.recorded.check, call.owner, live.session_id, request.data
+        )
     name = "Forward" if request.forward_only else "ForwardBackward"
     return await submit(call, name, request, body, content_type)
 
@@ -118,11 +123,12 @@ async def save_weights_for_sampler(call: Call) -> Response:
     elif request.sampling_session_seq_id is None:
         raise Refusal(400, "give either path (a name) or sampling_session_seq_id.")
     check_ttl(request.ttl_seconds)
-    if request.kind != "snapshot":
+    if request.kind not in ("snapshot", "inflight"):
         raise Refusal(
-            400, f"this server does not support sampler weights of kind {shown(request.kind)}; use "
-            "'snapshot'.",
-        )  # fmt: skip
+            400,
+            f"kind must be 'snapshot' (weights that stay) or 'inflight' (weights that the next "
+            f"save replaces), got {shown(request.kind)}.",
+        )
     return await submit(call, "SaveWeightsForSampler", request, body)
 
 
@@ -221,6 +227,7 @@ async def get_info(call: Call) -> Response:
             is_lora=True,
             lora_rank=live.lora.rank,
             model_name=live.base_model,
+            optimizer_config={"type": "adamw"},
         )
     )
 
