@@ -62,3 +62,22 @@ def test_an_error_is_one_line_without_a_traceback(service, capsys):
     assert "error: the key is wrong; set TINKER_API_KEY\n" == capsys.readouterr().err
     with pytest.raises(errors.AuthenticationError):
         cli.main(["--traceback", "sample", "fake", "--prompt", "a"])
+
+
+def test_a_command_needs_only_its_module(tmp_path):
+    """No list has to be edited: a module of the folder that lists COMMANDS is one."""
+    (tmp_path / "greet.py").write_text(
+        "import click\n\n\n@click.command()\ndef greet():\n"
+        "    'Say hello.'\n    click.echo('hello')\n\n\nCOMMANDS = (greet,)\n"
+    )
+    code = (
+        "import sys, pkgutil; "
+        "walk = pkgutil.iter_modules; "
+        "pkgutil.iter_modules = lambda path: (path.append(sys.argv[1]), walk(path))[1]; "
+        "import tinkex.cli; sys.exit(tinkex.cli.main(['greet']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+
+    assert (0, "hello\n", "") == (done.returncode, done.stdout, done.stderr)

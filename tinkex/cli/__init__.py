@@ -1,37 +1,28 @@
 """The command line: the group of commands, error messages and exit status.
 
-Each command has its own module. Results go to stdout, everything else to stderr. Exit status: 0
-success, 1 failure, 2 wrong usage, 130 interrupted. Modules are imported when a command needs them,
-so that `tinkex --help` is fast.
+Each command has its own module, which lists it in `COMMANDS`; nothing else has to name it. These
+modules import what they work with when a command runs, so that `tinkex --help` is fast.
+
+Results go to stdout, everything else to stderr. Exit status: 0 success, 1 failure, 2 wrong usage,
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
 from tinkex import errors
 from tinkex._version import __version__
-from tinkex.cli import (
-    chat,
-    checkpoint,
-    conformance,
-    data,
-    doctor,
-    export,
-    formatting,
-    home,
-    model,
-    run,
-    sample,
-    serve,
-    session,
-    train,
-    ui,
-)
+from tinkex.cli import formatting
 from tinkex.cli.options import add_verbosity, format_option
+
+#: Modules that are programs of their own: `python -m tinkex.cli.demo`.
+PROGRAMS = ("demo",)
 
 #: Exit status after Ctrl-C.
 INTERRUPTED = 130
@@ -71,23 +62,15 @@ def cli(traceback: bool) -> None:
         click.get_current_context().color = False
 
 
-for _command in (
-    train.train,
-    serve.serve,
-    ui.ui,
-    sample.sample,
-    chat.chat,
-    conformance.conformance,
-    data.data,
-    run.run,
-    checkpoint.checkpoint,
-    session.session,
-    model.model,
-    export.export,
-    export.push,
-    doctor.doctor,
-    home.home,
-):
+def _commands() -> Iterator[click.Command]:
+    """What the modules of this folder list as COMMANDS."""
+    for module in pkgutil.iter_modules(__path__):
+        if module.name not in PROGRAMS:
+            loaded = importlib.import_module(f"{__name__}.{module.name}")
+            yield from getattr(loaded, "COMMANDS", ())
+
+
+for _command in _commands():
     cli.add_command(_command)
 
 

@@ -272,3 +272,6 @@ def _history() -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             readline.write_history_file(file)
             file.chmod(0o600)
+
+
+COMMANDS = (chat,)

@@ -443,3 +443,6 @@ def _each(
             raise  # the server does not offer it for any path
         except errors.APIStatusError as exc:
             failures.append({"tinker_path": path, "error": exc.detail or str(exc)})
+
+
+COMMANDS = (checkpoint,)

@@ -66,3 +66,6 @@ def conformance(url: str, api_key: str | None, as_json: bool, write: bool, **opt
     else:
         formatting.say(f"\n{rules.summary(results)}.")
     return 1 if any(result.outcome == "fail" for result in results) else 0
+
+
+COMMANDS = (conformance,)

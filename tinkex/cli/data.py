@@ -156,3 +156,6 @@ def _marked(example: datums.Example, tokenizer: Any, colored: bool) -> str:
             text += part
             start = stop
     return text
+
+
+COMMANDS = (data,)

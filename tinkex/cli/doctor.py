@@ -63,3 +63,6 @@ def _shown(finding: Finding) -> str:
             finding.advice, _WIDTH, initial_indent=f"{margin}-> ", subsequent_indent=f"{margin}   "
         )
     return text
+
+
+COMMANDS = (doctor,)

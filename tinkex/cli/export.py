@@ -141,3 +141,6 @@ def _export(
         config = json.loads((adapter / exporting.ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = base_model or config["base_model_name_or_path"]
         exporting.export_adapter(adapter, base, folder, form, **more)
+
+
+COMMANDS = (export, push)

@@ -55,3 +55,6 @@ def check(folder: Path | None, as_json: bool) -> int:
         f"{len(found)} checkpoints checked: {len(damaged)} damaged, {unknown} without hashes."
     )
     return 1 if damaged else 0
+
+
+COMMANDS = (home,)

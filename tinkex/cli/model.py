@@ -240,3 +240,6 @@ def _remove_from_hub_cache(name: str) -> bool:
             shutil.rmtree(repository.repo_path)
             return True
     return False
+
+
+COMMANDS = (model,)

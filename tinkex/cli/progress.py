@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from tqdm.auto import tqdm
-
 #: Seconds after the first Ctrl-C at which the process exits in any case.
 LAST_RESORT_SECONDS = 4.7
 #: Seconds between two plain progress lines.
@@ -34,13 +32,13 @@ class Progress:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         self._clock = clock
         self._quiet = quiet
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None  # a tqdm, once there is something to show
         self._first_step = self._total = 0
         self._begun = self._last_line = clock()
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            tqdm.write(text, file=sys.stderr)
+            _tqdm().write(text, file=sys.stderr)
 
     def rendered(self, done: int, total: int) -> None:
         """Show how many of *total* examples have been tokenized."""
@@ -49,7 +47,7 @@ class Progress:
         now = self._clock()
         if _shows_bars():
             if self._bar is None:
-                self._bar = tqdm(total=total, unit="example", dynamic_ncols=True)
+                self._bar = _tqdm()(total=total, unit="example", dynamic_ncols=True)
                 self._bar.set_description_str("rendering")
             self._bar.update(done - self._bar.n)
         elif now - self._last_line >= PLAIN_SECONDS:
@@ -62,7 +60,7 @@ class Progress:
         self._first_step, self._total = step, total_steps
         self._begun = self._last_line = self._clock()
         if _shows_bars() and not self._quiet:
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+            self._bar = _tqdm()(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def row(self, row: dict[str, float]) -> None:
         if self._bar is None:
@@ -85,7 +83,7 @@ class Progress:
         fields = [f"step {step}/{self._total}", *_fields(row)]
         if self._first_step < step < self._total:
             left = (now - self._begun) / (step - self._first_step) * (self._total - step)
-            fields.append(f"{tqdm.format_interval(left)} left")
+            fields.append(f"{_tqdm().format_interval(left)} left")
         print(", ".join(fields), file=sys.stderr, flush=True)
 
     def end(self) -> None:
@@ -174,3 +172,10 @@ class CtrlC:
         self._last_resort.start()
         if not self._is_deferred:
             raise KeyboardInterrupt
+
+
+def _tqdm() -> Any:
+    """Its class for bars. Imported late: `tinkex --help` imports this module."""
+    from tqdm.auto import tqdm
+
+    return tqdm

@@ -98,3 +98,6 @@ def run_info(run_id: str, access_scope: Any, as_json: bool, **server: str | None
     formatting.say(formatting.facts(rows))
     if checkpoints:
         formatting.say(f"\n{checkpoint_table(checkpoints)}")
+
+
+COMMANDS = (run,)

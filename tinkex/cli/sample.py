@@ -193,3 +193,6 @@ def what_to_sample(model: str) -> tuple[str | None, str | None]:
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
     return None, state.sampler_path
+
+
+COMMANDS = (sample,)

@@ -84,3 +84,6 @@ def serve(**options: Any) -> int:
         ) from exc
     status: int = app.main(**options)
     return status
+
+
+COMMANDS = (serve,)

@@ -95,3 +95,6 @@ def session_info(session_id: str, access_scope: Any, as_json: bool, **server: st
     rows += [("Run", run_id) for run_id in found.training_run_ids]
     rows += [("Sampler", sampler_id) for sampler_id in found.sampler_ids]
     formatting.say(formatting.facts([*rows, *metadata_rows(found.user_metadata)]))
+
+
+COMMANDS = (session,)

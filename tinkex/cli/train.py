@@ -402,3 +402,6 @@ def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
 def _one_line(text: str, width: int = 300) -> str:
     line = json.dumps(text, ensure_ascii=False)
     return line if len(line) <= width else "..." + line[-width:]
+
+
+COMMANDS = (train,)

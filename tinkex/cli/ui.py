@@ -90,3 +90,6 @@ def _open(url: str, no_browser: bool) -> None:
         formatting.say(f"Open this address in a browser: {url}")
     else:
         formatting.say(f"Opened {url.partition('?')[0]} in the browser.")
+
+
+COMMANDS = (ui,)
