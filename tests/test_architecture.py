@@ -18,8 +18,8 @@ PACKAGE = ROOT / "tinkex"
 #: From the ground up. A name ending in "/" is a folder that is one floor as a whole: its modules
 #: may import one another, without cycles. Modules of one row do not import one another.
 FLOORS = [
-    "_version types/ errors",
-    "wire/ config futures text/ runtime/executor cli/progress cli/formatting checkpoints/archive",
+    "_version types/ errors config",
+    "wire/ futures text/ runtime/executor cli/progress cli/formatting checkpoints/archive",
     "runtime/interpreter_exit runtime/queue_state runtime/wait_log runtime/tracing "
     "runtime/log_setup runtime/exchange_limits",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "

@@ -234,6 +234,15 @@ def test_the_engine_is_started_without_our_keys(monkeypatch):
     assert not {"TINKER_API_KEY", "TINKER_BASE_URL"} & set(environment)
 
 
+def test_the_number_type_of_the_engine_is_for_the_engine_alone(monkeypatch):
+    """Other programs that this process starts must not inherit it."""
+    monkeypatch.setattr(config, "_for_engine", {})
+    config.set_engine_dtype("bfloat16")
+
+    assert "bfloat16" == config.engine_environment("token")["TINKEX_DTYPE"]
+    assert "TINKEX_DTYPE" not in os.environ
+
+
 # Credential commands.
 
 
@@ -316,11 +325,7 @@ def test_home_is_where_the_environment_says(monkeypatch, tmp_path):
 
 
 def test_the_configuration_is_the_only_reader_of_the_environment():
-    """One place to look for what a variable does. (The server has its own process.)
-
-    The registry serves client and engine, which share no settings, so it looks for the home itself;
-    `tinkex train --dtype` sets a variable for the engine that it starts.
-    """
+    """One place to look for what a variable does. (Engine and server have their own process.)"""
     package = Path(config.__file__).parent
     readers = [
         path.relative_to(package).as_posix()
@@ -329,4 +334,4 @@ def test_the_configuration_is_the_only_reader_of_the_environment():
         and path.parts[len(package.parts)] not in ("engine", "server")
     ]
 
-    assert ["cli/train.py", "config.py", "text/registry.py"] == readers
+    assert ["config.py"] == readers

@@ -376,10 +376,19 @@ def engine_token() -> str | None:
     return variable("TINKEX_ENGINE_TOKEN")
 
 
+#: Variables that only the embedded engine gets. One engine serves the whole process.
+_for_engine: dict[str, str] = {}
+
+
+def set_engine_dtype(dtype: str) -> None:
+    """Number type of base weights in the embedded engines that this process starts from now on."""
+    _for_engine["TINKEX_DTYPE"] = dtype
+
+
 def engine_environment(token: str) -> dict[str, str]:
     """The environment of an embedded engine: ours, with the secret and without our keys."""
     ours = {k: v for k, v in os.environ.items() if k not in ("TINKER_API_KEY", "TINKER_BASE_URL")}
-    return {**ours, "TINKEX_ENGINE_TOKEN": token, "PYTHONUNBUFFERED": "1"}
+    return {**ours, **_for_engine, "TINKEX_ENGINE_TOKEN": token, "PYTHONUNBUFFERED": "1"}
 
 
 def run_credential_cmd(command: str) -> str:

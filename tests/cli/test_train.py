@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.support.fake_service import ByteTokenizer
-from tinkex import cli, errors
+from tinkex import cli, config, errors
 from tinkex.text import tokenizer
 
 
@@ -376,3 +376,11 @@ def _prompts(tmp_path):
 def test_an_output_is_needed(data, capsys):
     assert 2 == cli.main(["train", str(data), "--base-model", "fake"])
     assert "Missing option '--output'" in capsys.readouterr().err
+
+
+def test_dtype_reaches_the_embedded_engine(train, monkeypatch):
+    monkeypatch.setattr(config, "_for_engine", {})
+    monkeypatch.delenv("TINKEX_DTYPE", raising=False)
+
+    assert 0 == train("--dtype", "bfloat16")
+    assert "bfloat16" == config.engine_environment("token")["TINKEX_DTYPE"]

@@ -6,7 +6,6 @@ Imports happen when the command runs, so that `tinkex --help` is fast.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,6 +281,7 @@ def train(
     Ctrl-C (or SIGTERM) saves a checkpoint. --resume --output FOLDER continues from it and ends with
     the same weights as an uninterrupted run. With --resume, omitted options keep their values.
     """
+    from tinkex import config
     from tinkex.recipes import run_folder
 
     data = data or tuple((context.default_map or {}).get("data", ()))
@@ -296,7 +296,7 @@ def train(
                 "--dtype applies to the embedded engine only; start the server at --base-url with "
                 "`tinkex serve --dtype` instead."
             )
-        os.environ["TINKEX_DTYPE"] = dtype  # read by the embedded engine's `tinkex serve`
+        config.set_engine_dtype(dtype)
     if resume and not (output / "state.json").exists():
         raise click.UsageError(
             f"there is no run to resume in {output}; omit --resume to start one."

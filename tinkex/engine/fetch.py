@@ -99,7 +99,7 @@ def fetch(
     except OSError as exc:
         raise FetchError(
             f"{known.title} cannot be stored in {folder} ({exc.strerror or exc}): it needs "
-            f"{known.disk // 10**6} MB. Free space there, or set {registry.HOME_VARIABLE} to "
+            f"{known.disk // 10**6} MB. Free space there, or set TINKEX_HOME to "
             "another folder. Nothing was left behind."
         ) from exc
     return place

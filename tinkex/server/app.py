@@ -33,6 +33,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tinkex import config
 from tinkex._version import __version__
 from tinkex.server.auth import LOOPBACK, Keys
 from tinkex.server.base_models import parse as parse_base_models
@@ -130,7 +131,7 @@ class LocalServer:
             (os.environ.get(PUBLIC_URL_VARIABLE) or "").rstrip("/") or None,
         )
         self.app = make_app(site)
-        config = uvicorn.Config(
+        settings = uvicorn.Config(
             self.app,
             http=type("Connection", (Connection,), {"head_seconds": limits.head_seconds}),
             log_config=None,
@@ -142,7 +143,7 @@ class LocalServer:
             timeout_graceful_shutdown=1,
             lifespan="on",
         )
-        self._uvicorn = _Uvicorn(config, self.ledger.stop, limits.connections)
+        self._uvicorn = _Uvicorn(settings, self.ledger.stop, limits.connections)
         self._thread: threading.Thread | None = None
 
     @property
@@ -366,7 +367,7 @@ def main(
     try:
         models, names = parse_base_models(base_models)
         server = LocalServer(
-            home or Path(os.environ.get(HOME_VARIABLE) or "~/.tinkex"),
+            home or config.home(),
             host=host,
             port=port,
             base_models=models,

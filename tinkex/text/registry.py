@@ -7,13 +7,11 @@ To add a model, add one entry to `KNOWN`. Imports neither torch nor transformers
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import attrs
 
-#: Environment variable with the server's home; the default is ~/.tinkex.
-HOME_VARIABLE = "TINKEX_HOME"
+from tinkex import config
 
 ORIGIN = "origin.json"
 
@@ -82,8 +80,7 @@ KNOWN = {
 
 def folder() -> Path:
     """Where fetched models are kept: models/ in TINKEX_HOME, or in ~/.tinkex."""
-    home = Path(os.environ.get(HOME_VARIABLE) or "~/.tinkex")
-    return home.expanduser().absolute() / "models"
+    return config.home().absolute() / "models"
 
 
 def find(name: str) -> Path | None:
