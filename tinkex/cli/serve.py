@@ -45,8 +45,9 @@ import click
     multiple=True,
     envvar="TINKEX_SERVE_KEYS",
     show_envvar=True,
-    help="Key of a user, who sees only their own work. May be repeated. Without keys, everyone on "
-    "loopback has access, and for any other --host a key is generated and printed.",
+    help="Key of a user, who sees only their own work, as NAME=KEY; a name may have several keys. "
+    "A KEY alone is a user, too, whose work no other key can reach. May be repeated. Without keys, "
+    "everyone on loopback has access, and for any other --host a key is generated and printed.",
 )
 @click.option(
     "--dialect",

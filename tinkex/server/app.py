@@ -35,7 +35,8 @@ from starlette.responses import Response
 
 from tinkex import config
 from tinkex._version import __version__
-from tinkex.server.auth import LOOPBACK, Keys
+from tinkex.server.audit import Audit
+from tinkex.server.auth import LOOPBACK, Keys, Revoked
 from tinkex.server.base_models import parse as parse_base_models
 from tinkex.server.connections import Acceptor, Connection, most_connections
 from tinkex.server.home import Home, HomeError, ServerFolder
@@ -105,6 +106,7 @@ class LocalServer:
     ) -> None:
         limits = limits or Limits()
         self._home = Home.open(home)
+        accepted = keys(self._home)
         self._socket = _listen(host, port)
         try:
             self._folder = self._home.claim(port)
@@ -123,13 +125,16 @@ class LocalServer:
         site = Site(
             self.ledger,
             self.store,
-            keys(self._home),
+            accepted,
             limits,
             tuple(dict.fromkeys([*base_models, *(["tiny"] if with_tiny else [])])),
             dialect == "both",
             __version__,
             (os.environ.get(PUBLIC_URL_VARIABLE) or "").rstrip("/") or None,
+            audit=Audit(self._home.audit_log(port) if port or accepted.several_users else None),
         )
+        self._audit = site.audit
+        self._tell_users(accepted)
         self.app = make_app(site)
         settings = uvicorn.Config(
             self.app,
@@ -157,6 +162,18 @@ class LocalServer:
 
     def _preload(self, base_model: str, engine: Any) -> None:
         self.ledger.workshop.loader.preload(engine, base_model, self.scheduler.put_chore)
+
+    def _tell_users(self, keys: Keys) -> None:
+        """Log the ids of users' keys, and whose work no key can reach."""
+        for line in keys.describe():
+            logger.info("Keys of %s", line)
+        hidden = [row[0] for row in self.store.owners() if row[0] not in keys.owners]
+        if hidden:
+            logger.warning(
+                "The home holds work of %s, which none of the keys gives access to; "
+                "`tinkex home adopt` gives it to a user.",
+                ", ".join(hidden[:5]),
+            )
 
     def _clean_up(self) -> None:
         """Delete what dead servers left that no server can take over."""
@@ -208,6 +225,7 @@ class LocalServer:
             self._journal.close()
         if not computing:
             self.store.close()
+        self._audit.close()
         self._folder.release()
         self._socket.close()
 
@@ -344,8 +362,8 @@ def main(
         home: default TINKEX_HOME, else ~/.tinkex.
         base_models: models to load at the start: names, directories, or NAME=DIRECTORY.
         with_tiny: True if the built-in model "tiny" is available, too.
-        api_keys: one user each. Without keys, every client on loopback is the user "local"; on
-            another address a key is generated and printed once.
+        api_keys: "name=key" for each key of a user, or a key alone. Without keys, every client on
+            loopback is the user "local"; on another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
         parent_pid: the server ends when this process does, even if it is killed.
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
@@ -410,7 +428,10 @@ def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
 
 def _keys(home: Home, api_keys: Sequence[str], made_up: str | None) -> Keys:
     if api_keys:
-        return Keys.of_users(api_keys, home.secret())
+        try:
+            return Keys.of_users(api_keys, home.secret(), Revoked(home.revoked))
+        except ValueError as exc:
+            raise HomeError(f"--api-key: {exc}") from exc
     # Removed from the environment, so that no child process and no log shows it.
     return Keys.of_one(os.environ.pop(TOKEN_VARIABLE, None) or made_up)
 

@@ -194,6 +194,15 @@ class Home:
     def servers(self) -> Path:
         return self.path / "servers"
 
+    def audit_log(self, port: int) -> Path:
+        """The file of a server on *port*."""
+        return self.path / "audit" / f"port-{port}.jsonl"
+
+    @property
+    def revoked(self) -> Path:
+        """The ids of revoked keys, one a line."""
+        return self.path / "revoked-keys"
+
     def secret(self) -> bytes:
         """The random key of this home, created once. Owner names are derived from it."""
         path = self.path / "secret"

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinkex import wire
+from tinkex.server.audit import Audit
 from tinkex.server.auth import Keys
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger import Ledger
@@ -61,6 +62,7 @@ class Site:
     #: Bytes that the bodies of all current requests take; used on the event loop only.
     decoding: int = 0
     replies: Replies = attrs.field(factory=Replies)
+    audit: Audit = attrs.field(factory=lambda: Audit(None))
     sign_ins: SignIns = attrs.field(factory=SignIns)
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
@@ -342,6 +344,19 @@ def guarded(
     async def endpoint(request: Request) -> Response:
         site: Site = request.app.state.site
         call = Call(site, request, "")
+        response = await answered(site, call, request)
+        host = None if request.client is None else request.client.host
+        site.audit.note(
+            request.method,
+            request.url.path,
+            response.status_code,
+            call.owner,
+            lambda: site.keys.id_of(key_of(request)),
+            host,
+        )
+        return response
+
+    async def answered(site: Site, call: Call, request: Request) -> Response:
         try:
             call.owner = "" if public else _owner(site.keys, request, key_of(request))
             key = request.headers.get("x-idempotency-key") if once else None

@@ -48,6 +48,24 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
+    def owners(self) -> list[tuple[str, int, int, int, int]]:
+        """Each owner, with the numbers of sessions, runs and checkpoints, and their bytes."""
+        rows = self._db.select(
+            "SELECT owner, SUM(s), SUM(r), SUM(c), SUM(b) FROM ("
+            "SELECT owner, 1 AS s, 0 AS r, 0 AS c, 0 AS b FROM sessions UNION ALL "
+            "SELECT owner, 0, 1, 0, 0 FROM runs UNION ALL "
+            "SELECT owner, 0, 0, 1, size_bytes FROM checkpoints) GROUP BY owner ORDER BY owner"
+        )
+        return [(row[0], row[1], row[2], row[3], row[4]) for row in rows]
+
+    def rename_owner(self, old: str, new: str) -> int:
+        """Give everything of *old* to *new*; returns the number of rows."""
+        with self._db.transaction() as db:
+            return sum(
+                db.execute(f"UPDATE {table} SET owner = ? WHERE owner = ?", (new, old)).rowcount
+                for table in ("sessions", "runs", "samplers", "checkpoints")
+            )
+
     # Sessions.
 
     def add_session(self, row: SessionRow) -> None:

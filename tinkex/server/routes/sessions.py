@@ -10,7 +10,7 @@ from starlette.responses import Response
 from tinkex import types, wire
 from tinkex.server.database import SessionRow, iso
 from tinkex.server.http_errors import Refusal, not_offered, shown
-from tinkex.server.request_context import Call, reply
+from tinkex.server.request_context import Call, header_key, reply
 
 #: Allowed reasons for finishing a session.
 _REASONS = ("success", "errored", "interrupted")
@@ -231,6 +231,12 @@ async def me(call: Call) -> Response:
     return reply({"user_details": {"email": call.owner}, "org_details": {"name": "tinkex"}})
 
 
+async def revoke_key(call: Call) -> Response:
+    """Revoke the key of the request."""
+    await call.site.in_pool(call.site.keys.revoke, header_key(call.request) or "")
+    return reply({})
+
+
 ENDPOINTS: list[tuple[str, str, Any]] = [
     ("POST", "session_heartbeat", heartbeat),
     ("POST", "create_session", create_session),
@@ -238,6 +244,7 @@ ENDPOINTS: list[tuple[str, str, Any]] = [
     ("POST", "client/dynamic_config", dynamic_config),
     ("POST", "auth/token", auth_token),
     ("GET", "auth/apikey/me", me),
+    ("DELETE", "auth/apikey/me", revoke_key),
     ("GET", "get_server_capabilities", capabilities),
     ("POST", "telemetry", telemetry),
     ("POST", "sessions/search", search_sessions),

@@ -18,7 +18,7 @@ def _absent(what: str, instead: str = "") -> Handler:
 
 
 _billing = _absent("billing", "It costs nothing.")
-_audit = _absent("an audit log")
+_audit = _absent("its audit log", "It is a file in the server's home.")
 
 ENDPOINTS: list[tuple[str, str, Any]] = [
     ("GET", "billing/{rest:path}", _billing),
@@ -26,7 +26,6 @@ ENDPOINTS: list[tuple[str, str, Any]] = [
     ("GET", "audit", _audit),
     ("GET", "audit/{rest:path}", _audit),
     ("GET", "sessions/{session_id}/trace_export", _absent("traces of sessions")),
-    ("DELETE", "auth/apikey/me", _absent("revoking keys", "Restart it without that key.")),
     (
         "POST",
         "create_custom_loss",
