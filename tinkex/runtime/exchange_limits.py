@@ -75,10 +75,6 @@ class ExchangeLimits(tuple[float, float]):
                 f"the answer has more than {self.most_bytes:,} bytes, the most of its kind"
             )
 
-    def reader(self, sock: Any) -> io.BufferedReader:
-        """Reads from *sock* within the limits."""
-        return io.BufferedReader(_Limited(sock, self))
-
     def send(self, sock: Any, data: bytes) -> None:
         """Write *data* to *sock* within the limits, for which `sendall` over TLS takes no care."""
         view = memoryview(data)
@@ -89,21 +85,36 @@ class ExchangeLimits(tuple[float, float]):
             view = view[count:]
 
 
-class _Limited(io.RawIOBase):
+def reader(
+    sock: Any, limits: ExchangeLimits | None = None, ahead: bytes = b""
+) -> io.BufferedReader:
+    """Reads *ahead*, which was read of *sock* before, and then from *sock* within *limits*."""
+    return io.BufferedReader(_Socket(sock, limits, ahead))
+
+
+class _Socket(io.RawIOBase):
     """A socket's bytes; each read gets the time that is left."""
 
-    def __init__(self, sock: Any, limits: ExchangeLimits) -> None:
+    def __init__(self, sock: Any, limits: ExchangeLimits | None, ahead: bytes) -> None:
         self._sock = sock
         self._limits = limits
+        self._ahead = ahead
         self._raw = sock.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(self._limits.left())
+        if self._ahead:
+            part = self._ahead[: len(buffer)]
+            self._ahead = self._ahead[len(part) :]
+            buffer[: len(part)] = part
+            return len(part)
+        if self._limits is not None:
+            self._sock.settimeout(self._limits.left())
         count: int = self._raw.readinto(buffer)
-        self._limits.take(count)
+        if self._limits is not None:
+            self._limits.take(count)
         return count
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ vcrpy) takes the usual way through urllib3 and http.client. Both keep to `Exchan
 timeout that they are given is one.
 
 Private names of urllib3 and requests are used in this module only, after a self-test: if it fails
-on some version, every exchange takes the usual way. Does not know the API.
+on some version, every exchange takes the usual way. Does not know the API. One long module, so that
+the two ways, which must not differ in what they return, stand beside each other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import urllib3
 from requests.structures import CaseInsensitiveDict
 from urllib3.util.ssl_match_hostname import CertificateError
 
-from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError
+from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError, reader
 
 logger = logging.getLogger("tinkex")
 
@@ -39,6 +40,8 @@ logger = logging.getLogger("tinkex")
 SMALL = 1 << 16
 #: Largest Content-Length that is read in one piece, in bytes.
 LONGEST = 1 << 30
+#: So many bytes are read of an answer at first: of most, that is all.
+START = 1 << 14
 #: So many bytes at a time are read of other answers.
 PIECE = 1 << 16
 
@@ -229,7 +232,7 @@ class _Answer(http.client.HTTPResponse):
     def __init__(
         self, sock: Any, *args: Any, limits: ExchangeLimits | None = None, **kwargs: Any
     ) -> None:
-        opened: Any = sock if limits is None else _Opened(limits.reader(sock))
+        opened: Any = sock if limits is None else _Opened(reader(sock, limits))
         super().__init__(opened, *args, **kwargs)
 
     def begin(self) -> None:
@@ -322,15 +325,21 @@ class _Pool(_InterruptiblePool):
     def _read(
         self, conn: Any, method: str, url: str, limits: ExchangeLimits | None
     ) -> Reply | urllib3.HTTPResponse:
-        reader = conn.sock.makefile("rb") if limits is None else limits.reader(conn.sock)
+        start = conn.sock.recv(START)
+        if limits is not None:
+            limits.take(len(start))
+        reply = _whole(start)
+        if reply is not None:
+            return reply
+        rest = reader(conn.sock, limits, start)
         try:
-            reply = _read_plain(reader)
+            reply = _read_plain(rest)
             if reply is None:
-                return self._read_other(conn, reader, method, url)
+                return self._read_other(conn, rest, method, url)
         except BaseException:
-            reader.close()
+            rest.close()
             raise
-        reader.close()
+        rest.close()
         return reply
 
     def _read_other(
@@ -462,10 +471,35 @@ def _write(sock: Any, head: bytes, body: bytes, limits: ExchangeLimits | None) -
         limits.send(sock, body)
 
 
-def _read_plain(reader: Any) -> Reply | None:
-    """A final answer of known length whose head came in one piece; None, with nothing consumed,
-    for any other answer."""
-    start = reader.peek(1)
+def _whole(start: bytes) -> Reply | None:
+    """A plain answer that is all of *start*; None for any other."""
+    head = _plain_head(start)
+    if head is None:
+        return None
+    status, headers, begin, length = head
+    if len(start) != begin + length:
+        return None
+    return Reply(status, headers, start[begin:])
+
+
+def _read_plain(rest: Any) -> Reply | None:
+    """A plain answer; None, with nothing consumed, for any other."""
+    head = _plain_head(rest.peek(1))
+    if head is None:
+        return None
+    status, headers, begin, length = head
+    if _this_thread.limits is not None:
+        _this_thread.limits.expect(length)
+    rest.read(begin)
+    content = rest.read(length)
+    if len(content) < length:
+        raise http.client.IncompleteRead(content, length - len(content))
+    return Reply(status, headers, content)
+
+
+def _plain_head(start: bytes) -> tuple[int, CaseInsensitiveDict[str], int, int] | None:
+    """Status, headers, and where the body begins and how long it is, of a final answer of known
+    length whose head is in *start*; None for any other answer."""
     end = start.find(b"\r\n\r\n")
     if end < 0 or start[:9] != b"HTTP/1.1 ":
         return None
@@ -488,10 +522,4 @@ def _read_plain(reader: Any) -> Reply | None:
         or headers.get("Connection", "keep-alive").lower() != "keep-alive"
     ):
         return None
-    if _this_thread.limits is not None:
-        _this_thread.limits.expect(int(length))
-    reader.read(end + 4)
-    content = reader.read(int(length))
-    if len(content) < int(length):
-        raise http.client.IncompleteRead(content, int(length) - len(content))
-    return Reply(int(status[:3]), headers, content)
+    return int(status[:3]), headers, end + 4, int(length)
