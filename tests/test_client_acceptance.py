@@ -234,7 +234,7 @@ def test_line_7_copies_in_other_processes_use_blocks_of_a_billion_numbers(serve)
     assert b"tml-secret" not in packed
 
 
-# 8. Telemetry is not asked for, and holds nobody up.
+# 8. Telemetry is not asked for, and holds nothing up.
 
 
 def test_line_8_without_being_asked_for_there_is_no_telemetry(serve):

@@ -149,15 +149,15 @@ def test_a_failed_operation_is_told_in_the_server_s_words_and_the_next_one_works
     patience = tinkex.Patience(no_answer=0.3)
     _, service = connect(Quirks(failures=status), patience=patience)
     training = service.create_lora_training_client("tiny", rank=4)
-    failed = training.load_state("tinker://nobody/weights/nothing")
+    failed = training.load_state("tinker://unknown/weights/nothing")
 
-    with pytest.raises(errors.TinkexError, match="there is no checkpoint tinker://nobody/weights"):
+    with pytest.raises(errors.TinkexError, match="there is no checkpoint tinker://unknown/weights"):
         failed.result(20)
     assert loss(training.forward([datum()], "cross_entropy").result(20)) > 0
 
 
 def test_a_wait_for_a_server_that_holds_its_polls_is_quiet(connect, caplog):
-    """The client's own timeout there is no trouble to be told."""
+    """The client's own timeout there is no trouble worth a log line."""
     _, service = connect(SINGLE[HELD], patience=PATIENCE[HELD])
     training = service.create_lora_training_client("tiny", rank=4)
     training.forward_backward([datum()], "cross_entropy")

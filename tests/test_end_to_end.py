@@ -191,7 +191,7 @@ def test_a_downloaded_adapter_is_one_that_peft_loads(service, training, tmp_path
 
 
 def test_what_the_server_refuses_leaves_the_client_working(training):
-    """A token outside the vocabulary: told by value, and the next call is served."""
+    """A token outside the vocabulary: the error names it, and the next call is served."""
     bad = types.Datum(types.ModelInput.from_ints([100_000]), {"target_tokens": [1]})
     with pytest.raises(errors.TinkexError, match="100000"):
         training.forward_backward([bad], "cross_entropy").result()

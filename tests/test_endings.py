@@ -156,7 +156,7 @@ NORMAL = {
 
 @pytest.mark.parametrize("script", NORMAL.values(), ids=NORMAL)
 def test_a_normal_end_waits_for_what_was_submitted(server, script, request):
-    """101 operations, and nobody calls result(): the checkpoint must be there all the same."""
+    """101 operations, and result() is never called: the checkpoint must be there all the same."""
     name = "kept-" + "".join(c for c in request.node.callspec.id if c.isalnum())
     ended = run(server, script, name)
 

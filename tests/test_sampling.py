@@ -110,7 +110,7 @@ def test_a_request_carries_what_was_asked_for(client, server):
     ids=["keywords", "a dict", "keywords over an object"],
 )
 def test_sampling_parameters_may_come_in_any_form(client, server, options):
-    """At a prompt nobody wants to write types.SamplingParams(max_tokens=3)."""
+    """types.SamplingParams(max_tokens=3) is a lot to type at a prompt."""
     assert [[3, 2]] == tokens(client.sample([1, 2, 3], **options).result(10))
     list(client.sample_many([[1]], **options))
 

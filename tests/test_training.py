@@ -294,7 +294,7 @@ def test_optim_step_sends_the_parameters(client, server):
     ids=["a dict", "keywords", "keywords over an object"],
 )
 def test_optim_step_takes_its_parameters_in_any_form(client, server, call):
-    """At a prompt nobody wants to write types.AdamParams(learning_rate=...)."""
+    """types.AdamParams(learning_rate=...) is a lot to type at a prompt."""
     call(client).result(10)
 
     sent = server.bodies("optim_step")[0]["adam_params"]
@@ -629,7 +629,7 @@ def test_once_the_failure_was_delivered_the_client_works_again_with_the_next_num
 
 
 def test_statement_10_when_the_second_of_three_batches_is_refused_the_third_is_not_sent():
-    """The first counts, and the failure says so; the next number is free. (statement 10)"""
+    """The first counts, which the error names; the next number is free. (statement 10)"""
     server = FakeServer(features={"fwdbwd_max_chunk_len": 1, "proto_write_fwdbwd": True})
     with training(server) as client:
         server.script("forward_backward", lambda *a: a[3](), status(413, {"detail": "too large"}))
@@ -924,7 +924,7 @@ def test_a_custom_loss_has_its_poll_timeout_for_both_passes(client, server):
         client.forward_backward_custom([datum()], half_of, poll_timeout=60).result(10)
 
 
-# Waiting is told.
+# Waiting is reported.
 
 
 def pauses(caplog):
@@ -1120,7 +1120,7 @@ def test_start_creates_a_model_in_a_session_of_its_own(server, monkeypatch):
 
 
 def test_statement_8_start_with_a_model_id_attaches_to_it(server, monkeypatch):
-    """Nothing is created; the numbers go on after the last one that was sent. (statement 8)"""
+    """Nothing is created; the numbers continue after the last one that was sent. (statement 8)"""
     plugged_in(monkeypatch, server)
     server._next[MODEL] = 8
     with TrainingClient.start(model_id=MODEL, session_id="s0", seq_id=7) as client:
@@ -1327,7 +1327,7 @@ def test_leaving_a_with_block_sends_what_is_queued(server):
 
 
 def test_leaving_a_with_block_by_an_exception_cancels(server):
-    """After an error nobody wants the next steps to be applied."""
+    """After an error the next steps must not be applied."""
     entered, release = threading.Event(), threading.Event()
     server.script("optim_step", blocked(entered, release))
     with session(server) as s:
@@ -1531,7 +1531,7 @@ def test_after_a_fork_the_child_says_that_the_client_must_be_made_anew():
 
 
 def test_after_a_fork_the_child_does_not_wait_for_its_parent_s_results():
-    """Nobody polls there: the wait would never end."""
+    """No thread polls there: the wait would never end."""
     done = run(
         """
         import asyncio

@@ -224,7 +224,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return display.html_fields(f"OperationFuture of {self.what}", self._in_words())
 
     def _in_words(self) -> dict[str, str]:
-        """State, time and what the server said so far, in words."""
+        """State, time, and the last report of the server, as text."""
         progress = self.progress
         seconds = (self._ended or time.monotonic()) - progress.began
         words = {"state": self._state_name(), "elapsed": f"{seconds:.1f} s"}

@@ -60,9 +60,9 @@ def client_part(rounds: int) -> str:
         "",
         "![cost per operation against their number](growth.svg)",
         "",
-        f"What stands in the way: of 200 samples of 1,000 ms the second itself is the floor, "
-        f"{_share_of_the_floor(rows)} of what the official SDK takes here, which no client can get "
-        "below; what comes on top of it has its own row. One exchange takes 55 us of "
+        "What limits it: 200 samples of 1,000 ms take at least that second with any client, which "
+        f"is {_share_of_the_floor(rows)} of the official SDK's time here; the time on top of it "
+        "has its own row. One exchange takes 55 us of "
         "processor time in requests' adapter with the quick path of `http_adapter.py`; 190 us "
         "without it, 67 us in bare `http.client`, 8 us for the system calls alone. "
         "`requests.Session.send` on top of it, so that hooks and instrumentation see every "
@@ -104,10 +104,10 @@ def engine_part(rounds: int) -> str:
         lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", at_limit, row.target]) + " |")
     lines += [
         "",
-        "What stands in the way: a ratio beyond the one at the limit is no program's on this "
-        "machine, and attention, which the limit leaves out, is a quarter of the prompt "
-        "log-probabilities of *tiny*. Of several adapters sampled together each is read from "
-        "memory at every step; one alone is folded into the base model.",
+        "What limits it: no program can exceed the ratio at the limit on this machine. The limit "
+        "does not include attention, which is a quarter of the work for prompt log-probabilities "
+        "of *tiny*. Adapters that are sampled together are each read from memory at every step; "
+        "a single one is folded into the base model.",
         "",
         "![tokens a second against batch size and length](tokens.svg)",
     ]

@@ -70,7 +70,7 @@ def test_a_key_is_found_nowhere_but_in_requests(server, tmp_path, caplog, monkey
         recipe = tinkex.TrainingClient.spec("tiny", base_url=server.url)
         shown += [repr(pickle.dumps(thing)) for thing in (sampler, recipe)]
         with pytest.raises(errors.NotFoundError) as caught:
-            rest.get_training_run("nobody's")
+            rest.get_training_run("unknown")
         shown += traceback.format_exception(caught.value)
         with pytest.raises(errors.AuthenticationError) as caught:
             tinkex.ServiceClient(server.url, KEY + "x")

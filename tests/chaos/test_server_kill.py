@@ -1,5 +1,5 @@
-"""The server can die: killed with -9 at random moments of a run and started again, it goes on as
-if nothing had been. The client is never told."""
+"""The server can die: killed with -9 at random moments of a run and started again, it continues
+as if nothing had happened. The client never notices."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def documented(a, *, b: int = 1) -> str:
 
 class Some:
     async def method(self):
-        r"""Old \\d escapes warn nobody."""
+        r"""Old \\d escapes cause no warning."""
 
     def silent(self):
         pass
@@ -37,7 +37,7 @@ def test_the_first_paragraph_goes_with_the_signature(tmp_path):
 
     assert [
         ("def documented(a, *, b: int=1):\n", "Say what it does."),
-        ("def method(self):\n", "Old \\d escapes warn nobody."),
+        ("def method(self):\n", "Old \\d escapes cause no warning."),
     ] == list(demo.docstrings(tmp_path))
 
 

@@ -194,7 +194,7 @@ def test_preference_pairs_are_not_trained_on_as_if_they_were_examples(train, dat
     data.write_text('{"prompt": "q", "chosen": "good", "rejected": "bad"}')
 
     assert 1 == train()
-    assert "only preference training reads" in capsys.readouterr().err
+    assert "which is for preference training: --method dpo" in capsys.readouterr().err
 
 
 def test_several_files_are_trained_on(service, data, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Reading training data: formats told by their content, bad lines named by their number."""
+"""Reading training data: formats recognized by their content, bad lines named by their number."""
 
 from __future__ import annotations
 

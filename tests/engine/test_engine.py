@@ -403,7 +403,7 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     with pytest.raises(ValueError, match=r"Hugging Face hub failed: .*download the model"):
-        _engine().load_base("nobody/no-such-model")
+        _engine().load_base("unknown/no-such-model")
 
 
 # -- half precision, as on an accelerator ----------------------------------------------------------

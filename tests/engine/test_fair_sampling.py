@@ -83,7 +83,7 @@ def test_two_users_with_much_to_do_have_half_each(engine):
 
 
 def test_what_was_put_back_comes_to_the_same_tokens(engine):
-    """And no token is told twice."""
+    """And no token is reported twice."""
     one = request(num_samples=300, max_tokens=12, seed=5)
     engine.submit_sample("alone", "base", one, share="greedy")
     expected = hf.sample_all(engine)["alone"]
@@ -111,7 +111,7 @@ def test_what_was_put_back_comes_to_the_same_tokens(engine):
 
 
 def test_every_request_ends_among_many_users(engine):
-    """Nobody is put back for ever."""
+    """No user waits for ever."""
     for user in range(12):
         engine.submit_sample(
             user,

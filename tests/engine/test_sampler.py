@@ -507,7 +507,7 @@ def test_a_cancelled_request_leaves_nothing_behind(engine):
 
 
 def test_a_failure_in_a_step_answers_all_who_wait(engine, monkeypatch):
-    """Nobody hangs, and the next request works."""
+    """Nothing hangs, and the next request works."""
     engine.submit_sample("x", "a", request([1, 2, 3], max_tokens=50))
     engine.sample_step()
     with monkeypatch.context() as patch:

@@ -87,7 +87,7 @@ def answers(engine, tracer=None, tickets=tuple(REQUESTS)):
 
 
 def plain(response, told):
-    """All that a response says, and which tokens were told as they came."""
+    """All that a response holds, and which tokens were reported as they came."""
     scores = response.prompt_logprobs_np
     return (
         [(s.tokens, s.stop_reason, s.topk_logprobs) for s in response.sequences],

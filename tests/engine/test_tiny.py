@@ -53,7 +53,7 @@ def test_transformers_computes_the_same(tmp_path):
 
 
 def test_any_text_survives_its_tokenizer():
-    """Tokens are bytes; special tokens are told from text."""
+    """Tokens are bytes; special tokens are distinguished from text."""
     tokenizer = Tokenizer.from_file(str(tiny.DIRECTORY / "tokenizer.json"))
     text = "naïve 🙂\n\tdef f(): ...  <|end|>"
 

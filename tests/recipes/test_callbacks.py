@@ -1,4 +1,4 @@
-"""Callbacks: what they are told, in which order, and that their errors stay theirs."""
+"""Callbacks: what they are called with, in which order, and that their errors stay theirs."""
 
 from __future__ import annotations
 

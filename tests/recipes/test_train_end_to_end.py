@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(tinkex, undisturbed, how):
 
 
 def test_an_engine_that_dies_is_started_again_and_the_run_resumed(tinkex, undisturbed):
-    """Killed or out of memory: nobody has to be there. The run ends in the same bits."""
+    """Killed or out of memory: no one has to restart it. The run ends in the same bits."""
     process = tinkex(*TRAIN, "--output", "died")
     wait_for_step(process, tinkex.folder / "died", 9)
     [engine] = [

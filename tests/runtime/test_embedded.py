@@ -87,7 +87,7 @@ def gone(pid):
 
 
 def test_it_says_in_one_line_where_it_is(engine, home, capsys):
-    """Else nobody knows that a gigabyte of engine runs, nor where its models are kept."""
+    """Else users do not know that a gigabyte of engine runs, nor where its models are kept."""
     said = capsys.readouterr()
 
     assert "" == said.out
@@ -95,7 +95,7 @@ def test_it_says_in_one_line_where_it_is(engine, home, capsys):
 
 
 def test_it_is_started_on_loopback_for_this_process_with_a_secret_of_its_own(home, monkeypatch):
-    """What answers there must be what we started; nobody else on the machine may use it."""
+    """What answers there must be what we started; no other user of the machine may use it."""
     monkeypatch.setenv("TINKER_API_KEY", "")
     seen = {}
     spawn = embedded._spawn
@@ -282,7 +282,7 @@ def run(home, code):
     ids=["end", "exit", "exception", "_exit", "kill -9"],
 )
 def test_it_never_outlives_its_parent(home, end):
-    """Whatever ends us, and even if it leaves us no time to say so."""
+    """Whatever ends us, even if it leaves no time to end the child."""
     with run(home, end) as parent:
         pid = int(parent.stdout.readline())
         parent.wait(10)

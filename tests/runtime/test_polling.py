@@ -710,7 +710,7 @@ def test_draining_waits_for_what_is_in_flight(world):
 def test_statement_31_whatever_is_raised_on_the_way_ends_in_the_future(
     world, monkeypatch, problem, where
 ):
-    """Nothing hangs: an exception that nobody thought of is the operation's own. (statement 31)"""
+    """Nothing hangs: an unforeseen exception fails its operation alone. (statement 31)"""
 
     def broken(*args, **options):
         raise problem

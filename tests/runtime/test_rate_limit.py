@@ -1,4 +1,4 @@
-"""How much sampling goes on at once, for everybody with one key; and slower after a 429."""
+"""How many samples are in flight at once, for all clients with one key; and slower after a 429."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pace(clock, requests=400, nbytes=10_000_000):
 
 
 class Sender:
-    """A thread that wants to send, and holds its place until it is told to end."""
+    """A thread that wants to send, and holds its place until it is released."""
 
     def __init__(self, pace, nbytes=SMALL, cancelled=lambda: False):
         self.admitted, self.end = threading.Event(), threading.Event()
@@ -118,7 +118,7 @@ def test_a_shorter_wish_does_not_cut_a_longer_one_short(clock):
 
 
 def test_one_success_does_not_end_the_quiet_for_all(clock):
-    """Theirs does, though another request was told to wait a moment ago."""
+    """Theirs does, though another request has just been refused with a 429."""
     limited = pace(clock)
     limited.throttled(SMALL, 60)
     limited.succeeded()

@@ -16,7 +16,7 @@ from tinkex.runtime.sample_watch import CompletionWatch
 
 @pytest.fixture
 def server():
-    """A server whose samples r0, r1, ... are all known, and finished when a test says so."""
+    """A server whose samples r0, r1, ... are all known, and finished when a test finishes them."""
     made = FakeServer(features={"sample_use_retrieve_futures": True})
     sample = wire.to_json(types.SampleResponse([types.SampledSequence([1])]))
     made.always("retrieve_future", answer(sample))

@@ -164,7 +164,7 @@ def test_the_engine_ends_with_the_last_session_that_uses_it(server, engine):
 
 
 def test_an_engine_that_has_died_is_told_at_once(server, engine):
-    """Nobody will ever answer on that port: ten minutes of patience would be ten minutes lost."""
+    """Nothing will ever answer on that port: ten minutes of patience would be ten minutes lost."""
     config, started = connect()
     with closing(Session(config, transport=transport(server), engine=started)) as s:
         waiting = operation(s)

@@ -187,7 +187,7 @@ def test_a_401_that_is_not_about_a_token_is_not_replayed(way, canned):
 
 
 def test_a_closed_transport_tries_nothing_again(established, server):
-    """Closing a client ends its threads; one that goes on for ten minutes would outlive it."""
+    """Closing a client ends its threads; one that runs for ten more minutes would outlive it."""
 
     def close(server, request, limits, behave):
         established.close()

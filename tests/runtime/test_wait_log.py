@@ -107,7 +107,7 @@ def test_what_has_ended_is_not_reported(log, clock):
 
 
 def test_the_line_appears_in_the_log_by_itself():
-    """Nobody has to ask for it; a thread looks at the clock while something waits."""
+    """It need not be asked for; a thread looks at the clock while something waits."""
     said = threading.Event()
     records = []
     handler = logging.Handler()

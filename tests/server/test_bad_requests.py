@@ -130,7 +130,7 @@ def wrong(endpoint, path, *values, status=400, says=None):
 
 for endpoint in ("optim_step", "save_weights", "save_weights_for_sampler", "forward_backward"):
     wrong(endpoint, ("model_id",), NOTHING, 7, None, [])
-    wrong(endpoint, ("model_id",), "nobody", "../../etc", "", status=404, says="is not known")
+    wrong(endpoint, ("model_id",), "unknown", "../../etc", "", status=404, says="is not known")
     wrong(endpoint, ("seq_id",), NOTHING, "2", 2.5, True, -1, 2**31, 10**30, None)
     wrong(endpoint, ("seq_id",), 0, says="seq_id")
 wrong("optim_step", ("adam_params",), 3, [], "x")
@@ -156,7 +156,7 @@ wrong(
 wrong("load_weights", ("path",), "tinker://a/b/c/d", "tinker://r/other/n", NOTHING, says="path")
 wrong("load_weights", ("model_id",), NOTHING, says="session_id")
 wrong("create_model", ("session_id",), NOTHING, 7)
-wrong("create_model", ("session_id",), "nobody", status=404, says="is not known")
+wrong("create_model", ("session_id",), "unknown", status=404, says="is not known")
 wrong("create_model", ("model_seq_id",), NOTHING, -1, "1", 1.5, 10**20)
 wrong("create_model", ("base_model",), NOTHING, 7, "", "a\0b", "x" * 2000)
 wrong("create_model", ("lora_config", "rank"), 0, -1, 100_000, "8", 1.5)
@@ -175,7 +175,7 @@ wrong("create_sampling_session", ("sampling_session_seq_id",), NOTHING, -1, "1",
 wrong("create_sampling_session", ("base_model",), NOTHING, says="model_path")
 wrong("create_sampling_session", ("model_path",), "/etc/passwd", "tinker://x", says="tinker://")
 wrong("create_sampling_session", ("model_path",), "tinker://r/weights/n", status=404, says="never")
-wrong("asample", ("sampling_session_id",), "nobody", status=404, says="is not known")
+wrong("asample", ("sampling_session_id",), "unknown", status=404, says="is not known")
 wrong("asample", ("sampling_session_id",), NOTHING, says="model_path")
 wrong("asample", ("seq_id",), -1, "1", 1.5, 10**30)
 wrong("asample", ("num_samples",), 0, -1, 10**9, "2", 1.5)
@@ -200,7 +200,9 @@ wrong("forward_backward", ("forward_backward_input",), NOTHING, 7, [])
 wrong("forward_backward", ("forward_backward_input", "data"), 7, [7], NOTHING)
 wrong("forward_backward", ("forward_backward_input", "loss_fn"), NOTHING, 7)
 wrong("retrieve_futures", ("target",), NOTHING, {}, {"type": "other"}, says="target")
-wrong("retrieve_futures", ("target", "sampling_session_id"), "nobody", status=404, says="not known")
+wrong(
+    "retrieve_futures", ("target", "sampling_session_id"), "unknown", status=404, says="not known"
+)
 wrong("retrieve_futures", ("prev_cursor",), "x")
 wrong("retrieve_futures", ("timeout",), "soon")
 case("retrieve_future: unknown", "POST", "retrieve_future", text({"request_id": "x:1"}), 410)
@@ -226,7 +228,7 @@ case("copy: unknown", "POST", "copy_weights", text({"source_path": "tinker://r/w
 
 # --- protobuf, compression, sizes -----------------------------------------------------------------
 
-_, _, _, PROTO = wire.encode_request(batch("nobody", 1, [1, 2, 3]), protobuf=True)
+_, _, _, PROTO = wire.encode_request(batch("unknown", 1, [1, 2, 3]), protobuf=True)
 IN_PROTO = {"Content-Type": PROTOBUF}
 case("protobuf: garbage", "POST", "forward_backward", b"\xff\xff\xff\xff", headers=IN_PROTO)
 case("protobuf: cut off", "POST", "forward_backward", PROTO[:-3], headers=IN_PROTO)

@@ -150,7 +150,7 @@ def test_the_largest_json_batch_that_is_taken_holds_nobody_up(server):
 
 
 def test_what_is_being_received_is_bounded_in_all(serve):
-    """Beyond that, requests are told to come again; a single one is always taken."""
+    """Beyond that, requests get a 429 and are repeated later; a single one is always taken."""
     served = serve(limits={"decoding_bytes": 3_000_000})
     client = served.client
     model = client.model()

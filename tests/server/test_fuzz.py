@@ -317,7 +317,7 @@ def test_odd_samples_on_the_real_engine(real, data):
 @overflow_is_no_error
 @pytest.mark.parametrize("rate", [1e300, 3.5e38, 1e38, 1e-320])
 def test_steps_that_overflow(real, rate):
-    """What comes out may be infinite, which is an answer; the server says so and lives."""
+    """What comes out may be infinite, which is an answer; the server reports it and lives."""
     client = real.client
     model = client.model()
     client.result(client.forward_backward(model, 1, [5, 6]))

@@ -1,4 +1,4 @@
-"""Peers that are slow, idle or too many: they cost nothing, and nobody else notices."""
+"""Peers that are slow, idle or too many: they cost nothing, and other clients do not notice."""
 
 from __future__ import annotations
 

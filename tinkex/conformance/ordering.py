@@ -254,7 +254,7 @@ def no_wedge(ctx: Context) -> str:
     return "; ".join(seen)
 
 
-@CHECKS.rule("a failed operation is told as 200 with error and category")
+@CHECKS.rule("a failed operation is a 200 with error and category")
 def failures(ctx: Context) -> str:
     """A failure is the result of an operation, not an HTTP error. SkyRL returns 400, which the
     official SDK takes for a proxy's error, retries four times and raises without the category;
@@ -387,7 +387,7 @@ def unknown_fields(ctx: Context) -> None:
                 raise Broken(f"{what} is refused because of one: {failure}")
 
 
-@CHECKS.rule("a session's end is told to its heartbeat")
+@CHECKS.rule("a heartbeat after a session's end is refused")
 def finished_session(ctx: Context) -> None:
     """A heartbeat returns 200 while the session is active, and 410 after it was finished."""
     session_id = ctx.new_session()

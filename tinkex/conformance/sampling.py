@@ -245,7 +245,7 @@ def stop_nothing(ctx: Context) -> None:
 # Samplers and the models they come from.
 
 
-@CHECKS.rule("sampler weights are frozen while training goes on")
+@CHECKS.rule("sampler weights stay frozen while training continues")
 def frozen(ctx: Context) -> str:
     """A sampler keeps the weights it was created from. Samplers of SkyRL follow the training: their
     log-probabilities changed by 0.82 in three steps."""

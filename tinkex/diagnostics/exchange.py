@@ -11,7 +11,7 @@ from tinkex.runtime.retry import ONCE
 from tinkex.runtime.transport import Transport
 
 #: The name of a model, a run or a session that exists on no server.
-NOBODY = "tinkex-doctor"
+UNKNOWN_ID = "tinkex-doctor"
 
 _ANY_STATUS = frozenset(range(300, 600))
 
@@ -32,8 +32,8 @@ def ask(
     return transport.send(
         method,
         transport.url(
-            path, run_id=NOBODY, checkpoint_id=f"weights/{NOBODY}", session_id=NOBODY,
-            sampler_id=NOBODY,
+            path, run_id=UNKNOWN_ID, checkpoint_id=f"weights/{UNKNOWN_ID}", session_id=UNKNOWN_ID,
+            sampler_id=UNKNOWN_ID,
         ),
         body,
         headers=headers,

@@ -12,7 +12,7 @@ import attrs
 from tinkex import config, errors, types, wire
 from tinkex.conformance.client import as_object, is_missing, said
 from tinkex.diagnostics.endpoints import GROUPS, label
-from tinkex.diagnostics.exchange import NOBODY, ask
+from tinkex.diagnostics.exchange import UNKNOWN_ID, ask
 from tinkex.diagnostics.network import Network
 from tinkex.diagnostics.steps import Failed, Finding, Limits, Step
 from tinkex.runtime.connection import Connection
@@ -183,12 +183,12 @@ class Server:
 
     def _takes(self, *, protobuf: bool) -> bool:
         """True if the server reads a batch in this dialect; the batch is for an unknown model."""
-        request = types.ForwardBackwardRequest(NOBODY, 1, [], "cross_entropy")
+        request = types.ForwardBackwardRequest(UNKNOWN_ID, 1, [], "cross_entropy")
         path, content_type, _, body = wire.encode_request(request, protobuf)
         answer = ask(self.transport, "POST", path, body, {"Content-Type": content_type})
         if is_missing(answer) or answer.status == 415:
             return False
-        if NOBODY in answer.content.decode("utf-8", "replace"):
+        if UNKNOWN_ID in answer.content.decode("utf-8", "replace"):
             return True  # the error names the model, so the batch was read
         return answer.status not in (JSON_ONLY if protobuf else (500,))
 

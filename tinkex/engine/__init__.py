@@ -7,7 +7,7 @@ else to do (the client, say) that made training up to ten times slower. One that
 to be woken for every product: a third slower on a machine with nothing else to do.
 
 And how much oneDNN keeps (see matmul.py). It prepares a product of a new shape, and keeps what it
-prepared, working memory and all: of a thousand shapes, if it is not told otherwise, which came to
+prepared, working memory and all: of a thousand shapes, by default, which came to
 8 GB.
 """
 

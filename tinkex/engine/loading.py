@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """A `Progress` that nobody looks at."""
+    """A `Progress` that is not shown."""
 
 
 @attrs.frozen(eq=False)

@@ -122,7 +122,7 @@ class Connection:
         return first
 
     def let_go(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Close the connections; end the engine, in *timeout* seconds, if nobody else uses it."""
+        """Close the connections; end the engine, in *timeout* seconds, if it has no other users."""
         self.transport.close()
         if self.engine is not None and os.getpid() == self.pid:
             embedded.release(self.engine, timeout)

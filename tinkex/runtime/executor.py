@@ -102,7 +102,9 @@ def on_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
     future: Future[T] = concurrent.futures.Future()
 
     def run() -> None:
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+        with contextlib.suppress(
+            concurrent.futures.InvalidStateError
+        ):  # cancelled: no caller waits
             try:
                 future.set_result(function())
             except BaseException as exc:

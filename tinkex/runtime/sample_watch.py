@@ -42,7 +42,7 @@ class CompletionWatch:
         self._changed = threading.Condition()  # guards all below
         self._waiting: dict[str, Promise[Any]] = {}
         self._told: set[str] = set()  # done, says the server, and says it once
-        self._fetched: list[str] = []  # resolved, which it is to be told
+        self._fetched: list[str] = []  # resolved, to be reported to the server
         self._thread: threading.Thread | None = None
         self._offered = True
         self._closed = False

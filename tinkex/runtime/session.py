@@ -383,7 +383,7 @@ class Session(Connection):
     def end_with_program(self, wait: float) -> str:
         """Wait *wait* seconds at most for what was submitted, then stop the threads.
 
-        The server is not told: other processes may share the session, as pickled clients do.
+        Nothing is sent to the server: other processes may share the session, as pickled clients do.
         Returns in words what is dropped.
         """
         self._closing.set()
@@ -418,7 +418,11 @@ class Session(Connection):
                 wire.FINISH_SESSION, request, retry=ONCE, timeout=2.0, session_id=self.session_id
             )
         except errors.TinkexError as exc:
-            logger.debug("the server was not told that session %s ended: %s", self.session_id, exc)
+            logger.debug(
+                "the end of session %s could not be reported to the server: %s",
+                self.session_id,
+                exc,
+            )
 
 
 def _note_dropped(dropped: threading.Event, closed: threading.Event) -> None:

@@ -205,7 +205,7 @@ class OrderedWorker:
         if self._broken is not None:
             return self._broken
         if self._failure is not None and call.seen > self._failed_at:
-            self._failure = None  # put after the caller had been told
+            self._failure = None  # put after the caller had seen it
         return self._failure
 
     def _fail(self, call: _Call, exc: BaseException, root: BaseException) -> None:
@@ -213,7 +213,7 @@ class OrderedWorker:
         fail(call.future, exc)
 
     def _deliver(self, root: BaseException) -> None:
-        """The caller has been told of *root*. Runs on the caller's thread."""
+        """The caller has seen *root*. Runs on the caller's thread."""
         with self._lock:
             if self._failure is root and self._delivered == self._failed_at:
                 self._delivered += 1

@@ -48,7 +48,7 @@ class Limits:
         body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
         idle_seconds: an idle connection is closed after this time. It is longer than clients
             keep theirs: a connection that the server closes first can lose a request.
-        page_seconds: interval at which the web page is told what has changed.
+        page_seconds: interval at which changes are sent to the web page.
         open_samplers: adapters kept in memory for sampling; idle ones beyond are closed.
     """
 

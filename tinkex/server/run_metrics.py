@@ -150,7 +150,7 @@ class RunMetrics:
             after: what an earlier call returned; 0 for all.
 
         Returns:
-            At most `MOST_POINTS` points, evenly taken, the newest among them; and where to go on.
+            At most `MOST_POINTS` points, evenly taken, the newest among them; and where to continue.
         """
         with self._lock:
             data = self._bytes(run_id, after)

@@ -34,7 +34,7 @@ class Wait:
     Attributes:
         done: it is parked until this ends, in whatever way.
         describe: what is waited for and how far it is, for those who wait for the job.
-        leave: called once when the job no longer waits, as it goes on or was cancelled.
+        leave: called once when the job no longer waits: it continues or was cancelled.
     """
 
     done: Future[Any]

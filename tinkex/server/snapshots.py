@@ -1,6 +1,6 @@
 """Snapshots of models: so that a restart repeats little, and so that idle models need no memory.
 
-A model that nobody uses for a while is kept as its snapshot only, and comes back, bit for bit, with
+A model that is not used for a while is kept as its snapshot only, and comes back, bit for bit, with
 its next operation. Runs on the compute thread.
 """
 

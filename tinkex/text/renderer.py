@@ -407,7 +407,7 @@ class Renderer:
         if not reasoning:
             raise ValueError(
                 "the chat template begins the assistant's turn differently from its generation "
-                "prompt, so what the model should say cannot be told apart"
+                "prompt, so the part to train on cannot be found"
             )
         opener = before.rstrip()
         start = _shared(before, whole)

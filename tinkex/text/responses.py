@@ -1,6 +1,6 @@
 """What a model said, as a message: text, reasoning and tool calls.
 
-Each family of models writes calls and reasoning in its own notation; the ones below are told apart
+Each family of models writes calls and reasoning in its own notation; the ones below are distinguished
 by their marks. What is not understood stays text.
 """
 

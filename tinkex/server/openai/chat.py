@@ -77,7 +77,7 @@ class Chat:
         if opened and sequence.finish == "length" and _THINK_END not in sequence.text:
             message = {"role": "assistant", "content": "", "reasoning_content": sequence.text}
         if not self.has_tools and message.pop("tool_calls", None):
-            message["content"] = sequence.text  # nobody offered tools: it is text
+            message["content"] = sequence.text  # no tools were offered: it is text
         return message
 
 
