@@ -29,7 +29,15 @@ logger = logging.getLogger("tinkex")
 START_TIMEOUT = 120.0
 
 #: What it is made of: the extra `local`.
-NEEDED = ("torch", "transformers", "safetensors", "starlette", "uvicorn", "zstandard")
+NEEDED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "starlette",
+    "uvicorn",
+    "zstandard",
+    "prometheus_client",
+)
 
 
 class EmbeddedEngine:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import attrs
 
 from tinkex import types, wire
+from tinkex.server import tracing
 
 
 @attrs.define(eq=False)
@@ -98,6 +99,7 @@ class Work:
         ended: True if it ended before a restart; failure: the error it ended with, or None.
         size: bytes of the request body.
         stored: where the request is kept until it runs, instead of in `request`, or None.
+        accepted_at: on the monotonic clock; trace: what it belongs to, or None.
     """
 
     name: str
@@ -109,6 +111,8 @@ class Work:
     failure: str | None = None
     size: int = 0
     stored: StoredRequest | None = None
+    accepted_at: float = attrs.field(factory=time.monotonic, eq=False)
+    trace: Any = attrs.field(factory=tracing.current, eq=False, repr=False)
 
     @property
     def title(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import attrs
 
 from tinkex import types
+from tinkex.server import tracing
 from tinkex.server.base_loader import BaseLoader
 from tinkex.server.database import CheckpointRow, RunRow, SamplerRow
 from tinkex.server.encryption import encrypt_folder
@@ -26,6 +27,7 @@ from tinkex.server.home import ServerFolder, move_into_place
 from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
 from tinkex.server.live import CHANGES_MODEL, LiveModel, LiveSampler, Refused, Work
+from tinkex.server.monitor import Monitor
 from tinkex.server.results import explained
 from tinkex.server.run_metrics import RunMetrics
 from tinkex.server.scheduler import Steps, Wait
@@ -72,6 +74,7 @@ class Workshop:
         self._open: OrderedDict[str, _OpenSampler] = OrderedDict()  # by engine_id
         self.loader = BaseLoader(limits.load_seconds)
         self.snapshots = Snapshots(folder, journal, self.loader, limits)
+        self.monitor = Monitor()
         self.metrics = RunMetrics(store.home.path / "metrics")
         #: The newest weights that were saved as `inflight`, by model.
         self._inflight: dict[str, LiveSampler] = {}
@@ -80,6 +83,20 @@ class Workshop:
 
     def steps(self, work: Work, engine: Any) -> Steps:
         """Run one operation; its return value is the result."""
+        started = time.monotonic()
+        span = tracing.begin(work.name, work.trace, work.model.model_id, work.seq)
+        try:
+            result = yield from self._steps(work, engine)
+        except Exception as exc:
+            self.monitor.operation_ended(work, started, "failed")
+            tracing.end(span, exc)
+            raise
+        if not work.ended:
+            self.monitor.operation_ended(work, started, "done")
+        tracing.end(span)
+        return result
+
+    def _steps(self, work: Work, engine: Any) -> Steps:
         model = work.model
         model.busy = True
         started = time.perf_counter()
@@ -107,7 +124,8 @@ class Workshop:
                 try:
                     wait = next(steps)
                 except StopIteration as stop:
-                    self.metrics.observe(work, stop.value)
+                    trained = self.metrics.observe(work, stop.value)
+                    self.monitor.trained(model.base_model, trained)
                     return stop.value
                 model.seconds += time.perf_counter() - started
                 yield wait

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinkex import wire
+from tinkex.server import tracing
 from tinkex.server.audit import Audit
 from tinkex.server.auth import Keys
 from tinkex.server.http_errors import Refusal, shown
@@ -327,6 +328,7 @@ class Framing:
 def guarded(
     handler: Handler,
     *,
+    name: str = "",
     public: bool = False,
     once: bool = False,
     key_of: Callable[[Request], str | None] = header_key,
@@ -335,6 +337,7 @@ def guarded(
     """Make an endpoint that authenticates, and that turns every exception into a response.
 
     Args:
+        name: for `/metrics`; "" is the handler's.
         public: no key is required.
         once: a repeat with the same X-Idempotency-Key gets the first response.
         key_of: reads the API key of a request.
@@ -344,7 +347,13 @@ def guarded(
     async def endpoint(request: Request) -> Response:
         site: Site = request.app.state.site
         call = Call(site, request, "")
+        started = time.monotonic()
+        tracing.enter(request.headers)
         response = await answered(site, call, request)
+        seconds = time.monotonic() - started
+        site.ledger.workshop.monitor.answered(
+            name or handler.__name__, response.status_code, seconds
+        )
         host = None if request.client is None else request.client.host
         site.audit.note(
             request.method,

@@ -72,22 +72,28 @@ class RunMetrics:
 
     # What the server itself sees.
 
-    def observe(self, work: Work, result: Any) -> None:
+    def observe(self, work: Work, result: Any) -> int:
         """Count a completed operation; an optimizer step makes a point.
 
         Operations that are repeated after a restart have been counted before.
+
+        Returns:
+            The tokens that it trained on.
         """
+        tokens = 0
         if work.ended or work.request is None:
-            return
+            return tokens
         with self._lock:
             usage = self._usage.setdefault(work.model.owner, Usage())
             usage.operations += 1
             if isinstance(result, types.ForwardBackwardOutput):
-                usage.tokens_trained += self._add_batch(work, result)
+                tokens = self._add_batch(work, result)
+                usage.tokens_trained += tokens
             elif isinstance(result, types.OptimStepResponse):
                 self._end_step(work.model.model_id, result)
             elif isinstance(result, types.UnloadModelResponse):
                 self._steps.pop(work.model.model_id, None)
+        return tokens
 
     def sampled(self, owner: str, response: Any) -> None:
         """Count a completed sample request; failed ones do not count."""

@@ -65,6 +65,21 @@ class Ledger:
         self.spool = Spool(folder.spool, journal)
         self.models = Models(*parts, self.spool)
         self.samplers = Samplers(*parts)
+        self.workshop.monitor.watch(
+            {
+                "tinkex_engine_up": ("1 if operations run.", lambda: float(scheduler.alive)),
+                "tinkex_operations_queued": (
+                    "Operations that wait or run.",
+                    lambda: sum(scheduler.load().waiting.values()),
+                ),
+                "tinkex_sample_requests_queued": (
+                    "Sample requests that wait or run.",
+                    lambda: scheduler.load().samples,
+                ),
+                "tinkex_models": ("Models that are not unloaded.", lambda: len(self.models)),
+                "tinkex_sessions": ("Sessions that are open.", lambda: len(self.sessions)),
+            }
+        )
         self._reaper: asyncio.Task[None] | None = None
         self._turns_seen = self._turns_trimmed = 0
         self._still_since = 0.0

@@ -68,6 +68,9 @@ class Models:
         self._by_id: dict[str, ModelPlace] = {}
         self._touched: dict[str, float] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def get(self, model_id: str) -> ModelPlace | None:
         return self._by_id.get(model_id)
 

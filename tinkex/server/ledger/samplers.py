@@ -196,11 +196,12 @@ class Samplers:
         ended: Callable[[Any], None],
         on_token: Callable[[int, int, float], None] | None = None,
     ) -> None:
-        workshop = self._workshop
+        workshop, accepted_at = self._workshop, time.monotonic()
         live = workshop.newest(live)
 
         def finish(outcome: Any) -> None:
             workshop.metrics.sampled(live.owner, outcome)
+            workshop.monitor.sample_ended(live.base_model, accepted_at, outcome)
             ended(outcome)
 
         self._shared.scheduler.put_sample(

@@ -144,6 +144,9 @@ class Sessions:
         self._shared = shared
         self._by_id: dict[str, Session] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def get(self, session_id: str) -> Session | None:
         return self._by_id.get(session_id)
 

@@ -44,6 +44,8 @@ _REPEATABLE = {
 def routes() -> list[Route]:
     """All routes, in the order of matching."""
     found = page.routes()
+    numbers = guarded(sessions.numbers, key_of=openai.bearer_key)
+    found.append(Route("/metrics", numbers, methods=["GET"]))
     for endpoints, public in (
         *((endpoints, False) for endpoints in _MODULES),
         (sessions.PUBLIC, True),
@@ -53,6 +55,6 @@ def routes() -> list[Route]:
     ):
         for method, path, handler in endpoints:
             once = method == "POST" and path not in _REPEATABLE
-            endpoint = guarded(handler, public=public, once=once)
+            endpoint = guarded(handler, name=path, public=public, once=once)
             found.append(Route(wire.PREFIX + path, endpoint, methods=[method]))
     return [*found, *openai.routes()]

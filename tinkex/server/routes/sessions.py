@@ -10,6 +10,7 @@ from starlette.responses import Response
 from tinkex import types, wire
 from tinkex.server.database import SessionRow, iso
 from tinkex.server.http_errors import Refusal, not_offered, shown
+from tinkex.server.monitor import CONTENT_TYPE
 from tinkex.server.request_context import Call, header_key, reply
 
 #: Allowed reasons for finishing a session.
@@ -44,6 +45,12 @@ async def readyz(call: Call) -> Response:
     if problem is not None:
         raise Refusal(503, problem, {"Retry-After": "5"})
     return reply({"status": "ready"})
+
+
+async def numbers(call: Call) -> Response:
+    """What Prometheus reads."""
+    report = await call.site.in_pool(call.site.ledger.workshop.monitor.report)
+    return Response(report, media_type=CONTENT_TYPE)
 
 
 async def client_config(call: Call) -> Response:
