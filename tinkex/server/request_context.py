@@ -78,6 +78,8 @@ class Call:
     site: Site
     request: Request
     owner: str
+    #: The API key that it came with.
+    key: str | None = attrs.field(default=None, repr=False)
     #: The decompressed body, once it has been read.
     unpacked: bytes | None = None
     #: Its share of `Site.decoding`.
@@ -360,14 +362,16 @@ def guarded(
             request.url.path,
             response.status_code,
             call.owner,
-            lambda: site.keys.id_of(key_of(request)),
+            lambda: site.keys.id_of(call.key),
             host,
         )
         return response
 
     async def answered(site: Site, call: Call, request: Request) -> Response:
         try:
-            call.owner = "" if public else _owner(site.keys, request, key_of(request))
+            if not public:
+                call.key = key_of(request)
+                call.owner = _owner(site.keys, request, call.key)
             key = request.headers.get("x-idempotency-key") if once else None
             if key is None:
                 return await handler(call)
