@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -556,3 +558,45 @@ def test_samplers_of_one_directory_share_their_weights(tmp_path):
         engine.open_sampler(name, "tiny", directory=tmp_path)
 
     assert engine._samplers["one"].finished is engine._samplers["two"].finished
+
+
+@pytest.mark.parametrize(
+    ("stop", "sentence"),
+    [
+        (["x" * 513], "a string of 513 characters"),
+        ([f"s{i}" for i in range(65)], "0 token ids and 65 strings"),
+        (list(range(1025)), "1025 token ids"),
+        ([f"{i}" * 9 for i in range(100_000)], "100000 strings"),
+    ],
+)
+def test_more_stops_than_a_step_can_look_for_are_refused(engine, stop, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        engine.submit_sample("s", "base", request(PROMPTS[0], stop=stop))
+
+
+def test_the_most_stops_cost_a_bounded_time_at_every_token(engine):
+    """64 strings of 512 characters: they used to be unbounded in number and length."""
+    most = [chr(33 + i % 90) + f"{i:04}" * 128 for i in range(64)]
+    most = [text[:512] for text in most]
+    seconds = []
+    for stop in ([], most):
+        start = time.perf_counter()
+        [response] = ask(engine, ("base", request(PROMPTS[0], max_tokens=200, stop=stop)))
+        seconds.append((time.perf_counter() - start) / len(response.sequences[0].tokens))
+    print(f"{seconds[0] * 1e3:.2f} ms a token without stops, {seconds[1] * 1e3:.2f} ms with most")
+
+    assert seconds[1] < seconds[0] + 0.02
+
+
+def test_idle_memory_is_freed_and_the_next_answers_are_the_same(engine):
+    """Not while something runs."""
+    before = ask(engine, ("a", request(PROMPTS[0], max_tokens=100)))
+    engine.submit_sample("x", "a", request(PROMPTS[0], max_tokens=100))
+    engine.sample_step()
+    engine.free_idle()
+    [running] = hf.sample_all(engine).values()
+    engine.free_idle()
+    after = ask(engine, ("a", request(PROMPTS[0], max_tokens=100)))
+
+    assert tokens_of(before[0]) == tokens_of(running)
+    assert tokens_of(before[0]) == tokens_of(after[0])

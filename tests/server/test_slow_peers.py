@@ -184,3 +184,52 @@ def test_many_idle_connections_cost_nothing(tmp_path):
     assert wanted >= 500
     assert spent < 0.2
     assert each < 0.3
+
+
+def test_a_client_that_does_not_take_its_answer_is_dropped(serve):
+    """One that takes it slowly gets all of it."""
+    served = serve(limits={"answer_seconds": 0.5, "idle_seconds": 1, "num_samples": 64})
+    client = served.client
+    sampler = client.sampler()
+    promise = client.sample(sampler, 0, num_samples=64, max_tokens=20_000, params={"seed": 1})
+    client.result(promise)
+    poll = b'{"request_id": "%s"}' % promise["request_id"].encode()
+    lines = (
+        b"POST /api/v1/retrieve_future HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(poll)
+    )
+    with contextlib.ExitStack() as stack:
+        slow = socket.socket()
+        stack.callback(slow.close)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port_of(served)))
+        slow.sendall(lines + poll)
+        reader = socket.create_connection(("127.0.0.1", port_of(served)))
+        stack.callback(reader.close)
+        reader.sendall(lines + poll)
+        taken = _take_slowly(reader, 1.5)
+        # Idle connections are closed after a second; the slow one is not idle, but dropped.
+        until(lambda: not served.server._uvicorn.server_state.connections)
+
+    assert taken > 5_000_000
+    assert {"status": "ok"} == client.get("healthz")
+
+
+def _take_slowly(reader, seconds):
+    """Bytes that a peer gets who reads a piece every tenth of a second, and then the rest."""
+    taken, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        taken += len(reader.recv(20_000))
+        time.sleep(0.1)
+    reader.settimeout(5)
+    with contextlib.suppress(TimeoutError):
+        while piece := reader.recv(1 << 20):
+            taken += len(piece)
+    return taken
+
+
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

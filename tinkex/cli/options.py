@@ -32,6 +32,27 @@ class Duration(click.ParamType):
         return int(match[1]) * _UNITS[match[2]]
 
 
+class Size(click.ParamType):
+    """A number of bytes, with or without a unit: 500000, 500MB, 20GB, 1.5TB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, at least 1."""
+        match = re.fullmatch(
+            r"([0-9]{1,15}(?:\.[0-9]{1,3})?) ?([KMGT]?)B?", str(value).strip().upper()
+        )
+        size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+        if size == 0:
+            self.fail(
+                f"{value!r} is not a size; give bytes, or a number with KB, MB, GB or TB, such as "
+                "20GB.",
+                param,
+                ctx,
+            )
+        return size
+
+
 def key_option(command: Command) -> Command:
     """--api-key."""
     return click.option(

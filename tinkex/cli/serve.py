@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from tinkex.cli.options import Size
+
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -65,6 +67,21 @@ import click
     show_envvar=True,
     help="Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
     "bfloat16 on a CPU halves the memory.",
+)
+@click.option(
+    "--user-models", type=click.IntRange(1), metavar="N", help="Live models that a user may have."
+)
+@click.option(
+    "--user-queue",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Requests that a user may have waiting; more are answered with 429.",
+)
+@click.option(
+    "--user-disk",
+    type=Size(),
+    help="What a user's checkpoints and sampler weights may take, such as 20GB. Default: no limit, "
+    "as for the two above.",
 )
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)
 @click.option("--parent-pid", type=int, hidden=True)

@@ -116,6 +116,7 @@ def make_job(
     _check_prompt_scores(request, len(prompt), spec.vocab)
     room = max(1, spec.context - len(prompt))  # the last token is never read again
     stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
+    _check_stops(stop_tokens, stop_strings)
     seed = params.seed
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
@@ -172,6 +173,25 @@ def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) 
         )
 
 
+#: What a request may name to stop at: each costs time at every token.
+MOST_STOP_TOKENS = 1024
+MOST_STOP_STRINGS = 64
+MOST_STOP_LENGTH = 512
+
+
+def _check_stops(tokens: tuple[int, ...], strings: tuple[str, ...]) -> None:
+    if len(tokens) > MOST_STOP_TOKENS or len(strings) > MOST_STOP_STRINGS:
+        raise ValueError(
+            f"stop holds {len(tokens)} token ids and {len(strings)} strings; at most "
+            f"{MOST_STOP_TOKENS} and {MOST_STOP_STRINGS} are looked for."
+        )
+    longest = max(map(len, strings), default=0)
+    if longest > MOST_STOP_LENGTH:
+        raise ValueError(
+            f"stop holds a string of {longest} characters; at most {MOST_STOP_LENGTH} are compared."
+        )
+
+
 def _stops(
     stop: types.sampling.Stop, eos: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -180,5 +200,5 @@ def _stops(
         return eos, ()
     if isinstance(stop, str):
         return (), (stop,)
-    tokens = tuple(item for item in stop if isinstance(item, int))
-    return tokens, tuple(item for item in stop if isinstance(item, str))
+    tokens = tuple(dict.fromkeys(item for item in stop if isinstance(item, int)))
+    return tokens, tuple(dict.fromkeys(item for item in stop if isinstance(item, str)))

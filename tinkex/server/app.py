@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -113,7 +114,7 @@ class LocalServer:
         except HomeError:
             self._socket.close()
             raise
-        self.store = Store(self._home)
+        self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
         self._clean_up()
         # No client can come back to a random free port, so there is nothing to journal.
         self._journal = Journal(self._folder.journal) if self._folder.lasting else None
@@ -138,7 +139,7 @@ class LocalServer:
         self.app = make_app(site)
         settings = uvicorn.Config(
             self.app,
-            http=type("Connection", (Connection,), {"head_seconds": limits.head_seconds}),
+            http=Connection.within(limits.head_seconds, limits.answer_seconds),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -352,6 +353,9 @@ def main(
     announce: Path | None = None,
     parent_pid: int | None = None,
     limits: Limits | None = None,
+    user_models: int | None = None,
+    user_queue: int | None = None,
+    user_disk: int | None = None,
     dtype: str = "auto",
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
@@ -366,6 +370,7 @@ def main(
             loopback is the user "local"; on another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
         parent_pid: the server ends when this process does, even if it is killed.
+        user_models, user_queue, user_disk: what each user may have, as in `Limits`.
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
         engine: makes the engine; None is `make_engine` with *dtype*.
         on_ready: called with the server's address when it accepts requests.
@@ -382,6 +387,12 @@ def main(
     made_up = _made_up_key(host, api_keys)
     if home is not None:  # the engine keeps the models that it fetches there
         os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
+    given = {
+        "user_models": user_models,
+        "user_queue": user_queue,
+        "user_disk_bytes": user_disk,
+    }
+    quotas = {name: most for name, most in given.items() if most is not None}
     try:
         models, names = parse_base_models(base_models)
         server = LocalServer(
@@ -392,7 +403,7 @@ def main(
             with_tiny=with_tiny,
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
-            limits=limits,
+            limits=attrs.evolve(limits or Limits(), **quotas),
             engine=engine or partial(make_engine, dtype, names),
             on_failure=lambda: server.stop(),
         )

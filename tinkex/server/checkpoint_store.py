@@ -20,6 +20,7 @@ from tinkex import types
 from tinkex.server.database import CheckpointRow, Database, RunRow
 from tinkex.server.home import Home, file_hash, move_into_place, tree_bytes, tree_hashes
 from tinkex.server.http_errors import Refusal, not_found, shown
+from tinkex.server.limits import MIB
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,20 @@ _ORPHAN_SECONDS = 3600.0
 
 
 class Checkpoints:
-    """The checkpoints of a home. Safe to share between threads."""
+    """The checkpoints of a home. Safe to share between threads.
+
+    Args:
+        user_bytes: what all checkpoints and sampler weights of one user may take; None is no limit.
+    """
 
     def __init__(
-        self, home: Home, database: Database, now: Callable[[], float] = time.time
+        self,
+        home: Home,
+        database: Database,
+        now: Callable[[], float] = time.time,
+        user_bytes: int | None = None,
     ) -> None:
+        self._user_bytes = user_bytes
         self._home = home
         self._db = database
         self._now = now
@@ -44,9 +54,11 @@ class Checkpoints:
         path is replaced as a whole.
         """
         old = self._db.one(CheckpointRow, "SELECT * FROM checkpoints WHERE path = ?", row.path)
+        size = tree_bytes(draft)
+        self.check_room(row.owner, size, 0 if old is None else old.size_bytes)
         row = attrs.evolve(
             row,
-            size_bytes=tree_bytes(draft),
+            size_bytes=size,
             directory=str(self._place(row)),
             file_hashes=tree_hashes(draft),
         )
@@ -59,6 +71,35 @@ class Checkpoints:
         if old is not None:
             shutil.rmtree(old.directory, ignore_errors=True)
         return row
+
+    def check_room(self, owner: str, size: int, replaces: int = 0) -> None:
+        """Check that a user may store *size* more bytes, in place of others.
+
+        Raises:
+            Refusal: 400 with what they have and may have.
+        """
+        if self._user_bytes is None:
+            return
+        used = self.used_by(owner) - replaces
+        if used + size > self._user_bytes:
+            raise Refusal(
+                400,
+                f"you have {used / MIB:,.1f} MiB stored here; {size / MIB:,.1f} MiB more would be "
+                f"over the {self._user_bytes / MIB:,.1f} MiB that this server allows a user. "
+                "Delete checkpoints that you do not need, or finish sessions with samplers.",
+            )
+
+    def used_by(self, owner: str) -> int:
+        """Bytes of a user's checkpoints, and of the weights that only their samplers have."""
+        [(checkpoints,)] = self._db.select(
+            "SELECT COALESCE(SUM(size_bytes), 0) FROM checkpoints WHERE owner = ?", owner
+        )
+        snapshots = self._db.select(
+            "SELECT directory FROM samplers WHERE owner = ? AND model_path IS NULL "
+            "AND directory IS NOT NULL",
+            owner,
+        )
+        return int(checkpoints) + sum(tree_bytes(Path(row[0])) for row in snapshots)
 
     def verify(self, directory: Path) -> None:
         """Compare a checkpoint's files with the hashes made at saving.

@@ -40,7 +40,7 @@ def most_connections(limit: int) -> int:
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that is closed when a request head takes too long.
+    """An HTTP connection that is closed when a request head, or taking an answer, takes too long.
 
     The time counts from the moment when the server could have read it: the accept for the first
     request, the first byte for later ones. A connection that idles between two requests is
@@ -49,8 +49,18 @@ class Connection(H11Protocol):
 
     #: Seconds; set for each server.
     head_seconds = 30.0
+    #: Seconds in which the client must take something of an answer that waits for it.
+    answer_seconds = 60.0
 
     _head_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
+    _unsent = 0
+
+    @classmethod
+    def within(cls, head_seconds: float, answer_seconds: float) -> type[Connection]:
+        """A class of connections with these time limits."""
+        times = {"head_seconds": head_seconds, "answer_seconds": answer_seconds}
+        return type("Connection", (cls,), times)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -58,7 +68,40 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_answer_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than the answer is made."""
+        super().pause_writing()
+        self._watch_answer()
+
+    def resume_writing(self) -> None:
+        self._stop_answer_timer()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """The connection was idle for long: close() would wait until what is left is taken."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _watch_answer(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._answer_timer = self.loop.call_later(self.answer_seconds, self._look_at_answer)
+
+    def _look_at_answer(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unsent:
+            self._watch_answer()
+        else:  # nothing was taken, and close() would wait until it is
+            self._answer_timer = None
+            self.transport.abort()
+
+    def _stop_answer_timer(self) -> None:
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

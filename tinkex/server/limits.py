@@ -28,6 +28,10 @@ class Limits:
         metadata_bytes: for larger results the size is sent first, if the client asks for it.
         model_queue, model_queue_bytes: waiting operations of one model, and their bodies.
         sample_queue: waiting and running sample requests of all clients.
+        sample_queue_bytes: bodies of these requests.
+        user_models, user_queue, user_disk_bytes: what one user may have: live models, waiting
+            operations and sample requests, bytes of checkpoints and sampler weights. None is no
+            limit.
         num_samples, max_tokens: of one sample request.
         session_seconds: a session without a request for this time is closed; its models are freed.
         grace_seconds: a fetched result can be fetched again within this time.
@@ -46,6 +50,8 @@ class Limits:
         connections: open connections; fewer if the process may not open that many files.
         head_seconds: the connection is closed if a request head takes longer.
         body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
+        answer_seconds: the connection is closed if a client takes nothing of its answer for this
+            time.
         idle_seconds: an idle connection is closed after this time. It is longer than clients
             keep theirs: a connection that the server closes first can lose a request.
         page_seconds: interval at which changes are sent to the web page.
@@ -66,6 +72,10 @@ class Limits:
     model_queue: int = 10_000
     model_queue_bytes: int = 1024 * MIB
     sample_queue: int = 100_000
+    sample_queue_bytes: int = 512 * MIB
+    user_models: int | None = None
+    user_queue: int | None = None
+    user_disk_bytes: int | None = None
     num_samples: int = 1024
     max_tokens: int = 1_000_000
     session_seconds: float = 3600.0
@@ -84,6 +94,7 @@ class Limits:
     head_seconds: float = 30.0
     body_seconds: float = 60.0
     body_rate: int = 50_000
+    answer_seconds: float = 60.0
     idle_seconds: int = 300
     page_seconds: float = 1.0
     open_samplers: int = 32

@@ -23,7 +23,7 @@ from tinkex.server import tracing
 from tinkex.server.base_loader import BaseLoader
 from tinkex.server.database import CheckpointRow, RunRow, SamplerRow
 from tinkex.server.encryption import encrypt_folder
-from tinkex.server.home import ServerFolder, move_into_place
+from tinkex.server.home import ServerFolder, move_into_place, tree_bytes
 from tinkex.server.journal import Journal
 from tinkex.server.limits import Limits
 from tinkex.server.live import CHANGES_MODEL, LiveModel, LiveSampler, Refused, Work
@@ -353,6 +353,7 @@ class Workshop:
         draft = self._folder.draft()
         try:
             engine.save(model.model_id, draft, optimizer=optimizer)
+            self._store.checkpoints.check_room(model.owner, tree_bytes(draft))
             move_into_place(draft, place)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

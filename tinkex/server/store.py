@@ -26,15 +26,21 @@ class Store:
 
     Args:
         now: the clock for expiry, in seconds since the epoch.
+        user_bytes: see `Checkpoints`.
 
     Raises:
         HomeError: If the database cannot be opened.
     """
 
-    def __init__(self, home: Home, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        home: Home,
+        now: Callable[[], float] = time.time,
+        user_bytes: int | None = None,
+    ) -> None:
         self.home = home
         self._db = Database(home.database)
-        self.checkpoints = Checkpoints(home, self._db, now)
+        self.checkpoints = Checkpoints(home, self._db, now, user_bytes)
         self.recorded = Recorded(self._db, now)
 
     def problem(self) -> str | None:

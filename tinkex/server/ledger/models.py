@@ -15,7 +15,7 @@ from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.ledger.records import Record, Records
 from tinkex.server.ledger.requests import REFUSED, decode
-from tinkex.server.ledger.sessions import Session, Sessions, Shared, check_number
+from tinkex.server.ledger.sessions import RETRY_LATER, Session, Sessions, Shared, check_number
 from tinkex.server.live import LiveModel, Refused, Work
 from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: Refused numbers that are remembered per model.
 MAX_REFUSED = 1000
-#: Headers of a refusal after which the client should retry.
-RETRY_LATER = {"Retry-After": "1"}
 
 
 @attrs.define(eq=False)
@@ -101,6 +99,8 @@ class Models:
             return known
         if model_seq_id in session.created:  # the result was fetched and forgotten
             return record
+        self._check_models_of(live.owner)
+        self._shared.check_queue_of(live.owner)
         work = Work(name, live, 0, request, secrets.randbelow(2**31), size=len(body))
         session.created.add(model_seq_id)
         try:
@@ -116,6 +116,18 @@ class Models:
         if self._sessions.get(live.session_id) is None:  # the session ended in the meantime
             self.put_unload(place)
         return record
+
+    def _check_models_of(self, owner: str) -> None:
+        most = self._shared.limits.user_models
+        if most is None:
+            return
+        count = sum(p.live.owner == owner and not p.closing for p in self._by_id.values())
+        if count >= most:
+            raise Refusal(
+                400,
+                f"you have {count} live models, as many as this server allows a user; unload one, "
+                "or finish a session that you do not need.",
+            )
 
     def _free_failed_creation(self, session: Session, model_seq_id: int, record: Record) -> None:
         """After a failed creation its number can be used by a different request.
@@ -244,7 +256,10 @@ class Models:
             or place.waiting_bytes + record.size > limits.model_queue_bytes
         )
         # The operation that all others wait for is always accepted; else the queue would stay full.
-        if full and place.waiting and record.seq != self._shared.scheduler.next_seq(record.target):
+        if place.waiting and record.seq == self._shared.scheduler.next_seq(record.target):
+            return
+        self._shared.check_queue_of(place.live.owner)
+        if full and place.waiting:
             raise Refusal(
                 429,
                 f"model {record.target} has {place.waiting} operations "
@@ -255,6 +270,7 @@ class Models:
     def put(self, place: ModelPlace, record: Record, work: Work) -> None:
         """Pass an accepted operation to the scheduler."""
         place.waiting += 1
+        self._shared.waiting[record.owner] += 1
         place.waiting_bytes += record.size
         self._touched[record.target] = time.time()
 
@@ -273,6 +289,7 @@ class Models:
 
     def _ended(self, place: ModelPlace, record: Record, work: Work, result: Answer) -> None:
         place.waiting -= 1
+        self._shared.waiting[record.owner] -= 1
         place.waiting_bytes -= record.size
         if work.ended:
             return

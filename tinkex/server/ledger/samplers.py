@@ -13,10 +13,9 @@ import attrs
 from tinkex import types, wire
 from tinkex.server.database import SamplerRow
 from tinkex.server.http_errors import Refusal, shown
-from tinkex.server.ledger.models import RETRY_LATER
 from tinkex.server.ledger.ranges import Numbers
 from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
-from tinkex.server.ledger.sessions import Session, Sessions, Shared
+from tinkex.server.ledger.sessions import RETRY_LATER, Session, Sessions, Shared
 from tinkex.server.live import LiveSampler
 from tinkex.server.operations import Workshop
 from tinkex.server.results import Answer, answer, fingerprint
@@ -57,7 +56,7 @@ class Samplers:
         self._records = records
         self._workshop = workshop
         self._by_id: dict[str, SamplerPlace] = {}
-        self._running = 0
+        self._running = self._running_bytes = 0
         self._last_cursor = 0
 
     def get(self, sampler_id: str) -> SamplerPlace | None:
@@ -140,7 +139,10 @@ class Samplers:
         known = await self._records.known(record)
         if known is not None or (seq is not None and seq in place.used):
             return known or record
-        if self._running >= self._shared.limits.sample_queue:
+        self._shared.check_queue_of(live.owner)
+        limits = self._shared.limits
+        too_large = self._running_bytes + len(body) > limits.sample_queue_bytes
+        if self._running >= limits.sample_queue or (self._running and too_large):
             raise Refusal(
                 429, f"{self._running} sample requests are waiting; send more later.", RETRY_LATER
             )
@@ -163,6 +165,8 @@ class Samplers:
         """Pass an accepted sample request to the scheduler."""
         place.running[record.request_id] = record
         self._running += 1
+        self._running_bytes += record.size
+        self._shared.waiting[record.owner] += 1
 
         def ended(outcome: Any) -> None:
             outcome = self._recorded(outcome, record, request)
@@ -218,6 +222,8 @@ class Samplers:
     def _ended(self, place: SamplerPlace, record: Record, result: Answer) -> None:
         place.running.pop(record.request_id, None)
         self._running -= 1
+        self._running_bytes -= record.size
+        self._shared.waiting[record.owner] -= 1
         self._records.end(record, result)
         self.add_completion(place, record)
 

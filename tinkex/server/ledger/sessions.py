@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: Headers of a refusal after which the client should retry.
+RETRY_LATER = {"Retry-After": "1"}
+
 
 class Shared:
     """Store, scheduler, event loop, and a thread pool for what would block the loop."""
@@ -36,6 +40,7 @@ class Shared:
         self.limits = limits
         self.stopping = False
         self.home_problem: str | None = None  # why nothing can be stored, or None
+        self.waiting: Counter[str] = Counter()  # unfinished operations and samples of each owner
         self.loop: asyncio.AbstractEventLoop | None = None
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="tinkex-http")
 
@@ -65,6 +70,17 @@ class Shared:
         if self.scheduler.failure is not None:
             raise Refusal(
                 503, f"the engine is not running: {self.scheduler.failure}", {"Retry-After": "5"}
+            )
+
+    def check_queue_of(self, owner: str) -> None:
+        """Raises Refusal (429) if the user has as many requests waiting as is allowed."""
+        most = self.limits.user_queue
+        if most is not None and self.waiting[owner] >= most:
+            raise Refusal(
+                429,
+                f"you have {self.waiting[owner]} requests waiting, as many as this server allows a "
+                "user; wait for results before sending more.",
+                RETRY_LATER,
             )
 
     def stop(self) -> None:
