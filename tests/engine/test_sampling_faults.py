@@ -164,10 +164,7 @@ def test_a_fault_at_any_line_ends_one_request_at_most(engine, part):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_request_that_fails_every_step_fails_alone(engine, part):
-    """The fault comes back as long as the culprit is in the batch, at any line that it executes.
-
-    Except in a request's own methods: those that run for another request fail that one.
-    """
+    """The fault comes back as long as the culprit is in the batch, at any line that it executes."""
     expected = answers(engine)
     batch = engine._bases["tiny"].sampler
 
@@ -178,8 +175,6 @@ def test_a_request_that_fails_every_step_fails_alone(engine, part):
 
     hit = 0
     for place in lines_of_a_step(engine, [CULPRIT])[part::8]:
-        if FILES[place[0]] == "sample_requests":
-            continue
         failed = compare(expected, answers(engine, fault_at(place, present)), place)
         assert failed <= {CULPRIT}, place
         hit += bool(failed)
