@@ -132,7 +132,7 @@ def test_a_diagnosis_changes_nothing(served):
 
     assert ([], 0) == server.store.sessions("local", 10, 0)
     assert ([], 0) == server.store.runs("local", 10, 0)
-    assert {} == server.ledger.workshop.bases
+    assert {} == server.ledger.workshop.loader.bases
 
 
 def test_a_dialect_that_is_refused_is_reported(served):
