@@ -196,7 +196,7 @@ def test_an_end_by_exception_is_quick_and_says_what_is_dropped(server, status, e
     assert 5 > ended.seconds
 
 
-SOON, NO_ANSWER = {"close": 1.0}, {"no_answer": 1.0}
+SOON, NO_ANSWER = {"close": 1.0}, {"no_answer": 2.0}
 
 
 @pytest.mark.parametrize(
