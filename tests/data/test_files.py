@@ -249,7 +249,7 @@ def test_preference_pairs_are_read_but_not_trained_on(name):
 
     assert {records.Preference} == {type(record) for record in data.records}
     assert len(data.records) == len(rendered.bad)
-    assert "only preference training reads" in rendered.bad[0].reason
+    assert "--method dpo" in rendered.bad[0].reason
 
 
 @pytest.mark.parametrize(
