@@ -44,7 +44,7 @@ types: .venv/test ## check the types with mypy
 docs: .venv/test ## run the examples in README.md and docs/, compare help texts with the program
 	$(BIN)/python -m pytest tests/test_docs.py
 
-core: .venv/test ## install without extras under each Python 3.10, 3.12, 3.13 there is
+core: .venv/test ## install without extras under each Python from 3.10 to 3.13 there is
 	$(BIN)/python tests/check_core_install.py build/core
 
 browser: .venv/browser ## try the web page in chromium (Debian: apt install chromium chromium-driver)

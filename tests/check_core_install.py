@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-VERSIONS = ("3.10", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 HEAVY = ("torch", "transformers", "google.protobuf", "starlette", "uvicorn")
 TRY_IMPORT = f"""
 import sys, tinkex

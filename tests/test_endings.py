@@ -255,6 +255,34 @@ def test_ctrl_c_ends_the_wait_at_the_end_of_the_script(server):
     assert 9 > ended.seconds
 
 
+def test_sigterm_can_be_made_an_end_like_ctrl_c(server):
+    """The line of docs/reliability.md; `sys.exit` in a handler would wait for the frozen server."""
+    script = FROZEN.format(
+        before="s = service(); signal.signal(signal.SIGTERM, signal.default_int_handler)",
+        now=NOW,
+        end="os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
+    )
+    ended = run(server, script, "never")
+
+    assert -signal.SIGINT == ended.status
+    assert "tinkex: the program ended before" in ended.stderr
+    assert 5 > ended.seconds
+
+
+def test_sigterm_alone_ends_the_program_at_once(server):
+    """No handler is installed behind the user's back, so nothing can be printed."""
+    end = """
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)
+    """
+    script = FROZEN.format(before="s = service()", now=NOW, end=end)
+    ended = run(server, script, "never")
+
+    assert -signal.SIGTERM == ended.status
+    assert "dropped" not in ended.stderr
+    assert 5 > ended.seconds
+
+
 # Threads of a ThreadPoolExecutor are joined at the end of the program: polls must be woken.
 
 
