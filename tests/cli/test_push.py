@@ -77,6 +77,7 @@ def hub(monkeypatch):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     make = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: make(endpoint=address, token="hf_x"))
     yield OneHub
