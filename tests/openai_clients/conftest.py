@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import tinkex
+from tests.support.poem import train_poem
 from tests.support.processes import ROOT
-from tinkex import types
 from tinkex.server.app import LocalServer
 
-POEM = "The owl and the pussycat went to sea in a beautiful pea-green boat."
 REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 
@@ -40,14 +38,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tuned(server):
     """A model that knows the poem by heart."""
-    with tinkex.ServiceClient(base_url=server.url, api_key="tml-any") as service:
-        training = service.create_lora_training_client("tiny", rank=16)
-        tokens = training.encode(POEM)
-        datum = types.Datum(types.ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
-        for step in range(80):
-            training.forward_backward([datum], "cross_entropy")
-            training.optim_step(types.AdamParams(learning_rate=1e-2 if step < 30 else 1e-3))
-        return training.save_weights_for_sampler("poem").result().path
+    path, _ = train_poem(server.url)
+    return path
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tinkex.engine.tiny
-from tests.openai_clients.conftest import POEM
+from tests.support.poem import POEM
 
 TOKENIZER = Path(tinkex.engine.tiny.__file__).parent
 

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 import tinkex
-from tests.server.openai.conftest import POEM
+from tests.support.poem import POEM
 from tinkex import types
 from tinkex.server.openai.generation import token_text
 from tinkex.text import tokenizer
