@@ -264,7 +264,7 @@ def test_gather_resolves_once_from_many_threads():
 
 
 def test_a_failure_is_not_delivered_to_a_coroutine_that_gave_up():
-    """Else an optimizer step could go out although the caller has not seen why the one before it failed."""
+    """Else an optimizer step could go out before the caller has seen that the last one failed."""
     told = []
 
     async def program(future):

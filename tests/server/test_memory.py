@@ -1,4 +1,4 @@
-"""Memory runs out in one model's pass: its request fails with the reason, and the next ones work."""
+"""Memory runs out in one model's pass: its request fails with the reason, the next ones work."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class RunMetrics:
             after: what an earlier call returned; 0 for all.
 
         Returns:
-            At most `MOST_POINTS` points, evenly taken, the newest among them; and where to continue.
+            At most `MOST_POINTS` points, evenly taken, with the newest; and where to continue.
         """
         with self._lock:
             data = self._bytes(run_id, after)

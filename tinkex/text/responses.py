@@ -1,7 +1,7 @@
 """What a model said, as a message: text, reasoning and tool calls.
 
-Each family of models writes calls and reasoning in its own notation; the ones below are distinguished
-by their marks. What is not understood stays text.
+Each family of models writes calls and reasoning in its own notation; the ones below are
+distinguished by their marks. What is not understood stays text.
 """
 
 from __future__ import annotations
