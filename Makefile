@@ -12,13 +12,13 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(-(-3 * (os.cpu_count() or 1) // 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos load dist hooks clean browser screenshots clients
+.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos audit load dist hooks clean browser screenshots clients
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 MODEL ?= smollm2
-demo: .venv/local ## fine-tune SmolLM2, show answers before and after (MODEL=tiny: seconds, no download)
+demo: $(if $(LOCKED),.venv/locked,.venv/local) ## fine-tune SmolLM2, show answers before and after (MODEL=tiny: seconds, no download; LOCKED=1: only packages of known hashes)
 	$(BIN)/python -m tinkex.cli.demo build/demo $(MODEL)
 
 test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k retry')
@@ -69,6 +69,9 @@ chaos: .venv/test ## break network, server and client on purpose, write docs/rel
 	    $(BIN)/python -m pytest tests/chaos $(ARGS)
 	$(BIN)/python -m tests.chaos.summary build/chaos.jsonl docs/reliability.md
 
+audit: .venv/test ## look for known vulnerabilities of dependencies (pip-audit) and dangerous calls (bandit)
+	$(BIN)/python -m tests.audit build/audit
+
 load: .venv/bench ## run eight clients and 2,000 samples at once for ten minutes, draw docs/load.png
 	$(BIN)/python -m tests.chaos.load $(ARGS)
 	$(BIN)/python -m tests.chaos.load --draw docs/load.png
@@ -94,6 +97,12 @@ clean: ## remove what make made
 .venv/local: .venv/made $(INSTALLED_BY)
 	$(PIP) -e '.[local]'
 	@touch $@
+
+# Only packages whose hashes stand in demo.lock. They include the libraries of CUDA on Linux.
+.venv/locked: .venv/made demo.lock
+	$(BIN)/python -m pip --disable-pip-version-check install --require-hashes -r demo.lock
+	$(PIP) --no-deps -e .
+	@touch .venv/local $@
 
 .venv/test: .venv/made $(INSTALLED_BY)
 	$(PIP) -e '.[local,data,test]'
