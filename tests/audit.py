@@ -4,7 +4,7 @@ Looks for known vulnerabilities of the dependencies, and for dangerous calls in 
 Usage: python -m tests.audit BUILD_DIR
 
 pip-audit asks the advisory database of PyPI for each pinned package; where that cannot be reached,
-the last lines say so, and how many packages were not looked up. bandit reads the source; what it
+the last line gives the number of packages that were not looked up. bandit reads the source; what it
 finds of medium or high severity must stand in ACCEPTED, with the reason.
 """
 
