@@ -19,8 +19,6 @@ from tinkex.types.data import (
     ImageChunk,
     ModelInput,
     ModelInputChunk,
-    TensorData,
-    TensorDtype,
 )
 from tinkex.types.losses import (
     LOSS_FUNCTIONS,
@@ -97,6 +95,7 @@ from tinkex.types.service import (
     SessionHeartbeatRequest,
     SupportedModel,
 )
+from tinkex.types.tensors import TensorData, TensorDtype
 from tinkex.types.training import (
     AdamOptimizerConfig,
     AdamParams,

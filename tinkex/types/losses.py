@@ -16,7 +16,8 @@ from typing import Union
 import attrs
 import numpy as np
 
-from tinkex.types.data import Datum, TensorData
+from tinkex.types.data import Datum
+from tinkex.types.tensors import TensorData
 
 LossConfigValue = Union[float, str]
 #: A name of `LOSS_FUNCTIONS`, the inputs of a datum, and the outputs for one.

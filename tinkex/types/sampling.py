@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.types import checks, display
-from tinkex.types.data import MAX_TOKEN_ID, ModelInput, TensorData, as_tokens, to_array
+from tinkex.types.data import MAX_TOKEN_ID, ModelInput, as_tokens
 from tinkex.types.ready import Ready
+from tinkex.types.tensors import TensorData, to_array
 
 StopReason = Literal["stop", "length"]
 SamplingClientKind = Literal["snapshot", "inflight"]

@@ -8,9 +8,10 @@ from typing import Any, Literal, Union
 import attrs
 
 from tinkex.types import checks, display
-from tinkex.types.data import Datum, TensorData
+from tinkex.types.data import Datum
 from tinkex.types.losses import LossConfigValue
 from tinkex.types.ready import Ready
+from tinkex.types.tensors import TensorData
 
 ModelID = str
 
