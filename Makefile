@@ -75,6 +75,7 @@ audit: .venv/test ## look for known vulnerabilities of dependencies (pip-audit) 
 load: .venv/bench ## run eight clients and 2,000 samples at once for ten minutes, draw docs/load.png
 	$(BIN)/python -m tests.chaos.load $(ARGS)
 	$(BIN)/python -m tests.chaos.load --draw docs/load.png
+	$(BIN)/python -m tests.chaos.neighbour
 
 dist: .venv/test ## build wheel and sdist into dist/, try the wheel in an empty environment
 	$(BIN)/python -m tests.check_dist dist build/dist

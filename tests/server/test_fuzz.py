@@ -14,6 +14,7 @@ from tests.server.conftest import Served
 from tests.server.test_bad_requests import GOOD, MODEL, SAMPLER, SESSION
 from tinkex import types, wire
 from tinkex.server.app import make_engine
+from tinkex.server.openai.endpoints import ANTHROPIC_PREFIXES, OPENAI_PREFIXES
 from tinkex.server.routes import routes
 
 #: numpy warns of overflow; outside of tests a warning is no error.
@@ -36,6 +37,9 @@ MORE = {
     "ttl": {"ttl_seconds": 60},
     "project": {"project_id": "p"},
     "finish": {"reason": {"type": "success"}, "detail": "x"},
+    "/ui/chat/completions": {"model": "tiny", "max_tokens": 2, "stream": True,
+                             "messages": [{"role": "user", "content": "hi"}]},
+    "/ui/completions": {"model": "tiny", "max_tokens": 2, "prompt": "hi"},
 }  # fmt: skip
 BODIES = {**GOOD, **MORE}
 
@@ -71,12 +75,11 @@ QUIET = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-#: Of the Tinker API; the other dialects have tests of their own.
+#: Generating endpoints of other dialects have tests of their own, in openai/test_fuzz.py.
+DIALECTS = (*OPENAI_PREFIXES, *ANTHROPIC_PREFIXES)
+ALL = [(method, route.path) for route in routes() for method in sorted(route.methods - {"HEAD"})]
 ENDPOINTS = [
-    (method, route.path)
-    for route in routes()
-    if route.path.startswith(wire.PREFIX)
-    for method in sorted(route.methods - {"HEAD"})
+    (method, path) for method, path in ALL if method == "GET" or not path.startswith(DIALECTS)
 ]
 
 
@@ -142,7 +145,12 @@ def ask(served, names, method, path, body, headers):
         headers=headers,
         allow_redirects=False,
         timeout=30,
+        stream=True,
     )
+    if path.startswith("/ui/events") and answer.status_code == 200:
+        answer.close()  # it never ends
+    else:
+        assert answer.content is not None
     return answer
 
 
@@ -153,6 +161,14 @@ def check(answer):
         assert answer.headers["content-type"].startswith(("application/json", "text/plain"))
         assert answer.text.strip()
         assert "Traceback" not in answer.text
+
+
+def test_every_route_is_fuzzed_here_or_with_the_dialects():
+    """A new route is in one of the two lists, or this fails."""
+    from tests.server.openai.test_fuzz import FUZZED
+
+    assert set(ALL) == set(ENDPOINTS) | FUZZED
+    assert len(ALL) > 60
 
 
 @QUIET

@@ -84,6 +84,14 @@ BODIES = {
 }  # fmt: skip
 
 
+def _prefixes(name):
+    return ANTHROPIC_PREFIXES if name.startswith("messages") else OPENAI_PREFIXES
+
+
+#: The routes that these bodies go to.
+FUZZED = {("POST", prefix + name.split(" ")[0]) for name in BODIES for prefix in _prefixes(name)}
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     limits = attrs.evolve(QUICK, max_tokens=64, num_samples=8)
@@ -98,7 +106,7 @@ def url(tmp_path_factory):
 def test_odd_values_in_any_field_are_refused_or_answered(url, name, data):
     body = with_odd_places(data, BODIES[name])
     path = name.split(" ")[0]
-    prefix = (ANTHROPIC_PREFIXES if path.startswith("messages") else OPENAI_PREFIXES)[0]
+    prefix = data.draw(st.sampled_from(_prefixes(path)))
     answer = requests.post(f"{url}{prefix}{path}", json=body, timeout=20)
 
     assert answer.status_code < 500, (body, answer.text)
