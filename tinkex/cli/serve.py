@@ -83,6 +83,23 @@ from tinkex.cli.options import Size
     help="What a user's checkpoints and sampler weights may take, such as 20GB. Default: no limit, "
     "as for the two above.",
 )
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="After SIGTERM, finish what was accepted for so long, and accept nothing new. Default: 0; "
+    "with a fixed port, what is left continues after a restart.",
+)
+@click.option(
+    "--ssl-certfile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Serve HTTPS with this certificate chain (PEM).",
+)
+@click.option(
+    "--ssl-keyfile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Its private key, unencrypted (PEM). Default: it is in the file of the certificate.",
+)
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)
 @click.option("--parent-pid", type=int, hidden=True)
 def serve(**options: Any) -> int:

@@ -15,14 +15,11 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import secrets
-import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,12 +36,13 @@ from tinkex._version import __version__
 from tinkex.server.audit import Audit
 from tinkex.server.auth import LOOPBACK, Keys, Revoked
 from tinkex.server.base_models import parse as parse_base_models
-from tinkex.server.connections import Acceptor, Connection, most_connections
+from tinkex.server.connections import Connection
 from tinkex.server.home import Home, HomeError, ServerFolder
 from tinkex.server.http_errors import Refusal
 from tinkex.server.journal import Journal
 from tinkex.server.ledger import Ledger
 from tinkex.server.limits import Limits
+from tinkex.server.listening import HttpServer, allow_many_connections, listen, tls_of
 from tinkex.server.request_context import Framing, Site, refuse
 from tinkex.server.routes import routes
 from tinkex.server.scheduler import Scheduler
@@ -60,8 +58,6 @@ TOKEN_VARIABLE = "TINKEX_ENGINE_TOKEN"
 HOME_VARIABLE = "TINKEX_HOME"
 #: Environment variable with the public address behind a proxy; download links begin with it.
 PUBLIC_URL_VARIABLE = "TINKEX_PUBLIC_URL"
-#: Connections beyond the limit that are accepted, to answer them with a 503.
-_REFUSED_CONNECTIONS = 100
 #: Seconds between two checks that the parent process is alive.
 _PARENT_SECONDS = 0.5
 #: Seconds that a shutdown may take before the process is ended anyway.
@@ -104,11 +100,13 @@ class LocalServer:
         limits: Limits | None = None,
         engine: Callable[[], Any] = make_engine,
         on_failure: Callable[[], None] = lambda: None,
+        certificate: tuple[Path, Path] | None = None,
     ) -> None:
         limits = limits or Limits()
         self._home = Home.open(home)
         accepted = keys(self._home)
-        self._socket = _listen(host, port)
+        self._tls = None if certificate is None else tls_of(*certificate)
+        self._socket = listen(host, port)
         try:
             self._folder = self._home.claim(port)
         except HomeError:
@@ -149,13 +147,14 @@ class LocalServer:
             timeout_graceful_shutdown=1,
             lifespan="on",
         )
-        self._uvicorn = _Uvicorn(settings, self.ledger.stop, limits.connections)
+        self._uvicorn = HttpServer(settings, self.ledger, limits, self._tls)
         self._thread: threading.Thread | None = None
 
     @property
     def url(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     def _engine_failed(self) -> None:
         self.ledger.shared.on_loop(self.ledger.release)
@@ -185,7 +184,7 @@ class LocalServer:
 
     def serve(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop` is called. `on_ready` is called when the server accepts requests."""
-        _allow_many_connections()
+        allow_many_connections()
         asyncio.run(self._serve(on_ready))
         self._close()
 
@@ -238,52 +237,6 @@ class LocalServer:
         self.close()
 
 
-class _Uvicorn(uvicorn.Server):
-    """Accepts connections within limits, answers waiting polls before it shuts down, and handles
-    SIGTERM as a request for an orderly end."""
-
-    def __init__(
-        self, config: uvicorn.Config, before_shutdown: Callable[[], None], connections: int
-    ) -> None:
-        super().__init__(config)
-        self._before_shutdown = before_shutdown
-        self._most = connections
-        self._acceptors: list[Acceptor] = []
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup([])  # uvicorn accepts nothing itself
-        most = most_connections(self._most + _REFUSED_CONNECTIONS)
-        for listener in sockets or []:
-            connections = self.server_state.connections
-            self._acceptors.append(Acceptor(listener, self._connection, connections, most))
-
-    def _connection(self) -> asyncio.Protocol:
-        make: Any = self.config.http_protocol_class
-        protocol: asyncio.Protocol = make(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for acceptor in self._acceptors:
-            acceptor.close()
-        self._before_shutdown()
-        await super().shutdown(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def make_app(site: Site) -> Starlette:
     """Create the application; it starts and stops the ledger and the scheduler."""
 
@@ -316,31 +269,6 @@ async def _wrong_method(request: Request, exc: Exception) -> Response:
     return refuse(Refusal(405, sentence, headers))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
-        raise HomeError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port (0 takes a free "
-            "one) or --host."
-        ) from exc
-    # Connections inherit this. Without it a response, which is written in two pieces, is delayed
-    # by 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-def _allow_many_connections() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def main(
     *,
     host: str = "127.0.0.1",
@@ -356,6 +284,9 @@ def main(
     user_models: int | None = None,
     user_queue: int | None = None,
     user_disk: int | None = None,
+    drain: float | None = None,
+    ssl_certfile: Path | None = None,
+    ssl_keyfile: Path | None = None,
     dtype: str = "auto",
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
@@ -370,7 +301,8 @@ def main(
             loopback is the user "local"; on another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
         parent_pid: the server ends when this process does, even if it is killed.
-        user_models, user_queue, user_disk: what each user may have, as in `Limits`.
+        user_models, user_queue, user_disk, drain: as in `Limits`.
+        ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
         engine: makes the engine; None is `make_engine` with *dtype*.
         on_ready: called with the server's address when it accepts requests.
@@ -387,10 +319,11 @@ def main(
     made_up = _made_up_key(host, api_keys)
     if home is not None:  # the engine keeps the models that it fetches there
         os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
-    given = {
+    given: dict[str, Any] = {
         "user_models": user_models,
         "user_queue": user_queue,
         "user_disk_bytes": user_disk,
+        "drain_seconds": drain,
     }
     quotas = {name: most for name, most in given.items() if most is not None}
     try:
@@ -406,6 +339,7 @@ def main(
             limits=attrs.evolve(limits or Limits(), **quotas),
             engine=engine or partial(make_engine, dtype, names),
             on_failure=lambda: server.stop(),
+            certificate=_certificate(ssl_certfile, ssl_keyfile),
         )
     except (HomeError, OSError, ValueError) as exc:
         print(f"tinkex serve: {exc}", file=sys.stderr)
@@ -429,6 +363,14 @@ def main(
     if failure is not None:
         print(f"tinkex serve: the engine is not running: {failure}", file=sys.stderr)
     return _leave(server, 0 if failure is None else 1, at_once=parent_pid is not None)
+
+
+def _certificate(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None:
+        raise HomeError("--ssl-keyfile needs --ssl-certfile, the certificate that the key is of.")
+    return certificate, key or certificate
 
 
 def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:

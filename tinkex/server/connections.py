@@ -10,6 +10,7 @@ import errno
 import logging
 import resource
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sized
 from typing import Any
@@ -139,6 +140,7 @@ class Acceptor:
         make_protocol: gives the protocol of a new connection.
         connections: those that are open.
         most: how many of them there may be.
+        tls: for encrypted connections, or None; handshake_seconds: what its beginning may take.
     """
 
     def __init__(
@@ -147,8 +149,13 @@ class Acceptor:
         make_protocol: Callable[[], asyncio.Protocol],
         connections: Sized,
         most: int,
+        tls: ssl.SSLContext | None = None,
+        handshake_seconds: float = 30.0,
     ) -> None:
         self._listener = listener
+        self._tls: dict[str, Any] = {}
+        if tls is not None:
+            self._tls = {"ssl": tls, "ssl_handshake_timeout": handshake_seconds}
         self._make_protocol = make_protocol
         self._connections = connections
         self._most = most
@@ -190,7 +197,7 @@ class Acceptor:
 
     async def _start(self, accepted: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, accepted)
+            await self._loop.connect_accepted_socket(self._make_protocol, accepted, **self._tls)
         except OSError as exc:  # it was closed at once
             accepted.close()
             logger.debug("A connection ended before it began: %s", exc)

@@ -46,6 +46,8 @@ class Limits:
         trim_seconds: freed memory is given back to the system when nothing was computed for this
             time.
         spool_bytes: larger requests wait on disk, not in memory.
+        drain_seconds: a server that is told to stop finishes what it has accepted for this time,
+            and accepts nothing new. What is left continues after a restart if there is a journal.
         reap_seconds: interval of the housekeeping that removes expired objects.
         connections: open connections; fewer if the process may not open that many files.
         head_seconds: the connection is closed if a request head takes longer.
@@ -89,6 +91,7 @@ class Limits:
     idle_model_seconds: float = 600.0
     trim_seconds: float = 30.0
     spool_bytes: int = MIB
+    drain_seconds: float = 0.0
     reap_seconds: float = 5.0
     connections: int = 10_000
     head_seconds: float = 30.0

@@ -317,6 +317,13 @@ class Scheduler:
         with self._changed:
             return not (self._active or self._has_samples())
 
+    @property
+    def is_settled(self) -> bool:
+        """True if all has run that can run without anything new."""
+        with self._changed:
+            parked = self._parked or any(line.parked for line in self._lines.values())
+            return not (self._active or self._has_samples() or parked)
+
     # What follows runs on the compute thread.
 
     def _wake(self, line_id: str, line: _Line) -> None:

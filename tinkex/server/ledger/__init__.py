@@ -12,6 +12,7 @@ import asyncio
 import gc
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tinkex.server import memory
@@ -58,7 +59,7 @@ class Ledger:
         self.records = Records(
             journal,
             limits,
-            check_running=self.shared.check_running,
+            check_running=self.shared.check_accepting,
             on_forgotten=lambda record: self.samplers.forgotten(record),
         )
         parts = (self.shared, self.sessions, self.records, self.workshop)
@@ -92,6 +93,23 @@ class Ledger:
                 self.shared, self.sessions, self.models, self.samplers, self.records, self.workshop
             ).run(self._journal)
         self._reaper = self.shared.loop.create_task(self._reap_forever())
+
+    async def drain(self, is_impatient: Callable[[], bool] = lambda: False) -> None:
+        """Accept nothing new, and wait until what was accepted is done, for the time that is set.
+
+        Without a journal, also until the results are fetched: nothing else keeps them.
+        """
+        deadline = time.monotonic() + self.shared.limits.drain_seconds
+        self.shared.draining = True
+        while time.monotonic() < deadline and self._is_working() and not is_impatient():
+            await asyncio.sleep(0.05)
+
+    def _is_working(self) -> bool:
+        scheduler = self.shared.scheduler
+        if not scheduler.alive:
+            return False
+        unfetched = self._journal is None and self.records.has_unfetched()
+        return unfetched or not scheduler.is_settled
 
     def stop(self) -> None:
         """Stop accepting, and answer every waiting poll."""

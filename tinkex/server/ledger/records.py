@@ -259,6 +259,10 @@ class Records:
             gone.append(record)
         self.forget(gone)
 
+    def has_unfetched(self) -> bool:
+        """True if a client has not fetched a result yet."""
+        return any(r.answer is not None and r.fetched_at is None for r in self._by_id.values())
+
     def _forget_fetched(self) -> None:
         ripe = time.monotonic() - self._limits.grace_seconds
         too_much = self._fetched_bytes - self._limits.fetched_bytes

@@ -39,6 +39,7 @@ class Shared:
         self.scheduler = scheduler
         self.limits = limits
         self.stopping = False
+        self.draining = False  # what was accepted is finished, and nothing else is accepted
         self.home_problem: str | None = None  # why nothing can be stored, or None
         self.waiting: Counter[str] = Counter()  # unfinished operations and samples of each owner
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -71,6 +72,17 @@ class Shared:
             raise Refusal(
                 503, f"the engine is not running: {self.scheduler.failure}", {"Retry-After": "5"}
             )
+
+    def check_accepting(self) -> None:
+        """Raises Refusal: 503 if nothing new is accepted."""
+        if self.draining:
+            raise Refusal(
+                503,
+                "the server is shutting down: it finishes what it has accepted, and accepts "
+                "nothing new.",
+                {"Retry-After": "5"},
+            )
+        self.check_running()
 
     def check_queue_of(self, owner: str) -> None:
         """Raises Refusal (429) if the user has as many requests waiting as is allowed."""
@@ -178,6 +190,7 @@ class Sessions:
         session_id = str(named)
         if session_id in self._by_id:
             return types.CreateSessionResponse(session_id)
+        self._shared.check_accepting()
         row = SessionRow(
             session_id=session_id,
             owner=owner,

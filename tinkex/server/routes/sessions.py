@@ -38,7 +38,7 @@ async def healthz(call: Call) -> Response:
 async def readyz(call: Call) -> Response:
     """200 if operations run now and their results can be stored; else 503 with the reason."""
     shared = call.site.ledger.shared
-    shared.check_running()
+    shared.check_accepting()
     problem = call.site.store.problem()
     if problem is None and not shared.scheduler.ready.is_set():
         problem = "the engine is starting."
