@@ -46,7 +46,7 @@ class Limits:
         trim_seconds: freed memory is given back to the system when nothing was computed for this
             time.
         spool_bytes: larger requests wait on disk, not in memory.
-        drain_seconds: a server that is told to stop finishes what it has accepted for this time,
+        drain_seconds: a server that is to stop finishes what it has accepted for this time,
             and accepts nothing new. What is left continues after a restart if there is a journal.
         reap_seconds: interval of the housekeeping that removes expired objects.
         connections: open connections; fewer if the process may not open that many files.

@@ -64,7 +64,7 @@ def base_url(call: Call) -> str:
     own = {*LOOPBACK, (call.request.scope.get("server") or ("",))[0]}
     if host_name(f"//{host}") not in own or not _HOST.match(host):
         return ""
-    scheme = call.request.headers.get("x-forwarded-proto", "http")
+    scheme = call.request.headers.get("x-forwarded-proto", call.request.url.scheme)
     return f"{'https' if scheme == 'https' else 'http'}://{host}"
 
 
