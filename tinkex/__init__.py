@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from tinkex.errors import TinkexError as TinkerError
     from tinkex.futures import OperationFuture
     from tinkex.futures import OperationFuture as APIFuture
-    from tinkex.recipes import preference
+    from tinkex.recipes import preference, regularizers
     from tinkex.recipes.callbacks import Callback
     from tinkex.recipes.finetune import finetune
+    from tinkex.recipes.reinforce import distill, reinforce
+    from tinkex.recipes.rewards import RewardError
+    from tinkex.recipes.rollouts import Env, EnvStep
     from tinkex.recipes.run import Run, load_run
     from tinkex.rest import RestClient
     from tinkex.runtime.retry import Retry
@@ -99,6 +102,8 @@ __all__ = [
     "DimuonOptimizerConfig",
     "DimuonParams",
     "EncodedTextChunk",
+    "Env",
+    "EnvStep",
     "ForwardBackwardOutput",
     "InternalServerError",
     "LoraConfig",
@@ -119,6 +124,7 @@ __all__ = [
     "RequestFailedError",
     "RestClient",
     "Retry",
+    "RewardError",
     "Run",
     "SampleRequest",
     "SampleResponse",
@@ -138,11 +144,14 @@ __all__ = [
     "UnprocessableEntityError",
     "__version__",
     "auth",
+    "distill",
     "errors",
     "finetune",
     "load_run",
     "parse_response",
     "preference",
+    "regularizers",
+    "reinforce",
     "render",
     "render_prompt",
     "render_turns",
@@ -154,20 +163,25 @@ _HOMES = {
     "Callback": "recipes.callbacks",
     "ClientSpec": "training",
     "Config": "config",
+    "Env": "recipes.rollouts",
+    "EnvStep": "recipes.rollouts",
     "OperationFuture": "futures",
     "Patience": "config",
     "Rendered": "text.renderer",
     "RestClient": "rest",
     "Retry": "runtime.retry",
+    "RewardError": "recipes.rewards",
     "Run": "recipes.run",
     "SamplingClient": "sampling",
     "SamplingLimits": "config",
     "ServiceClient": "service",
     "TinkexError": "errors",
     "TrainingClient": "training",
+    "distill": "recipes.reinforce",
     "finetune": "recipes.finetune",
     "load_run": "recipes.run",
     "parse_response": "text.responses",
+    "reinforce": "recipes.reinforce",
     "render": "text.renderer",
     "render_prompt": "text.renderer",
     "render_turns": "text.renderer",
@@ -178,6 +192,7 @@ _MODULES = {
     "auth": "auth",
     "errors": "errors",
     "preference": "recipes.preference",
+    "regularizers": "recipes.regularizers",
     "types": "types",
 }
 

@@ -106,9 +106,12 @@ def _shows_bars() -> bool:
 def _fields(row: dict[str, float]) -> list[str]:
     fields = []
     if "train_loss" in row:
-        fields.append(f"loss {row['train_loss']:.4f}")
+        name = "reward" if "reward" in row else "loss"
+        fields.append(f"{name} {row.get('reward', row['train_loss']):.4f}")
         fields.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    if "eval_loss" in row:
+    if "eval_reward" in row:
+        fields.append(f"held-out reward {row['eval_reward']:.4f}")
+    elif "eval_loss" in row:
         fields.append(f"held-out loss {row['eval_loss']:.4f}")
     return fields
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from tinkex.cli.model import fetched
 from tinkex.cli.options import data_options, is_quiet, method_options, server_options
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
-    from tinkex.recipes import run_folder, supervised
+    from tinkex.recipes import finetune, run_folder, supervised
 
 #: Keys of a configuration file that are written as the flag is, and the option's name.
 _ALIASES = {"format": "data_format", "map": "data_map", "from": "start_from"}
@@ -281,6 +282,44 @@ def train(
     Ctrl-C (or SIGTERM) saves a checkpoint. --resume --output FOLDER continues from it and ends with
     the same weights as an uninterrupted run. With --resume, omitted options keep their values.
     """
+    from tinkex.recipes import finetune
+
+    return launch(
+        context,
+        lambda: finetune.SUPERVISED,
+        data,
+        eval_data,
+        output,
+        resume,
+        dump_config,
+        base_url,
+        api_key,
+        dtype,
+        given,
+    )
+
+
+def launch(
+    context: click.Context,
+    recipe: Callable[[], finetune.Recipe],
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    output: Path | None,
+    resume: bool,
+    dump_config: bool,
+    base_url: str | None,
+    api_key: str | None,
+    dtype: str | None,
+    given: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+) -> int:
+    """
+    A command that trains: reads the options that such commands share, and runs *recipe*.
+
+    Args:
+        given: settings, of which those count that were given explicitly.
+        defaults: of settings, other than the recipe's own.
+    """
     from tinkex import config
     from tinkex.recipes import run_folder
 
@@ -302,11 +341,13 @@ def train(
             f"there is no run to resume in {output}; omit --resume to start one."
         )
     given = {name: value for name, value in given.items() if _is_explicit(context, name)}
+    given = given if resume else {**(defaults or {}), **given}
     with run_folder.locked(output):
-        return _train(data, eval_data, output, resume, base_url, api_key, given)
+        return _train(recipe, data, eval_data, output, resume, base_url, api_key, given)
 
 
 def _train(
+    recipe: Callable[[], finetune.Recipe],
     data: tuple[str, ...],
     eval_data: tuple[str, ...],
     output: Path,
@@ -320,6 +361,10 @@ def _train(
     from tinkex.cli import progress
     from tinkex.recipes import finetune, run_folder, start_from, supervised
 
+    try:
+        chosen = recipe()
+    except finetune.UsageError as exc:
+        raise click.UsageError(str(exc)) from exc
     before = run_folder.load_state(output)
     with progress.CtrlC() as ctrl_c:
         try:
@@ -329,6 +374,7 @@ def _train(
                 output,
                 lambda: ServiceClient(base_url=base_url, api_key=api_key),
                 progress.Progress(quiet=is_quiet()),
+                recipe=chosen,
                 eval_data=eval_data or None,
                 resume=resume,
                 guard=ctrl_c.deferred,
@@ -338,10 +384,10 @@ def _train(
         except (finetune.UsageError, start_from.StartError) as exc:
             raise click.UsageError(str(exc)) from exc
         except (errors.TinkexError, KeyboardInterrupt):
-            _print_resume_command(output)
+            _print_resume_command(chosen.name, output)
             raise
     if not run.is_finished:
-        _print_resume_command(output)
+        _print_resume_command(chosen.name, output)
         return ctrl_c.status
     if run_folder.load_state(output) != before:
         _print_outcome(supervised.outcome(run), output)
@@ -373,14 +419,14 @@ def progress_of(state: run_folder.State) -> str:
     return f"saved after step {state.step} of {state.total_steps or '?'}"
 
 
-def _print_resume_command(output: Path) -> None:
+def _print_resume_command(command: str, output: Path) -> None:
     """Print on stderr where the run in *output* stands, and the command that resumes it."""
     from tinkex.recipes import run_folder
 
     state = run_folder.load_state(output)
     if state is not None and state.has_begun:
-        command = f"tinkex train --resume --output {shlex.quote(str(output))}"
-        click.echo(f"Stopped: {progress_of(state)}. Continue with:\n  {command}", err=True)
+        resume = f"tinkex {command} --resume --output {shlex.quote(str(output))}"
+        click.echo(f"Stopped: {progress_of(state)}. Continue with:\n  {resume}", err=True)
 
 
 def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
@@ -390,13 +436,21 @@ def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:
         formatting.say(f"after   {_one_line(shown.after)}\n")
     if outcome.losses is not None:
         before, after = outcome.losses
-        unit = "token" if outcome.state.settings.method == "sft" else "pair"
-        formatting.say(
-            f"Held-out loss per {unit}: {before:.4f} before, {after:.4f} after "
-            f"({(after - before) / before:+.1%})."
-        )
+        formatting.say(_comparison(outcome.state.settings.method, before, after))
     formatting.say(f"Adapter: {outcome.adapter}")
     formatting.say(f"Try it:  tinkex sample {shlex.quote(str(output))} --prompt '...'")
+
+
+def _comparison(method: str, before: float, after: float) -> str:
+    """The held-out measure before and after: a loss, or the reward."""
+    if method == "rl":
+        return f"Held-out reward: {-before:.4f} before, {-after:.4f} after."
+    what = {
+        "sft": "Held-out loss per token",
+        "distill": "Held-out divergence from the teacher per token",
+    }.get(method, "Held-out loss per pair")
+    change = f" ({(after - before) / before:+.1%})" if before else ""
+    return f"{what}: {before:.4f} before, {after:.4f} after{change}."
 
 
 def _one_line(text: str, width: int = 300) -> str:

@@ -180,6 +180,8 @@ def _drafts(record: records.Record, render_one: Renderer, options: Options) -> l
         return [render_one.completion_draft(record.prompt, record.completion)]
     if isinstance(record, records.Text):
         return [render_one.completion_draft("", record.text)]
+    if isinstance(record, records.Task):
+        raise ValueError("a prompt without an answer, which is for `tinkex rl`")
     raise ValueError(
         "a preference pair (chosen, rejected), which is for preference training: --method dpo"
     )

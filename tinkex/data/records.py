@@ -85,7 +85,26 @@ class Preference:
     where: str = attrs.field(default="", eq=False, repr=False)
 
 
-Record = Union[Chat, Completion, Text, Tokens, Preference]
+@attrs.frozen
+class Task:
+    """A prompt to answer, with what a reward function needs to judge the answer.
+
+    Attributes:
+        prompt: text, or messages.
+        row: the whole row.
+    """
+
+    prompt: str | tuple[dict[str, Any], ...]
+    row: dict[str, Any] = attrs.field(repr=False)
+    where: str = attrs.field(default="", eq=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The prompt, or its last message, for people."""
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content"))
+
+
+Record = Union[Chat, Completion, Text, Tokens, Preference, Task]
 
 
 def parse(
@@ -135,7 +154,9 @@ def _renamed(row: dict[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
 
 def _shape_of(row: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     for keys in (present, row):
-        found = [name for name, shape in SHAPES.items() if set(shape.keys) <= set(keys)]
+        found = [
+            name for name, shape in SHAPES.items() if shape.keys and set(shape.keys) <= set(keys)
+        ]
         if found == ["prompt-completion"] and isinstance(row.get("label"), bool):
             raise ValueError(
                 'has a "label" of true or false, so some completions are bad examples; keep the '
@@ -293,6 +314,18 @@ def _parse_preference(row: Mapping[str, Any]) -> Preference:
     return Preference(prompt, chosen, rejected)
 
 
+def _parse_task(row: Mapping[str, Any]) -> Task:
+    if "prompt" not in row:
+        names = ", ".join(map(repr, row)) or "no keys"
+        raise ValueError(f'has {names}; it needs "prompt" (or --map prompt=KEY)')
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or prompt.lstrip().startswith("[{"):
+        prompt = _messages(_as_turns(prompt, "user"), "prompt")
+    if not prompt:
+        raise ValueError("prompt is empty")
+    return Task(prompt, dict(row))
+
+
 def _parse_openai_preference(row: Mapping[str, Any]) -> Preference:
     given = row["input"]
     prompt = given.get("messages") if isinstance(given, dict) else given
@@ -307,7 +340,10 @@ def _parse_openai_preference(row: Mapping[str, Any]) -> Preference:
 
 @attrs.frozen
 class Shape:
-    """A shape of rows: the keys by which it is recognised, and what reads it."""
+    """A shape of rows: the keys by which it is recognised, and what reads it.
+
+    One without keys is read only where it is asked for by name.
+    """
 
     keys: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], Record]
@@ -324,6 +360,7 @@ SHAPES: dict[str, Shape] = {
     "prompt-completion": Shape(("prompt", "completion"), _parse_completion),
     "text": Shape(("text",), _parse_text),
     "tokens": Shape(("tokens",), _parse_tokens),
+    "task": Shape((), _parse_task),
 }
 
 

@@ -42,6 +42,28 @@ class UsageError(ValueError):
     """The arguments of a run cannot be right together."""
 
 
+@attrs.frozen
+class Recipe:
+    """What is trained, and how.
+
+    Attributes:
+        name: of the command.
+        function: of the function in Python.
+        settings: the class of its settings.
+        run: trains; arguments as `supervised.run`.
+        unused: settings that mean nothing to it, and are no options of the command.
+    """
+
+    name: str
+    function: str
+    settings: type[Settings]
+    run: Callable[..., object]
+    unused: frozenset[str] = frozenset()
+
+
+SUPERVISED = Recipe("train", "finetune", Settings, supervised.run)
+
+
 def finetune(
     data: Any = None,
     base_model: str | None = None,
@@ -85,10 +107,39 @@ def finetune(
         TinkexError: If a request to the server fails. The run can be resumed.
         KeyboardInterrupt: After Ctrl-C. The run can be resumed.
     """
+
+    return call(
+        SUPERVISED,
+        data,
+        {**settings, "base_model": base_model} if base_model is not None else settings,
+        output,
+        eval_data=eval_data,
+        resume=resume,
+        base_url=base_url,
+        api_key=api_key,
+        service=service,
+        callbacks=callbacks,
+        progress=progress,
+    )
+
+
+def call(
+    recipe: Recipe,
+    data: Any,
+    settings: Mapping[str, Any],
+    output: str | Path,
+    *,
+    eval_data: Any = None,
+    resume: bool = False,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    service: ServiceClient | None = None,
+    callbacks: Sequence[Any] = (),
+    progress: bool = True,
+) -> Run:
+    """`finetune` for any recipe; arguments and errors are its."""
     from tinkex.cli import progress as terminal  # tqdm takes long to import
 
-    if base_model is not None:
-        settings["base_model"] = base_model
     if service is not None and (base_url is not None or api_key is not None):
         raise ValueError("give either service, or base_url and api_key; not both.")
 
@@ -107,6 +158,7 @@ def finetune(
                 folder,
                 connect,
                 terminal.Progress(quiet=not progress),
+                recipe=recipe,
                 eval_data=eval_data,
                 resume=resume,
                 callbacks=[*callbacks, *shown],
@@ -118,7 +170,7 @@ def finetune(
     run = Run(folder, base_url or (service.base_url if service else None), api_key)
     if not run.is_finished:
         raise KeyboardInterrupt(
-            f"{run.description}; call finetune again with resume=True to continue."
+            f"{run.description}; call {recipe.function} again with resume=True to continue."
         )
     return run
 
@@ -141,6 +193,7 @@ def start(
     connect: Callable[[], AbstractContextManager[ServiceClient]],
     report: Report,
     *,
+    recipe: Recipe = SUPERVISED,
     eval_data: Any = None,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
@@ -167,9 +220,10 @@ def start(
         UsageError: If there is a run already, or something is missing.
         ValueError, TinkexError: As for `finetune`.
     """
-    config_file.check_keys(given, [field.name for field in attrs.fields(Settings)], "settings")
+    known = [field.name for field in attrs.fields(recipe.settings)]
+    config_file.check_keys(given, known, "settings")
     state = _state(folder, resume)
-    wanted = _wanted(given, state, connect)
+    wanted = _wanted(recipe, given, state, connect)
     if data is None and state is None:
         raise UsageError("Missing DATA.")
     receivers = Callbacks([*trackers.create(wanted.report_to or []), *callbacks])
@@ -185,12 +239,12 @@ def start(
             report.say(f"The run in {folder} is already finished.")
             return Run(folder)
     run_folder.check_space(folder)
-    known = _known_tokenizer(fetched(wanted.base_model))
+    tokenizer_if_known = _known_tokenizer(fetched(wanted.base_model))
     if state is None:
-        _write_config(folder, file, held_out, wanted, base_url)
+        _write_config(folder, recipe, file, held_out, wanted, base_url)
 
     def train(service: ServiceClient, state: State | None) -> None:
-        supervised.run(
+        recipe.run(
             service,
             file,
             wanted,
@@ -199,7 +253,7 @@ def start(
             state,
             guard,
             eval_data=held_out,
-            tokenizer=known,
+            tokenizer=tokenizer_if_known,
             callbacks=receivers,
         )
 
@@ -222,6 +276,7 @@ def _state(folder: Path, resume: bool) -> State | None:
 
 
 def _wanted(
+    recipe: Recipe,
     given: Mapping[str, Any],
     state: State | None,
     connect: Callable[[], AbstractContextManager[ServiceClient]],
@@ -237,11 +292,16 @@ def _wanted(
     ):
         given |= start_from.resolve(given, connect)
     if state is not None:
+        if not isinstance(state.settings, recipe.settings):
+            raise UsageError(
+                f"the run to resume has method {state.settings.method}, which is not of "
+                f"tinkex {recipe.name}; start a new run with another --output."
+            )
         given = {key: value for key, value in given.items() if value is not None}
         return attrs.evolve(state.settings, **given)
     if given["base_model"] is None:
         raise UsageError("Missing --base-model.")
-    return Settings(**given)
+    return recipe.settings(**given)
 
 
 def _known_tokenizer(base_model: str) -> Any:
@@ -257,6 +317,7 @@ def _known_tokenizer(base_model: str) -> Any:
 
 def _write_config(
     folder: Path,
+    recipe: Recipe,
     data: files.DataFile,
     eval_data: files.DataFile | None,
     wanted: Settings,
@@ -265,11 +326,12 @@ def _write_config(
     values = {
         "data": list(data.sources),
         "eval_data": list(eval_data.sources) if eval_data else None,
-        **attrs.asdict(wanted),
+        **attrs.asdict(wanted, filter=lambda field, _: field.name not in recipe.unused),
         "base_url": base_url,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    heading = "# Starts the same run again: tinkex train --config config.yaml --output NEW_FOLDER\n"
+    command = f"tinkex {recipe.name} --config config.yaml --output NEW_FOLDER"
+    heading = f"# Starts the same run again: {command}\n"
     (folder / "config.yaml").write_text(heading + config_file.text(values), encoding="utf-8")
 
 

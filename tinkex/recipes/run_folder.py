@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import attrs
 
 from tinkex.data import files
-from tinkex.recipes.settings import FREE, GROWING, Settings
+from tinkex.recipes.settings import FREE, GROWING, Settings, of_values
 
 #: Bytes that must be free in the folder when a run starts.
 MIN_FREE = 64 << 20
@@ -166,7 +166,7 @@ def load_state(folder: Path) -> State | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        return State(**{**value, "settings": Settings(**value["settings"])})
+        return State(**{**value, "settings": of_values(value["settings"])})
     except (ValueError, TypeError, KeyError) as exc:
         raise ValueError(
             f"{path} is not a run's state that this version of tinkex can read ({exc}); "
@@ -195,7 +195,7 @@ def check_same(
     eval_data: files.DataFile | None = None,
 ) -> None:
     """ValueError, naming the flag, if resuming from *state* would not be the same run."""
-    for field in attrs.fields(Settings):
+    for field in attrs.fields(type(state.settings)):
         was, now = getattr(state.settings, field.name), getattr(settings, field.name)
         if field.name == "date" and now is None:
             continue  # the day of the start is kept

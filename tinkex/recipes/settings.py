@@ -80,7 +80,9 @@ def _one_of(literal: Any) -> Callable[[object, Any, Any], None]:
 
     def check(instance: object, attribute: Any, value: Any) -> None:
         if value not in names:
-            raise ValueError(f"{attribute.name} must be {' or '.join(names)}, got {value!r}.")
+            raise ValueError(
+                f"{attribute.name} must be {' or '.join(map(str, names))}, got {value!r}."
+            )
 
     return check
 
@@ -211,7 +213,76 @@ class Settings:
         return datums.Options(self.max_length, self.train_on, self.split_turns, date)
 
 
+def _clip(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and (not _is_number(value) or not 0 <= value < math.inf):
+        raise ValueError(f"{attribute.name} must be a number from 0 or None, got {value!r}.")
+
+
+@attrs.frozen
+class RewardSettings(Settings):
+    """What a run that learns from its own answers was asked for: more than `Settings`.
+
+    Args:
+        method: "rl" learns from rewards, "distill" from a teacher.
+        batch_size: prompts of a step.
+        group_size: answers to each, which are compared with one another.
+        max_tokens: of an answer.
+        temperature: of the answers that are trained on; those of an evaluation are the likeliest.
+        stop: texts that end an answer, besides what ends the model's turn or text.
+        plain: continue prompts that are texts as they are, without the chat template.
+        advantage: see `policy_gradient.advantages`.
+        loss: of the server: "importance_sampling", "ppo", "cispo" or "gspo".
+        clip_low, clip_high: bounds of the ratio, for the last three; None are the server's own.
+        kl: strength of the pull to the base model (or the teacher), in reward per nat and token.
+        off_policy_steps: 1 samples for the next step while the server trains on this one, from the
+            weights before it.
+        reward, env: names of the functions, for the record.
+        reward_timeout: seconds that a reward function, or a step of an environment, may take.
+        reward_workers: how many of them run at a time.
+        max_turns: of an episode in an environment.
+        teacher: base model or tinker:// path that is distilled.
+    """
+
+    method: Any = attrs.field(default="rl", validator=_one_of(Literal["rl", "distill"]))
+    batch_size: int = attrs.field(default=8, validator=_whole(1))
+    data_format: str | None = "task"
+    group_size: int = attrs.field(default=8, validator=_whole(1))
+    max_tokens: int = attrs.field(default=256, validator=_whole(1))
+    temperature: float = attrs.field(default=1.0, validator=_positive)
+    stop: list[str] | None = attrs.field(default=None, converter=_names, validator=_texts)
+    plain: bool = False
+    advantage: str = attrs.field(
+        default="grpo", validator=_one_of(Literal["grpo", "centered", "rloo"])
+    )
+    loss: str = attrs.field(
+        default="ppo", validator=_one_of(Literal["importance_sampling", "ppo", "cispo", "gspo"])
+    )
+    clip_low: float | None = attrs.field(default=None, validator=_clip)
+    clip_high: float | None = attrs.field(default=None, validator=_clip)
+    kl: float = attrs.field(default=0.0, validator=_not_negative)
+    off_policy_steps: int = attrs.field(default=0, validator=_one_of(Literal[0, 1]))
+    reward: str | None = None
+    env: str | None = None
+    reward_timeout: float = attrs.field(default=60.0, validator=_positive)
+    reward_workers: int = attrs.field(default=16, validator=_whole(1))
+    max_turns: int = attrs.field(default=8, validator=_whole(1))
+    teacher: str | None = None
+
+
+def of_values(values: dict[str, Any]) -> Settings:
+    """The settings that were stored as *values*.
+
+    Raises:
+        TypeError, ValueError: If there are none like that.
+    """
+    is_reward = values.get("method") in ("rl", "distill")
+    return RewardSettings(**values) if is_reward else Settings(**values)
+
+
 #: Settings that do not decide the result.
-FREE = {"eval_every", "save_every", "keep", "generate_every", "prompts", "report_to"}
+FREE = {
+    *("eval_every", "save_every", "keep", "generate_every", "prompts", "report_to"),
+    *("reward", "env", "reward_timeout", "reward_workers"),
+}
 #: Settings that a resumed run may have more of: it then goes further.
 GROWING = {"epochs", "max_steps"}

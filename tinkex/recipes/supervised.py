@@ -101,20 +101,9 @@ def run(
         DivergedError: If the loss is not finite, or stays far above the first one.
         TinkexError: If a request to the server fails.
     """
-    settings = _completed(settings, state)
-    if state is None:
-        state = State(
-            settings,
-            "\n".join(data.sources),
-            data.sha256,
-            eval_data="\n".join(eval_data.sources) if eval_data else None,
-            eval_sha256=eval_data.sha256 if eval_data else None,
-        )
-    check_same(state, settings, data, eval_data)
     before = state
-    if state.goes_further(settings):
-        state = attrs.evolve(state, sampler_path=None)
-    state = attrs.evolve(state, settings=settings)
+    state = begun(settings, state, data, eval_data)
+    settings = state.settings
     data = _of_method(data, settings.method)
     eval_data = eval_data and _of_method(eval_data, settings.method)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +128,7 @@ def run(
             report,
             callbacks or Callbacks(),
         )
-        if before.goes_further(settings):
+        if before is not None and before.goes_further(settings):
             report.say(further(before, settings, trainer.total))
         with guard() as is_stopped:
             is_complete = trainer.run(is_stopped)
@@ -167,14 +156,38 @@ def further(before: State, settings: Settings, total: int) -> str:
     )
 
 
-def _completed(settings: Settings, state: State | None) -> Settings:
-    """With the model's absolute path, and the date, so that the run is the same on any day."""
+def begun(
+    settings: Settings,
+    state: State | None,
+    data: files.DataFile,
+    eval_data: files.DataFile | None,
+) -> State:
+    """
+    The state of a new run, or *state* of one that is resumed, with complete settings.
+
+    They have the model's absolute path, and the date, so that the run is the same on any day.
+
+    Raises:
+        ValueError: If the settings or the data are not those of *state*.
+    """
     today = state.settings.date if state is not None else Date.today().isoformat()
-    return attrs.evolve(
+    settings = attrs.evolve(
         settings,
         base_model=resolve_base_model(settings.base_model),
         date=settings.date or today,
     )
+    if state is None:
+        state = State(
+            settings,
+            "\n".join(data.sources),
+            data.sha256,
+            eval_data="\n".join(eval_data.sources) if eval_data else None,
+            eval_sha256=eval_data.sha256 if eval_data else None,
+        )
+    check_same(state, settings, data, eval_data)
+    if state.goes_further(settings):
+        state = attrs.evolve(state, sampler_path=None)
+    return attrs.evolve(state, settings=settings)
 
 
 def _is_same(ours: Any, theirs: Any) -> bool:

@@ -1,0 +1,203 @@
+"""`tinkex rl` and `tinkex distill`: train a model on its own answers to prompts.
+
+They share the options of `tinkex train`, but for those that are about examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tinkex.cli.train import launch, train
+
+#: Options of `tinkex train` that these commands have, too.
+SHARED = {
+    *("base_model", "output", "resume", "rank", "learning_rate", "schedule", "warmup_steps"),
+    *("epochs", "max_steps", "seed", "eval_fraction", "eval_every", "save_every", "train_mlp"),
+    *("train_attn", "train_unembed", "start_from", "eval_data", "weight_decay", "beta1", "beta2"),
+    *("grad_clip_norm", "patience", "load_best", "keep", "report_to", "config", "dump_config"),
+    *("dtype", "data_map", "skip_bad_lines", "base_url", "api_key"),
+}
+_OWN = [
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Prompts per step.",
+    ),
+    click.option(
+        "--group-size",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Answers to each.",
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="Maximum tokens per answer.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sampling temperature of the answers that are trained on.",
+    ),
+    click.option("--stop", help="Texts that end an answer, separated by commas."),
+    click.option(
+        "--plain", is_flag=True, help="Continue prompts as plain text, without the chat template."
+    ),
+    click.option(
+        "--loss",
+        type=click.Choice(["importance_sampling", "ppo", "cispo", "gspo"]),
+        default="ppo",
+        show_default=True,
+        help="Loss function of the server.",
+    ),
+    click.option(
+        "--clip-low", type=click.FloatRange(0), help="Lower bound of the probability ratio."
+    ),
+    click.option(
+        "--clip-high", type=click.FloatRange(0), help="Upper bound of the probability ratio."
+    ),
+    click.option(
+        "--off-policy-steps",
+        type=click.IntRange(0, 1),
+        default=0,
+        show_default=True,
+        help="1 samples for the next step while this one is trained on.",
+    ),
+]
+_RL = [
+    click.option(
+        "--reward",
+        metavar="FILE.py:FUNCTION",
+        help="Judges an answer: FUNCTION(answer, row) returns a number.",
+    ),
+    click.option(
+        "--env",
+        metavar="FILE.py:FUNCTION",
+        help="Instead of --reward: FUNCTION(row) makes an environment of several turns.",
+    ),
+    click.option(
+        "--advantage",
+        type=click.Choice(["grpo", "centered", "rloo"]),
+        default="grpo",
+        show_default=True,
+        help="How the answers of a group are compared; grpo divides by the standard deviation.",
+    ),
+    click.option(
+        "--kl",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Pull to the base model, in reward per nat and token.",
+    ),
+    click.option(
+        "--reward-timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=60.0,
+        show_default=True,
+        help="Seconds that a reward function, or a step of an environment, may take.",
+    ),
+    click.option(
+        "--reward-workers",
+        type=click.IntRange(1),
+        default=16,
+        show_default=True,
+        help="Reward functions that run at a time.",
+    ),
+    click.option(
+        "--max-turns",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Maximum turns per episode, with --env.",
+    ),
+]
+
+
+_DISTILL = [
+    click.option(
+        "--teacher",
+        metavar="MODEL|tinker://...",
+        help="Base model or checkpoint on the server, with the tokenizer of --base-model.",
+    )
+]
+
+
+def _command(own: list[Any]) -> Callable[[Callable[..., int]], click.Command]:
+    """Makes a command with the options *own*, and those of `tinkex train` in `SHARED`."""
+
+    def decorate(function: Callable[..., int]) -> click.Command:
+        for option in reversed([*own, *_OWN]):
+            function = option(function)
+        function = click.argument("data", nargs=-1, metavar="PROMPTS...")(function)
+        command = click.command()(function)
+        command.params += [option for option in train.params if option.name in SHARED]
+        return command
+
+    return decorate
+
+
+@_command(_RL)
+@click.pass_context
+def rl(context: click.Context, **options: Any) -> int:
+    """Train a model on its own answers to PROMPTS, judged by a function.
+
+    PROMPTS are files like those of `tinkex train`; a row has "prompt" (text or messages) and
+    whatever the function needs. Ctrl-C saves a checkpoint; --resume --output FOLDER continues.
+    """
+    from tinkex.recipes import finetune, reinforce
+
+    def recipe() -> finetune.Recipe:
+        return reinforce.recipe(_resumed(options, "reward"), _resumed(options, "env"))
+
+    return _launch(context, recipe, options)
+
+
+@_command(_DISTILL)
+@click.pass_context
+def distill(context: click.Context, **options: Any) -> int:
+    """Train a model on its own answers to PROMPTS, towards what a larger model finds likely.
+
+    Each token's advantage is its log-probability under the teacher less that under the model.
+    """
+    from tinkex.recipes import finetune, reinforce
+
+    def recipe() -> finetune.Recipe:
+        return reinforce.distillation(_resumed(options, "teacher"))
+
+    fixed = {"method": "distill", "kl": 1.0, "group_size": 1, "loss": "importance_sampling"}
+    return _launch(context, recipe, options, fixed)
+
+
+def _resumed(options: dict[str, Any], name: str) -> str | None:
+    """The option, or with --resume what the run was started with."""
+    from tinkex import Run
+
+    given: str | None = options[name]
+    if given is None and options["resume"] and options["output"] is not None:
+        given = Run(options["output"]).settings.get(name)
+    return given
+
+
+def _launch(
+    context: click.Context,
+    recipe: Callable[[], Any],
+    options: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+) -> int:
+    names = ("data", "eval_data", "output", "resume", "dump_config", "base_url", "api_key", "dtype")
+    given = {name: value for name, value in options.items() if name not in names}
+    common = {name: options[name] for name in names}
+    return launch(context, recipe, given=given, defaults=defaults, **common)
+
+
+COMMANDS = (rl, distill)

@@ -1,0 +1,359 @@
+"""Rollouts: what a model says to prompts or in environments, with the rewards for it.
+
+Single answers are sampled in groups, one request a prompt; an environment talks with the model for
+several turns. Does not know how a model is trained on them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from tinkex import types
+from tinkex.data.records import Task
+from tinkex.recipes.rewards import Pool, RewardError, Score, as_score, name_of
+from tinkex.sampling import SamplingClient
+from tinkex.text.renderer import Renderer
+from tinkex.text.responses import parse_response
+
+#: Characters of an answer that an error shows.
+SHOWN = 60
+
+
+# What users write
+
+
+@attrs.frozen
+class EnvStep:
+    """What an environment says to a message of the model.
+
+    Attributes:
+        messages: what comes next in the conversation: results of tools, the user's next message.
+        reward: for this turn; an episode's reward is the sum.
+        done: True ends the episode.
+        metrics: other numbers, averaged over the episodes of a step.
+    """
+
+    messages: Sequence[Mapping[str, Any]] = ()
+    reward: float = 0.0
+    done: bool = False
+    metrics: Mapping[str, float] = attrs.field(factory=dict)
+
+
+class Env(Protocol):
+    """A conversation with rewards. One object is one episode; a subclass is not needed.
+
+    An attribute `tools`, if there is one, holds JSON schemas of functions that the model may call.
+    """
+
+    def reset(self) -> Sequence[Mapping[str, Any]]:
+        """The messages that the episode begins with."""
+
+    def step(self, message: Mapping[str, Any]) -> EnvStep:
+        """The answer to the model's *message*, as `tinkex.parse_response` gives it."""
+
+
+#: Makes the environment of a row of the data.
+MakeEnv = Callable[[Mapping[str, Any]], Env]
+#: (what the model said, row of the data) -> reward, or a dict with "reward" and other numbers.
+Reward = Callable[[str, Mapping[str, Any]], Any]
+
+
+# What is made
+
+
+@attrs.frozen(eq=False)
+class Trace:
+    """Tokens of an episode that follow one another.
+
+    Attributes:
+        tokens: (T,) int64.
+        said: (T,) float32; 1 where the model said the token, 0 where it was given.
+        logprobs: (T,) float32; of what the model said when it said it, 0 elsewhere.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    said: npt.NDArray[np.float32]
+    logprobs: npt.NDArray[np.float32]
+
+
+@attrs.frozen(eq=False)
+class Episode:
+    """What a model said to one task.
+
+    Attributes:
+        group: number of the task among those of the step: episodes of a group are compared.
+        traces: one, or several if the template writes earlier turns differently later.
+        text: the last thing that it said.
+        is_cut: it had reached the largest number of tokens or turns.
+    """
+
+    group: int
+    traces: Sequence[Trace]
+    score: Score
+    text: str
+    turns: int
+    is_cut: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model said."""
+        return int(sum(trace.said.sum() for trace in self.traces))
+
+
+@attrs.frozen
+class Options:
+    """
+    Args:
+        group_size: episodes of each task.
+        plain: continue prompts that are texts as they are, without the chat template.
+        stop: ends an answer, besides what ends the model's turn or text.
+        max_turns: turns of an episode in an environment.
+    """
+
+    group_size: int
+    max_tokens: int
+    temperature: float = 1.0
+    stop: Sequence[str] = ()
+    plain: bool = False
+    max_turns: int = 8
+
+
+@attrs.frozen
+class Prompted:
+    """Tokens to continue, and what ends the continuation."""
+
+    tokens: list[int]
+    stop: Any
+
+
+class Rollouts:
+    """Samples episodes of tasks.
+
+    Args:
+        reward: judges single answers; None gives every answer the reward 0.
+        make_env: instead of *reward*: environments for several turns.
+        pool: calls both.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        options: Options,
+        pool: Pool,
+        reward: Reward | None = None,
+        make_env: MakeEnv | None = None,
+    ) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self._pool, self._reward, self._make_env = pool, reward, make_env
+        self._renderer = Renderer(tokenizer)
+
+    def prompt(self, task: Task) -> Prompted:
+        """The tokens of a task's prompt; a text is the user's message if there is a template."""
+        is_plain = self.options.plain or self._renderer.template is None
+        if isinstance(task.prompt, str) and is_plain:
+            stop = list(self.options.stop) or None
+            return Prompted(list(self._renderer.encode_prompt(task.prompt)), stop)
+        messages = task.prompt
+        if isinstance(messages, str):
+            messages = ({"role": "user", "content": messages},)
+        return self._rendered(messages)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Prompted:
+        rendered = self._renderer.prompt([dict(m) for m in messages], tools)
+        stop: Any = rendered.stop
+        if self.options.stop and all(isinstance(end, str) for end in stop):
+            stop = [*stop, *self.options.stop]
+        return Prompted(rendered.tokens, stop or None)
+
+    def sample(
+        self,
+        sampler: SamplingClient,
+        tasks: Sequence[Task],
+        seed: int,
+        *,
+        group_size: int | None = None,
+        temperature: float | None = None,
+    ) -> list[Episode]:
+        """
+        Episodes of every task, *group_size* of each, in the order of the tasks.
+
+        Raises:
+            RewardError: If a reward or an environment fails; names it and the answer.
+            TinkexError: If sampling fails.
+        """
+        size = self.options.group_size if group_size is None else group_size
+        heat = self.options.temperature if temperature is None else temperature
+        if self._make_env is not None:
+            return self._in_environments(sampler, self._make_env, tasks, seed, size, heat)
+        prompts = [self.prompt(task) for task in tasks]
+        futures = [
+            sampler.sample(
+                types.ModelInput.from_ints(prompt.tokens),
+                num_samples=size,
+                sampling_params=self._params(prompt, heat, seed_of(seed, number)),
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        waiting = []
+        for number, (task, prompt, future) in enumerate(zip(tasks, prompts, futures)):
+            for sampled in future.result().sequences:
+                text = self.text(sampled, prompt.stop)
+                call = self._reward and self._pool.start(self._reward, text, task.row)
+                waiting.append((number, task, prompt, sampled, text, call))
+        return [self._judged(*parts) for parts in waiting]
+
+    def _judged(
+        self,
+        group: int,
+        task: Task,
+        prompt: Prompted,
+        sampled: types.SampledSequence,
+        text: str,
+        call: Any,
+    ) -> Episode:
+        try:
+            score = Score(0.0) if call is None else _as_score(self._reward, call.result())
+        except RewardError as exc:
+            raise RewardError(
+                f"{exc}; the answer was {_short(text)} to {_short(task.text)}"
+            ) from exc
+        is_cut = sampled.stop_reason == "length"
+        return Episode(group, [_trace(prompt.tokens, sampled)], score, text, 1, is_cut)
+
+    def _params(self, prompt: Prompted, temperature: float, seed: int) -> types.SamplingParams:
+        return types.SamplingParams(
+            max_tokens=self.options.max_tokens,
+            temperature=temperature,
+            stop=prompt.stop,
+            seed=seed,
+        )
+
+    def text(self, sampled: types.SampledSequence, stop: Any) -> str:
+        """What was said, without what ended it."""
+        text: str = self.tokenizer.decode(sampled.tokens, skip_special_tokens=True)
+        for end in stop or ():
+            if isinstance(end, str):
+                text = text.removesuffix(end)
+        return text
+
+    # Environments
+
+    def _in_environments(
+        self,
+        sampler: SamplingClient,
+        make_env: MakeEnv,
+        tasks: Sequence[Task],
+        seed: int,
+        size: int,
+        temperature: float,
+    ) -> list[Episode]:
+        """Every episode on a thread of its own, so that their turns are sampled together."""
+        futures: list[Future[Episode]] = []
+        for group, task in enumerate(tasks):
+            for member in range(size):
+                each = seed_of(seed, group, member)
+                futures.append(
+                    in_background(self._episode, sampler, make_env, group, task, each, temperature)
+                )
+        return [future.result() for future in futures]
+
+    def _episode(
+        self,
+        sampler: SamplingClient,
+        make_env: MakeEnv,
+        group: int,
+        task: Task,
+        seed: int,
+        temperature: float,
+    ) -> Episode:
+        env = self._pool.call(make_env, task.row)
+        messages = [dict(message) for message in self._pool.call(env.reset)]
+        traces: list[Trace] = []
+        metrics: dict[str, float] = {}
+        reward, text, turn, is_cut = 0.0, "", 0, True
+        for turn in range(1, self.options.max_turns + 1):
+            prompt = self._rendered(messages, getattr(env, "tools", None))
+            params = self._params(prompt, temperature, seed_of(seed, turn))
+            tokens = types.ModelInput.from_ints(prompt.tokens)
+            [sampled] = sampler.sample(tokens, 1, params).result().sequences
+            _append(traces, prompt.tokens, sampled)
+            text = self.text(sampled, prompt.stop)
+            message = parse_response(sampled.tokens, self.tokenizer, stop=prompt.stop or ())
+            step = self._pool.call(env.step, message)
+            if not isinstance(step, EnvStep):
+                raise RewardError(
+                    f"{type(env).__name__}.step returned {step!r}; return tinkex.EnvStep(...)"
+                )
+            score = _as_score(env.step, {"reward": step.reward, **step.metrics})
+            reward, metrics = reward + score.reward, {**metrics, **score.metrics}
+            messages += [message, *(dict(m) for m in step.messages)]
+            if step.done:
+                is_cut = sampled.stop_reason == "length"
+                break
+        return Episode(group, traces, Score(reward, metrics), text, turn, is_cut)
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that follows from *numbers* alone."""
+    return int(np.random.default_rng(list(numbers)).integers(2**31))
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Run *function* on a thread that does not keep the program alive."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="tinkex-rollout", daemon=True).start()
+    return future
+
+
+def _as_score(function: Any, value: Any) -> Score:
+    try:
+        return as_score(value)
+    except ValueError as exc:
+        raise RewardError(f"{name_of(function)} returned {exc}") from exc
+
+
+def _trace(prompt: Sequence[int], sampled: types.SampledSequence) -> Trace:
+    before = len(prompt)
+    said = sampled.tokens_np.astype(np.int64)
+    logprobs = sampled.logprobs_np
+    if logprobs is None:
+        raise RewardError("the server gave no log-probabilities of what it sampled")
+    return Trace(
+        np.concatenate([np.asarray(prompt, np.int64), said]),
+        np.concatenate([np.zeros(before, np.float32), np.ones(len(said), np.float32)]),
+        np.concatenate([np.zeros(before, np.float32), logprobs]),
+    )
+
+
+def _append(traces: list[Trace], prompt: Sequence[int], sampled: types.SampledSequence) -> None:
+    """Add a turn: to the last sequence if the prompt continues that, else as a new one."""
+    new = _trace(prompt, sampled)
+    if traces:
+        last = traces[-1]
+        length = len(last.tokens)
+        if len(prompt) >= length and np.array_equal(new.tokens[:length], last.tokens):
+            traces[-1] = Trace(
+                new.tokens,
+                np.concatenate([last.said, new.said[length:]]),
+                np.concatenate([last.logprobs, new.logprobs[length:]]),
+            )
+            return
+    traces.append(new)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")
