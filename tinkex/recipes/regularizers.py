@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import attrs
 
 from tinkex import types
 
-if TYPE_CHECKING:  # slow to import, and part of the extra `local`
-    from torch import Tensor
-
+#: A torch.Tensor. PyTorch is slow to import, and part of the extra `local`.
+Tensor = Any
 Reduction = Literal["sum", "mean"]
 #: (data, log-probabilities of each datum) -> (value, metrics)
-Penalty = Callable[[Sequence[types.Datum], "list[Tensor]"], "tuple[Tensor, dict[str, Any]]"]
+Penalty = Callable[[Sequence[types.Datum], list[Tensor]], tuple[Tensor, dict[str, Any]]]
 
 #: Below this norm a gradient or a vector counts as zero, so that nothing is divided by it.
 LEAST_NORM = 1e-12
