@@ -15,7 +15,7 @@ import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import attrs
 import numpy as np
@@ -32,7 +32,9 @@ from tinkex.runtime.retry import ONCE, Retry, check_retry
 from tinkex.runtime.sample_queue import SampleQueue
 from tinkex.runtime.sample_stream import read_events
 from tinkex.runtime.session import Session
-from tinkex.text import tokenizer
+
+if TYPE_CHECKING:
+    from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")
 
@@ -335,6 +337,8 @@ class SamplingClient(types.Ready):
             load_fn: loads it from its id; None loads it from the hub or a folder.
             load_fun: another name of load_fn.
         """
+        from tinkex.text import tokenizer  # only here: many scripts send tokens
+
         load_fn = tokenizer.same_argument("load_fn", load_fn, "load_fun", load_fun)
         with self._lock:
             if self._tokenizer is not None and load_fn is None:

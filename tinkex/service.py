@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import requests
@@ -16,7 +16,6 @@ import requests
 from tinkex import types, wire
 from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture, awaits_value
-from tinkex.rest import RestClient
 from tinkex.runtime.connection import HURRIED_TIMEOUT, connect
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.new_model import check_base_model
@@ -26,8 +25,10 @@ from tinkex.runtime.restore import check_restore, restore
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.session import Session
 from tinkex.sampling import SamplingClient, check_source
-from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
+
+if TYPE_CHECKING:
+    from tinkex.rest import RestClient
 
 
 class ServiceClient(types.Ready):
@@ -394,8 +395,11 @@ class ServiceClient(types.Ready):
     def _recorded(self, base_model: str) -> str:
         """For the embedded engine a folder's absolute path: checkpoints record it, and may be
         loaded from another working directory."""
-        is_embedded = self._session.engine is not None and isinstance(base_model, str)
-        return resolve_base_model(base_model) if is_embedded else base_model
+        if self._session.engine is None or not isinstance(base_model, str):
+            return base_model
+        from tinkex.text.tokenizer import resolve_base_model  # only here: other servers do not care
+
+        return resolve_base_model(base_model)
 
     # The server.
 
@@ -411,6 +415,8 @@ class ServiceClient(types.Ready):
 
     def create_rest_client(self) -> RestClient:
         """A client for stored runs, checkpoints and sessions."""
+        from tinkex.rest import RestClient  # only here: few scripts need it
+
         return RestClient(connection=self._session)
 
     def get_telemetry(self) -> Any:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -37,7 +37,9 @@ from tinkex.runtime.retry import Retry, check_retry
 from tinkex.runtime.session import Session
 from tinkex.runtime.worker import Turn
 from tinkex.sampling import SamplingClient, SamplingClientFuture
-from tinkex.text import tokenizer
+
+if TYPE_CHECKING:
+    from tinkex.text import tokenizer
 
 logger = logging.getLogger("tinkex")
 
@@ -696,6 +698,8 @@ class TrainingClient(types.Ready):
             TypeError: If one of them is no function, or is given under both names.
             TokenizerError: If it cannot be loaded; says what was tried.
         """
+        from tinkex.text import tokenizer  # only here: many scripts send tokens
+
         load_fn = tokenizer.same_argument("load_fn", load_fn, "load_fun", load_fun)
         info_fn = tokenizer.same_argument("info_fn", info_fn, "info_fun", info_fun)
         tokenizer.check_load_fn(load_fn)
