@@ -140,4 +140,52 @@ def revoke(key_id: str | None, folder: Path | None) -> None:
     formatting.say(f"The key {revoked} is revoked.")
 
 
+@home.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_home_option
+def backup(file: Path, folder: Path | None) -> None:
+    """Write a backup of a home to FILE (a tar); servers may be running.
+
+    It holds everything that is stored: checkpoints, runs, sessions. Live models are not in it.
+    """
+    from tinkex import config
+
+    with _home_errors():
+        from tinkex.server.home_backup import backup
+
+        made = backup(folder or config.home(), file)
+    formatting.say(f"{file}: {made.checkpoints} checkpoints, {formatting.size(made.bytes)}.")
+
+
+@home.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_home_option
+def restore(file: Path, folder: Path | None) -> None:
+    """Make a home of the backup FILE, and check its checkpoints.
+
+    The folder must be empty or new.
+    """
+    from tinkex import config
+
+    with _home_errors():
+        from tinkex.server.home_backup import restore
+
+        place = folder or config.home()
+        count = restore(file, place)
+    formatting.say(f"{place}: {count} checkpoints, all whole.")
+
+
+@home.command()
+@_home_option
+def gc(folder: Path | None) -> None:
+    """Delete expired checkpoints and what servers that were killed left; servers may be running."""
+    from tinkex import config
+
+    with _home_errors():
+        from tinkex.server.home_backup import collect_garbage
+
+        count = collect_garbage(folder or config.home())
+    formatting.say(f"{count} expired checkpoints and folders deleted.")
+
+
 COMMANDS = (home,)
