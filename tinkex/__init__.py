@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tinkex.recipes import preference, regularizers
     from tinkex.recipes.callbacks import Callback
     from tinkex.recipes.finetune import finetune
+    from tinkex.recipes.recovery import keep_alive, recover
     from tinkex.recipes.reinforce import distill, reinforce
     from tinkex.recipes.rewards import RewardError
     from tinkex.recipes.rollouts import Env, EnvStep
@@ -147,9 +148,11 @@ __all__ = [
     "distill",
     "errors",
     "finetune",
+    "keep_alive",
     "load_run",
     "parse_response",
     "preference",
+    "recover",
     "regularizers",
     "reinforce",
     "render",
@@ -179,9 +182,11 @@ _HOMES = {
     "TrainingClient": "training",
     "distill": "recipes.reinforce",
     "finetune": "recipes.finetune",
+    "keep_alive": "recipes.recovery",
     "load_run": "recipes.run",
     "parse_response": "text.responses",
     "reinforce": "recipes.reinforce",
+    "recover": "recipes.recovery",
     "render": "text.renderer",
     "render_prompt": "text.renderer",
     "render_turns": "text.renderer",

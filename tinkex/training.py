@@ -230,6 +230,17 @@ class TrainingClient(types.Ready):
         )
         return cls(session, made.model_id, base_model=base_model, **options)
 
+    @property
+    def server(self) -> config.Config:
+        """Settings that reach the same server again: `ServiceClient(config=training.server)`.
+
+        Without an address if that is the embedded engine, which a new client starts again.
+        """
+        settings = self._session.config
+        if self._session.engine is None:
+            return settings
+        return attrs.evolve(settings, base_url="", api_key="")
+
     # Training.
 
     def forward(

@@ -138,7 +138,7 @@ class FakeTraining:
     def save_weights_and_get_sampling_client_sync(self):
         return FakeSampling(self.service, self.logits.copy())
 
-    def close(self):
+    def close(self, *, cancel=False, timeout=None):
         self.is_closed = True
 
     def _answer(self, name, operation):

@@ -175,13 +175,18 @@ def load_state(folder: Path) -> State | None:
 
 
 def save_state(folder: Path, state: State) -> None:
-    """Replace state.json as a whole: a crash leaves the old one or the new one."""
-    new = folder / "state.json.new"
+    """Replace state.json as a whole."""
+    replace_json(folder / "state.json", attrs.asdict(state))
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write *value* into the file as a whole: a crash leaves the old content or the new one."""
+    new = path.with_name(f"{path.name}.new")
     with _naming(new), new.open("w", encoding="utf-8") as file:
-        json.dump(attrs.asdict(state), file, indent=2)
+        json.dump(value, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(new, folder / "state.json")
+    os.replace(new, path)
 
 
 #: Options of the command line that are not called like their setting.

@@ -42,3 +42,8 @@ def _create(name: str) -> Any:
             f"the tracker {name} needs the package {exc.name}, which is not installed: "
             "pip install 'tinkex[trackers]'."
         ) from exc
+    except ValueError:
+        raise
+    except Exception as exc:  # each package has its own
+        reason = " ".join(str(exc).split())[:300]
+        raise ValueError(f"the tracker {name} cannot be used: {reason}") from exc

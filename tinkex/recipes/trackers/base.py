@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from tinkex.recipes.callbacks import Callback
 from tinkex.recipes.run import Run
-from tinkex.recipes.run_folder import read_json
+from tinkex.recipes.run_folder import read_json, replace_json
 
 #: The project, or experiment, of a tracker; each tracker's own variable wins over it.
 PROJECT = "tinkex"
@@ -28,10 +26,7 @@ class Tracker(Callback):
         return (read_json(_path(run)) or {}).get(self.name)
 
     def remember(self, run: Run, number: str) -> None:
-        numbers = {**(read_json(_path(run)) or {}), self.name: number}
-        new = _path(run).with_suffix(".json.new")
-        new.write_text(json.dumps(numbers), encoding="utf-8")
-        os.replace(new, _path(run))
+        replace_json(_path(run), {**(read_json(_path(run)) or {}), self.name: number})
 
     def on_step(self, run: Run, row: dict[str, float]) -> None:
         self.log(int(row["step"]), {key: value for key, value in row.items() if key != "step"})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tinkex import config
-from tinkex.recipes.callbacks import End
+from tinkex.recipes.callbacks import Checkpoint, End, Sample
 from tinkex.recipes.run import Run
 from tinkex.recipes.trackers import base
 
@@ -33,6 +34,17 @@ class Tracker(base.Tracker):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
+
+    def on_sample(self, run: Run, samples: Sequence[Sample]) -> None:
+        if samples:
+            rows = [[sample.step, sample.prompt, sample.text] for sample in samples]
+            table = self._trackio.Table(columns=["step", "prompt", "text"], data=rows)
+            self._run.log({"samples": table}, step=samples[0].step)
+
+    def on_save(self, run: Run, checkpoint: Checkpoint) -> None:
+        if checkpoint.adapter is not None:
+            name = f"{base.title(run)}-adapter"
+            self._run.log_artifact(checkpoint.adapter, name=name, type="model")
 
     def on_end(self, run: Run, end: End) -> None:
         if self._run is not None:

@@ -23,7 +23,7 @@ class Tracker(base.Tracker):
         self._run: Any = None
         mode = config.variable("WANDB_MODE") or "online"
         # Otherwise init() would ask for a key in the terminal, and the run would wait.
-        if mode == "online" and not wandb.api.api_key:
+        if mode == "online" and not wandb.login(prompt=False):
             raise ValueError(
                 "the tracker wandb is not logged in; run `wandb login`, set WANDB_API_KEY, or "
                 "set WANDB_MODE=offline."
@@ -45,9 +45,10 @@ class Tracker(base.Tracker):
         self._run.log(metrics, step=step)
 
     def on_sample(self, run: Run, samples: Sequence[Sample]) -> None:
-        rows = [[sample.step, sample.prompt, sample.text] for sample in samples]
-        table = self._wandb.Table(columns=["step", "prompt", "text"], data=rows)
-        self._run.log({"samples": table}, step=samples[0].step if samples else None)
+        if samples:
+            rows = [[sample.step, sample.prompt, sample.text] for sample in samples]
+            table = self._wandb.Table(columns=["step", "prompt", "text"], data=rows)
+            self._run.log({"samples": table}, step=samples[0].step)
 
     def on_save(self, run: Run, checkpoint: Checkpoint) -> None:
         if checkpoint.adapter is not None:
