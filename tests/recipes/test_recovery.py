@@ -144,7 +144,7 @@ def test_pauses_grow_while_the_server_stays_away():
     def connect():
         tries[0] -= 1
         if tries[0] > 0:
-            raise errors.APIConnectionError("nobody listens")
+            raise errors.APIConnectionError("connection refused")
         return service
 
     with tinkex.keep_alive(
