@@ -266,7 +266,7 @@ def test_each_sample_is_taken_once_whenever_a_run_is_stopped(run, tmp_path, ques
     assert [0, 0, 5, 5, 10, 10, 15, 15, 20, 20] == [row["step"] for row in found]
 
 
-def test_callbacks_are_told_everything_in_order(run):
+def test_callbacks_see_everything_in_order(run):
     recording = Recording()
 
     run(settings=attrs.evolve(SETTINGS, max_steps=2), callbacks=[recording])

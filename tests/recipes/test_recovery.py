@@ -222,7 +222,7 @@ def test_old_checkpoints_are_deleted(tmp_path):
     assert [json.loads((tmp_path / "state.json").read_text())["checkpoint"]] == left
 
 
-def test_callbacks_are_told_of_saves_and_restarts(tmp_path):
+def test_callbacks_see_saves_and_restarts(tmp_path):
     seen = []
 
     class Seeing(tinkex.Callback):
@@ -242,7 +242,7 @@ def test_callbacks_are_told_of_saves_and_restarts(tmp_path):
     [
         ({"every": 0}, "every must be a whole number from 1, got 0"),
         ({"restarts": True}, "restarts must be a whole number from 1"),
-        ({"callbacks": [tinkex.Callback()]}, "callbacks are told about a run"),
+        ({"callbacks": [tinkex.Callback()]}, "callbacks need a run to report"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -127,7 +127,7 @@ def keep_alive(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
     if callbacks and run is None:
-        raise ValueError("callbacks are told about a run; give its folder as run.")
+        raise ValueError("callbacks need a run to report; give its folder as run.")
     folder = None if run is None else run.folder if isinstance(run, Run) else Path(run)
     if folder is not None and Run(folder).settings:
         raise ValueError(f"{folder} contains a run of another recipe; give another folder as run.")
