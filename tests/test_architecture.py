@@ -8,6 +8,7 @@ table of docs/architecture.md.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,32 @@ def test_the_top_level_is_what_a_user_holds():
     assert 12 >= len(
         [m for m in FILES if "." not in m and FILES[m].parent == PACKAGE and m[0] != "_"]
     )
+
+
+#: A function reads well up to this many lines, without its signature and docstring.
+LONGEST_FUNCTION = 50
+#: A module beyond this many lines has one subject and gives the reason in its docstring.
+LONGEST_MODULE = 500
+
+
+@every_module
+def test_a_long_module_says_why_it_is_one(module):
+    lines = FILES[module].read_text().count("\n")
+    reason = " ".join((ast.get_docstring(TREES[module]) or "").split())
+
+    assert lines <= LONGEST_MODULE or re.search(
+        r"Long, because|One subject in one module|One long module", reason
+    ), f"{lines} lines: split it, or say in its docstring why it is one"
+
+
+@every_module
+def test_functions_are_short(module):
+    long = {}
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (node.end_lineno - body[0].lineno + 1) if body else 0
+            if lines > LONGEST_FUNCTION:
+                long[node.name] = lines
+
+    assert {} == long

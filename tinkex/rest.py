@@ -1,7 +1,8 @@
 """RestClient: what is stored on the server - runs, checkpoints, sessions.
 
 Knows the lookups and changes of stored things; every method returns its value, for each is one
-short request. Downloading is download.py's, exporting export.py's.
+short request. Downloading is download.py's, exporting export.py's. Long, because it is one class,
+most of it the documentation of its public methods.
 """
 
 from __future__ import annotations

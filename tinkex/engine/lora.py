@@ -2,7 +2,8 @@
 
 An adapter is one flat float32 vector with a view for each matrix, so that the optimizer, clipping
 and snapshots are single operations on it. Knows the base model's matrices by their keys; does
-not know about layers, losses or files.
+not know about layers, losses or files. One subject in one module: training, sampling and merging
+use the same layout of the vector.
 """
 
 from __future__ import annotations

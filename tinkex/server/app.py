@@ -310,12 +310,7 @@ def main(
     Returns:
         The exit code: 0, or 1 if the server could not start (stderr says why).
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    os.umask(0o077)  # files 0600, folders 0700: training data and weights are private
-    sys.setswitchinterval(0.001)  # longest wait of the event loop for a busy compute thread
+    _prepare_process()
     made_up = _made_up_key(host, api_keys)
     if home is not None:  # the engine keeps the models that it fetches there
         os.environ[HOME_VARIABLE] = str(home.expanduser().absolute())
@@ -371,6 +366,16 @@ def _certificate(certificate: Path | None, key: Path | None) -> tuple[Path, Path
     if certificate is None:
         raise HomeError("--ssl-keyfile needs --ssl-certfile, the certificate that the key is of.")
     return certificate, key or certificate
+
+
+def _prepare_process() -> None:
+    """Settings of the whole process: its log, permissions of new files, turns of its threads."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    os.umask(0o077)  # files 0600, folders 0700: training data and weights are private
+    sys.setswitchinterval(0.001)  # longest wait of the event loop for a busy compute thread
 
 
 def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:
