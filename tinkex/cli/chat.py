@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tinkex.cli.model import fetched
-from tinkex.cli.options import server_options
+from tinkex.cli.options import sampling_options, server_options
 from tinkex.cli.sample import what_to_sample
 from tinkex.recipes import answers
 
@@ -44,17 +44,13 @@ HISTORY_LINES = 1000
 @click.command()
 @click.argument("model", required=False)
 @click.option("--system", help="The system prompt.")
-@click.option(
-    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer."
+@sampling_options(
+    512,
+    0.7,
+    max_tokens_help="Of an answer.",
+    temperature_help="0 takes the likeliest token each time.",
+    seed_help="Same seed and messages, same answers.",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=0.7,
-    show_default=True,
-    help="0 takes the likeliest token each time.",
-)
-@click.option("--seed", type=click.IntRange(0), help="Same seed and messages, same answers.")
 @server_options
 def chat(
     model: str | None,

@@ -69,6 +69,58 @@ def server_options(command: Command) -> Command:
     return url(key_option(command))
 
 
+#: Number types of base weights, as the engine takes them.
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def dtype_option(help: str, default: str | None = None) -> Callable[[Command], Command]:
+    """--dtype, or TINKEX_DTYPE."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default=default,
+        show_default=default is not None,
+        envvar="TINKEX_DTYPE",
+        show_envvar=True,
+        help=help,
+    )
+
+
+def sampling_options(
+    max_tokens: int,
+    temperature: float,
+    *,
+    max_tokens_help: str,
+    temperature_help: str,
+    seed_help: str,
+) -> Callable[[Command], Command]:
+    """--max-tokens, --temperature and --seed, with a command's own defaults and help texts."""
+    options = [
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1),
+            default=max_tokens,
+            show_default=True,
+            help=max_tokens_help,
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0),
+            default=temperature,
+            show_default=True,
+            help=temperature_help,
+        ),
+        click.option("--seed", type=click.IntRange(0), help=seed_help),
+    ]
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 class Mapping(click.ParamType):
     """Key names as wanted=given,wanted=given."""
 

@@ -15,7 +15,7 @@ import click
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import server_options
+from tinkex.cli.options import sampling_options, server_options
 from tinkex.cli.train import progress_of
 from tinkex.recipes import answers
 
@@ -44,19 +44,12 @@ from tinkex.recipes import answers
     show_default=True,
     help="Number of samples.",
 )
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=128,
-    show_default=True,
-    help="Maximum tokens per sample.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the likeliest token.",
+@sampling_options(
+    128,
+    1.0,
+    max_tokens_help="Maximum tokens per sample.",
+    temperature_help="Sampling temperature; 0 always takes the likeliest token.",
+    seed_help="The same seed gives the same samples.",
 )
 @click.option(
     "--top-p",
@@ -72,7 +65,6 @@ from tinkex.recipes import answers
     show_default=True,
     help="Sample from this many likeliest tokens; -1 means all.",
 )
-@click.option("--seed", type=click.IntRange(0), help="The same seed gives the same samples.")
 @click.option("--stop", multiple=True, help="Text that ends a sample. May be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per sample.")
 @server_options

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tinkex.cli.options import Size
+from tinkex.cli.options import Size, dtype_option
 
 
 @click.command()
@@ -58,15 +58,10 @@ from tinkex.cli.options import Size
     show_default=True,
     help="Accept JSON and protobuf, or JSON only.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    envvar="TINKEX_DTYPE",
-    show_envvar=True,
-    help="Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
+@dtype_option(
+    "Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
     "bfloat16 on a CPU halves the memory.",
+    default="auto",
 )
 @click.option(
     "--user-models", type=click.IntRange(1), metavar="N", help="Live models that a user may have."

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import data_options, is_quiet, method_options, server_options
+from tinkex.cli.options import data_options, dtype_option, is_quiet, method_options, server_options
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.recipes import finetune, run_folder, supervised
@@ -247,13 +247,9 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 @click.option(
     "--dump-config", is_flag=True, help="Print the options as a configuration file, and exit."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    envvar="TINKEX_DTYPE",
-    show_envvar=True,
-    help="Number type of base weights in the embedded engine; bfloat16 halves the memory on a CPU. "
-    "Default: float32 on a CPU, bfloat16 on an accelerator.",
+@dtype_option(
+    "Number type of base weights in the embedded engine; bfloat16 halves the memory on a CPU. "
+    "Default: float32 on a CPU, bfloat16 on an accelerator."
 )
 @method_options
 @data_options

@@ -192,6 +192,17 @@ def distillation(teacher: str | SamplingClient | None) -> Recipe:
 # The run
 
 
+def _options(settings: RewardSettings) -> Options:
+    return Options(
+        settings.group_size,
+        settings.max_tokens,
+        settings.temperature,
+        settings.stop or (),
+        settings.plain,
+        settings.max_turns,
+    )
+
+
 def run(
     service: ServiceClient,
     data: files.DataFile,
@@ -231,19 +242,11 @@ def run(
         pool = rewards.Pool(complete.reward_workers, complete.reward_timeout)
         stack.callback(pool.close)
         theirs = training.get_tokenizer()
-        options = Options(
-            complete.group_size,
-            complete.max_tokens,
-            complete.temperature,
-            complete.stop or (),
-            complete.plain,
-            complete.max_turns,
-        )
         objective = PolicyGradient(
             tasks,
             held_out,
             complete,
-            Rollouts(theirs, options, pool, reward, make_env),
+            Rollouts(theirs, _options(complete), pool, reward, make_env),
             state.step,
             _reference(service, complete, teacher, theirs, stack),
         )
