@@ -82,6 +82,7 @@ NAMES = [
     "load_run",
     "parse_response",
     "distill",
+    "evaluate",
     "preference",
     "regularizers",
     "reinforce",

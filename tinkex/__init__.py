@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tinkex.futures import OperationFuture as APIFuture
     from tinkex.recipes import preference, regularizers
     from tinkex.recipes.callbacks import Callback
+    from tinkex.recipes.evaluation import evaluate
     from tinkex.recipes.finetune import finetune
     from tinkex.recipes.recovery import keep_alive, recover
     from tinkex.recipes.reinforce import distill, reinforce
@@ -147,6 +148,7 @@ __all__ = [
     "auth",
     "distill",
     "errors",
+    "evaluate",
     "finetune",
     "keep_alive",
     "load_run",
@@ -181,6 +183,7 @@ _HOMES = {
     "TinkexError": "errors",
     "TrainingClient": "training",
     "distill": "recipes.reinforce",
+    "evaluate": "recipes.evaluation",
     "finetune": "recipes.finetune",
     "keep_alive": "recipes.recovery",
     "load_run": "recipes.run",

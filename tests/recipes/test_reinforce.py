@@ -265,3 +265,41 @@ def test_the_reward_of_a_real_model_rises(tmp_path, monkeypatch):
     assert max(rewards[-2:]) > max(rewards[:2]) + 0.2
     assert max(row["sampler_kl"] for row in run.metrics) < 1e-3
     assert run.metrics[-1]["reference_kl"] > run.metrics[0]["reference_kl"]
+
+
+@pytest.mark.slow  # downloads 93 MB, and trains for minutes
+def test_smollm2_learns_small_sums(tmp_path, monkeypatch):
+    """The example of docs/reinforcement.md: 1 for the right number alone, 0.2 for another one."""
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path / "home"))
+    numbers = range(1, 7)
+    rows = [
+        {"prompt": f"Question: What is {a} + {b}?\nAnswer:", "sum": str(a + b)}
+        for a in numbers
+        for b in numbers
+    ]
+
+    def score(answer, row):
+        return 1.0 if answer.strip() == row["sum"] else 0.2 * answer.strip().isdigit()
+
+    run = tinkex.reinforce(
+        rows,
+        score,
+        "smollm2",
+        tmp_path / "run",
+        eval_prompts=rows,
+        plain=True,
+        stop=["\n"],
+        rank=16,
+        learning_rate=3e-4,
+        batch_size=6,
+        max_tokens=4,
+        max_steps=20,
+        eval_every=20,
+        train_unembed=False,
+        progress=False,
+    )
+
+    rewards = [row["reward"] for row in run.metrics if "reward" in row]
+    evaluated = [row["eval_reward"] for row in run.metrics if "eval_reward" in row]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:2]) + 0.3
+    assert evaluated[-1] > evaluated[0] + 0.2

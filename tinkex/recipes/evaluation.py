@@ -1,0 +1,296 @@
+"""Evaluation: how good models are on data, by loss, by their answers, or by your own function.
+
+Several models are measured on the same examples. Does not know about runs or the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from tinkex import types
+from tinkex.data import datums, files, records
+from tinkex.recipes import rewards
+from tinkex.recipes.rollouts import Prompted
+from tinkex.sampling import SamplingClient
+from tinkex.text.renderer import Renderer
+
+#: Metrics by name that compare an answer with the right one.
+ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "exact": lambda answer, right: float(answer.strip() == right.strip()),
+    "contains": lambda answer, right: float(right.strip() in answer),
+}
+#: (answer, row) -> number. The row has "prompt", and "answer" if the data has a right one.
+Metric = Callable[[str, Mapping[str, Any]], Any]
+
+
+@attrs.frozen
+class Options:
+    """
+    Args:
+        max_length: tokens of an example that are read for the loss.
+        max_tokens: of an answer.
+        temperature: of answers; 0 takes the likeliest tokens.
+        stop: texts that end an answer, besides what ends the model's turn or text.
+        limit: examples that are taken, from the first; None is all.
+        timeout: seconds that a function may take.
+    """
+
+    max_length: int = 1024
+    max_tokens: int = 128
+    temperature: float = 0.0
+    limit: int | None = None
+    stop: Sequence[str] = ()
+    timeout: float = 60.0
+
+
+@attrs.frozen
+class Value:
+    """A metric of a model.
+
+    Attributes:
+        mean: over examples; of the loss over the tokens that count, in nats.
+        error: standard error of the mean; of the loss over examples. NaN of a single example.
+        count: examples.
+    """
+
+    mean: float
+    error: float
+    count: int
+
+
+@attrs.frozen
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        values: by metric and model.
+        answers: a dict an example: "prompt", "answer" (the right one, or None) and, by model, what
+            it said; [] if no metric needs answers.
+    """
+
+    values: dict[str, dict[str, Value]]
+    answers: list[dict[str, Any]] = attrs.field(factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A dict a metric: its name, and the mean of each model."""
+        return [
+            {"metric": metric, **{model: value.mean for model, value in models.items()}}
+            for metric, models in self.values.items()
+        ]
+
+
+def needs_answers(metrics: Sequence[str | Metric]) -> bool:
+    """True unless all that is asked for is the loss."""
+    return any(metric != "loss" for metric in metrics)
+
+
+def read(
+    source: Any, metrics: Sequence[str | Metric], shape: str | None = None, renames: Any = None
+) -> files.DataFile:
+    """
+    The data of an evaluation: a path, several, or rows in memory.
+
+    Rows without a right answer are read if nothing but functions judge.
+
+    Raises:
+        ValueError: If rows are bad, or a metric needs a right answer that is not there.
+    """
+    needs_right = any(isinstance(m, str) and ":" not in m for m in metrics)
+    if shape is None and not needs_right:
+        shape = "task"
+    if isinstance(source, str) or (
+        isinstance(source, (list, tuple)) and source and isinstance(source[0], str)
+    ):
+        return files.read(source, shape=shape, renames=renames)
+    return files.from_rows(source, shape=shape, renames=renames)
+
+
+def evaluate(
+    models: Mapping[str, SamplingClient],
+    data: Any,
+    metrics: Sequence[str | Metric] = ("loss",),
+    *,
+    options: Options | None = None,
+    shape: str | None = None,
+    renames: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """
+    Measure *models* on *data*.
+
+    Args:
+        models: name -> client.
+        data: examples as `tinkex train` reads them: a path, several, or rows in memory.
+        metrics: "loss" (of the tokens that count), "exact" (the answer is the right one, but for
+            space around it), "contains" (the right one is in it), "my.py:fn", or functions
+            `fn(answer, row)` that return a number, or a dict with "reward" and other numbers.
+        shape, renames: as for `tinkex.data.files.read`.
+
+    Raises:
+        ValueError: If the data is bad, a metric is not known, or a function fails (RewardError).
+        TinkexError: If a request to the server fails.
+    """
+    options = options or Options()
+    named = {str(rewards.name_of(metric)): metric for metric in metrics}
+    judges = {name: _judge(metric) for name, metric in named.items() if metric != "loss"}
+    file = read(data, list(metrics), shape, renames)
+    examples = file.records[: options.limit]
+    values: dict[str, dict[str, Value]] = {}
+    if "loss" in named:
+        values["loss"] = {
+            name: _loss(client, examples, file.name, options) for name, client in models.items()
+        }
+    if not judges:
+        return Evaluation(values)
+    tasks = [_task(record) for record in examples]
+    answers: list[dict[str, Any]] = [
+        {"prompt": task.text, "answer": task.row.get("answer")} for task in tasks
+    ]
+    pool = rewards.Pool(16, options.timeout)
+    try:
+        for name, client in models.items():
+            said = _answers(client, tasks, options)
+            for answer, text in zip(answers, said):
+                answer[name] = text
+            for metric, judge in judges.items():
+                found = _judged(pool, metric, judge, said, tasks)
+                for key, each in found.items():
+                    values.setdefault(key, {})[name] = _value(each)
+    finally:
+        pool.close()
+    return Evaluation(values, answers)
+
+
+def _judge(metric: str | Metric) -> Metric:
+    if not isinstance(metric, str):
+        return metric
+    if ":" in metric:
+        return rewards.load(metric)
+    if metric not in ANSWER_METRICS:
+        raise ValueError(
+            f"metric {metric!r} is not known; choose loss, {', '.join(ANSWER_METRICS)}, or a "
+            "function: my.py:fn."
+        )
+    compare = ANSWER_METRICS[metric]
+    return lambda answer, row: compare(answer, str(row["answer"]))
+
+
+def _loss(
+    client: SamplingClient, data: Sequence[records.Record], name: str, options: Options
+) -> Value:
+    """Negative log-likelihood per token that counts."""
+    how = datums.Options(options.max_length, split_turns=False)
+    rendered = datums.render(data, client.get_tokenizer(), how)
+    if rendered.bad:
+        raise ValueError(files.describe(name, rendered.bad))
+    datums.check_some_are_left(rendered, len(data), options.max_length)
+    futures = [
+        client.compute_logprobs(types.ModelInput.from_ints(example.tokens))
+        for example in rendered.examples
+    ]
+    sums, counts = [], []
+    for example, future in zip(rendered.examples, futures):
+        logprobs = np.asarray([0.0 if lp is None else lp for lp in future.result()])
+        sums.append(-float(np.dot(logprobs, example.counted)))
+        counts.append(float(example.counted.sum()))
+    mean = sum(sums) / sum(counts)
+    # Of a ratio of sums, by linearization: each example's deviation from the mean.
+    residuals = (np.asarray(sums) - mean * np.asarray(counts)) / np.mean(counts)
+    return Value(mean, _value(residuals).error, len(sums))
+
+
+def _task(record: records.Record) -> records.Task:
+    """The prompt of an example and its right answer."""
+    if isinstance(record, records.Task):
+        return record
+    if isinstance(record, records.Completion):
+        return records.Task(
+            record.prompt, {"prompt": record.prompt, "answer": record.completion}, record.where
+        )
+    if isinstance(record, records.Chat):
+        *before, last = record.messages
+        if last["role"] == "assistant" and before:
+            prompt = tuple(before)
+            row = {"prompt": list(before), "answer": last.get("content") or ""}
+            return records.Task(prompt, row, record.where)
+    raise ValueError(
+        f"{record.where or 'an example'} has no prompt with a right answer at its end; give rows "
+        "with prompt and completion, or conversations that end with the assistant."
+    )
+
+
+def _answers(client: SamplingClient, tasks: Sequence[records.Task], options: Options) -> list[str]:
+    """What the model says to each."""
+    tokenizer = client.get_tokenizer()
+    renderer = Renderer(tokenizer)
+    prompts = [_prompt(renderer, task, list(options.stop)) for task in tasks]
+    futures = [
+        client.sample(
+            types.ModelInput.from_ints(prompt.tokens),
+            num_samples=1,
+            sampling_params=types.SamplingParams(
+                max_tokens=options.max_tokens,
+                temperature=options.temperature,
+                seed=0,
+                stop=prompt.stop,
+            ),
+        )
+        for prompt in prompts
+    ]
+    said = []
+    for prompt, future in zip(prompts, futures):
+        tokens = future.result().sequences[0].tokens
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+        for end in prompt.stop or ():
+            if isinstance(end, str):
+                text = text.removesuffix(end)
+        said.append(text)
+    return said
+
+
+def _prompt(renderer: Renderer, task: records.Task, stop: list[str]) -> Prompted:
+    """Text as it is, as in training; messages by the chat template."""
+    if isinstance(task.prompt, str):
+        return Prompted(list(renderer.encode_prompt(task.prompt)), stop or None)
+    rendered = renderer.prompt([dict(message) for message in task.prompt])
+    ends: list[Any] = list(rendered.stop)
+    if all(isinstance(end, str) for end in ends):  # stops are all texts or all tokens
+        ends += stop
+    return Prompted(rendered.tokens, ends or None)
+
+
+def _judged(
+    pool: rewards.Pool,
+    name: str,
+    judge: Metric,
+    said: Sequence[str],
+    tasks: Sequence[records.Task],
+) -> dict[str, list[float]]:
+    """By metric: the numbers of all examples; other numbers of a function as NAME/KEY."""
+    calls = [pool.start(judge, text, task.row) for text, task in zip(said, tasks)]
+    found: dict[str, list[float]] = {name: []}
+    for call, task in zip(calls, tasks):
+        try:
+            score = rewards.as_score(call.result())
+        except rewards.RewardError:
+            raise
+        except ValueError as exc:
+            raise rewards.RewardError(
+                f"{name} returned {exc}; the prompt was {task.text!r}"
+            ) from exc
+        found[name].append(score.reward)
+        for key, number in score.metrics.items():
+            found.setdefault(f"{name}/{key}", []).append(number)
+    return found
+
+
+def _value(each: Any) -> Value:
+    numbers = np.asarray(each, np.float64)
+    error = math.nan
+    if len(numbers) > 1:
+        error = float(numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return Value(float(numbers.mean()), error, len(numbers))
