@@ -26,7 +26,7 @@ from tests.support.fake_server import (
 )
 from tinkex import errors, types, wire
 from tinkex.runtime.responses import MAX_RETRY_AFTER, Answer
-from tinkex.runtime.retry import ONCE, Retry
+from tinkex.runtime.retry import ONCE, Retry, seconds
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_pauses_grow_have_jitter_and_end_at_ten_seconds(way, canned):
 
 def test_the_thousandth_try_does_not_overflow():
     """2^n does, in the SDK we follow, at attempt 1024."""
-    assert 10.0 >= Retry().pause(5000)
+    assert 10.0 >= seconds(Retry().wait, 5000)
 
 
 @pytest.mark.parametrize(

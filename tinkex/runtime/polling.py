@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
@@ -26,13 +26,13 @@ from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.queue_state import queue_state, tell
 from tinkex.runtime.responses import Answer, error_detail
 from tinkex.runtime.retry import (
-    FEW_TRIES,
     LOST,
     NOT_YET,
     ONCE,
     PAUSED,
     POLL_FAILED,
     Backoff,
+    Strays,
     seconds,
 )
 from tinkex.runtime.transport import Transport
@@ -77,7 +77,7 @@ class Promise(Generic[T]):
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
-    strays: Counter[int] = attrs.field(factory=Counter)  # by status, as in FEW_TRIES
+    strays: Strays = attrs.field(factory=Strays)
     pauses: int = 0  # since something last changed
     failing_since: float | None = None
     last_error: BaseException | None = None
@@ -434,11 +434,7 @@ class Poller:
 
     def _stray(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
         """An answer that makes no sense: a proxy's, or a piece of one; but not time after time."""
-        status = getattr(exc, "status", 0)
-        promise.strays[status] += 1
-        if promise.strays[status] > FEW_TRIES[status]:
-            return exc
-        return self._failed_once(promise, exc)
+        return self._failed_once(promise, exc) if promise.strays.may_pass(exc) else exc
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
         """410: the same request under the same number brings the promise back, or nothing does."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -81,6 +82,23 @@ CUT_TRIES = 8
 FEW_TRIES = {0: 3, 400: 3, 409: 3}
 
 
+class Strays:
+    """Counts such answers to one question, by status."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[int] = Counter()
+
+    def may_pass(self, exc: errors.APIError) -> bool:
+        """Note *exc*; True if it is not yet one too many."""
+        status = getattr(exc, "status", 0)
+        self._seen[status] += 1
+        return self._seen[status] <= FEW_TRIES.get(status, 0)
+
+    def clear(self) -> None:
+        """The question was answered with sense."""
+        self._seen.clear()
+
+
 def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value is None and attribute.name == "budget":
         return
@@ -115,9 +133,10 @@ class Retry:
     first: float = attrs.field(default=0.25, validator=_seconds)
     longest: float = attrs.field(default=10.0, validator=_seconds)
 
-    def pause(self, attempt: int, exc: BaseException | None = None) -> float:
-        """Seconds to wait after try number *attempt* (from 1) failed with *exc*."""
-        return seconds(Backoff(self.first, self.longest, least=0.5), attempt, exc)
+    @property
+    def wait(self) -> Backoff:
+        """The pauses between tries."""
+        return Backoff(self.first, self.longest, least=0.5)
 
 
 ONCE = Retry(budget=0)
@@ -152,14 +171,13 @@ class Tries:
 
     def __init__(self, server: Server, policy: Retry, wait: Wait) -> None:
         self._server = server
-        self._policy = policy
+        self.policy = policy
         self._wait = wait
         self._clock = server.clock
         self._started = self._clock()
-        self._pause = 0.0
         self._number = 0
         self._seen = False
-        self._few: dict[int, int] = {}
+        self._strays = Strays()
         #: A failure that has happened already, for the strategies to judge.
         self.replay: errors.APIError | None = None
 
@@ -192,22 +210,17 @@ class Tries:
         exc = _failure(state)
         if not isinstance(exc, errors.APIError):
             return False
-        self._pause = self._policy.pause(self._number, exc)
         status = getattr(exc, "status", 0)
-        if status in self._policy.pass_on:
+        if status in self.policy.pass_on:
             return False
         if status in FEW_TRIES and _may_be_stray(exc):
-            self._few[status] = self._few.get(status, 0) + 1
-            return self._few[status] <= FEW_TRIES[status]
+            return self._strays.may_pass(exc)
         if not self._server.established and _is_hopeless(exc, self._elapsed()):
             return False
         return exc.retryable
 
     def are_over(self, state: tenacity.RetryCallState) -> bool:
-        return self._elapsed() + self._pause >= self._budget()
-
-    def pause(self, state: tenacity.RetryCallState) -> float:
-        return self._pause
+        return self._elapsed() + state.upcoming_sleep >= self._budget()
 
     def note(self, state: tenacity.RetryCallState) -> None:
         if state.outcome is not None:
@@ -217,8 +230,8 @@ class Tries:
         return self._clock() - self._started
 
     def _budget(self) -> float:
-        if self._policy.budget is not None:
-            return self._policy.budget
+        if self.policy.budget is not None:
+            return self.policy.budget
         patience = self._server.config.patience
         return patience.no_answer if self._server.established else patience.first_contact
 

@@ -178,7 +178,6 @@ class _Sample:
         self._on_response = on_response
         self._lost = 0
         self._give_up_at = math.inf
-        self._pause = 0.0  # after the last 429, in seconds
 
     def take_place(self) -> None:
         """Start; at the end, leave the place to another sample."""
@@ -230,12 +229,11 @@ class _Sample:
 
     def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
         exc = state.outcome.exception() if state.outcome else None
-        self._pause = self._queue.pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
-        return self._pause
+        return self._queue.pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
 
     def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
         now = self._queue.session.transport.waits.now()
-        return now + self._pause >= self._give_up_at
+        return now + state.upcoming_sleep >= self._give_up_at
 
     def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
         session = self._queue.session

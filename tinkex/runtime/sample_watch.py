@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from typing import Any
 
 from tinkex import errors, types, wire
 from tinkex.futures import fail
 from tinkex.runtime.polling import LONG_POLL, Promise
-from tinkex.runtime.retry import FEW_TRIES, NOT_YET, ONCE, WATCH_FAILED, seconds
+from tinkex.runtime.retry import NOT_YET, ONCE, WATCH_FAILED, Strays, seconds
 from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
@@ -49,7 +48,7 @@ class CompletionWatch:
         # The thread's own:
         self._in_vain = 0
         self._news_at = 0.0
-        self._strays: Counter[int] = Counter()
+        self._strays = Strays()
         session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
@@ -119,7 +118,7 @@ class CompletionWatch:
             except errors.APIError as exc:
                 cursor, failing_since = 0, now() if failing_since is None else failing_since
                 self._note(exc)
-                if not (exc.retryable or self._may_be_stray(exc)):
+                if not (exc.retryable or self._strays.may_pass(exc)):
                     self._offered = False
                     self._poll_each()
                 elif now() - failing_since >= self._session.config.patience.no_answer:
@@ -173,11 +172,6 @@ class CompletionWatch:
         for promise in waiting:
             if promise.wait is not None:
                 promise.wait.failed_once(exc)
-
-    def _may_be_stray(self, exc: errors.APIError) -> bool:
-        status = getattr(exc, "status", 0)
-        self._strays[status] += 1
-        return self._strays[status] <= FEW_TRIES.get(status, 0)
 
     def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
         """Hand what is finished to the poller. Returns True if anything was new.

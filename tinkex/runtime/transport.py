@@ -210,7 +210,7 @@ class Transport:
         retrying = tenacity.Retrying(
             retry=tries.may_help,
             stop=tries.are_over,
-            wait=tries.pause,
+            wait=tries.policy.wait,
             sleep=self.sleep,  # type: ignore[arg-type]
             before_sleep=tries.note,
             reraise=True,
