@@ -12,7 +12,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(-(-3 * (os.cpu_count() or 1) // 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance bench chaos audit load dist hooks clean browser screenshots clients
+.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench chaos audit load dist hooks clean browser screenshots clients
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ screenshots: .venv/browser ## take the pictures of the web page in docs/
 
 conformance: .venv/test ## run five versions of the official SDK against our server, write docs/compatibility.md
 	$(BIN)/python -m tests.official_sdk.run $(ARGS)
+
+cookbook: .venv/test ## run recipes of tinker-cookbook with both SDKs against our server (ARGS='tinkex sl_loop')
+	$(BIN)/python -m tests.official_sdk.cookbook $(ARGS)
 
 bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -11,8 +11,10 @@ from typing import ClassVar
 import huggingface_hub
 import pytest
 
+import tinkex
 from tests.support import hf_reference as hf
 from tinkex import cli
+from tinkex.server.app import LocalServer
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -134,3 +136,20 @@ def test_a_name_without_an_organization_is_refused(run, capsys):
     assert 2 == cli.main(["push", str(run), "mine"])
 
     assert "is not like ORG/NAME" in capsys.readouterr().err
+
+
+def test_a_checkpoint_s_adapter_is_uploaded(hub, tmp_path, capsys):
+    """A new repository is private, as the official command line makes it."""
+    with LocalServer(tmp_path / "home") as server:
+        with tinkex.ServiceClient(server.url, "tml-any") as service:
+            training = service.create_lora_training_client("tiny", rank=2)
+            path = training.save_state("final").result().path
+        command = ["checkpoint", "push-hf", path, "--base-url", server.url, "--api-key", "tml-any"]
+        status = cli.main([*command, "-r", "my-org/mine"])
+        wrong = cli.main([*command, "-r", "mine"])
+
+    assert (0, 2) == (status, wrong)
+    assert "https://huggingface.co/my-org/mine" in capsys.readouterr().out
+    [created] = hub.created
+    assert created.get("private") or created.get("visibility") == "private"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.files)

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,21 +42,30 @@ def python_of(version: str) -> Path:
     """
     folder = BUILD / version
     python = folder / "bin" / "python"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / f"{version}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it at once
-        if not (folder / "made").exists():
-            base = _new_enough_python()
-            _run(base, "-m", "venv", "--clear", folder)
-            wanted = [f"tinker=={version}", *UNDECLARED.get(version, ())]
-            if base == sys.executable:
-                _borrow_torch(folder)
-            else:
-                wanted.append("torch")
-            pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
-            _run(*pip, "-c", ROOT / "constraints.txt", *wanted)
-            (folder / "made").touch()
+
+    def make() -> None:
+        base = _new_enough_python()
+        _run(base, "-m", "venv", "--clear", folder)
+        wanted = [f"tinker=={version}", *UNDECLARED.get(version, ())]
+        if base == sys.executable:
+            _borrow_torch(folder)
+        else:
+            wanted.append("torch")
+        pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
+        _run(*pip, "-c", ROOT / "constraints.txt", *wanted)
+
+    make_once(folder, make)
     return python
+
+
+def make_once(folder: Path, make: Callable[[], None]) -> None:
+    """Call *make* if *folder* is not made yet; several test processes may want it at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            make()
+            (folder / "made").touch()
 
 
 def _new_enough_python() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,21 @@ def test_other_tokens_than_were_sampled_are_refused_with_their_place(training):
     with pytest.raises(errors.TinkexError, match="offset 0, length 3"):
         training.forward_backward([datum_of(first, prompt=[5, 6, 8])], "ppo").result()
     assert training.forward([datum_of(first)], "ppo").result()  # the model trains on
+
+
+def test_targets_in_the_prompt_may_be_anything(training):
+    """The official recipes put zeros there, for nothing is learned at these positions."""
+    [sequence, _] = sampled(training)
+    datum = datum_of(sequence)
+    targets = datum.loss_fn_inputs["target_tokens"].to_numpy().copy()
+    targets[: len(PROMPT) - 1] = 0
+    inputs = {**datum.loss_fn_inputs, "target_tokens": targets}
+
+    assert training.forward([dataclasses.replace(datum, loss_fn_inputs=inputs)], "ppo").result()
+    targets[-1] += 1
+    wrong = {**datum.loss_fn_inputs, "target_tokens": targets}
+    with pytest.raises(errors.TinkexError, match="target_tokens holds other tokens"):
+        training.forward([dataclasses.replace(datum, loss_fn_inputs=wrong)], "ppo").result()
 
 
 def test_a_sequence_of_another_session_is_refused(server, training):

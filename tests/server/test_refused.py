@@ -45,7 +45,7 @@ def test_no_step_is_taken_over_a_refused_batch(served, protobuf):
     client = served.client
     model = client.model()
     request = batch(model, 2)
-    request.data[0].model_input.chunks[0].tokens[0] = -1  # past the checks, as from another SDK
+    request.data[0].model_input.chunks[0].tokens_np[0] = -1  # past the checks, as from another SDK
     path, content_type, _, body = wire.encode_request(request, protobuf)
     first = client.forward_backward(model, 1, [5])
     refused = requests.post(client.url + path, body, headers={"Content-Type": content_type})

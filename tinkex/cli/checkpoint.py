@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import attrs
 import click
 
+from tinkex.cli import export as hub
 from tinkex.cli import formatting
 from tinkex.cli.listing import (
     PAGE,
@@ -231,6 +233,43 @@ def export(
             path, folder, merge, base_model=base_model, force=force, progress=progress
         )
     _print_folder(path, folder, as_json)
+
+
+@checkpoint.command("push-hf")
+@click.argument("path")
+@click.option("-r", "--repo", required=True, metavar="ORG/NAME", help="Repository on the hub.")
+@click.option("--public", is_flag=True, help="Make a new repository public. Default: private.")
+@click.option("--revision", help="Branch to upload to. Default: the main one.")
+@click.option("--commit-message", default="Upload by tinkex checkpoint push-hf", show_default=True)
+@click.option("--create-pr", is_flag=True, help="Propose the upload as a pull request.")
+@server_options
+def push_hf(
+    path: str,
+    repo: str,
+    public: bool,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+    **server: str | None,
+) -> None:
+    """Upload the adapter at PATH to the Hugging Face hub.
+
+    Uses the token of `hf auth login`, or HF_TOKEN. To upload a merged model or a GGUF file, use
+    `tinkex push`.
+    """
+    with tempfile.TemporaryDirectory(prefix="tinkex-push-") as scratch:
+        folder = Path(scratch) / hub.name_of(repo)
+        with open_rest(**server) as rest, _download_bar() as progress:
+            rest.export_checkpoint(path, folder, progress=progress)
+        url = hub.upload(
+            folder,
+            repo,
+            private=not public,
+            message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    formatting.say(url)
 
 
 @contextmanager

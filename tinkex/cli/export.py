@@ -79,26 +79,56 @@ def push(run: str, repository: str, private: bool, **options: Any) -> None:
 
     Uses the token of `hf auth login`, or HF_TOKEN. RUN is as for `tinkex export`.
     """
+    with tempfile.TemporaryDirectory(prefix="tinkex-push-") as scratch:
+        folder = Path(scratch) / name_of(repository)
+        _export(run, folder, folder.name, force=False, **options)
+        url = upload(folder, repository, private=private or None, message="Upload by tinkex push")
+    formatting.say(url)
+
+
+def name_of(repository: str) -> str:
+    """The second part of ORG/NAME; UsageError if it is not like that."""
+    parts = repository.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise click.UsageError(f"{repository!r} is not like ORG/NAME.")
+    return parts[1]
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None,
+    message: str,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload *folder* to the Hugging Face hub, into a new repository if there is none; its URL.
+
+    Args:
+        private: of a new repository; None is as the organization has it.
+        revision: the branch; None is the main one.
+        create_pr: True to propose the upload as a pull request.
+    """
     import huggingface_hub
 
-    if repository.count("/") != 1:
-        raise click.UsageError(f"{repository!r} is not like ORG/NAME.")
-    with tempfile.TemporaryDirectory(prefix="tinkex-push-") as scratch:
-        folder = Path(scratch) / repository.split("/")[1]
-        _export(run, folder, folder.name, force=False, **options)
-        hub = huggingface_hub.HfApi()
-        try:
-            url = hub.create_repo(repository, private=private or None, exist_ok=True)
-            hub.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message="Upload by tinkex push"
-            )
-        except (huggingface_hub.errors.HfHubHTTPError, OSError) as exc:
-            reason = " ".join(str(exc).split())[:300]
-            raise click.ClickException(
-                f"{repository} cannot be uploaded: {reason}. Check the name, the network and the "
-                "token (`hf auth login`, or HF_TOKEN with write access)."
-            ) from exc
-    formatting.say(str(url))
+    hub = huggingface_hub.HfApi()
+    try:
+        url = hub.create_repo(repository, private=private, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr or None,
+        )
+    except (huggingface_hub.errors.HfHubHTTPError, OSError) as exc:
+        reason = " ".join(str(exc).split())[:300]
+        raise click.ClickException(
+            f"{repository} cannot be uploaded: {reason}. Check the name, the network and the "
+            "token (`hf auth login`, or HF_TOKEN with write access)."
+        ) from exc
+    return str(done.pr_url or url) if create_pr else str(url)
 
 
 def _export(

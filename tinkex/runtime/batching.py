@@ -28,7 +28,7 @@ MAX_BYTES = 5_000_000
 def count_tokens(model_input: ModelInput) -> int:
     """Text tokens of *model_input*; images are not counted."""
     chunks = model_input.chunks
-    return sum(len(chunk.tokens) for chunk in chunks if isinstance(chunk, EncodedTextChunk))
+    return sum(len(chunk.tokens_np) for chunk in chunks if isinstance(chunk, EncodedTextChunk))
 
 
 def size_of_input(model_input: ModelInput) -> int:
@@ -36,7 +36,7 @@ def size_of_input(model_input: ModelInput) -> int:
     total = 0
     for chunk in model_input.chunks:
         if isinstance(chunk, EncodedTextChunk):
-            total += 4 * len(chunk.tokens)
+            total += 4 * len(chunk.tokens_np)
         elif isinstance(chunk, ImageChunk):
             total += len(chunk.data)
         elif isinstance(chunk, ImageAssetPointerChunk):

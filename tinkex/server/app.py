@@ -287,6 +287,7 @@ def main(
     drain: float | None = None,
     ssl_certfile: Path | None = None,
     ssl_keyfile: Path | None = None,
+    session_timeout: float | None = None,
     dtype: str = "auto",
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
@@ -303,6 +304,7 @@ def main(
         parent_pid: the server ends when this process does, even if it is killed.
         user_models, user_queue, user_disk, drain: as in `Limits`.
         ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
+        session_timeout: seconds of silence after which a session ends; by default as in *limits*.
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
         engine: makes the engine; None is `make_engine` with *dtype*.
         on_ready: called with the server's address when it accepts requests.
@@ -319,8 +321,9 @@ def main(
         "user_queue": user_queue,
         "user_disk_bytes": user_disk,
         "drain_seconds": drain,
+        "session_seconds": session_timeout,
     }
-    quotas = {name: most for name, most in given.items() if most is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     try:
         models, names = parse_base_models(base_models)
         server = LocalServer(
@@ -331,7 +334,7 @@ def main(
             with_tiny=with_tiny,
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
-            limits=attrs.evolve(limits or Limits(), **quotas),
+            limits=attrs.evolve(limits or Limits(), **chosen),
             engine=engine or partial(make_engine, dtype, names),
             on_failure=lambda: server.stop(),
             certificate=_certificate(ssl_certfile, ssl_keyfile),

@@ -145,6 +145,7 @@ class CheckpointRow:
             public=self.public,
             expires_at=None if self.expires_at is None else iso(self.expires_at),
             user_metadata=self.user_metadata,
+            base_model=self.base_model,
         )
 
 

@@ -34,6 +34,7 @@ class Limits:
             limit.
         num_samples, max_tokens: of one sample request.
         session_seconds: a session without a request for this time is closed; its models are freed.
+            Clients send a heartbeat every 10 s, and wait for a server for 600 s; it is longer.
         grace_seconds: a fetched result can be fetched again within this time.
         fetched_bytes: fetched results that are kept; the oldest are dropped first.
         result_seconds: a result that is not fetched is kept for this time.
@@ -80,7 +81,7 @@ class Limits:
     user_disk_bytes: int | None = None
     num_samples: int = 1024
     max_tokens: int = 1_000_000
-    session_seconds: float = 3600.0
+    session_seconds: float = 900.0
     grace_seconds: float = 600.0
     fetched_bytes: int = 256 * MIB
     result_seconds: float = 86_400.0

@@ -175,17 +175,23 @@ class Store:
             raise not_found("training run", run_id)
         return row
 
-    def runs(self, owner: str, limit: int, offset: int) -> tuple[list[RunRow], int]:
-        """A page of runs, last used first, and the total number."""
+    def runs(
+        self, owner: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[RunRow], int]:
+        """A page of runs, last used first, and the total number; of one project, if it is given."""
+        where, values = "owner = ?", [owner]
+        if project_id is not None:
+            where += " AND session_id IN (SELECT session_id FROM sessions WHERE project_id = ?)"
+            values.append(project_id)
         rows = self._db.all(
             RunRow,
-            "SELECT * FROM runs WHERE owner = ? ORDER BY last_request_at DESC, run_id "
+            f"SELECT * FROM runs WHERE {where} ORDER BY last_request_at DESC, run_id "
             "LIMIT ? OFFSET ?",
-            owner,
+            *values,
             limit,
             offset,
         )
-        return rows, self._db.count("SELECT COUNT(*) FROM runs WHERE owner = ?", owner)
+        return rows, self._db.count(f"SELECT COUNT(*) FROM runs WHERE {where}", *values)
 
     def training_run(self, row: RunRow) -> types.TrainingRun:
         """A run with its last checkpoints, as the API returns it."""

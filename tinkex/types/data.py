@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Set
+from functools import cached_property
 from typing import Any, Union
 
 import attrs
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinkex.types import checks, display
+from tinkex.types.dataclass_form import like_a_dataclass
 from tinkex.types.provenance import ProvenanceSpan, ProvenanceSpans, as_spans, check_cover
 from tinkex.types.tensors import ArrayLike, DType, TensorData, own, same, short, to_array
 
@@ -71,19 +73,29 @@ def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
 
 @attrs.frozen
 class EncodedTextChunk:
-    """A run of text, as token ids: (N,) int32."""
+    """A run of text, as token ids.
 
-    tokens: npt.NDArray[np.int32] = attrs.field(
-        converter=as_tokens, eq=attrs.cmp_using(eq=same), hash=False
+    Attributes:
+        tokens_np: (N,) int32.
+        tokens: the same as a list, made when it is first used.
+    """
+
+    tokens_np: npt.NDArray[np.int32] = attrs.field(
+        alias="tokens", converter=as_tokens, eq=attrs.cmp_using(eq=same), hash=False
     )
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        tokens: list[int] = self.tokens_np.tolist()
+        return tokens
 
     @property
     def length(self) -> int:
         """How many tokens it takes up."""
-        return len(self.tokens)
+        return len(self.tokens_np)
 
     def __repr__(self) -> str:
-        return f"EncodedTextChunk({display.tokens(self.tokens)})"
+        return f"EncodedTextChunk({display.tokens(self.tokens_np)})"
 
 
 def _check_bytes(instance: object, attribute: object, value: Any) -> None:
@@ -164,7 +176,7 @@ class ModelInput:
 
     def __repr__(self) -> str:
         if len(self.chunks) == 1 and isinstance(self.chunks[0], EncodedTextChunk):
-            return f"ModelInput({display.tokens(self.chunks[0].tokens)})"
+            return f"ModelInput({display.tokens(self.chunks[0].tokens_np)})"
         return display.lines(f"ModelInput of {len(self.chunks)} chunks", self.chunks, repr)
 
     @classmethod
@@ -195,7 +207,7 @@ class ModelInput:
     def append_int(self, token: int) -> ModelInput:
         """This input with one more token, in the last chunk if that is text."""
         if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
-            last = EncodedTextChunk(np.append(self.chunks[-1].tokens, token))
+            last = EncodedTextChunk(np.append(self.chunks[-1].tokens_np, token))
             return ModelInput((*self.chunks[:-1], last))
         return self.append(EncodedTextChunk([token]))
 
@@ -208,7 +220,7 @@ class ModelInput:
     def tokens(self) -> npt.NDArray[np.int32]:
         """All token ids, (N,) int32. ValueError if there is a chunk that is not text."""
         if len(self.chunks) == 1 and isinstance(self.chunks[0], EncodedTextChunk):
-            return self.chunks[0].tokens
+            return self.chunks[0].tokens_np
         parts = []
         for i, chunk in enumerate(self.chunks):
             if not isinstance(chunk, EncodedTextChunk):
@@ -216,7 +228,7 @@ class ModelInput:
                     f"chunk {i} is an {type(chunk).__name__}, which has no token ids; only "
                     "text can be used here, so omit it."
                 )
-            parts.append(chunk.tokens)
+            parts.append(chunk.tokens_np)
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def to_ints(self) -> list[int]:
@@ -261,6 +273,7 @@ def _check_model_input(instance: object, attribute: object, value: Any) -> None:
         )
 
 
+@like_a_dataclass
 @attrs.frozen
 class Datum:
     """One training example: what the model reads, and what the loss needs at each position.

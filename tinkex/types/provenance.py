@@ -13,6 +13,7 @@ from typing import Any, Union
 import attrs
 
 from tinkex.types import checks
+from tinkex.types.dataclass_form import like_a_dataclass
 
 _WHOLE = "an integer >= 0"
 
@@ -31,6 +32,7 @@ class _Span:
     length: int = attrs.field(validator=checks.integer(_WHOLE, lambda n: n >= 0))
 
 
+@like_a_dataclass
 @attrs.frozen(kw_only=True)
 class PromptProvenanceSpan(_Span):
     """Tokens of the prompt that the sequence continued.
@@ -42,6 +44,7 @@ class PromptProvenanceSpan(_Span):
     """
 
 
+@like_a_dataclass
 @attrs.frozen(kw_only=True)
 class SampledProvenanceSpan(_Span):
     """Tokens of the sequence itself; arguments as for `PromptProvenanceSpan`, of the sequence."""

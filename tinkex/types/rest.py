@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 import attrs
@@ -79,6 +80,7 @@ class Checkpoint:
     public: bool = attrs.field(default=False, converter=bool)
     expires_at: str | None = None
     user_metadata: dict[str, Any] | None = None
+    base_model: str | None = None
 
     @property
     def training_run_id(self) -> str:
@@ -250,17 +252,26 @@ class SessionSearchResponse(Ready):
     next_cursor: dict[str, Any] | None = None
 
 
+def _as_moment(value: datetime | str | None) -> datetime | None:
+    """A time with a time zone, from an object or ISO 8601."""
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    if value is not None and value.tzinfo is None:
+        value = value.replace(tzinfo=timezone.utc)
+    return value
+
+
 @attrs.frozen
 class ExternalWeightsUrlsResponse(Ready):
     """Where the files of external weights can be fetched without a key.
 
     Attributes:
         urls: for each file, by its path in the checkpoint.
-        expires: when the URLs stop working, ISO 8601 in UTC.
+        expires: when the URLs stop working.
     """
 
     urls: dict[str, str] = attrs.field(repr=lambda urls: repr(sorted(urls)))
-    expires: str | None = None
+    expires: datetime | None = attrs.field(default=None, converter=_as_moment)
 
 
 @attrs.frozen

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from tinkex.types import checks, display
 from tinkex.types.data import MAX_TOKEN_ID, ModelInput, as_tokens
+from tinkex.types.dataclass_form import like_a_dataclass
 from tinkex.types.ready import Ready
 from tinkex.types.tensors import TensorData, to_array
 
@@ -194,6 +195,7 @@ class TopkLogprobs:
         return cls(token_ids, logprobs)
 
 
+@like_a_dataclass
 @attrs.frozen(eq=False)
 class SampledSequence:
     """One sampled continuation.
@@ -256,6 +258,7 @@ class SampledSequence:
         return f"{self.stop_reason}, {shown}"
 
 
+@like_a_dataclass
 @attrs.frozen
 class PromptAltTokens:
     """Draws from the model's distribution at each position of the prompt after the first.
@@ -269,6 +272,7 @@ class PromptAltTokens:
     logprobs: TensorData
 
 
+@like_a_dataclass
 @attrs.frozen(eq=False)
 class SampleResponse:
     """The result of `sample`.

@@ -9,6 +9,7 @@ import attrs
 
 from tinkex.types import checks, display
 from tinkex.types.data import Datum
+from tinkex.types.dataclass_form import like_a_dataclass
 from tinkex.types.losses import LossConfigValue
 from tinkex.types.ready import Ready
 from tinkex.types.tensors import TensorData
@@ -207,6 +208,7 @@ class ForwardBackwardRequest:
     forward_only: bool = False
 
 
+@like_a_dataclass
 @attrs.frozen
 class ForwardBackwardOutput:
     """The result of `forward` and `forward_backward`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import types as builtin_types
 import typing
 from collections.abc import Mapping
+from datetime import datetime
 from functools import cache
 from typing import Any, TypeVar, Union
 
@@ -221,6 +222,7 @@ _READERS: dict[Any, Reader] = {
     int: read_integer,
     float: read_number,
     bytes: read_base64,
+    datetime: read_text,  # the type itself makes a datetime of it
     Stop: _as_is,  # SamplingParams checks it, with a better message
     LossConfigValue: read_number_or_text,
     Chunk: read_chunk,
@@ -229,6 +231,6 @@ _READERS: dict[Any, Reader] = {
     types.TensorData: read_tensor,
     types.TopkLogprobs: read_topk,
     types.ForwardBackwardRequest: _read_training_request,
-    typing.get_type_hints(types.EncodedTextChunk)["tokens"]: read_tokens,
+    typing.get_type_hints(types.EncodedTextChunk)["tokens_np"]: read_tokens,
     typing.get_type_hints(types.TopkLogprobs)["logprobs"]: read_floats,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -174,10 +175,11 @@ _WRITERS: dict[type, Writer] = {
     int: _as_is,
     str: _as_is,
     float: _float,
+    datetime: lambda moment: moment.isoformat().replace("+00:00", "Z"),
     np.ndarray: _array,
     types.TensorData: _tensor,
     types.TopkLogprobs: lambda topk: topk.tolist(),
-    types.EncodedTextChunk: lambda c: {"type": "encoded_text", "tokens": c.tokens.tolist()},
+    types.EncodedTextChunk: lambda c: {"type": "encoded_text", "tokens": c.tokens},
     types.ImageChunk: _image,
     types.ImageAssetPointerChunk: _image_asset,
     types.ForwardBackwardRequest: _training_request,

@@ -110,7 +110,7 @@ def _span(span: types.ProvenanceSpan) -> bytes:
 def _chunk(chunk: Any, index: int) -> Body | bytes:
     if isinstance(chunk, types.EncodedTextChunk):
         text, body = Body(), Body()
-        text.add(1, bytes_of(chunk.tokens, "<i4"))
+        text.add(1, bytes_of(chunk.tokens_np, "<i4"))
         body.add(1, text)
         return body
     if isinstance(chunk, types.ImageChunk):

@@ -16,7 +16,8 @@ from tinkex.server.routes.training import check_ttl
 async def list_runs(call: Call) -> Response:
     limit, offset = call.number("limit", 20, 1000), call.number("offset", 0, 10**12)
     pool, store = call.site.in_pool, call.site.store
-    rows, total = await pool(store.runs, call.owner, limit, offset)
+    project_id = call.request.query_params.get("project_id")
+    rows, total = await pool(store.runs, call.owner, limit, offset, project_id)
     runs = [await pool(store.training_run, row) for row in rows]
     return reply(types.TrainingRunsResponse(runs, types.Cursor(offset, limit, total)))
 

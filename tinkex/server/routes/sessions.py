@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -170,28 +171,40 @@ async def search_sessions(call: Call) -> Response:
 def _search(
     call: Call, request: SearchRequest
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    cursor = request.cursor or {}
-    created_at = cursor.get("last_created_at", 2**53)  # seconds since the epoch, after all sessions
-    session_id = cursor.get("last_session_id", "")
-    is_number = isinstance(created_at, (int, float)) and not isinstance(created_at, bool)
-    if not is_number or abs(created_at) > 2**53 or not isinstance(session_id, str):
-        raise Refusal(400, f"cursor must be one that this server returned, got {shown(cursor)}.")
-    rows = call.site.store.sessions_before(call.owner, created_at, session_id)
+    rows = _after_cursor(call, request.cursor)
     fitting = [row for row in rows if _fits(row, request)]
     page = fitting[: request.limit]
     following = None
     if len(fitting) > len(page):
         last = page[-1]
-        following = {"last_created_at": last.created_at, "last_session_id": last.session_id}
+        following = {"last_created_at": iso(last.created_at), "last_session_id": last.session_id}
     return [_summary(call, row) for row in page], following
+
+
+def _after_cursor(call: Call, cursor: dict[str, Any] | None) -> list[SessionRow]:
+    """The caller's sessions, newest first, behind the last one of the page before."""
+    if cursor is None:
+        return call.site.store.sessions_before(call.owner, 2.0**53, "")
+    created_at, session_id = cursor.get("last_created_at"), cursor.get("last_session_id")
+    try:
+        moment = datetime.fromisoformat(str(created_at).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError, OSError):
+        moment = None
+    if moment is None or not isinstance(session_id, str):
+        raise Refusal(400, f"cursor must be one that this server returned, got {shown(cursor)}.")
+    # Text has no more than microseconds, so that the last session itself is among these.
+    rows = call.site.store.sessions_before(call.owner, moment + 2e-6, "")
+    seen = next((i + 1 for i, row in enumerate(rows) if row.session_id == session_id), 0)
+    return rows[seen:]
 
 
 def _fits(row: SessionRow, request: SearchRequest) -> bool:
     wanted = request.user_metadata or {}
+    named = (request.display_name or "").lower().split()
     statuses = [status.get("type") for status in request.statuses or []]
     return (
         request.session_id in (None, row.session_id)
-        and request.display_name in (None, row.display_name)
+        and all(word in (row.display_name or "").lower() for word in named)
         and (not request.project_ids or row.project_id in request.project_ids)
         and all(row.user_metadata.get(key) == value for key, value in wanted.items())
         and (not statuses or _status(row)["type"] in statuses)

@@ -1,0 +1,175 @@
+"""`make cookbook`: recipes of tinker-cookbook against our server, on both SDKs.
+
+Prints a line per recipe and SDK as it goes, writes its part of docs/compatibility.md, and ends with
+1 if anything fails. With arguments (`tinkex sl_loop`) it runs only these SDKs and the recipes whose
+names hold these words, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+from safetensors.torch import save_file
+
+from tests.official_sdk import page, sdk
+from tests.official_sdk.cookbook_recipe import MODEL
+from tinkex.engine import tiny
+
+VERSION = "0.6.1"
+SDKS = ("tinker", "tinkex")
+#: Seconds that a recipe may take.
+RECIPE_TIMEOUT = 300.0
+
+#: What the recipes import beside what the tests have; installed without what these depend on.
+PACKAGES = """
+aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 antlr4-python3-runtime==4.13.2
+blobfile==3.3.0 chz==0.4.0 cloudpickle==3.1.3 distro==1.9.0 frozenlist==1.8.0 h2==4.4.1 hpack==4.2.0
+httpcore==1.0.9
+httpx==0.28.1 hyperframe==6.1.0 latex2sympy2-extended==1.11.0 lxml==6.1.3 math-verify==0.9.0
+multidict==7.2.1 orjson==3.13.0 pillow==13.0.0 propcache==0.5.4 pycryptodomex==3.24.2
+pylatexenc==2.11 pyqwest==0.12.0 pyrage==1.4.0 termcolor==3.3.0 tml-renderers==0.2.1 yarl==1.25.1
+"""
+
+
+@attrs.frozen
+class Row:
+    """A recipe with the arguments that make it small, and what should come of it.
+
+    Attributes:
+        says: what the last lines of a recipe hold that ends well, or is refused.
+    """
+
+    recipe: str
+    arguments: str
+    says: str = "Training completed"
+
+
+_SMALL_RL = "batch_size=4 group_size=4 max_tokens=16 max_steps=2"
+ROWS = (
+    Row("sl_loop", "batch_size=8"),
+    Row("rl_loop", f"{_SMALL_RL} loss_fn=cispo"),
+    Row("rl_loop", f"{_SMALL_RL} loss_fn=importance_sampling"),
+    Row("rl_loop", f"{_SMALL_RL} loss_fn=stable_reinforce", "its formula is not published"),
+    Row("rl_basic", _SMALL_RL),
+    Row("math_rl", "groups_per_batch=4 group_size=4 max_tokens=16 max_steps=2 loss_fn=ppo"),
+    Row("weights_download", "", "adapter_model.safetensors"),
+)
+
+HEAD = """
+## Recipes of tinker-cookbook
+
+tinker-cookbook {version} against `tinkex serve`: unmodified, on the official SDK and with tinkex in
+place of it (`sys.modules["tinker"] = tinkex`). The recipes run offline: the model is the built-in
+one, under a name that they know (`--base-model {model}=DIR`), and each data set is a few local
+examples. The arguments make a recipe small; all others have their defaults. `make cookbook` writes
+this table.
+
+"""
+
+
+def python() -> Path:
+    """The Python of an environment with the cookbook, which borrows what the tests have."""
+    folder = sdk.BUILD / f"cookbook-{VERSION}"
+    found = folder / "bin" / "python"
+
+    def make() -> None:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        scheme = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+        borrowed = Path(scheme["purelib"]) / "borrowed.pth"
+        borrowed.write_text(sysconfig.get_paths()["purelib"] + "\n")
+        pip = [found, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+        wanted = [f"tinker=={sdk.VERSIONS[-1]}", f"tinker-cookbook=={VERSION}", *PACKAGES.split()]
+        subprocess.run([*pip, *wanted], check=True)
+
+    sdk.make_once(folder, make)
+    return found
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server with the built-in model under the name that the recipes know."""
+    with tempfile.TemporaryDirectory(prefix="tinkex-cookbook-") as scratch:
+        model = Path(scratch) / "model"
+        model.mkdir()
+        tiny.write_tokenizer(model)
+        save_file(tiny.weights(), model / "model.safetensors", metadata={"format": "pt"})
+        (model / "config.json").write_text(json.dumps(tiny.CONFIG))
+        with sdk.server("--base-model", f"{MODEL}={model}", "--no-tiny") as url:
+            yield url
+
+
+def run(name: str, row: Row, url: str) -> tuple[bool, str, float]:
+    """Run a recipe on the SDK *name*: whether it went as it should, the end of it, and seconds."""
+    with tempfile.TemporaryDirectory(prefix="tinkex-recipe-") as scratch:
+        program = [python(), sdk.HERE / "cookbook_recipe.py", name, url, Path(scratch) / "log"]
+        environment = {
+            **sdk.environment(),
+            "PYTHONPATH": str(sdk.ROOT),
+            "TINKER_API_KEY": "tml-cookbook",
+            "COLUMNS": "200",
+        }
+        started = time.monotonic()
+        done = subprocess.run(
+            [str(part) for part in [*program, row.recipe, *row.arguments.split()]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=RECIPE_TIMEOUT,
+            env=environment,
+            cwd=scratch,
+        )
+    output = done.stdout.decode(errors="replace")
+    seconds = time.monotonic() - started
+    return row.says in output, _end(output, row.says), seconds
+
+
+def _end(output: str, says: str) -> str:
+    """The line that says how it ended."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if says in line), "\n".join(lines[-8:]))
+
+
+def main(arguments: list[str]) -> int:
+    chosen = [name for name in arguments if name in SDKS] or list(SDKS)
+    words = [word for word in arguments if word not in SDKS]
+    cells: dict[Row, list[str]] = {}
+    failed = 0
+    with server() as url:
+        for row in ROWS:
+            if words and not any(word in row.recipe for word in words):
+                continue
+            for name in chosen:
+                good, end, seconds = run(name, row, url)
+                failed += not good
+                state = "fails" if not good else "ok" if row.says in _ENDS else "refused"
+                cells.setdefault(row, []).append(f"{state}, {seconds:.0f} s")
+                print(f"{name:7} {row.recipe} {row.arguments}: {state}, {seconds:.0f} s: {end}")
+    if not arguments:
+        page.write("cookbook", section(cells))
+    return 0 if cells and not failed else 1
+
+
+_ENDS = {"Training completed", "adapter_model.safetensors"}
+
+
+def section(cells: dict[Row, list[str]]) -> str:
+    """The part of docs/compatibility.md about the cookbook."""
+    head = HEAD.format(version=VERSION, model=MODEL)
+    rows = [[row.recipe, row.arguments, *found] for row, found in cells.items()]
+    header = ["Recipe", "Arguments", f"on tinker {sdk.VERSIONS[-1]}", "on tinkex"]
+    return head + page.table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""Lets the functions of the standard module `dataclasses` take objects of an attrs class.
+
+In the official SDK training data and samples are dataclasses, and scripts call
+`dataclasses.replace(datum, ...)`. Fields are named as the constructor names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import attrs
+
+C = TypeVar("C", bound=type)
+
+
+def like_a_dataclass(cls: C) -> C:
+    """Decorate an attrs class so that `dataclasses.replace`, `fields` and their like know it."""
+    names = [str(field.alias) for field in attrs.fields(cls) if field.init]
+    form: Any = dataclasses.make_dataclass(cls.__name__, [(name, Any) for name in names])
+    for attribute in ("__dataclass_fields__", "__dataclass_params__"):
+        setattr(cls, attribute, getattr(form, attribute))
+    return cls
