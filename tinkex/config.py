@@ -453,3 +453,17 @@ def stored_key() -> str:
         return str(entry["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def found_key() -> tuple[str, str]:
+    """Where the key for the official service would come from, and the key itself.
+
+    ("", "") if there is none; the key is "" if TINKER_CREDENTIAL_CMD prints it. Nothing is run.
+    """
+    key = _env("TINKER_API_KEY")
+    if key:
+        return "TINKER_API_KEY", key
+    if _env("TINKER_CREDENTIAL_CMD"):
+        return "TINKER_CREDENTIAL_CMD", ""
+    key = stored_key()
+    return (str(CREDENTIALS_FILE.expanduser()), key) if key else ("", "")

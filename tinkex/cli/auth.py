@@ -74,13 +74,7 @@ def status(as_json: bool) -> int:
     """Show which key the official service would get; exit status 1 if there is none."""
     from tinkex import config
 
-    source, key = "", ""
-    if key := os.environ.get("TINKER_API_KEY", ""):
-        source = "TINKER_API_KEY"
-    elif os.environ.get("TINKER_CREDENTIAL_CMD"):
-        source = "TINKER_CREDENTIAL_CMD"
-    elif key := config.stored_key():
-        source = str(_path())
+    source, key = config.found_key()
     if as_json:
         formatting.say_json({"source": source or None, "key": _masked(key) if key else None})
     elif source:
