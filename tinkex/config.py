@@ -460,10 +460,9 @@ def found_key() -> tuple[str, str]:
 
     ("", "") if there is none; the key is "" if TINKER_CREDENTIAL_CMD prints it. Nothing is run.
     """
-    key = _env("TINKER_API_KEY")
-    if key:
-        return "TINKER_API_KEY", key
-    if _env("TINKER_CREDENTIAL_CMD"):
+    if given := variable("TINKER_API_KEY"):
+        return "TINKER_API_KEY", given
+    if variable("TINKER_CREDENTIAL_CMD"):
         return "TINKER_CREDENTIAL_CMD", ""
     key = stored_key()
     return (str(CREDENTIALS_FILE.expanduser()), key) if key else ("", "")
