@@ -112,10 +112,15 @@ class LocalServer:
         except HomeError:
             self._socket.close()
             raise
-        self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
-        self._clean_up()
-        # No client can come back to a random free port, so there is nothing to journal.
-        self._journal = Journal(self._folder.journal) if self._folder.lasting else None
+        try:
+            self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
+            self._clean_up()
+            # No client can come back to a random free port, so there is nothing to journal.
+            self._journal = Journal(self._folder.journal) if self._folder.lasting else None
+        except BaseException:
+            self._folder.release()
+            self._socket.close()
+            raise
         self._on_failure = on_failure
         self.scheduler = Scheduler(engine, self._engine_failed)
         self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)

@@ -53,6 +53,11 @@ CREATE INDEX IF NOT EXISTS checkpoints_by_owner ON checkpoints (owner, created_a
 CREATE INDEX IF NOT EXISTS checkpoints_by_expiry ON checkpoints (expires_at);
 """
 
+#: Of the tables, in SQLite's user_version. 0 is a file from before there were numbers; its tables
+#: are those of 1, but for the columns below. A change that older versions cannot work with gets a
+#: new number, and a step in `_migrate` from the one before.
+_VERSION = 1
+
 #: Columns that earlier versions did not have.
 _ADDED_COLUMNS = (("checkpoints", "file_hashes", "TEXT"),)
 
@@ -191,22 +196,34 @@ class Database:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
+            self._check_version(path)
             self._db.executescript(_SCHEMA)
             self.identity = FileIdentity.of(path)
-            self._add_missing_columns()
+            self._migrate()
         except sqlite3.Error as exc:
             raise HomeError(
                 f"the database {path} cannot be used: {exc}; repair it or move it away, or choose "
                 "another --home."
             ) from exc
 
-    def _add_missing_columns(self) -> None:
-        """A database of an earlier version gets the columns that were added since."""
+    def _check_version(self, path: Path) -> None:
+        """Raises HomeError, before anything is changed, if a newer version wrote the file."""
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            self._db.close()
+            raise HomeError(
+                f"the database {path} was written by a newer version of tinkex (format {version}, "
+                f"this one knows {_VERSION}); install that version, or choose another --home."
+            )
+
+    def _migrate(self) -> None:
+        """A database of an earlier version gets what was added since, in one transaction."""
         with self.transaction() as db:
             for table, column, kind in _ADDED_COLUMNS:
                 there = {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}
                 if column not in there:
                     db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+            db.execute(f"PRAGMA user_version={_VERSION}")
 
     def close(self) -> None:
         with self._lock:

@@ -69,7 +69,7 @@ class Store:
         with self._db.transaction() as db:
             return sum(
                 db.execute(f"UPDATE {table} SET owner = ? WHERE owner = ?", (new, old)).rowcount
-                for table in ("sessions", "runs", "samplers", "checkpoints")
+                for table in ("sessions", "runs", "samplers", "checkpoints", "recorded")
             )
 
     # Sessions.
