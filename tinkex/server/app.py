@@ -107,20 +107,7 @@ class LocalServer:
         accepted = keys(self._home)
         self._tls = None if certificate is None else tls_of(*certificate)
         self._socket = listen(host, port)
-        try:
-            self._folder = self._home.claim(port)
-        except HomeError:
-            self._socket.close()
-            raise
-        try:
-            self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
-            self._clean_up()
-            # No client can come back to a random free port, so there is nothing to journal.
-            self._journal = Journal(self._folder.journal) if self._folder.lasting else None
-        except BaseException:
-            self._folder.release()
-            self._socket.close()
-            raise
+        self._open_storage(port, limits)
         self._on_failure = on_failure
         self.scheduler = Scheduler(engine, self._engine_failed)
         self.ledger = Ledger(self.store, self._folder, self._journal, self.scheduler, limits)
@@ -154,6 +141,23 @@ class LocalServer:
         )
         self._uvicorn = HttpServer(settings, self.ledger, limits, self._tls)
         self._thread: threading.Thread | None = None
+
+    def _open_storage(self, port: int, limits: Limits) -> None:
+        """Take the server's folder, and open what is in it. Raises HomeError."""
+        try:
+            self._folder = self._home.claim(port)
+        except HomeError:
+            self._socket.close()
+            raise
+        try:
+            self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
+            self._clean_up()
+            # No client can come back to a random free port, so there is nothing to journal.
+            self._journal = Journal(self._folder.journal) if self._folder.lasting else None
+        except BaseException:
+            self._folder.release()
+            self._socket.close()
+            raise
 
     @property
     def url(self) -> str:
