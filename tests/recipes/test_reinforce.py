@@ -64,6 +64,8 @@ def test_the_reward_rises(learn, advantage, off_policy_steps):
     evaluated = [row["eval_reward"] for row in run.metrics if "eval_reward" in row]
     assert evaluated[-1] > 0.9
     assert run.is_finished and run.adapter.is_dir()
+    assert "Mean reward" in run.plot().svg
+    assert run.training.losses is None  # a reward is no loss per token
 
 
 def test_a_run_is_the_same_whenever_it_is_made(learn):
@@ -159,6 +161,11 @@ def test_a_supervised_run_is_not_resumed_as_another_kind(service, learn, tmp_pat
 
     with pytest.raises(ValueError, match="the run to resume has method sft"):
         learn(resume=True)
+
+
+def test_a_single_answer_has_nothing_to_be_compared_with(learn):
+    with pytest.raises(ValueError, match="group_size must be at least 2"):
+        learn(group_size=1)
 
 
 # Distillation

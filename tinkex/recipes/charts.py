@@ -21,6 +21,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 MAX_DOTS = 40
 #: Key in metrics.jsonl and label of the losses.
 LOSSES = {"train_loss": "training", "eval_loss": "held out"}
+#: The same of rewards.
+REWARDS = {"reward": "sampled answers", "eval_reward": "held out, likeliest answers"}
 
 Point = tuple[float, float]
 
@@ -64,6 +66,15 @@ def losses(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
     rows = list(rows)
     found = [line(rows, key, label) for key, label in LOSSES.items()]
     return [one for one in found if one.points]
+
+
+def plot(rows: Iterable[Mapping[str, Any]]) -> Plot:
+    """The curves that show how a run goes: its rewards if it has some, else its losses."""
+    rows = list(rows)
+    if not any("reward" in row for row in rows):
+        return Plot(losses(rows))
+    found = [line(rows, key, label) for key, label in REWARDS.items()]
+    return Plot([one for one in found if one.points], "Mean reward")
 
 
 def line(rows: Iterable[Mapping[str, Any]], key: str, label: str) -> Line:

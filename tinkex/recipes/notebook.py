@@ -39,7 +39,7 @@ class LossPlot(Callback):
 
     def _draw(self, run: Run) -> None:
         self._drawn = self._clock()
-        plot = charts.Plot(charts.losses(run.metrics))
+        plot = charts.plot(run.metrics)
         if self._handle is None:
             self._handle = self._display(plot)
         else:

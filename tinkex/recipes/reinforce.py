@@ -242,14 +242,9 @@ def run(
         pool = rewards.Pool(complete.reward_workers, complete.reward_timeout)
         stack.callback(pool.close)
         theirs = training.get_tokenizer()
-        objective = PolicyGradient(
-            tasks,
-            held_out,
-            complete,
-            Rollouts(theirs, _options(complete), pool, reward, make_env),
-            state.step,
-            _reference(service, complete, teacher, theirs, stack),
-        )
+        rollouts = Rollouts(theirs, _options(complete), pool, reward, make_env)
+        reference = _reference(service, complete, teacher, theirs, stack)
+        objective = PolicyGradient(tasks, held_out, complete, rollouts, state.step, reference)
         what = f"{len(tasks)} prompts to train on, {len(held_out)} held out"
         report.say(f"{what}; {complete.group_size} answers to each.")
         counts = {"examples": len(tasks), "held_out": len(held_out), "bad": len(data.bad)}

@@ -126,12 +126,12 @@ class Run:
 
     def plot(self, path: str | Path | None = None) -> charts.Plot:
         """
-        The losses as a picture, which a notebook shows.
+        The losses, or the rewards, as a picture, which a notebook shows.
 
         Args:
             path: also write it there, as SVG.
         """
-        plot = charts.Plot(charts.losses(self.metrics))
+        plot = charts.plot(self.metrics)
         if path is not None:
             plot.save(path)
         return plot
@@ -257,7 +257,9 @@ class Run:
         """What a model card says about the training."""
         losses = [row["eval_loss"] for row in self.metrics if "eval_loss" in row]
         settings = {key: value for key, value in self.settings.items() if key != "base_model"}
-        evaluated = (losses[0], losses[-1]) if losses else None
+        # Other methods have another measure there than a loss per token.
+        is_loss = settings.get("method", "sft") == "sft"
+        evaluated = (losses[0], losses[-1]) if losses and is_loss else None
         digest = str(self.state.get("data_sha256", ""))
         return card.Training(digest, self.total_steps, settings, evaluated)
 

@@ -268,6 +268,13 @@ class RewardSettings(Settings):
     max_turns: int = attrs.field(default=8, validator=_whole(1))
     teacher: str | None = None
 
+    def __attrs_post_init__(self) -> None:
+        if self.group_size == 1 and self.method == "rl" and self.kl == 0:
+            raise ValueError(
+                "group_size must be at least 2: the rewards of one prompt's answers are compared "
+                "with one another, and a single answer teaches nothing."
+            )
+
 
 def of_values(values: dict[str, Any]) -> Settings:
     """The settings that were stored as *values*.
