@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import uuid
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -74,7 +74,7 @@ def _check_known(call: Call, base_model: str) -> None:
         Refusal: 404.
     """
     names = [*call.site.base_models, *call.site.ledger.workshop.loader.bases, *registry.KNOWN]
-    if base_model in names or "/" in base_model or Path(base_model).is_dir():
+    if base_model in names or "/" in base_model or os.path.isdir(base_model):
         return
     there = ", ".join(dict.fromkeys(names))
     raise Refusal(
