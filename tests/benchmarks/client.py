@@ -22,20 +22,20 @@ from tests.official_sdk import sdk
 HERE = Path(__file__).parent
 OFFICIAL = "0.38.0"
 
-BEYOND = ("wall beyond the latency", "s", 1, None)
+BEYOND = ("wall beyond the latency", "s", 1, 0.4)
 #: case -> [(figure, unit, scale, target ratio)]
 CASES: dict[str, list[tuple[str, str, float, float | None]]] = {
     "cold_start": [("wall", "ms", 1e3, 0.35)],
-    "small_operation": [("p50", "ms", 1e3, 0.3), ("cpu", "ms", 1e3, 0.3)],
-    "pipelined": [("wall", "ms a step", 1e3, 1 / 3), ("cpu", "ms a step", 1e3, 0.3)],
+    "small_operation": [("p50", "ms", 1e3, 0.25), ("cpu", "ms", 1e3, 0.25)],
+    "pipelined": [("wall", "ms a step", 1e3, 1 / 3), ("cpu", "ms a step", 1e3, 0.25)],
     "large_batch": [
-        ("wall", "s", 1, 0.75),
-        ("memory", "MB above the data", 1e-6, 0.5),
+        ("wall", "s", 1, 0.5),
+        ("memory", "MB above the data", 1e-6, 0.2),
         ("bytes", "MB sent", 1e-6, 1.0),
     ],
     "samples_2000": [
-        ("wall", "s", 1, 0.35),
-        ("cpu", "s", 1, 0.35),
+        ("wall", "s", 1, 0.3),
+        ("cpu", "s", 1, 0.3),
         ("memory", "MB", 1e-6, 1.0),
     ],
     "samples_200": [("wall", "s", 1, 0.8), BEYOND, ("cpu", "s", 1, 0.4)],
