@@ -119,7 +119,7 @@ class OneTurn:
     [
         (lambda: 1 / 0, "raised ZeroDivisionError: division by zero"),
         (lambda: float("nan"), "returned nan, which is no finite number"),
-        (lambda: threading.Event().wait(600), r"did not return within 0\.1 s"),
+        (lambda: threading.Event().wait(600), r"did not return within 1 s"),
     ],
 )
 def test_a_reward_that_fails_is_named_and_the_run_can_be_resumed(learn, failure, problem):
@@ -131,7 +131,7 @@ def test_a_reward_that_fails_is_named_and_the_run_can_be_resumed(learn, failure,
         return failure() if len(calls) == 100 else count(answer, row)
 
     with pytest.raises(tinkex.RewardError, match=f"score {problem}.*; the answer was .* to '") as e:
-        learn(score, reward_timeout=0.1, name="parts")
+        learn(score, reward_timeout=1.0, name="parts")
     stopped = tinkex.load_run(learn.__closure__[1].cell_contents / "parts")
     assert "resume" in str(e.value)
     assert stopped.step >= 4 and stopped.checkpoint is not None
