@@ -44,7 +44,8 @@ def test_the_chart_of_a_run_that_diverged_leaves_out_what_is_no_number():
         (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (1.5, 5.55, [1, 2, 3, 4, 5, 6]),
         (0, 37, [0, 10, 20, 30, 40]),
-        (3, 3, [2.4, 2.6, 2.8, 3, 3.2, 3.4, 3.6]),
+        (3, 3, [2.6, 2.8, 3, 3.2, 3.4]),
+        (0.005, 0.005, [0.0044, 0.0046, 0.0048, 0.005, 0.0052, 0.0054, 0.0056]),
     ],
 )
 def test_ticks_are_round_numbers_around_the_values(low, high, expected):

@@ -141,7 +141,8 @@ def _scale(values: Point, first: float, last: float) -> Callable[[float], float]
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About *count* round numbers that span *low* to *high*."""
     if high <= low:
-        low, high = (low - 0.5, high + 0.5) if high == low else (high, low)
+        around = abs(low) / 10 or 0.5
+        low, high = low - around, low + around
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)

@@ -6,6 +6,7 @@ the end. The training itself is supervised.py.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,9 @@ from tinkex.recipes import (
     supervised,
     trackers,
 )
+from tinkex.recipes import (
+    report as reports,
+)
 from tinkex.recipes.callbacks import Callbacks, End
 from tinkex.recipes.callbacks import check as check_callback
 from tinkex.recipes.loop import Guard, Report
@@ -33,6 +37,8 @@ from tinkex.recipes.run_folder import State
 from tinkex.recipes.settings import Settings
 from tinkex.service import ServiceClient
 from tinkex.text import registry, tokenizer
+
+logger = logging.getLogger("tinkex")
 
 #: How often a run starts the embedded engine again after that has died.
 RESTARTS = 3
@@ -376,5 +382,9 @@ def _reported(train: Callable[[], None], folder: Path, callbacks: Callbacks) -> 
     except KeyboardInterrupt:
         callbacks.end(run, End("stopped"))
         raise
+    try:
+        reports.write(run)
+    except OSError as exc:  # the run is worth more than its report
+        logger.warning("The report of the run could not be written: %s", exc)
     callbacks.end(run, End("finished" if run.is_finished else "stopped"))
     return run
