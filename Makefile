@@ -12,7 +12,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(-(-3 * (os.cpu_count() or 1) // 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench chaos audit load dist hooks clean browser screenshots clients
+.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench chaos audit load dist hooks clean browser screenshots clients examples
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ types: .venv/test ## check the types with mypy
 
 docs: .venv/test ## run the examples in README.md and docs/, compare help texts with the program
 	$(BIN)/python -m pytest tests/test_docs.py
+
+examples: .venv/test ## run the programs in docs/examples, print how long each takes
+	rm -rf build/examples
+	$(BIN)/python tests/test_examples.py build/examples
 
 core: .venv/test ## install without extras under each Python from 3.10 to 3.13 there is
 	$(BIN)/python tests/check_core_install.py build/core

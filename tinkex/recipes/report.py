@@ -26,7 +26,7 @@ LOSSES = ("train_loss", "eval_loss")
 TITLES = {"learning_rate": "Learning rate", "tokens_per_second": "Tokens per second"}
 #: Samples that are shown of those that were taken as training went: the newest.
 MAX_SAMPLES = 30
-#: Packages whose versions are told.
+#: Packages whose versions are shown.
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers")
 
 _STYLE = """
