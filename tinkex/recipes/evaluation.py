@@ -14,10 +14,8 @@ import numpy as np
 
 from tinkex import types
 from tinkex.data import datums, files, records
-from tinkex.recipes import rewards
-from tinkex.recipes.rollouts import Prompted
+from tinkex.recipes import rewards, rollouts
 from tinkex.sampling import SamplingClient
-from tinkex.text.renderer import Renderer
 
 #: Metrics by name that compare an answer with the right one.
 ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = {
@@ -153,7 +151,7 @@ def evaluate(
     pool = rewards.Pool(16, options.timeout)
     try:
         for name, client in models.items():
-            said = _answers(client, tasks, options)
+            said = _answers(client, tasks, options, pool)
             for answer, text in zip(answers, said):
                 answer[name] = text
             for metric, judge in judges.items():
@@ -223,44 +221,13 @@ def _task(record: records.Record) -> records.Task:
     )
 
 
-def _answers(client: SamplingClient, tasks: Sequence[records.Task], options: Options) -> list[str]:
-    """What the model says to each."""
-    tokenizer = client.get_tokenizer()
-    renderer = Renderer(tokenizer)
-    prompts = [_prompt(renderer, task, list(options.stop)) for task in tasks]
-    futures = [
-        client.sample(
-            types.ModelInput.from_ints(prompt.tokens),
-            num_samples=1,
-            sampling_params=types.SamplingParams(
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=0,
-                stop=prompt.stop,
-            ),
-        )
-        for prompt in prompts
-    ]
-    said = []
-    for prompt, future in zip(prompts, futures):
-        tokens = future.result().sequences[0].tokens
-        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-        for end in prompt.stop or ():
-            if isinstance(end, str):
-                text = text.removesuffix(end)
-        said.append(text)
-    return said
-
-
-def _prompt(renderer: Renderer, task: records.Task, stop: list[str]) -> Prompted:
-    """Text as it is, as in training; messages by the chat template."""
-    if isinstance(task.prompt, str):
-        return Prompted(list(renderer.encode_prompt(task.prompt)), stop or None)
-    rendered = renderer.prompt([dict(message) for message in task.prompt])
-    ends: list[Any] = list(rendered.stop)
-    if all(isinstance(end, str) for end in ends):  # stops are all texts or all tokens
-        ends += stop
-    return Prompted(rendered.tokens, ends or None)
+def _answers(
+    client: SamplingClient, tasks: Sequence[records.Task], options: Options, pool: rewards.Pool
+) -> list[str]:
+    """What the model says to each; to text as it is, as in training."""
+    how = rollouts.Options(1, options.max_tokens, options.temperature, options.stop, plain=True)
+    made = rollouts.Rollouts(client.get_tokenizer(), how, pool)
+    return [episode.text for episode in made.sample(client, tasks, seed=0)]
 
 
 def _judged(
