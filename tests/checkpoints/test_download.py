@@ -260,6 +260,20 @@ def test_a_download_that_cannot_fit_fails_before_it_begins(rest, server, out, mo
     assert [] == list(out.parent.iterdir())
 
 
+def test_an_archive_without_an_announced_size_takes_at_most_half_of_the_disk(
+    rest, server, out, monkeypatch
+):
+    """It might never end."""
+    whole = server.files[URL]
+    server.always(URL, status(200, whole))
+    usage = type("Usage", (), {"free": 2 * len(whole) - 2})
+    monkeypatch.setattr("tinkex.checkpoints.download.shutil.disk_usage", lambda path: usage)
+
+    with pytest.raises(errors.DownloadError, match="the server announced no size and has sent"):
+        rest.download_checkpoint(PATH, out)
+    assert [] == list(out.parent.iterdir())
+
+
 def test_a_disk_that_fills_up_is_named_and_leaves_nothing(rest, server, out, monkeypatch):
     """Writing to /dev/full fails like that."""
 

@@ -27,6 +27,7 @@ from tinkex.config import Config, Patience
 from tinkex.runtime import exchange_limits
 from tinkex.runtime.exchange_limits import ExchangeLimits
 from tinkex.runtime.retry import ONCE
+from tinkex.runtime.sample_stream import read_events
 from tinkex.runtime.transport import Transport
 
 CERTIFICATE = Path(__file__).parents[1] / "support" / "localhost.pem"
@@ -324,3 +325,49 @@ def test_early_hints_are_not_taken_for_the_answer(way):
         transport = way(peer)
 
         assert ["first", "second"] == [ask(transport).status for _ in range(2)]
+
+
+# Streams.
+
+SSE = HEAD + b"Content-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+EVENT = b'data: {"sequence_index": 0, "token": 7, "logprob": -0.5}\n\n'
+
+
+def stream(way, peer, **options):
+    made = way(peer, **options)
+    with made.open_stream("POST", made.url("stream_sample"), b"{}") as opened:
+        yield from read_events(opened.lines())
+
+
+def test_a_stream_may_last_as_long_as_each_part_comes_in_time(way):
+    """The limit of half a second is for each line."""
+    events = [EVENT] * 10 + [b"data: [DONE]\n\n"]
+    with Peer(SSE, events, pause=0.1) as peer:
+        started = time.monotonic()
+
+        assert 10 == len(list(stream(way, peer)))
+        assert time.monotonic() - started > 0.9
+
+
+def test_a_stream_that_drips_is_left_in_time(way):
+    with Peer(SSE + EVENT + b"data: ", drip(b"a"), pause=0.02) as peer:
+        started = time.monotonic()
+        with pytest.raises(errors.APITimeoutError, match="no complete answer within"):
+            list(stream(way, peer))
+
+        assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("flood", [ZEROS, b"data: x\n" * 1000], ids=["a line", "lines"])
+def test_an_event_that_never_ends_is_not_kept(flood, way):
+    refused = pytest.raises(errors.APIResponseValidationError)
+    with Peer(SSE, itertools.repeat(flood)) as peer, refused:
+        list(stream(way, peer, patience=Patience(request=60.0)))
+
+
+def test_a_stream_that_is_compressed_is_refused(way):
+    """It was not asked for, and a line of it could be of any length."""
+    head = SSE.replace(b"Connection", b"Content-Encoding: gzip\r\nConnection")
+    refused = pytest.raises(errors.APIResponseValidationError, match="was not asked for")
+    with Peer(head, [gzip.compress(EVENT)]) as peer, refused:
+        list(stream(way, peer))

@@ -16,6 +16,7 @@ from typing import Any
 
 import attrs
 import requests
+import urllib3
 from requests.structures import CaseInsensitiveDict
 
 from tinkex import errors, wire
@@ -26,6 +27,8 @@ from tinkex.runtime.wait_log import one_line
 MAX_RETRY_AFTER = 300.0
 #: JSON of more bytes than this is counted before it is decoded, against the two bounds below.
 LARGE = 1 << 20
+#: Bytes of a stream that are read at most at a time.
+PIECE = 1 << 16
 MOST_VALUES, MOST_CONTAINERS = 1 << 24, 1 << 20
 
 
@@ -105,7 +108,16 @@ class Stream:
         Raises:
             APIError: If it breaks off, or a line takes too long or is too long.
         """
-        return self._translated(self._response.iter_lines(chunk_size=1))
+        return self._translated(self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        """As iter_lines of requests, which would need a read for each byte to be prompt."""
+        pending = b""
+        while piece := self._response.raw.read1(PIECE):
+            *whole, pending = (pending + piece).split(b"\n")
+            yield from (line.removesuffix(b"\r") for line in whole)
+        if pending:
+            yield pending
 
     def _translated(self, parts: Iterator[bytes]) -> Iterator[bytes]:
         encoding = self.headers.get("Content-Encoding", "identity")
@@ -121,7 +133,7 @@ class Stream:
             for part in parts:
                 yield part
                 self._limits.begin_part()
-        except requests.RequestException as exc:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
             raise exchange_error(exc, self._method, self._response.url, self._limits) from exc
 
     def __enter__(self) -> Stream:
@@ -175,7 +187,10 @@ def check_whole(answer: Answer) -> None:
 
 
 def exchange_error(
-    exc: requests.RequestException, method: str, url: str, limits: ExchangeLimits
+    exc: requests.RequestException | urllib3.exceptions.HTTPError,
+    method: str,
+    url: str,
+    limits: ExchangeLimits,
 ) -> errors.APIConnectionError | errors.APIResponseValidationError:
     """The error of an exchange that failed on the way, with the URL and the fix."""
     shown = url.split("?")[0]
