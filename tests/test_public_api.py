@@ -39,6 +39,7 @@ NAMES = [
     "ForwardBackwardOutput",
     "InternalServerError",
     "LoraConfig",
+    "LossHandle",
     "ModelID",
     "ModelInput",
     "ModelInputChunk",
@@ -96,7 +97,8 @@ NAMES = [
 #: The functions of the SDK, by class. One that goes away breaks somebody's script.
 METHODS = {
     "ServiceClient": """
-        close copy_weights create_lora_training_client create_lora_training_client_async
+        close copy_weights create_custom_loss
+        create_lora_training_client create_lora_training_client_async
         create_rest_client create_sampling_client create_sampling_client_async
         create_training_client_from_state create_training_client_from_state_async
         create_training_client_from_state_with_optimizer

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tinkex.recipes.rollouts import Env, EnvStep
     from tinkex.recipes.run import Run, load_run
     from tinkex.rest import RestClient
+    from tinkex.runtime.custom_loss import LossHandle
     from tinkex.runtime.retry import Retry
     from tinkex.sampling import SamplingClient
     from tinkex.service import ServiceClient
@@ -109,6 +110,7 @@ __all__ = [
     "ForwardBackwardOutput",
     "InternalServerError",
     "LoraConfig",
+    "LossHandle",
     "ModelID",
     "ModelInput",
     "ModelInputChunk",
@@ -170,6 +172,7 @@ _HOMES = {
     "Config": "config",
     "Env": "recipes.rollouts",
     "EnvStep": "recipes.rollouts",
+    "LossHandle": "runtime.custom_loss",
     "OperationFuture": "futures",
     "Patience": "config",
     "Rendered": "text.renderer",

@@ -1,6 +1,7 @@
 """ServiceClient: opens a session on a server, and creates the other clients.
 
-This is the entry point. With neither a URL nor a key it starts the embedded engine.
+This is the entry point. With neither a URL nor a key it starts the embedded engine. Long, because
+it is one class, most of it the documentation of its public methods.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tinkex import types, wire
 from tinkex.config import Config, Patience, SamplingLimits
 from tinkex.futures import OperationFuture, awaits_value
 from tinkex.runtime.connection import HURRIED_TIMEOUT, connect
+from tinkex.runtime.custom_loss import LossHandle, make_handle
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.new_model import check_base_model
 from tinkex.runtime.pending import drop
@@ -349,6 +351,22 @@ class ServiceClient(types.Ready):
             return self._session.call(wire.COPY_WEIGHTS, request).tinker_path
 
         return self._session.in_background(copy, f"copy_weights of {path}")
+
+    def create_custom_loss(
+        self, fn: Callable[..., Any], input_ranks: Mapping[str, int]
+    ) -> OperationFuture[LossHandle]:
+        """A loss of one datum for `TrainingClient.forward_backward_custom`; a finished future.
+
+        It is computed here, by torch, for each datum, and summed.
+
+        Args:
+            fn: called with the log-probabilities of a datum and the loss inputs that its other
+                parameters name, as tensors; returns (loss, metrics).
+            input_ranks: how many dimensions each of these inputs has.
+        """
+        future: OperationFuture[LossHandle] = OperationFuture("create_custom_loss")
+        future.set_result(make_handle(fn, input_ranks, self.session_id))
+        return future
 
     # Sampling.
 

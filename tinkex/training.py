@@ -314,6 +314,13 @@ class TrainingClient(types.Ready):
             raise ValueError(
                 f'loss_type_input must be "logprobs" or None, got {loss_type_input!r}.'
             )
+        if isinstance(loss_fn, custom_loss.LossHandle):
+            framework = framework or "torch"
+            if loss_fn.session_id != self._session.session_id:
+                raise ValueError(
+                    f"the loss {loss_fn.name!r} was made in session {loss_fn.session_id}; make it "
+                    "with the ServiceClient of this client."
+                )
         chosen = custom_loss.check(data, framework)
         check_timeout(poll_timeout)
         data = list(data)

@@ -70,9 +70,9 @@ HEAD = """
 
 tinker-cookbook {version} against `tinkex serve`: unmodified, on the official SDK and with tinkex in
 place of it (`sys.modules["tinker"] = tinkex`). The recipes run offline: the model is the built-in
-one, under a name that they know (`--base-model {model}=DIR`), and each data set is a few local
-examples. The arguments make a recipe small; all others have their defaults. `make cookbook` writes
-this table.
+one under a name that they know (`--base-model {model}=DIR`), and each data set
+is a few local examples. The arguments make a recipe small; all others have their defaults.
+`make cookbook` writes this table.
 
 """
 

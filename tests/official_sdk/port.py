@@ -21,7 +21,7 @@ SNAPSHOT = Path(__file__).with_name("surface.json")
 _ADMIN = "billing and audit logs are the official service's; use its console"
 _FUTURE = "the client itself is returned, and has the methods of a finished future"
 _TRANSPORT = "tinkex uses requests, not httpx; times are in `Patience`"
-_TRACED = "pass the function itself to forward_backward_custom"
+_TRACED = "losses are computed by the client"
 _FORM = "part of a request or of telemetry, which scripts do not make"
 
 #: Names that tinkex does not have, and why.
@@ -31,8 +31,7 @@ ABSENT = {
     "BackcompatTrainingClientFuture": _FUTURE,
     "DmelChunk": "audio is not supported",
     "ExperimentalWarning": "nothing warns with it",
-    "LossHandle": _TRACED,
-    "PerDatumLossFn": _TRACED,
+    "PerDatumLossFn": "a function (logprobs, *loss inputs); no name for its type",
     "RequestOptions": _TRANSPORT,
     "Timeout": _TRANSPORT,
     "RestClient.export_session_trace": "traces of sessions are the official service's",
@@ -43,7 +42,6 @@ ABSENT = {
     "RestClient.get_billing_usage_async": _ADMIN,
     "RestClient.get_current_checkpoint_storage_usage": _ADMIN,
     "RestClient.get_current_checkpoint_storage_usage_async": _ADMIN,
-    "ServiceClient.create_custom_loss": _TRACED,
 }
 
 #: Parameters that are missing or differ, and why.

@@ -351,3 +351,56 @@ def test_the_data_are_the_user_s_own_objects():
     evaluate(lambda data, lps: (seen.extend(data) or lps[0].sum(), {}), "torch")
 
     assert all(a is b for a, b in zip(DATA, seen))
+
+
+def test_a_loss_of_one_datum_is_summed_over_the_batch():
+    """The gradients are those of the sum; ":mean" metrics are averaged, others summed."""
+
+    def weighted(logprobs, weights):
+        loss = -(logprobs * weights).sum()
+        return loss, {"custom/n:sum": torch.tensor(1.0), "custom/loss:mean": loss}
+
+    handle = custom_loss.make_handle(weighted, {"weights": 1}, "s")
+    weights = [np.float32([1, 2]), np.float32([3, 4, 5])]
+    data = [
+        types.Datum(
+            types.ModelInput.from_ints(range(1, len(w) + 1)),
+            {"target_tokens": list(range(len(w))), "weights": w},
+        )
+        for w in weights
+    ]
+    logprobs = [np.float32([-1, -2]), np.float32([-1, -1, -1])]
+    found = custom_loss.evaluate(data, logprobs, handle, "torch")
+
+    assert (17.0, 2.0, 8.5) == (
+        found.loss,
+        found.metrics["custom/n:sum"],
+        found.metrics["custom/loss:mean"],
+    )
+    for expected, sent in zip(weights, found.data):
+        np.testing.assert_allclose(sent.loss_fn_inputs["weights"].to_numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "function, ranks, error, match",
+    [
+        (5, {}, TypeError, "got 5"),
+        (lambda: None, {}, ValueError, "takes nothing"),
+        (lambda logprobs, weights: None, {}, ValueError, "'weights'.*got None"),
+        (lambda logprobs, weights: None, {"weights": 3}, ValueError, "got 3"),
+    ],
+)
+def test_what_is_no_loss_of_a_datum_is_refused(function, ranks, error, match):
+    with pytest.raises(error, match=match):
+        custom_loss.make_handle(function, ranks, "s")
+
+
+def test_a_datum_without_an_input_of_the_loss_is_named():
+    handle = custom_loss.make_handle(lambda logprobs, q: (0, {}), {"q": 1}, "s")
+    datum = types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [2], "w": np.ones(1)})
+
+    with pytest.raises(ValueError, match=r"data\[0\] has no loss input 'q'"):
+        handle([datum], [np.zeros(1)])
+    wide = types.Datum(datum.model_input, {"target_tokens": [2], "q": np.ones((1, 2))})
+    with pytest.raises(ValueError, match=r"data\[0\].q has 2 dimensions; .* for 1"):
+        handle([wide], [np.zeros(1)])

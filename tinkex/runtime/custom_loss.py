@@ -8,7 +8,8 @@ d/dlp of sum(-w lp) is -w. Pure functions: nothing here sends anything.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -40,6 +41,71 @@ class Evaluated:
     loss: float
     metrics: dict[str, float]
     data: list[Datum]
+
+
+@attrs.frozen(eq=False)
+class LossHandle:
+    """A loss of one datum, made by `ServiceClient.create_custom_loss`, as a loss of a batch.
+
+    Attributes:
+        name: of the function.
+        inputs: the loss inputs that the function takes after the log-probabilities.
+        session_id: of the session that made it.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    session_id: str
+    _function: Callable[..., tuple[Any, dict[str, Any]]] = attrs.field(repr=False)
+    _ranks: dict[str, int] = attrs.field(repr=False)
+
+    def __call__(self, data: Sequence[Datum], logprobs: list[Any]) -> tuple[Any, dict[str, float]]:
+        """The sum over the datums; metrics that end with ":mean" are averaged, others summed."""
+        loss: Any = 0
+        metrics: dict[str, float] = {}
+        for index, (datum, one) in enumerate(zip(data, logprobs)):
+            tensors = [self._tensor(index, datum, name) for name in self.inputs]
+            value, named = self._function(one, *tensors)
+            loss = loss + value
+            for key, number in named.items():
+                share = len(data) if key.endswith(":mean") else 1
+                metrics[key] = metrics.get(key, 0.0) + _as_float(key, number) / share
+        return loss, metrics
+
+    def _tensor(self, index: int, datum: Datum, name: str) -> Any:
+        tensor = datum.loss_fn_inputs.get(name)
+        if tensor is None:
+            raise ValueError(
+                f"data[{index}] has no loss input {name!r}, which the loss {self.name!r} takes."
+            )
+        if len(tensor.shape) != self._ranks[name]:
+            raise ValueError(
+                f"data[{index}].{name} has {len(tensor.shape)} dimensions; the loss "
+                f"{self.name!r} was made for {self._ranks[name]}."
+            )
+        return tensor.to_torch()
+
+
+def make_handle(function: Any, input_ranks: Mapping[str, int], session_id: str) -> LossHandle:
+    """A handle of *function*, which takes log-probabilities and then loss inputs by their names.
+
+    Raises:
+        TypeError, ValueError: If it is no such function, or a rank is missing or not 0, 1 or 2.
+    """
+    if not callable(function):
+        raise TypeError(f"fn must be a function (logprobs, *loss inputs), got {function!r}.")
+    name = getattr(function, "__name__", "loss")
+    parameters = list(inspect.signature(function).parameters)
+    if not parameters:
+        raise ValueError(f"the loss {name!r} takes nothing; its first argument is logprobs.")
+    ranks = dict(input_ranks)
+    for wanted in parameters[1:]:
+        if ranks.get(wanted) not in (0, 1, 2):
+            raise ValueError(
+                f"input_ranks must give 0, 1 or 2 for {wanted!r}, which the loss {name!r} takes; "
+                f"got {ranks.get(wanted)!r}."
+            )
+    return LossHandle(name, tuple(parameters[1:]), session_id, function, ranks)
 
 
 def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
