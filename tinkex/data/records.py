@@ -77,11 +77,17 @@ class Tokens:
 
 @attrs.frozen
 class Preference:
-    """A prompt with a better and a worse answer, as messages."""
+    """A prompt with a better and a worse answer, as messages.
+
+    Attributes:
+        prompt: what both answers follow; may be empty.
+        tools: JSON schemas of the functions that the assistant may call.
+    """
 
     prompt: tuple[dict[str, Any], ...]
     chosen: tuple[dict[str, Any], ...]
     rejected: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
     where: str = attrs.field(default="", eq=False, repr=False)
 
 
@@ -311,7 +317,7 @@ def _parse_preference(row: Mapping[str, Any]) -> Preference:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages:
             raise ValueError(f"{name} says nothing that the other does not")
-    return Preference(prompt, chosen, rejected)
+    return Preference(prompt, chosen, rejected, _tools(row.get("tools")))
 
 
 def _parse_task(row: Mapping[str, Any]) -> Task:
@@ -334,6 +340,7 @@ def _parse_openai_preference(row: Mapping[str, Any]) -> Preference:
             "prompt": prompt,
             "chosen": row["preferred_output"],
             "rejected": row["non_preferred_output"],
+            "tools": given.get("tools") if isinstance(given, dict) else None,
         }
     )
 

@@ -28,6 +28,7 @@ class Conversation:
         counts: whether each message counts.
         texts: what was rendered of it before, by the number of messages and whether a generation
             prompt followed. The conversations that `up_to` and `before` give share it.
+        is_formed: `forms` made it.
     """
 
     messages: list[dict[str, Any]]
@@ -35,6 +36,7 @@ class Conversation:
     train_on: TrainOn
     counts: tuple[bool, ...]
     texts: dict[tuple[int, bool], Any] = attrs.field(factory=dict, eq=False, repr=False)
+    is_formed: bool = False
 
     @classmethod
     def of(cls, messages: Any, tools: Any, train_on: TrainOn) -> Conversation:
@@ -69,7 +71,7 @@ class Conversation:
         for arguments in (_as_object, _as_text):
             for content in ({}, {"content": None}, {"content": ""}, None):
                 messages = [_form(m, arguments, content) for m in self.messages]
-                yield attrs.evolve(self, messages=messages, texts={})
+                yield attrs.evolve(self, messages=messages, texts={}, is_formed=True)
 
     def missing_calls(self, text: str) -> str | None:
         """What of the tools, calls and their results *text* does not say, or None."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -35,8 +35,20 @@ KIMI_K2_REVISION = "612681931a8c906ddb349f8ad0f582cb552189cd"
 #: Loads something with encode(text) and decode(ids) for a tokenizer's id.
 LoadFunction = Callable[[str], Any]
 
-#: The characters, from and to, that each token of a text stands for.
-Offsets = Sequence[tuple[int, int]]
+
+class Encoding(Protocol):
+    """A text as tokens.
+
+    Attributes:
+        ids: the tokens.
+        offsets: the characters, from and to, that each stands for.
+    """
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    @property
+    def offsets(self) -> Sequence[tuple[int, int]]: ...
 
 
 class Tokenizer:
@@ -57,8 +69,16 @@ class Tokenizer:
         """The token ids of *text*."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}.")
+        self._encode_whole_texts()
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def _encode_whole_texts(self) -> None:
+        """Undo padding and truncation, which a call of transformers leaves set in its backend."""
+        if getattr(self._backend, "padding", None) is not None:
+            self._backend.no_padding()
+        if getattr(self._backend, "truncation", None) is not None:
+            self._backend.no_truncation()
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -138,20 +158,36 @@ class Tokenizer:
         }
 
     @cached_property
+    def first_cuts(self) -> list[str]:
+        """Tokens at which a text is cut before anything else is done to it.
+
+        Empty if one of them takes white space or a letter before it into account: then what comes
+        before a cut matters to what comes after.
+        """
+        if not hasattr(self._backend, "get_added_tokens_decoder"):
+            return []
+        added = self._backend.get_added_tokens_decoder().values()
+        found = [token for token in added if not token.normalized and token.content]
+        if any(token.lstrip or token.single_word for token in found):
+            return []
+        return [token.content for token in found]
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all that decides the tokens of a conversation."""
         backend = self._backend.to_str() if hasattr(self._backend, "to_str") else repr(self)
         settings = json.dumps([self.special_texts, self.chat_template], sort_keys=True)
         return hashlib.sha256(f"{backend}{settings}".encode()).hexdigest()
 
-    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """
-        Token ids of each text, and the (start, stop) characters that each token stands for.
+        The tokens of each text.
 
         No special tokens are added; those written in the text are read as such.
         """
-        encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(e.ids, e.offsets) for e in encoded]
+        self._encode_whole_texts()
+        encoded: list[Encoding] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return encoded
 
     def _text_of(self, name: str) -> str:
         value = self._settings.get(name)
@@ -397,7 +433,7 @@ class _TiktokenBackend:
     """A tiktoken Encoding behind the few calls that `Tokenizer` makes of its backend."""
 
     class _Encoded:
-        def __init__(self, ids: list[int], offsets: Offsets = ()) -> None:
+        def __init__(self, ids: list[int], offsets: Sequence[tuple[int, int]] = ()) -> None:
             self.ids, self.offsets = ids, offsets
 
     def __init__(self, encoding: Any, special: dict[str, int]) -> None:
