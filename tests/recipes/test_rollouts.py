@@ -12,6 +12,7 @@ from tests.support.fake_service import ByteTokenizer
 from tinkex import types
 from tinkex.data import files, records
 from tinkex.recipes import rewards, rollouts
+from tinkex.text.renderer import Renderer
 
 
 class Scripted:
@@ -138,6 +139,39 @@ def test_an_episode_ends_at_the_largest_number_of_turns(pool):
     [episode] = made.sample(sampler, [task("Guess.", number="2")], 0)
 
     assert (3, True, -0.75) == (episode.turns, episode.is_cut, episode.score.reward)
+
+
+def test_an_environment_can_offer_tools_and_gets_the_calls(pool, monkeypatch):
+    """The template shows the tools; the results come back as messages of the tool."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    shown, original = [], Renderer.prompt
+
+    def prompt(self, messages, tools=None):
+        shown.append((tools, [message["role"] for message in messages]))
+        return original(self, [m for m in messages if m["role"] == "user"])
+
+    class Calculator:
+        tools = (tool,)
+
+        def reset(self):
+            return [{"role": "user", "content": "1 + 2?"}]
+
+        def step(self, message):
+            if calls := message.get("tool_calls"):
+                numbers = calls[0]["function"]["arguments"]
+                result = str(numbers["a"] + numbers["b"])
+                return tinkex.EnvStep([{"role": "tool", "content": result}])
+            return tinkex.EnvStep(reward=float(message["content"] == "3"), done=True)
+
+    monkeypatch.setattr(Renderer, "prompt", prompt)
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    options = rollouts.Options(1, 99)
+    made = rollouts.Rollouts(ByteTokenizer(), options, pool, make_env=lambda row: Calculator())
+
+    [episode] = made.sample(Scripted(f"{call}\nUser:", " 3\nUser:"), [task("x")], 0)
+
+    assert (1.0, 2) == (episode.score.reward, episode.turns)
+    assert [((tool,), ["user"]), ((tool,), ["user", "assistant", "tool"])] == shown
 
 
 @pytest.mark.parametrize(
