@@ -5,10 +5,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c constraints.txt
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
-# Three test processes for two processors, at most 8: a third of the time, tests wait. Each starts
-# with a block of the tests and takes over tests from the others when it has finished. JOBS=0 runs
-# all in one process, for a debugger.
-JOBS ?= $(shell $(PYTHON) -c 'import os; print(-(-3 * (os.cpu_count() or 1) // 2))')
+# One test process per processor, at most 8. Each starts with a block of the tests and takes over
+# tests from the others when it has finished. JOBS=0 runs all in one process, for a debugger.
+JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
