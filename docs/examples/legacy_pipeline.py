@@ -46,4 +46,4 @@ def publish(run: tinkex.Run, folder: Path) -> None:
 
 run = train(extract(Path("faq.sqlite")), Path("run"))
 publish(run, Path("published"))
-log.info("published: %s", sorted(path.name for path in Path("published").iterdir()))
+print("published:", *sorted(path.name for path in Path("published").iterdir()))

@@ -3,39 +3,38 @@
 import tinkex
 
 
-class Guess:
-    """The model has three tries to say something with the secret letter in it."""
+class Letters:
+    """The model has three turns to write nothing but letters; each turn is rewarded."""
 
     def __init__(self, row: dict) -> None:
-        self.secret, self.tries = row["secret"], 3
+        self.question, self.turns = row["prompt"], 0
 
     def reset(self) -> list[dict]:
-        return [{"role": "user", "content": "Guess my letter."}]
+        return [{"role": "user", "content": self.question}]
 
     def step(self, message: dict) -> tinkex.EnvStep:
-        self.tries -= 1
-        is_right = self.secret in (message.get("content") or "")
-        said = "Yes!" if is_right else "No. Another letter?"
+        self.turns += 1
+        said = message.get("content") or ""
+        letters = sum(c.isascii() and c.isalpha() for c in said) / max(1, len(said))
         return tinkex.EnvStep(
-            messages=[{"role": "user", "content": said}],
-            reward=float(is_right),
-            done=is_right or self.tries == 0,
-            metrics={"turns": 3 - self.tries},
+            messages=[{"role": "user", "content": f"{letters:.0%} of it were letters. Again!"}],
+            reward=letters / 3,
+            done=self.turns == 3,
+            metrics={"letters": letters},
         )
 
 
 run = tinkex.reinforce(
-    [{"prompt": "Guess my letter.", "secret": letter} for letter in "aeio"],
+    [{"prompt": f"Write a word about {what}."} for what in ("tea", "snow", "music", "bread")],
     base_model="tiny",
     output="run",
-    env=Guess,
+    env=Letters,
     rank=8,
-    learning_rate=5e-3,
-    batch_size=2,
-    group_size=4,
+    learning_rate=1e-2,
+    batch_size=4,
+    group_size=8,
     max_tokens=8,
-    epochs=3,
+    epochs=6,
 )
-for row in run.metrics:
-    shown = {key: row[key] for key in ("step", "reward", "turns") if key in row}
-    print({key: round(value, 3) for key, value in shown.items()})
+rewards = [row["reward"] for row in run.metrics if "reward" in row]
+print("reward by step:", *(f"{reward:.2f}" for reward in rewards))

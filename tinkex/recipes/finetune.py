@@ -26,9 +26,7 @@ from tinkex.recipes import (
     supervised,
     trackers,
 )
-from tinkex.recipes import (
-    report as reports,
-)
+from tinkex.recipes import report as reports
 from tinkex.recipes.callbacks import Callbacks, End
 from tinkex.recipes.callbacks import check as check_callback
 from tinkex.recipes.loop import Guard, Report
