@@ -68,10 +68,13 @@ ROWS = (
 HEAD = """
 ## Recipes of tinker-cookbook
 
-tinker-cookbook {version} against `tinkex serve`: unmodified, on the official SDK and with tinkex in
-place of it (`sys.modules["tinker"] = tinkex`). The recipes run offline: the model is the built-in
-one under a name that they know (`--base-model {model}=DIR`), and each data set
-is a few local examples. The arguments make a recipe small; all others have their defaults.
+tinker-cookbook {version} against `tinkex serve`, on the official SDK and with tinkex in its
+place (`sys.modules["tinker"] = tinkex`). The recipes' own code runs offline, with stand-ins around
+it: the model is the built-in one under a name that they know (`--base-model
+{model}=DIR`), each data set is a few local examples, and the rewards, which that
+model would never earn, are replaced by whether the answer has an even length. So the table shows
+that everything between recipe and engine works, not that anything useful is learned. The arguments
+make a recipe small; all others have their defaults.
 `make cookbook` writes this table.
 
 """
