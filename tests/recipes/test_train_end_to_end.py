@@ -143,7 +143,8 @@ def test_an_engine_that_dies_is_started_again_and_the_run_resumed(tinkex, undist
 def test_a_folder_is_one_process_s_at_a_time(tinkex):
     """Two that resume one run would both write its metrics, and report each other's checkpoints."""
     folder = tinkex.folder / "shared"
-    process = tinkex(*TRAIN, "--output", "shared")
+    # So long that it has not ended by itself when the second one has started.
+    process = tinkex(*TRAIN, "--epochs", "99", "--output", "shared")
     wait_for_step(process, folder, 2)
     status, _, err = finish(tinkex("train", "--resume", "--output", "shared"))
 
