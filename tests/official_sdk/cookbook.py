@@ -72,7 +72,7 @@ tinker-cookbook {version} against `tinkex serve`, on the official SDK and with t
 place (`sys.modules["tinker"] = tinkex`). The recipes' own code runs offline, with stand-ins around
 it: the model is the built-in one under a name that they know (`--base-model
 {model}=DIR`), each data set is a few local examples, and the rewards, which that
-model would never earn, are replaced by whether the answer has an even length. So the table shows
+model would never earn, are replaced by one that half of all answers earn. So the table shows
 that everything between recipe and engine works, not that anything useful is learned. The arguments
 make a recipe small; all others have their defaults.
 `make cookbook` writes this table.
