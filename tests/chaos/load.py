@@ -32,7 +32,7 @@ import psutil
 import tinkex
 from tests.chaos.servers import Server
 from tinkex import types
-from tinkex.runtime.session import Session
+from tinkex.runtime.heartbeat import Heartbeat
 
 MIB = 2**20
 #: (datums, tokens of each) of a batch.
@@ -147,21 +147,21 @@ class Load:
 @contextlib.contextmanager
 def heartbeats_in(late: list[float]) -> Iterator[None]:
     """While entered, notes in *late* by how many seconds each heartbeat was late."""
-    beat: Any = Session._beat_once
+    beat: Any = Heartbeat._beat_once
     last: dict[str, float] = {}
 
-    def noting(session: Session) -> None:
-        beat(session)
-        now, before = time.monotonic(), last.get(session.session_id)
-        last[session.session_id] = now
+    def noting(heartbeat: Any) -> None:
+        beat(heartbeat)
+        now, before = time.monotonic(), last.get(heartbeat.name)
+        last[heartbeat.name] = now
         if before is not None:
-            late.append(now - before - session.config.patience.heartbeat)
+            late.append(now - before - heartbeat._transport.config.patience.heartbeat)
 
-    Session._beat_once = noting
+    Heartbeat._beat_once = noting
     try:
         yield
     finally:
-        Session._beat_once = beat
+        Heartbeat._beat_once = beat
 
 
 def batch_of(datums: int, tokens: int, seed: int) -> list[types.Datum]:

@@ -125,8 +125,8 @@ class Pulse(threading.Thread):
             began = time.monotonic()
             try:
                 requests.get(self._url, headers={"X-API-Key": "tml-key-of-ada"}, timeout=30)
-            except requests.ConnectionError:
-                continue  # just killed
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+                continue  # just killed, perhaps in the middle of the answer
             self.seconds.append(time.monotonic() - began)
 
     def stop(self):

@@ -98,11 +98,9 @@ from tinkex.cli.options import Size, dtype_option
 @click.option(
     "--session-timeout",
     type=click.FloatRange(min=1),
-    default=900.0,
-    show_default=True,
     metavar="SECONDS",
-    help="End a session from which nothing was heard for this time, and free its models. Clients "
-    "send a heartbeat every 10 seconds.",
+    help="End a session from which nothing was heard for this time, and free its models. Default: "
+    "900; clients send a heartbeat every 10 seconds.",
 )
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)
 @click.option("--parent-pid", type=int, hidden=True)

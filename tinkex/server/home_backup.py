@@ -84,22 +84,26 @@ def _copy_database(source: Path, copy: Path) -> None:
 
 def _write(home: Path, index: Path, tar: tarfile.TarFile, folder: Path) -> Backup:
     count = size = 0
-    with contextlib.closing(sqlite3.connect(index)) as database, database:
+    with (
+        contextlib.closing(sqlite3.connect(home / "tinkex.sqlite")) as live,
+        contextlib.closing(sqlite3.connect(index)) as database,
+        database,
+    ):
         rows = database.execute("SELECT path, directory, size_bytes FROM checkpoints").fetchall()
         for path, directory, stored in rows:
             place = Path(directory)
             try:
                 # Copied first: a checkpoint that is deleted meanwhile must not be half in the tar.
                 shutil.copytree(place, folder / "copy")
-                tar.add(folder / "copy", place.relative_to(home).as_posix())
-            except (OSError, shutil.Error, ValueError):
-                if place.is_dir():
+            except (OSError, shutil.Error):
+                if _is_listed(live, path, directory):
                     raise
-                database.execute("DELETE FROM checkpoints WHERE path = ?", (path,))
-            else:
+            if _is_listed(live, path, directory):
+                tar.add(folder / "copy", place.relative_to(home).as_posix())
                 count, size = count + 1, size + stored
-            finally:
-                shutil.rmtree(folder / "copy", ignore_errors=True)
+            else:
+                database.execute("DELETE FROM checkpoints WHERE path = ?", (path,))
+            shutil.rmtree(folder / "copy", ignore_errors=True)
         database.execute(
             "UPDATE sessions SET status = 'failed', detail = 'restored from a backup' "
             "WHERE status = 'active'"
@@ -114,6 +118,12 @@ def _write(home: Path, index: Path, tar: tarfile.TarFile, folder: Path) -> Backu
     manifest.write_text(json.dumps({"version": _VERSION, "home": str(home)}), encoding="utf-8")
     tar.add(manifest, _MANIFEST)
     return Backup(home, count, size)
+
+
+def _is_listed(live: sqlite3.Connection, path: str, directory: str) -> bool:
+    """True if the files of a checkpoint are whole: they are deleted after its row is."""
+    query = "SELECT 1 FROM checkpoints WHERE path = ? AND directory = ?"
+    return live.execute(query, (path, directory)).fetchone() is not None
 
 
 def restore(path: Path, home: Path) -> int:
