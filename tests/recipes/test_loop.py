@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import attrs
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from tests.support.fake_service import FakeService
 from tinkex import errors, types
 from tinkex.data import files
-from tinkex.recipes import run_folder, supervised
+from tinkex.recipes import loop, run_folder, supervised
 from tinkex.recipes.callbacks import Callbacks
 from tinkex.recipes.settings import Settings
 
@@ -282,6 +283,23 @@ def test_callbacks_see_everything_in_order(run):
     [[state], [sampler]] = recording.of("on_save")
     assert ("state", 2, None) == (state.kind, state.step, state.adapter)
     assert "sampler" == sampler.kind and sampler.adapter.endswith("adapter")
+
+
+def test_the_speed_does_not_jump_where_results_arrive_together(run, monkeypatch, tmp_path):
+    """Every other step seems to take a thousandth of the one before it."""
+    ticks = itertools.cycle([1.0, 0.001])
+    now = [0.0]
+
+    def monotonic():
+        now[0] += next(ticks)
+        return now[0]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=monotonic))
+    run(settings=attrs.evolve(SETTINGS, max_steps=12, eval_fraction=0.0))
+
+    rows = run_folder.read_rows(tmp_path / "run" / "metrics.jsonl")
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row][1:]
+    assert 3 > max(speeds) / min(speeds)
 
 
 def test_a_callback_that_fails_does_not_end_the_run(run):

@@ -35,6 +35,8 @@ IN_FLIGHT = 2
 SHOWN_TOKENS = 64
 #: Checkpoints and evaluations of a run, unless the settings say how often.
 PARTS = 10
+#: Steps over which the speed is taken: the results of two can arrive together.
+SPEED_STEPS = 8
 #: Seconds to save a checkpoint in when the run is stopped.
 STOP_SECONDS = 3.5
 #: Seconds between two looks at whether the run is to stop.
@@ -161,6 +163,7 @@ class Loop:
         self.samples = RowFile(self.folder, state.step, "samples.jsonl")
         self._row: dict[str, float] | None = None  # of a step whose evaluation is under way
         self._clock = time.monotonic()
+        self._speed: deque[tuple[int, float]] = deque(maxlen=SPEED_STEPS)
         self._is_stopped: Callable[[], bool] = lambda: False
         self.is_over = self._has_lost_patience()
 
@@ -245,7 +248,9 @@ class Loop:
             if self.is_over:
                 return  # submitted before the evaluation that ended the run was there
             row = {"step": step, **work.read(results[:-1])}
-            row["tokens_per_second"] = work.tokens / self._lap()
+            self._speed.append((work.tokens, self._lap()))
+            tokens, seconds = map(sum, zip(*self._speed))
+            row["tokens_per_second"] = tokens / seconds
             row["learning_rate"] = adam.learning_rate
             self._row = row
             if not self._evaluates(step):
