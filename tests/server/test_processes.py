@@ -129,6 +129,16 @@ def test_a_home_made_by_an_earlier_version_is_opened(tmp_path):
     assert home == Home.open(home).path
 
 
+def test_what_other_commands_leave_in_a_home_does_not_make_it_another_s(tmp_path):
+    """`tinkex model pull` and `tinkex chat` may be the first to use it."""
+    home = tmp_path / "home"
+    for name in ("models", "engines", "logs"):
+        (home / name).mkdir(parents=True)
+    (home / "chat_history").touch()
+
+    assert home == Home.open(home).path
+
+
 def test_only_its_user_may_look_into_the_home(process, tmp_path):
     """0700 and 0600: it contains weights and training data."""
     server = process()

@@ -39,7 +39,19 @@ class HomeError(Exception):
 _MARKER = "tinkex-home"
 _MARKERS = (_MARKER, "tinkex.sqlite")
 #: What other parts of tinkex may have put into a home before a server opens it.
-_NOT_OTHERS = frozenset({"logs", "cache", "checkpoints", "servers", ".DS_Store", "lost+found"})
+_NOT_OTHERS = frozenset(
+    {
+        "cache",
+        "chat_history",
+        "checkpoints",
+        "engines",
+        "logs",
+        "models",
+        "servers",
+        ".DS_Store",
+        "lost+found",
+    }
+)
 
 
 @attrs.frozen
