@@ -60,7 +60,7 @@ def run(data, tmp_path, monkeypatch):
     """Run into tmp_path/<name>; resuming from its state, if it has one."""
     monkeypatch.setattr(supervised, "EVALUATED_AT_ONCE", 2)
 
-    def run(name="run", service=None, settings=SETTINGS, report=None, **options):
+    def run(name="run", service=None, settings=SETTINGS, report=None, data=data, **options):
         folder = tmp_path / name
         state = run_folder.load_state(folder)
         service, report = service or FakeService(), report or Silent()
@@ -177,6 +177,25 @@ def test_three_held_out_prompts_are_shown_before_and_after(run):
     assert 3 == len(outcome.shown)
     assert {"\0" * 8} == {shown.before for shown in outcome.shown}
     assert {"aaaaaaaa", "bbbbbbbb"} >= {shown.after for shown in outcome.shown}
+
+
+def test_of_a_conversation_the_user_s_words_are_shown(run, tmp_path):
+    """Not what the chat template writes around them; of several turns, the one that is answered."""
+    path = tmp_path / "chats.jsonl"
+    begun = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "yes"}]
+    rows = [
+        [
+            *begun,
+            {"role": "user", "content": f"number {i}?"},
+            {"role": "assistant", "content": "so"},
+        ]
+        for i in range(20)
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    outcome = run(data=files.read(path))
+
+    prompts = {shown.prompt for shown in outcome.shown}
+    assert 3 == len(prompts) and prompts <= {f"number {i}?" for i in range(20)}
 
 
 def test_nothing_held_out_is_fine(run):

@@ -7,7 +7,7 @@ about the command line, the terminal or signals: it takes a Report and a guard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import date as Date
 from pathlib import Path
@@ -232,6 +232,7 @@ class _Prepared:
         pairs, held_out_pairs: the same examples as pairs, if the method learns from such.
         counts: what is in the data, and what was left out.
         notes: what was left out, in words.
+        conversations: of the held-out examples that are shown; () where there is none.
     """
 
     examples: list[datums.Example]
@@ -241,6 +242,7 @@ class _Prepared:
     notes: str
     pairs: list[preference_pairs.Pair]
     held_out_pairs: list[preference_pairs.Pair]
+    conversations: list[Sequence[Mapping[str, Any]]]
 
     @property
     def description(self) -> str:
@@ -298,7 +300,11 @@ def _prepare(
         "split": rendered.split,
     }
     is_chat = isinstance(data.records[0], records.Chat)
-    return _Prepared(examples, held_out, is_chat, told, notes, pairs, held_out_pairs)
+    shown = [(eval_data or data).records[e.record] for e in held_out[:SHOWN_EXAMPLES]]
+    conversations: list[Sequence[Mapping[str, Any]]] = [
+        one.messages if isinstance(one, records.Chat) else () for one in shown
+    ]
+    return _Prepared(examples, held_out, is_chat, told, notes, pairs, held_out_pairs, conversations)
 
 
 def _rendered(
@@ -378,8 +384,8 @@ class CrossEntropy:
         self.examples = len(prepared.examples)
         self.is_evaluated = bool(prepared.held_out)
         self.shown: Sequence[Prompt] = [
-            Prompt(e.prompt, loop.decode(tokenizer, e.prompt.to_ints()))
-            for e in prepared.held_out[:SHOWN_EXAMPLES]
+            Prompt(e.prompt, _asked(messages, loop.decode(tokenizer, e.prompt.to_ints())))
+            for e, messages in zip(prepared.held_out, prepared.conversations)
         ]
         self.prompts: Sequence[Prompt] = prompts(
             settings.prompts or [], tokenizer, prepared.is_chat
@@ -427,6 +433,16 @@ def prompts(texts: Sequence[str], tokenizer: Any, is_chat: bool) -> list[Prompt]
             tokens = types.ModelInput.from_ints(render.encode_prompt(text))
             found.append(Prompt(tokens, text))
     return found
+
+
+def _asked(messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
+    """What the user asks in a prompt: their last message in it, else all of it.
+
+    The rest is what the chat template writes around it.
+    """
+    said = [message.get("content") for message in messages if message["role"] == "user"]
+    words = [text for text in said if isinstance(text, str) and text.strip()]
+    return next((text for text in reversed(words) if text.strip() in prompt), prompt)
 
 
 def _loss_sum(output: types.ForwardBackwardOutput, batch: Sequence[datums.Example]) -> float:
