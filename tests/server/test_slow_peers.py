@@ -204,8 +204,11 @@ def test_a_client_that_does_not_take_its_answer_is_dropped(serve):
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", port_of(served)))
         slow.sendall(lines + poll)
-        reader = socket.create_connection(("127.0.0.1", port_of(served)))
+        reader = socket.socket()
         stack.callback(reader.close)
+        # With a small buffer, so that the server notices each piece that is taken.
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        reader.connect(("127.0.0.1", port_of(served)))
         reader.sendall(lines + poll)
         taken = _take_slowly(reader, 3.0)
         # Idle connections are closed after a second; the slow one is not idle, but dropped.

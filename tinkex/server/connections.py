@@ -82,21 +82,26 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """The connection was idle for long: close() would wait until what is left is taken."""
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
+        """No request came for long: close, unless the client is still taking its last answer."""
+        if not self.transport.get_write_buffer_size():
             super().timeout_keep_alive_handler()
+            return
+        if self._answer_timer is None:
+            self._watch_answer()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _watch_answer(self) -> None:
         self._unsent = self.transport.get_write_buffer_size()
         self._answer_timer = self.loop.call_later(self.answer_seconds, self._look_at_answer)
 
     def _look_at_answer(self) -> None:
-        if self.transport.get_write_buffer_size() < self._unsent:
+        self._answer_timer = None
+        left = self.transport.get_write_buffer_size()
+        if 0 < left < self._unsent:
             self._watch_answer()
-        else:  # nothing was taken, and close() would wait until it is
-            self._answer_timer = None
+        elif left:  # nothing was taken, and close() would wait until it is
             self.transport.abort()
 
     def _stop_answer_timer(self) -> None:
