@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HELP = re.compile(r"^\$ (tinkex .*--help)\n(.*)\Z", re.DOTALL)
+GPU = re.compile(r"\bGPUs?\b|\bCUDA\b")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -51,6 +52,11 @@ def server(tmp_path_factory):
     with tinkex.ServiceClient() as service:
         yield service.base_url
     del os.environ["TINKEX_HOME"]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if GPU.search(p.read_text())], ids=name)
+def test_a_page_that_mentions_a_gpu_says_that_none_was_measured(page):
+    assert re.search(r"not\s+measured", page.read_text())
 
 
 @pytest.mark.parametrize("page", with_block("python"), ids=name)

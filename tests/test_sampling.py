@@ -480,6 +480,15 @@ def test_a_stream_ends_in_an_error_of_ours(client, server, fault, kind, words):
         list(client.sample_stream([1]))
 
 
+def test_a_stream_of_an_engine_that_has_died_says_so(client, server, monkeypatch):
+    died = "the embedded engine has died (status -9)."
+    monkeypatch.setattr(client._session.transport, "obituary", lambda: died)
+    server.script("stream_sample", events('{"token": 5}'))
+
+    with pytest.raises(errors.EngineError, match=r"has died \(status -9\)"):
+        list(client.sample_stream([1]))
+
+
 # Beginning and ending.
 
 

@@ -290,6 +290,7 @@ class SamplingClient(types.Ready):
         Raises:
             NotOfferedError: From a server that does not stream.
             RequestFailedError: If the server fails on the way.
+            EngineError: If the embedded engine dies on the way.
         """
         request = types.SampleRequest(
             prompt=self._as_input(prompt),
@@ -307,16 +308,18 @@ class SamplingClient(types.Ready):
         transport = self._session.transport
         body = wire.dumps(wire.to_json(request, wire.STREAM_SAMPLE.tag))
         headers = {"Accept": "text/event-stream", "Content-Type": wire.JSON}
+        url = transport.url(wire.STREAM_SAMPLE.path)
         try:
-            stream = transport.open_stream(
-                "POST", transport.url(wire.STREAM_SAMPLE.path), body, headers
-            )
+            with transport.open_stream("POST", url, body, headers) as stream:
+                yield from read_events(stream.lines())
         except errors.APIStatusError as exc:
             if is_missing_route(exc):
                 raise not_offered(exc, wire.STREAM_SAMPLE.path) from exc
             raise
-        with stream:
-            yield from read_events(stream.lines())
+        except errors.APIConnectionError as exc:
+            if died := transport.obituary():
+                raise errors.EngineError(died) from exc
+            raise
 
     def _show_text(self, response: types.SampleResponse) -> None:
         """Let the repr of a response show its text, once a tokenizer is loaded."""

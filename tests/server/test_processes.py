@@ -315,6 +315,16 @@ def test_an_engine_that_cannot_start_ends_the_server_with_the_reason(capfd, tmp_
     assert "the engine is not running: No module named 'torch'" in capfd.readouterr().err
 
 
+def test_a_device_that_is_not_here_ends_the_server_in_one_sentence(capfd, tmp_path):
+    code = main(home=tmp_path / "home", device="nonsense")
+    shown = capfd.readouterr().err
+
+    assert 1 == code
+    assert "device 'nonsense' cannot be used here" in shown
+    assert "Choose auto, cpu, cuda or mps." in shown
+    assert "Traceback" not in shown
+
+
 def test_operations_wait_for_the_engine_to_start(tmp_path):
     """The server answers at once; importing the engine takes seconds."""
     gate = threading.Event()

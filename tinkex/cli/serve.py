@@ -58,6 +58,15 @@ from tinkex.cli.options import Size, dtype_option
     show_default=True,
     help="Accept JSON and protobuf, or JSON only.",
 )
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    envvar="TINKEX_DEVICE",
+    show_envvar=True,
+    help="What computes: auto (an NVIDIA GPU if there is one, else the CPU), cpu, cuda, cuda:1 or "
+    "mps. Only the CPU has been measured.",
+)
 @dtype_option(
     "Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
     "bfloat16 on a CPU halves the memory.",

@@ -110,7 +110,9 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
-        raise ValueError(f'device {name!r} cannot be used here ({exc}); try "auto".') from exc
+        raise ValueError(
+            f"device {name!r} cannot be used here ({exc}). Choose auto, cpu, cuda or mps."
+        ) from exc
     return device
 
 

@@ -64,12 +64,14 @@ _PARENT_SECONDS = 0.5
 _SHUTDOWN_SECONDS = 1.5
 
 
-def make_engine(dtype: str = "auto", names: Mapping[str, str] | None = None) -> Any:
+def make_engine(
+    dtype: str = "auto", names: Mapping[str, str] | None = None, device: str = "auto"
+) -> Any:
     """Create the real engine; arguments as `Engine` takes them. Imports torch, which takes
     seconds."""
     from tinkex.engine.engine import Engine
 
-    return Engine(dtype=dtype, names=names)
+    return Engine(device=device, dtype=dtype, names=names)
 
 
 class LocalServer:
@@ -297,6 +299,7 @@ def main(
     ssl_certfile: Path | None = None,
     ssl_keyfile: Path | None = None,
     session_timeout: float | None = None,
+    device: str = "auto",
     dtype: str = "auto",
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
@@ -314,8 +317,9 @@ def main(
         user_models, user_queue, user_disk, drain: as in `Limits`.
         ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
         session_timeout: seconds of silence after which a session ends; by default as in *limits*.
+        device: what computes: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
-        engine: makes the engine; None is `make_engine` with *dtype*.
+        engine: makes the engine; None is `make_engine` with *device* and *dtype*.
         on_ready: called with the server's address when it accepts requests.
 
     Returns:
@@ -344,7 +348,7 @@ def main(
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=attrs.evolve(limits or Limits(), **chosen),
-            engine=engine or partial(make_engine, dtype, names),
+            engine=engine or partial(make_engine, dtype, names, device),
             on_failure=lambda: server.stop(),
             certificate=_certificate(ssl_certfile, ssl_keyfile),
         )

@@ -338,6 +338,8 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._engine = self._make_engine()
+        except ValueError as exc:  # a setting that cannot be: whoever waits says so
+            self._give_up(exc)
         except BaseException as exc:
             self._fail(exc)
         self.ready.set()
@@ -358,6 +360,9 @@ class Scheduler:
         logger.critical(
             "The compute thread has failed, and no operation runs any more: %s", exc, exc_info=exc
         )
+        self._give_up(exc)
+
+    def _give_up(self, exc: BaseException) -> None:
         self.failure = exc
         self._on_failure()
 
