@@ -480,7 +480,7 @@ def test_a_stream_ends_in_an_error_of_ours(client, server, fault, kind, words):
         list(client.sample_stream([1]))
 
 
-def test_a_stream_of_an_engine_that_has_died_says_so(client, server, monkeypatch):
+def test_a_stream_of_an_engine_that_has_died_names_the_reason(client, server, monkeypatch):
     died = "the embedded engine has died (status -9)."
     monkeypatch.setattr(client._session.transport, "obituary", lambda: died)
     server.script("stream_sample", events('{"token": 5}'))

@@ -5,9 +5,7 @@ gaps; an early job waits until those before it have arrived. Lines and sampling 
 fairly by time: training and sampling get half each while both have work, and the lines share
 training's half. A job can be interrupted at every `yield`, so small jobs do not wait for big ones.
 
-A job that waits for something that is not computed, such as a file that is read, yields a `Wait`:
-it is parked, and others run until that is done.
-
+A job that waits for a file, say, yields a `Wait`: it is parked, and others run until that is done.
 States of a line: open; closing (a last job waits for those before it); removed.
 Does not know about HTTP, users, files, or what a job computes; takes callables.
 """
@@ -338,8 +336,9 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._engine = self._make_engine()
-        except ValueError as exc:  # a setting that cannot be: whoever waits says so
-            self._give_up(exc)
+        except ValueError as exc:  # a setting that cannot be: the caller reports it
+            self.failure = exc
+            self._on_failure()
         except BaseException as exc:
             self._fail(exc)
         self.ready.set()
@@ -360,9 +359,6 @@ class Scheduler:
         logger.critical(
             "The compute thread has failed, and no operation runs any more: %s", exc, exc_info=exc
         )
-        self._give_up(exc)
-
-    def _give_up(self, exc: BaseException) -> None:
         self.failure = exc
         self._on_failure()
 
