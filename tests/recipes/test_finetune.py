@@ -227,8 +227,27 @@ def test_the_end_is_reported_once_however_it_comes(finetune, service):
 def test_bad_arguments_leave_no_folder_behind(finetune, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         finetune(**options)
-    if "preference" not in message:
-        assert [] == list(tmp_path.iterdir())
+    assert [] == list(tmp_path.iterdir())
+
+
+PAIR = {"chosen": "a", "rejected": "b", "prompt": "c"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"data": [PAIR]}, {"max_length": 1}, {"method": "dpo"}, {"eval_data": [PAIR]}]
+)
+def test_refused_data_leaves_a_folder_as_it_was(finetune, tmp_path, options):
+    """Whatever was found out too late to refuse it before anything was written."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    files = {"data.jsonl": "of a run that never began", "notes.txt": "of the user"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+    with pytest.raises(ValueError):
+        finetune(**options)
+
+    assert files == {path.name: path.read_text() for path in folder.iterdir()}
 
 
 def test_a_folder_in_use_is_named(finetune, tmp_path):

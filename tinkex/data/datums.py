@@ -181,11 +181,16 @@ def _drafts(record: records.Record, render_one: Renderer, options: Options) -> l
         return [completion_draft(record.prompt, record.completion)]
     if isinstance(record, records.Text):
         return [completion_draft("", record.text)]
+    raise ValueError(unfit(record))
+
+
+def unfit(record: records.Record) -> str | None:
+    """Why supervised training has no use for a record; None if it has."""
     if isinstance(record, records.Task):
-        raise ValueError("a prompt without an answer, which is for `tinkex rl`")
-    raise ValueError(
-        "a preference pair (chosen, rejected), which is for preference training: --method dpo"
-    )
+        return "a prompt without an answer, which is for `tinkex rl`"
+    if isinstance(record, records.Preference):
+        return "a preference pair (chosen, rejected), which is for preference training: --method dpo"
+    return None
 
 
 def _example(

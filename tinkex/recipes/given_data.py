@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tinkex import types
-from tinkex.data import files
+from tinkex.data import datums, files
+from tinkex.recipes import preference_losses, preference_pairs
 from tinkex.recipes.settings import Settings
 
 #: Objects are kept under this name.
@@ -54,9 +55,10 @@ def read(data: Any, told: str | None, settings: Settings, keep: Path) -> files.D
 def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
     rows = _rows(data)
     # Before anything is written: bad rows are named by their number.
-    files.from_rows(
+    file = files.from_rows(
         rows, settings.skip_bad_lines, shape=settings.data_format, renames=settings.data_map
     )
+    _check_method(file, settings)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     if is_resumed:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -70,6 +72,17 @@ def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
     return path
+
+
+def _check_method(file: files.DataFile, settings: Settings) -> None:
+    """Refuse rows that are for another method."""
+    if settings.method in preference_losses.LOSSES:
+        preference_pairs.as_conversations(file, settings.method)
+    elif settings.method == "sft" and not settings.skip_bad_lines:
+        reasons = [(record.where, datums.unfit(record)) for record in file.records]
+        bad = [files.BadLine(where, reason) for where, reason in reasons if reason is not None]
+        if bad:
+            raise files.refuse(file.name, bad)
 
 
 def _rows(data: Any) -> list[dict[str, Any]]:

@@ -79,6 +79,8 @@ class State:
 
 
 LOCK = "lock"
+#: Files that are written before a run begins.
+REPLACED = ("config.yaml", "state.json", "data.jsonl", "eval-data.jsonl")
 
 
 @contextlib.contextmanager
@@ -86,7 +88,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     Use *folder* for a run, alone. It is made if it is not there.
 
-    The lock ends with the process, however that ends, so a stale one is no obstacle.
+    The lock ends with the process, however that ends, so a stale one is no obstacle. If the run is
+    refused (ValueError, TypeError) before it has begun, the folder is left as it was.
 
     Raises:
         ValueError: If another process is using the folder; names it.
@@ -94,13 +97,43 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = _open_locked(folder / LOCK)
+    before = _files(folder)
     try:
         yield
+    except (ValueError, TypeError):
+        if not _has_begun(folder):
+            _restore(folder, before)
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.unlink(folder / LOCK)
             folder.rmdir()  # if nothing else was written to it
         file.close()
+
+
+def _files(folder: Path) -> dict[Path, bytes | None]:
+    """What is in *folder*; with the content of what a run that is refused may have replaced."""
+    return {
+        path: path.read_bytes() if path.name in REPLACED and path.is_file() else None
+        for path in folder.iterdir()
+    }
+
+
+def _has_begun(folder: Path) -> bool:
+    try:
+        state = load_state(folder)
+    except ValueError:
+        return True  # not ours to touch
+    return state is not None and state.has_begun
+
+
+def _restore(folder: Path, before: dict[Path, bytes | None]) -> None:
+    for path in set(folder.iterdir()) - before.keys():
+        if path.is_file():
+            path.unlink()
+    for path, content in before.items():
+        if content is not None:
+            path.write_bytes(content)
 
 
 def _open_locked(path: Path) -> TextIO:
