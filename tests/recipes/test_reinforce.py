@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 import tinkex
 from tests.recipes.test_supervised import Silent
-from tests.support.fake_policy import FakeService
+from tests.support.fake_policy import FakeSampling, FakeService
 from tinkex import cli, errors
 from tinkex.cli import rl
+from tinkex.engine import tiny
 from tinkex.recipes import config_file, given_data, reinforce, run_folder
 from tinkex.recipes.settings import RewardSettings
 from tinkex.text import tokenizer
@@ -47,7 +48,7 @@ def learn(service, tmp_path):
     return learn
 
 
-def rows(run):
+def rows_of(run):
     return [{k: v for k, v in row.items() if "second" not in k} for row in run.metrics]
 
 
@@ -69,7 +70,7 @@ def test_the_reward_rises(learn, advantage, off_policy_steps):
 
 
 def test_a_run_is_the_same_whenever_it_is_made(learn):
-    assert rows(learn(name="one")) == rows(learn(name="other", service=FakeService()))
+    assert rows_of(learn(name="one")) == rows_of(learn(name="other", service=FakeService()))
 
 
 @pytest.mark.parametrize("environment", [None, "environment"])
@@ -97,7 +98,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(service, tmp_path, envi
     assert 0 < tinkex.load_run(tmp_path / "parts").step < whole.step
     parts = start("parts", service)
 
-    assert rows(whole) == rows(parts)
+    assert rows_of(whole) == rows_of(parts)
 
 
 class OneTurn:
@@ -138,7 +139,7 @@ def test_a_reward_that_fails_is_named_and_the_run_can_be_resumed(learn, failure,
 
     resumed = learn(count, resume=True, name="parts", reward_timeout=10.0)
 
-    assert rows(learn(name="whole", service=FakeService())) == rows(resumed)
+    assert rows_of(learn(name="whole", service=FakeService())) == rows_of(resumed)
 
 
 def test_either_a_reward_or_an_environment_is_needed(learn):
@@ -192,6 +193,32 @@ def test_a_model_learns_what_its_teacher_says(service, tmp_path, monkeypatch):
     assert {("importance_sampling", None)} == set(service.losses)
 
 
+def test_runs_that_are_to_be_equal_ask_for_one_answer_at_a_time(service, tmp_path, monkeypatch):
+    """What the server computes together then depends on nothing but the run."""
+    asked, answered = [], []
+
+    def counted(method):
+        def call(*args, **options):
+            future = method(*args, **options)
+            asked.append(len(answered))
+            result = future.result
+            future.result = lambda *a: (answered.append(future), result(*a))[1]
+            return future
+
+        return call
+
+    for name in ("sample", "compute_logprobs"):
+        method = getattr(FakeSampling, name)
+        monkeypatch.setattr(FakeSampling, name, counted(method))
+
+    settings = {**SETTINGS, "group_size": 1, "epochs": 1, "deterministic": True}
+    tinkex.distill(
+        ROWS, "big", "fake", tmp_path / "run", service=service, progress=False, **settings
+    )
+
+    assert list(range(len(asked))) == asked  # each after the answer to the one before
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(service, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tests.support.fake_policy.FakeSampling.get_tokenizer",
@@ -230,7 +257,7 @@ def test_the_command_is_the_function(command, learn, tmp_path):
 
     assert 0 == done.return_value, done.output
     assert "Held-out reward: " in done.output
-    assert rows(learn(service=FakeService())) == rows(tinkex.load_run(tmp_path / "out"))
+    assert rows_of(learn(service=FakeService())) == rows_of(tinkex.load_run(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("name", "made"), [("rl", rl.rl), ("distill", rl.distill)])
@@ -244,7 +271,7 @@ def test_a_config_file_has_options_of_the_command_alone(command, tmp_path, name,
     assert set(written) <= {option.name for option in made.params}
     assert 0 == command(name, "--config", "out/config.yaml", "--output", "again").return_value
     again = tinkex.load_run(tmp_path / "again")
-    assert rows(tinkex.load_run(tmp_path / "out")) == rows(again)
+    assert rows_of(tinkex.load_run(tmp_path / "out")) == rows_of(again)
 
 
 # A real model
@@ -272,6 +299,75 @@ def test_the_reward_of_a_real_model_rises(tmp_path, monkeypatch):
     assert max(rewards[-2:]) > max(rewards[:2]) + 0.2
     assert max(row["sampler_kl"] for row in run.metrics) < 1e-3
     assert run.metrics[-1]["reference_kl"] > run.metrics[0]["reference_kl"]
+
+
+@pytest.fixture
+def larger(tmp_path):
+    """A model of the tokenizer of the built-in one, and five times its size."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+    config = transformers.LlamaConfig(
+        **{**tiny.CONFIG, **shape, "head_dim": 64}, initializer_range=1 / 16
+    )
+    model = transformers.LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    assert sum(p.numel() for p in model.parameters()) > 5 * sum(
+        tensor.numel() for tensor in tiny.weights().values()
+    )
+    model.save_pretrained(tmp_path / "larger")
+    tiny.write_tokenizer(tmp_path / "larger")
+    return str(tmp_path / "larger")
+
+
+@pytest.mark.slow  # trains three models
+def test_a_small_model_learns_from_a_larger_one_and_again_to_the_last_bit(
+    larger, tmp_path, monkeypatch
+):
+    """The divergence from the teacher falls. The teacher and the student's first lessons are made
+    once; from there on, two runs with one seed are equal, although the server is asked for
+    hundreds of answers at whatever time they arrive."""
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path / "home"))
+    rows = [{"prompt": f"{n} is ", "completion": "odd." if n % 2 else "even."} for n in range(24)]
+    common = {"batch_size": 6, "learning_rate": 5e-3, "rank": 8, "eval_fraction": 0.0}
+    with tinkex.ServiceClient() as service:
+        teacher, start = (
+            tinkex.finetune(
+                rows,
+                base,
+                tmp_path / name,
+                service=service,
+                progress=False,
+                **{**common, "epochs": epochs},
+            )
+            for base, name, epochs in ((larger, "teacher", 6), ("tiny", "start", 3))
+        )
+        one, other = (
+            tinkex.distill(
+                rows,
+                teacher.sampler_path,
+                "tiny",
+                tmp_path / name,
+                service=service,
+                progress=False,
+                start_from=str(start.folder),
+                group_size=4,
+                max_tokens=6,
+                plain=True,
+                epochs=5,
+                max_steps=steps,
+                deterministic=True,
+                **common,
+            )
+            for name, steps in (("one", None), ("other", 5))
+        )
+
+    divergences = [row["reference_kl"] for row in one.metrics if "reference_kl" in row]
+    assert np.mean(divergences[-3:]) < 0.75 * np.mean(divergences[:3])
+    assert 5 == other.step
+    assert rows_of(one)[: len(rows_of(other))] == rows_of(other)
 
 
 @pytest.mark.slow  # downloads 93 MB, and trains for minutes

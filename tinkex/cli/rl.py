@@ -73,6 +73,11 @@ _OWN = [
         show_default=True,
         help="1 samples for the next step while this one is trained on.",
     ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        help="Sample prompt after prompt, so that runs with one seed are equal; slower.",
+    ),
 ]
 _RL = [
     click.option(

@@ -214,10 +214,11 @@ class PolicyGradient:
         if self._reference is None:
             return {}
         traces = [trace for episode in episodes for trace in episode.traces]
-        futures = [
-            self._reference.compute_logprobs(types.ModelInput.from_ints(trace.tokens))
-            for trace in traces
-        ]
+        reference = self._reference
+        futures = self._rollouts.submitted(
+            lambda trace: reference.compute_logprobs(types.ModelInput.from_ints(trace.tokens)),
+            traces,
+        )
         found = {}
         for trace, future in zip(traces, futures):
             given = np.asarray(

@@ -200,6 +200,7 @@ def _options(settings: RewardSettings) -> Options:
         settings.stop or (),
         settings.plain,
         settings.max_turns,
+        settings.deterministic,
     )
 
 

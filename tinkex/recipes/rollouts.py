@@ -6,10 +6,11 @@ several turns. Does not know how a model is trained on them.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import numpy as np
@@ -21,6 +22,9 @@ from tinkex.recipes.rewards import Pool, RewardError, Score, as_score, name_of
 from tinkex.sampling import SamplingClient
 from tinkex.text.renderer import Renderer
 from tinkex.text.responses import parse_response
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 #: Characters of an answer that an error shows.
 SHOWN = 60
@@ -115,6 +119,9 @@ class Options:
         plain: continue prompts that are texts as they are, without the chat template.
         stop: ends an answer, besides what ends the model's turn or text.
         max_turns: turns of an episode in an environment.
+        deterministic: one request at a time. A server computes what it has together, and which
+            requests it has depends on when they arrive; the last bits of its answers depend on
+            that, and with them now and then a token.
     """
 
     group_size: int
@@ -123,6 +130,7 @@ class Options:
     stop: Sequence[str] = ()
     plain: bool = False
     max_turns: int = 8
+    deterministic: bool = False
 
 
 @attrs.frozen
@@ -193,14 +201,14 @@ class Rollouts:
         if self._make_env is not None:
             return self._in_environments(sampler, self._make_env, tasks, seed, size, heat)
         prompts = [self.prompt(task) for task in tasks]
-        futures = [
-            sampler.sample(
-                types.ModelInput.from_ints(prompt.tokens),
+        futures = self.submitted(
+            lambda number: sampler.sample(
+                types.ModelInput.from_ints(prompts[number].tokens),
                 num_samples=size,
-                sampling_params=self._params(prompt, heat, seed_of(seed, number)),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
+                sampling_params=self._params(prompts[number], heat, seed_of(seed, number)),
+            ),
+            range(len(prompts)),
+        )
         waiting = []
         for number, (task, prompt, future) in enumerate(zip(tasks, prompts, futures)):
             for sampled in future.result().sequences:
@@ -208,6 +216,16 @@ class Rollouts:
                 call = self._reward and self._pool.start(self._reward, text, task.row)
                 waiting.append((number, task, prompt, sampled, text, call))
         return [self._judged(*parts) for parts in waiting]
+
+    def submitted(
+        self, submit: Callable[[T], Future[R]], inputs: Iterable[T]
+    ) -> Iterable[Future[R]]:
+        """A future for each of *inputs*, whose results are to be taken in their order.
+
+        If runs are to be equal, each is submitted only once it is taken: after the one before it.
+        """
+        futures = map(submit, inputs)
+        return futures if self.options.deterministic else list(futures)
 
     def _judged(
         self,
@@ -255,14 +273,15 @@ class Rollouts:
         temperature: float,
     ) -> list[Episode]:
         """Every episode on a thread of its own, so that their turns are sampled together."""
-        futures: list[Future[Episode]] = []
-        for group, task in enumerate(tasks):
-            for member in range(size):
-                each = seed_of(seed, group, member)
-                futures.append(
-                    in_background(self._episode, sampler, make_env, group, task, each, temperature)
-                )
-        return [future.result() for future in futures]
+
+        def begin(numbers: tuple[int, int]) -> Future[Episode]:
+            task, each = tasks[numbers[0]], seed_of(seed, *numbers)
+            return in_background(
+                self._episode, sampler, make_env, numbers[0], task, each, temperature
+            )
+
+        numbers = itertools.product(range(len(tasks)), range(size))
+        return [future.result() for future in self.submitted(begin, numbers)]
 
     def _episode(
         self,

@@ -236,6 +236,8 @@ class RewardSettings(Settings):
         kl: strength of the pull to the base model (or the teacher), in reward per nat and token.
         off_policy_steps: 1 samples for the next step while the server trains on this one, from the
             weights before it.
+        deterministic: sample prompt after prompt instead of all at once. Runs with one seed are
+            then equal to the last bit, on a server that does nothing else; a step takes longer.
         reward, env: names of the functions, for the record.
         reward_timeout: seconds that a reward function, or a step of an environment, may take.
         reward_workers: how many of them run at a time.
@@ -261,6 +263,7 @@ class RewardSettings(Settings):
     clip_high: float | None = attrs.field(default=None, validator=_clip)
     kl: float = attrs.field(default=0.0, validator=_not_negative)
     off_policy_steps: int = attrs.field(default=0, validator=_one_of(Literal[0, 1]))
+    deterministic: bool = False
     reward: str | None = None
     env: str | None = None
     reward_timeout: float = attrs.field(default=60.0, validator=_positive)
