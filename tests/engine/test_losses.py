@@ -18,6 +18,12 @@ CONFIGS = {
     "cispo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.1},
     "dro": {"beta": 0.3},
     "gspo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1},
+    "trinity_ppo": {
+        "num_total_datums": 5.0,
+        "clip_range": 0.1,
+        "clip_ratio_c": 1.2,
+        "kl_coef": 0.3,
+    },
 }
 
 
@@ -31,6 +37,15 @@ def formula(name, lp, d, c):
         return -(ratio * a)
     if name == "dro":
         return -(lp * a - 0.5 * c["beta"] * (lp - q) ** 2)
+    if name == "trinity_ppo":
+        bounded = ratio.clamp(1 - c["clip_range"], 1 + c["clip_range"])
+        each = torch.where(
+            a < 0,
+            torch.maximum(torch.minimum(ratio * a, bounded * a), c["clip_ratio_c"] * a),
+            torch.minimum(ratio * a, bounded * a),
+        )
+        each = -each + c["kl_coef"] * (lp - d["ref_logprobs"]) ** 2 / 2
+        return each * d["mask"] / d["mask"].sum() / c["num_total_datums"]
     low, high = c["clip_low_threshold"], c["clip_high_threshold"]
     if name == "cispo":
         return -(ratio.clamp(low, high).detach() * lp * a)
@@ -53,6 +68,9 @@ def random_inputs(name, lp, rng):
     if name == "gspo":
         inputs["sequence_ratio_mask"] = np.ones(n, np.float32)
         inputs["sequence_ratio_mask"][: n // 3] = 0
+    if name == "trinity_ppo":
+        inputs["ref_logprobs"] = (lp + rng.normal(0, 0.2, n)).astype(np.float32)
+        inputs["mask"] = (np.arange(n) >= n // 3).astype(np.float32)
     return inputs
 
 
@@ -62,7 +80,7 @@ def packed(arrays, config, lengths):
     return losses.Inputs(columns, config, sequence, len(lengths))
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "gspo"])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "gspo"])  # its mean is constant
 def test_the_derivative_is_the_finite_difference(name):
     """Away from the corners of the clip, where there is no derivative."""
     rng = np.random.default_rng(3)
@@ -217,6 +235,9 @@ def test_clip_bounds_may_come_token_by_token(trained):
     [
         ("ppo", {"clip_low": 0.8}, "ppo has no setting 'clip_low'; it takes clip_low_threshold"),
         ("cross_entropy", {"beta": 1.0}, "it takes none"),
+        ("trinity_ppo", None, "trinity_ppo needs the setting 'num_total_datums': how many datums"),
+        ("trinity_ppo", {"num_total_datums": 1.5}, "must be a whole number from 1, got 1.5"),
+        ("trinity_ppo", {"num_total_datums": 2, "clip_range": 1}, "clip_range must be from 0 to"),
         ("stable_reinforce", None, "its formula is not published; choose one of cross_entropy"),
         ("rl", None, "loss_fn 'rl' is not known"),
         ("ppo", {"clip_low_threshold": 2.0}, "is above clip_high_threshold 1.2"),
@@ -236,3 +257,84 @@ def test_defaults_are_those_of_the_table():
     assert {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0} == losses.complete_config(
         "cispo", None
     )
+
+
+# trinity_ppo, which the official service does not have
+
+
+def test_a_step_is_the_same_however_its_datums_are_divided(trained, tmp_path):
+    """num_total_datums makes it a mean over all of them; metrics are sums."""
+    engine, _ = trained
+    rng = np.random.default_rng(8)
+    config = CONFIGS["trinity_ppo"]
+    data = []
+    for length in (5, 40, 17):
+        tokens = rng.integers(0, hf.VOCAB, length + 1)
+        data.append(hf.datum(tokens, **random_inputs("trinity_ppo", np.full(length, -3.0), rng)))
+
+    whole = hf.drive(engine.forward_backward("m", data, "trinity_ppo", config))
+    expected = hf.gradients(engine, "m", tmp_path / "whole")
+    engine.clear_gradients("m")
+    parts = [
+        hf.drive(engine.forward_backward("m", part, "trinity_ppo", config))
+        for part in (data[:1], data[1:])
+    ]
+    actual = hf.gradients(engine, "m", tmp_path / "parts")
+    engine.clear_gradients("m")
+
+    for key, value in whole.metrics.items():
+        assert sum(part.metrics[key] for part in parts) == pytest.approx(value, rel=1e-4)
+    tokens = sum(datum.loss_fn_inputs["mask"].to_numpy().sum() for datum in data)
+    assert tokens == whole.metrics["trinity/response_tokens:sum"]
+    for key in expected:
+        scale = float(expected[key].abs().max())
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_weights_above_zero_are_a_mask(trained):
+    engine, _ = trained
+    inputs = {"logprobs": np.full(9, -3.0), "advantages": np.ones(9)}
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    mask = (np.arange(9) > 3).astype(np.float32)
+    config = {"num_total_datums": 1, "kl_coef": 0}
+
+    by_mask, by_weights = (
+        hf.drive(
+            engine.forward_backward(
+                "m",
+                [hf.datum(np.arange(10), **inputs, **given)],
+                "trinity_ppo",
+                config,
+                forward_only=True,
+            )
+        )
+        for given in ({"mask": mask}, {"weights": 0.5 * mask})
+    )
+
+    assert by_mask.loss == by_weights.loss != 0
+    assert "trinity/kl_sum:sum" not in by_mask.metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"mask": None}, {}, r"data\[0\] lacks a loss input 'mask' or 'weights'"),
+        ({"mask": 0.5}, {}, r"data\[0\].*'mask'.* must have only 0 and 1"),
+        ({"ref_logprobs": None}, {}, r"data\[0\] lacks the loss input 'ref_logprobs'"),
+        ({}, {"num_total_datums": 1}, "num_total_datums is 1, but this request alone has 2"),
+    ],
+)
+def test_wrong_inputs_of_it_are_named(trained, change, config, message):
+    engine, _ = trained
+    inputs = random_inputs("trinity_ppo", np.full(9, -3.0), np.random.default_rng(9))
+    data = [hf.datum(np.arange(10), **inputs)]
+    for name, value in change.items():
+        inputs[name] = np.full(9, value, np.float32)
+        if value is None:
+            del inputs[name]
+    data.insert(0, hf.datum(np.arange(10), **inputs))
+
+    with pytest.raises(ValueError, match=message):
+        hf.drive(
+            engine.forward_backward("m", data, "trinity_ppo", {**CONFIGS["trinity_ppo"], **config})
+        )

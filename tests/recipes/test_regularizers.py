@@ -65,6 +65,12 @@ MADE = {
 }
 OTHERS = {
     "gradient_penalty": regularizers.gradient_penalty(loss_fn=nonlinear, target_norm=2.0),
+    "gradient_penalty-interpolated": regularizers.gradient_penalty(
+        loss_fn=nonlinear, target_norm=2.0, mode="interpolated", seed=3
+    ),
+    "kl-computed": regularizers.kl(
+        reference=lambda data, logprobs: [d.loss_fn_inputs["reference_logprobs"].data for d in data]
+    ),
     "orthogonality": regularizers.orthogonality(),
     "sum": regularizers.l2(reduction="sum"),
 }
@@ -117,6 +123,29 @@ def test_the_gradient_penalty_is_the_distance_of_the_norm_from_its_target():
     assert float(metrics["norm"]) == pytest.approx(norm)
 
 
+def test_the_interpolated_gradient_is_between_the_log_probabilities_and_the_reference():
+    draws = np.repeat(np.random.default_rng(3).random(len(LENGTHS)), LENGTHS)
+    norm = np.sqrt(((3 * (draws * LP + (1 - draws) * LQ) ** 2) ** 2).sum())
+
+    _, _, metrics = value_of(OTHERS["gradient_penalty-interpolated"], LP)
+
+    assert float(metrics["norm"]) == pytest.approx(norm, rel=1e-6)
+
+
+def test_no_gradient_goes_through_a_computed_reference():
+    """KL to the model itself is 0 wherever it is; its gradient is that of a fixed reference."""
+    itself = regularizers.kl(reference=lambda data, logprobs: [lp.detach() for lp in logprobs])
+
+    value, leaves, _ = value_of(regularizers.kl(reference=lambda data, logprobs: logprobs), LP)
+    value.backward()
+    expected, others, _ = value_of(itself, LP)
+    expected.backward()
+
+    assert 0 == float(value.detach()) == float(expected.detach())
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(leaves, others))
+    assert leaves[0].grad.any()
+
+
 def test_orthogonal_log_probabilities_cost_nothing():
     logprobs = [torch.tensor([-1.0, 0.0]), torch.tensor([0.0, -2.0, 7.0])]
     assert 0 == float(regularizers.orthogonality()([], logprobs)[0])
@@ -163,6 +192,14 @@ def test_a_sum_has_metrics_of_each_part():
         (lambda: regularizers.kl(direction="up"), 'direction must be "forward" or "reverse"'),
         (lambda: regularizers.entropy(mode="x"), 'mode must be "maximize" or "minimize"'),
         (lambda: regularizers.consistency(metric="x"), 'metric must be "mse", "mae" or "kl"'),
+        (
+            lambda: regularizers.gradient_penalty(loss_fn=nonlinear, mode="x"),
+            'mode must be "output" or "interpolated"',
+        ),
+        (
+            lambda: regularizers.of_model(None)(datums(), []),
+            r"targets of data\[0\] are not its tokens moved by one",
+        ),
         (lambda: regularizers.elastic_net(l1_ratio=2), "l1_ratio must be from 0 to 1"),
         (
             lambda: regularizers.combine(nonlinear, regularizers.l1(), regularizers.l1()),
@@ -194,3 +231,34 @@ def test_a_model_is_trained_on_a_sum(tmp_path, monkeypatch):
     assert output.metrics["loss:sum"] == pytest.approx(
         output.metrics["base_loss"] + output.metrics["regularizer_total"], rel=1e-5
     )
+
+
+def test_another_model_is_a_reference(tmp_path, monkeypatch):
+    """The base model: an adapter that was never trained is at a divergence of 0 from it. It is
+    asked about a datum once."""
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path))
+    tokens = np.arange(40, 60)
+    data = [
+        types.Datum(
+            types.ModelInput.from_ints(tokens[:n]), {"target_tokens": tokens[1 : n + 1].copy()}
+        )
+        for n in (6, 19)
+    ]
+    asked = []
+    with tinkex.ServiceClient() as service:
+        training = service.create_lora_training_client("tiny", rank=4)
+        sampler = service.create_sampling_client(base_model="tiny")
+        ask = sampler.compute_logprobs
+        monkeypatch.setattr(sampler, "compute_logprobs", lambda x: asked.append(x) or ask(x))
+        pulled = regularizers.combine(
+            nonlinear, regularizers.kl(reference=regularizers.of_model(sampler))
+        )
+        found = []
+        for _ in range(3):
+            output = training.forward_backward_custom(data, pulled)
+            training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+            found.append(output.result().metrics["kl/gap"])
+
+    assert found[0] == pytest.approx(0, abs=1e-5)
+    assert abs(found[2]) > 1e-2
+    assert 2 == len(asked)

@@ -143,10 +143,10 @@ def test_whatever_is_wrong_with_one_datum_its_index_and_input_are_named(batch, d
 
 
 def test_every_loss_function_of_the_protocol_is_known():
-    """Wire reference, section 7.2."""
+    """Wire reference, section 7.2; and one of TuFT, which is no official one."""
     known = ["cispo", "cross_entropy", "dro", "gspo", "importance_sampling", "ppo"]
 
-    assert [*known, "stable_reinforce"] == sorted(types.LOSS_FUNCTIONS)
+    assert [*known, "stable_reinforce", "trinity_ppo"] == sorted(types.LOSS_FUNCTIONS)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,9 @@ def unfit(record: records.Record) -> str | None:
     if isinstance(record, records.Task):
         return "a prompt without an answer, which is for `tinkex rl`"
     if isinstance(record, records.Preference):
-        return "a preference pair (chosen, rejected), which is for preference training: --method dpo"
+        return (
+            "a preference pair (chosen, rejected), which is for preference training: --method dpo"
+        )
     return None
 
 

@@ -18,6 +18,9 @@ from tinkex import types
 #: Losses of the API that this server does not compute, and why.
 NOT_OFFERED = {"stable_reinforce": "its formula is not published"}
 
+#: Between what a setting must be, the first included.
+BOUNDS = {"clip_range": (0.0, 1.0), "clip_ratio_c": (1.0, torch.inf), "kl_coef": (0.0, torch.inf)}
+
 #: The input that a loss, and so its derivative, is a multiple of.
 FACTORS = {
     "cross_entropy": "weights",
@@ -130,12 +133,68 @@ def gspo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return clipped(means[inputs.sequence], inputs)
 
 
+#: Beyond this log-ratio trinity_ppo takes the ratio at it.
+MOST_LOG_RATIO = 20.0
+
+
+def trinity_ppo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """PPO with a dual clip (Ye et al. 2020) and a divergence from reference log-probabilities.
+
+    Of each sequence the mean over its mask, and of these the sum over num_total_datums, the datums
+    of the whole step: the only loss here that is a mean. By the published package tuft 0.2.2.
+    """
+    config, mask = inputs.config, _mask(inputs)
+    a, gap = inputs.arrays["advantages"], lp - inputs.arrays["logprobs"]
+    log_ratio = gap.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
+    ratio = log_ratio.exp()
+    plain = -ratio * a
+    bounded = -ratio.clamp(1 - config["clip_range"], 1 + config["clip_range"]) * a
+    loss = torch.maximum(plain, bounded)
+    slope = torch.where((plain >= bounded) & (log_ratio == gap), plain, 0.0)
+    most = torch.where(a < 0, -a * config["clip_ratio_c"], torch.inf)
+    slope = torch.where(loss > most, 0.0, slope)
+    loss = torch.minimum(loss, most)
+    if "ref_logprobs" in inputs.arrays:
+        distance = lp - inputs.arrays["ref_logprobs"]
+        loss = loss + config["kl_coef"] * 0.5 * distance**2
+        slope = slope + config["kl_coef"] * distance
+    counts = lp.new_zeros(inputs.sequences, 1).index_add(0, inputs.sequence, mask.to(lp.dtype))
+    scale = mask / counts.clamp(min=1.0)[inputs.sequence] / config["num_total_datums"]
+    return loss * scale, slope * scale
+
+
+def _mask(inputs: Inputs) -> Tensor:
+    """(N, 1) true where a token is of the response: by the mask, or else by weights above 0."""
+    return inputs.arrays["mask" if "mask" in inputs.arrays else "weights"] > 0
+
+
+def trinity_metrics(lp: Tensor, inputs: Inputs) -> dict[str, float]:
+    """Sums over the tokens of the responses, of which means follow for any division of a batch."""
+    mask, reach = _mask(inputs), inputs.config["clip_range"]
+    gap = (lp - inputs.arrays["logprobs"]).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
+    ratio = gap.exp()[mask].double()
+    found = {
+        "response_tokens": float(mask.sum()),
+        "ratio_sum": float(ratio.sum()),
+        "ratio_squared_sum": float((ratio**2).sum()),
+        "clipped_tokens": float(((ratio < 1 - reach) | (ratio > 1 + reach)).sum()),
+    }
+    if "ref_logprobs" in inputs.arrays:
+        distance = (lp - inputs.arrays["ref_logprobs"])[mask].double()
+        found["kl_sum"] = float((0.5 * distance**2).sum())
+    return {f"trinity/{name}:sum": value for name, value in found.items()}
+
+
 LOSSES: dict[str, Loss] = {
-    loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
+    loss.__name__: loss
+    for loss in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, trinity_ppo)
 }
 
 #: Losses whose value at a token depends on the other tokens of its sequence.
-WHOLE_SEQUENCE = frozenset({"gspo"})
+WHOLE_SEQUENCE = frozenset({"gspo", "trinity_ppo"})
+
+#: What a loss reports besides its sum.
+METRICS: dict[str, Callable[[Tensor, Inputs], dict[str, float]]] = {"trinity_ppo": trinity_metrics}
 
 
 def complete_config(
@@ -157,8 +216,19 @@ def complete_config(
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"{loss_fn} has no setting {key!r}; {takes}.")
+        if accepted[key] is None and not (given[key] >= 1 and given[key] == int(given[key])):
+            raise ValueError(f"{loss_fn}: {key} must be a whole number from 1, got {given[key]}.")
+    missing = [key for key, value in accepted.items() if value is None and key not in given]
+    if missing:
+        raise ValueError(
+            f"{loss_fn} needs the setting {missing[0]!r}: how many datums the optimizer step has "
+            "in all, the same number in every request of the step."
+        )
     complete = {key: float(value) for key, value in accepted.items() if value is not None}
     complete.update({key: float(value) for key, value in given.items()})
+    for key, (low, high) in BOUNDS.items():
+        if not low <= complete.get(key, low) < high:
+            raise ValueError(f"{loss_fn}: {key} must be from {low:g} to below {high:g}.")
     if complete.get("clip_low_threshold", 0.0) > complete.get("clip_high_threshold", 1e38):
         raise ValueError(
             f"clip_low_threshold {complete['clip_low_threshold']} is above clip_high_threshold "

@@ -72,8 +72,23 @@ def prepare(
     defaults = {"weights": 1.0, **config}
     if loss_fn == "cross_entropy":
         optional = ["weights"]
+    if loss_fn == "trinity_ppo":
+        _check_trinity(data, config)
+        optional += ["ref_logprobs"] * (config["kl_coef"] > 0 and "ref_logprobs" not in optional)
     names = [name for name in (*known.inputs, *optional) if name != "target_tokens"]
     return [_prepare_one(datum, i, names, defaults) for i, datum in enumerate(data)]
+
+
+def _check_trinity(data: Sequence[types.Datum], config: Mapping[str, float]) -> None:
+    if config["num_total_datums"] < len(data):
+        raise ValueError(
+            f"num_total_datums is {config['num_total_datums']:g}, but this request alone has "
+            f"{len(data)} datums; it is how many the optimizer step has in all."
+        )
+    for i, datum in enumerate(data):
+        mask = datum.loss_fn_inputs.get("mask")
+        if mask is not None and not np.isin(mask.to_numpy(), (0, 1)).all():
+            raise ValueError(f"data[{i}].loss_fn_inputs['mask'] must have only 0 and 1.")
 
 
 def _prepare_one(
@@ -85,6 +100,11 @@ def _prepare_one(
     arrays: dict[str, npt.NDArray[np.float32]] = {}
     for name in names:
         if name not in inputs:
+            if name not in defaults:
+                raise ValueError(
+                    f"data[{i}] lacks the loss input {name!r}, which every datum must have if one "
+                    "has it, and as settings of the loss need it."
+                )
             arrays[name] = np.full(rows, defaults[name], np.float32)
             continue
         if inputs[name].shape != shape:
@@ -141,11 +161,12 @@ def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> l
 
 @attrs.frozen(eq=False)
 class _Outcome:
-    """What came of the datums *numbers*: loss, and arrays (N, K) of all their rows by name."""
+    """What came of the datums *numbers*: loss, metrics, and arrays (N, K) of all rows by name."""
 
     numbers: Sequence[int]
     packing: Packing
     loss: float
+    metrics: Mapping[str, float]
     arrays: Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -184,7 +205,7 @@ class Pass:
         widths = [datum.targets.shape[1] for datum in data]
         lengths = [len(datum) for datum in data]
         self.batches = micro_batches(lengths, widths, tokens_per_batch(base))
-        self._loss = 0.0
+        self._metrics = {"loss:sum": 0.0}
         self._outputs: list[dict[str, types.TensorData]] = [{} for _ in data]
 
     def compute(self, batch: Sequence[int]) -> None:
@@ -219,6 +240,9 @@ class Pass:
             numbers,
             packing,
             float(values.sum(dtype=torch.float64)),
+            losses.METRICS[self._loss_fn](logprobs, inputs)
+            if self._loss_fn in losses.METRICS
+            else {},
             {"logprobs": logprobs.cpu().numpy(), "elementwise_loss": values.cpu().numpy()},
         )
 
@@ -252,7 +276,8 @@ class Pass:
 
     def _keep(self, outcome: _Outcome) -> None:
         packing = outcome.packing
-        self._loss += outcome.loss
+        for name, value in {"loss:sum": outcome.loss, **outcome.metrics}.items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + value
         for i, start, length in zip(outcome.numbers, packing.starts, packing.lengths):
             for name, array in outcome.arrays.items():
                 own = array[start : start + length].reshape(self._data[i].shape)
@@ -265,7 +290,7 @@ class Pass:
         self._linears = [first]
         return types.ForwardBackwardOutput(
             loss_fn_outputs=self._outputs,
-            metrics={"loss:sum": self._loss},
+            metrics=self._metrics,
             loss_fn_output_type=losses.OUTPUT_TYPES[self._loss_fn],
         )
 

@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
+from weakref import WeakKeyDictionary
 
 import attrs
+import numpy as np
 
 from tinkex import types
+
+if TYPE_CHECKING:
+    from tinkex.sampling import SamplingClient
 
 #: A torch.Tensor. PyTorch is slow to import, and part of the extra `local`.
 Tensor = Any
 Reduction = Literal["sum", "mean"]
 #: (data, log-probabilities of each datum) -> (value, metrics)
 Penalty = Callable[[Sequence[types.Datum], list[Tensor]], tuple[Tensor, dict[str, Any]]]
+
+#: Log-probabilities to compare with: an array for each datum, the name of a loss input of each, or
+#: a function of (data, logprobs) that returns such arrays.
+Source = Union[Sequence[Any], str, Callable[..., Sequence[Any]]]
 
 #: Below this norm a gradient or a vector counts as zero, so that nothing is divided by it.
 LEAST_NORM = 1e-12
@@ -198,7 +207,7 @@ def entropy(
 def kl(
     weight: float = 0.01,
     *,
-    reference: Sequence[Any] | str = "reference_logprobs",
+    reference: Source = "reference_logprobs",
     direction: Literal["forward", "reverse"] = "forward",
     symmetric: bool = False,
     reduction: Reduction = "mean",
@@ -208,8 +217,9 @@ def kl(
     Divergence from reference log-probabilities q of the same targets, the part that they have.
 
     Args:
-        reference: an array for each datum in the shape of its targets; or the name of a loss input
-            of each datum (which stays on this machine).
+        reference: an array for each datum in the shape of its targets; the name of a loss input
+            of each datum (which stays on this machine); or a function that computes the arrays
+            from (data, logprobs), such as `of_model` makes. No gradient goes through them.
         direction: "forward" is p (lp - lq), the model's own weighting; "reverse" is q (lq - lp).
         symmetric: the mean of both.
     """
@@ -233,7 +243,7 @@ def kl(
 def consistency(
     weight: float = 0.01,
     *,
-    pair: Sequence[Any] | str = "original_logprobs",
+    pair: Source = "original_logprobs",
     metric: Literal["mse", "mae", "kl"] = "mse",
     reduction: Reduction = "mean",
     name: str = "consistency",
@@ -264,21 +274,36 @@ def gradient_penalty(
     *,
     loss_fn: Callable[..., tuple[Any, ...]],
     target_norm: float = 1.0,
+    mode: Literal["output", "interpolated"] = "output",
+    reference: Source = "reference_logprobs",
+    seed: int = 0,
     name: str = "gradient_penalty",
 ) -> Regularizer:
     """
     (norm of the gradient of *loss_fn* by the log-probabilities - target_norm)^2.
 
     Differentiated twice, so *loss_fn* must not be linear for it to matter.
+
+    Args:
+        mode: "output" takes the gradient at the log-probabilities; "interpolated" at a point
+            between them and *reference*, as far from it as a number drawn for each datum says
+            (Gulrajani et al. 2017).
+        reference: as of `kl`; used by "interpolated" only.
+        seed: of the numbers drawn. They are the same in every call.
     """
+    if mode not in ("output", "interpolated"):
+        raise ValueError(f'mode must be "output" or "interpolated", got {mode!r}.')
 
     def penalty(
         data: Sequence[types.Datum], logprobs: list[Tensor]
     ) -> tuple[Tensor, dict[str, Any]]:
         import torch
 
-        loss = loss_fn(data, logprobs)[0].sum()
-        gradients = torch.autograd.grad(loss, logprobs, create_graph=True, allow_unused=True)
+        points = logprobs
+        if mode == "interpolated":
+            points = _between(logprobs, _given(data, logprobs, reference), seed)
+        loss = loss_fn(data, points)[0].sum()
+        gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
         squares = torch.stack([(g**2).sum() for g in gradients if g is not None])
         norm = (squares.sum() + LEAST_NORM).sqrt()
         return (norm - target_norm) ** 2, {"norm": norm.detach()}
@@ -316,7 +341,61 @@ def orthogonality(
     return Regularizer(penalty, weight, name)
 
 
+# References
+
+
+def of_model(sampler: SamplingClient) -> Callable[..., list[Any]]:
+    """
+    A reference for `kl` and others: what another model finds likely.
+
+    Args:
+        sampler: of the reference, such as `service.create_sampling_client(base_model=...)`. Each
+            datum is asked about once, and its answer kept as long as the datum lives.
+
+    Returns:
+        A function of (data, logprobs) that returns log-probabilities of the targets of each datum.
+        It raises ValueError if targets are not the tokens moved by one.
+    """
+    known: WeakKeyDictionary[types.Datum, Any] = WeakKeyDictionary()
+
+    def reference(data: Sequence[types.Datum], logprobs: Sequence[Any]) -> list[Any]:
+        wanted = {i: _sequence(datum, i) for i, datum in enumerate(data) if datum not in known}
+        futures = {
+            i: sampler.compute_logprobs(types.ModelInput.from_ints(tokens))
+            for i, tokens in wanted.items()
+        }
+        for i, future in futures.items():
+            known[data[i]] = np.asarray(future.result()[1:], np.float32)
+        return [known[datum] for datum in data]
+
+    return reference
+
+
+def _sequence(datum: types.Datum, number: int) -> list[int]:
+    """The tokens of a datum with the last target."""
+    tokens = datum.model_input.to_ints()
+    targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+    if targets.shape != (len(tokens),) or targets[:-1].tolist() != tokens[1:]:
+        raise ValueError(
+            f"the targets of data[{number}] are not its tokens moved by one, so that another model "
+            "cannot be asked about them; give reference log-probabilities as arrays."
+        )
+    return [*tokens, int(targets[-1])]
+
+
 # What they share
+
+
+def _between(logprobs: list[Tensor], given: Tensor, seed: int) -> list[Tensor]:
+    """Points from *logprobs* to *given* values, in the shapes of the former."""
+    import torch
+
+    draws = np.random.default_rng(seed).random(len(logprobs))
+    parts = torch.split(given, [lp.numel() for lp in logprobs])
+    return [
+        draw * lp + (1 - draw) * part.reshape(lp.shape)
+        for draw, lp, part in zip(draws.tolist(), logprobs, parts)
+    ]
 
 
 def _flat(data: Sequence[types.Datum], logprobs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -340,14 +419,14 @@ def _reduced(each: Tensor, mask: Tensor, reduction: Reduction) -> Tensor:
     return total if reduction == "sum" else total / mask.sum().clamp(min=1.0)
 
 
-def _given(
-    data: Sequence[types.Datum], logprobs: list[Tensor], source: Sequence[Any] | str
-) -> Tensor:
+def _given(data: Sequence[types.Datum], logprobs: list[Tensor], source: Source) -> Tensor:
     """Given log-probabilities of all datums, in the order and the shapes of *logprobs*."""
     import torch
 
     arrays: Sequence[Any]
-    if isinstance(source, str):
+    if callable(source):
+        arrays = source(data, logprobs)
+    elif isinstance(source, str):
         missing = [i for i, datum in enumerate(data) if source not in datum.loss_fn_inputs]
         if missing:
             raise ValueError(

@@ -35,13 +35,16 @@ class LossFunction:
     Attributes:
         inputs: names that every datum must have, each of shape (N,) (cross_entropy: or (N, K)).
         optional: names it may have.
-        config: settings and their defaults; None where the official default is not published.
+        either: names of which it must have one.
+        config: settings and their defaults; None where one has to be given, or where the official
+            default is not published.
         formula: what is summed.
     """
 
     name: str
     inputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    either: tuple[str, ...] = attrs.field(default=(), kw_only=True)
     config: Mapping[str, LossConfigValue | None] = attrs.field(factory=dict)
     formula: str = ""
 
@@ -71,6 +74,21 @@ LOSS_FUNCTIONS: Mapping[str, LossFunction] = MappingProxyType(
                 _PER_TOKEN_CLIP,
                 _CLIP,
                 "-min(rho A, clip(rho) A), log rho = sg(mean over mask of (lp - q)) + lp - sg(lp)",
+            ),
+            # Of TuFT; the only loss here that is a mean over tokens and datums.
+            LossFunction(
+                "trinity_ppo",
+                _POLICY,
+                ("mask", "weights", "ref_logprobs"),
+                {
+                    "num_total_datums": None,
+                    "clip_range": 0.2,
+                    "clip_ratio_c": 3.0,
+                    "kl_coef": 0.001,
+                },
+                "mean over mask of [-min(r A, clip(r) A), at least c A if A < 0] + kl_coef (lp - "
+                "ref)^2 / 2, over num_total_datums",
+                either=("mask", "weights"),
             ),
             LossFunction("stable_reinforce", _POLICY, (), {"alpha": None, "kl_coeff": None}),
         )
@@ -153,6 +171,11 @@ def _check_datum(
             raise ValueError(
                 f"data[{i}] lacks the loss input {name!r}; {loss_fn} needs {', '.join(needed)}."
             )
+    either = LOSS_FUNCTIONS[loss_fn].either
+    if either and only is None and not any(name in inputs for name in either):
+        raise ValueError(
+            f"data[{i}] lacks a loss input {' or '.join(map(repr, either))}, which {loss_fn} needs."
+        )
     length = datum.model_input.length
     if length == 0:
         raise ValueError(f"data[{i}].model_input is empty; it needs at least one token.")
