@@ -205,7 +205,8 @@ def complete_config(
     Raises:
         ValueError: For a loss that is not offered, or a setting that it does not have.
     """
-    given = types.check_config(loss_fn, config) or {}
+    checked = types.check_config(loss_fn, config) or {}
+    given = {key: float(value) for key, value in checked.items()}
     if loss_fn in NOT_OFFERED:
         raise ValueError(
             f"loss_fn {loss_fn!r} is not offered by this server: {NOT_OFFERED[loss_fn]}; "
@@ -216,7 +217,7 @@ def complete_config(
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"{loss_fn} has no setting {key!r}; {takes}.")
-        if accepted[key] is None and not (given[key] >= 1 and given[key] == int(given[key])):
+        if accepted[key] is None and not (given[key] >= 1 and given[key].is_integer()):
             raise ValueError(f"{loss_fn}: {key} must be a whole number from 1, got {given[key]}.")
     missing = [key for key, value in accepted.items() if value is None and key not in given]
     if missing:
@@ -225,7 +226,7 @@ def complete_config(
             "in all, the same number in every request of the step."
         )
     complete = {key: float(value) for key, value in accepted.items() if value is not None}
-    complete.update({key: float(value) for key, value in given.items()})
+    complete.update(given)
     for key, (low, high) in BOUNDS.items():
         if not low <= complete.get(key, low) < high:
             raise ValueError(f"{loss_fn}: {key} must be from {low:g} to below {high:g}.")
