@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from tests.support import hf_reference as hf
@@ -60,6 +62,22 @@ def test_a_small_request_starts_at_once_beside_a_big_one(engine):
 
     assert 1 == steps
     assert 1 == len(response.sequences[0].tokens)
+
+
+def test_a_single_token_is_answered_before_the_others_get_their_next(engine):
+    """And they get it in the step after that, however many single tokens are asked for."""
+    hog(engine)
+    for _ in range(3):
+        engine.sample_step()
+    rows = engine._bases["tiny"].sampler._rows
+    lengths = []
+    for i in range(6):
+        engine.submit_sample(i, "base", request(max_tokens=1, seed=i), share="other")
+        ended = [ticket for ticket, _ in engine.sample_step()]
+        lengths.append(int(rows.length.max()))
+        assert [i] == ended
+
+    assert [1, 0, 1, 0, 1] == [b - a for a, b in pairwise(lengths)]
 
 
 def test_alone_a_user_has_the_whole_batch(engine):
@@ -135,6 +153,22 @@ def test_a_cancelled_request_leaves_its_rows_to_others(engine):
 
     assert steps <= 40
     assert not engine.has_samples
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_taking_turns_changes_no_token(engine, width):
+    """Where a step has no time for all keys and values, the tokens are the same."""
+
+    def sampled():
+        for i in range(100):
+            one = request((i % 7, 2, 3), num_samples=width, max_tokens=9, seed=i)
+            engine.submit_sample(i, "base", one, share=i % 3)
+        found = hf.sample_all(engine)
+        return [[s.tokens for s in found[i].sequences] for i in range(100)]
+
+    expected = sampled()
+    engine._bases["tiny"].sampler._pools._step_positions = 200
+    assert expected == sampled()
 
 
 def test_memory_is_shared_too(engine):

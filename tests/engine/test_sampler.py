@@ -169,7 +169,7 @@ def test_more_requests_than_fit_wait_their_turn(engine, monkeypatch):
     results = {}
     while engine.has_samples:
         results.update(engine.sample_step())
-        most = max(most, len(sampler._home))
+        most = max(most, len(sampler._unit))
 
     assert 3 == most
     assert 9 == len(results)

@@ -98,6 +98,15 @@ class SinglePool:
     def nbytes(self) -> int:
         return self._cache.nbytes
 
+    @property
+    def rows(self) -> int:
+        return len(self.members)
+
+    @property
+    def positions(self) -> int:
+        """Keys that a step reads, of each layer and head."""
+        return len(self._lengths) * (max(self._lengths, default=0) + 1)
+
     def add(self, member: int, prompt_length: int) -> int:
         """Make room for a sequence; give its row, for `fill`."""
         self.members.append(member)
@@ -169,6 +178,17 @@ class SharedPool:
     @property
     def nbytes(self) -> int:
         return self._prompts.nbytes + self._own.nbytes
+
+    @property
+    def rows(self) -> int:
+        """Places of samples, also of those that have ended before others of their group."""
+        return self.members.size
+
+    @property
+    def positions(self) -> int:
+        """Keys that a step reads, of each layer and head."""
+        of_prompts = len(self._prompt_lengths) * max(self._prompt_lengths, default=0)
+        return of_prompts + self.rows * (int(self._own_lengths.max(initial=0)) + 1)
 
     def add(self, members: Sequence[int], prompt_length: int) -> int:
         """Make room for a group; give its number, for `fill`."""

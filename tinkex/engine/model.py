@@ -97,6 +97,11 @@ class Base:
         return self.embedding.dtype
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its matrices, which every step reads."""
+        return sum(linear.weight.nbytes for linear in self.linears.values())
+
+    @property
     def has_tied_head(self) -> bool:
         """True if the head's matrix is the embedding."""
         return self.linears["head"].weight is self.embedding

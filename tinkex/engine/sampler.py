@@ -1,7 +1,8 @@
 """Sampling with continuous batching: requests join and leave the running batch at every step.
 
 A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
-once), then gives every running sequence one more token. One `Sampler` serves one base model and any
+once), then gives every running sequence one more token; where that would take long, those of some
+pools (see sample_pools.py), in turn. One `Sampler` serves one base model and any
 number of adapters over it. Does not know about HTTP, users, or where adapters come from. One
 subject in one module: admission, a step, and recovery from a failed step change the same batch.
 """
@@ -12,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Union
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,10 @@ from torch import Tensor
 from tinkex import types
 from tinkex.engine import token_sampling
 from tinkex.engine.cpu_parallel import Workers
-from tinkex.engine.kv_cache import SharedPool, SinglePool
 from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
 from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
+from tinkex.engine.sample_pools import Pool, Pools
 from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job, PromptScores
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
@@ -43,12 +43,14 @@ GROUP_WIDTH = 16
 #: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
 MERGE_ROWS = 16
 
-#: Longest prompts of the smallest pool; each further pool takes four times as long ones.
-FIRST_POOL = 128
+#: Keys and values that a step reads at most, if there are several pools of them: what a request
+#: that has just arrived may have to wait for. Not less than twice the base model, which is read in
+#: every step.
+STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
 
 Decode = Callable[[Sequence[int]], str]
-Pool = Union[SinglePool, SharedPool]
 Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
+Place = tuple[Pool, int]
 
 
 class Sampler:
@@ -70,14 +72,14 @@ class Sampler:
         self._memory = memory
         self._waiting = SampleQueue()
         self._rows = Rows()
-        self._singles: dict[int, SinglePool] = {}
-        self._shared: dict[tuple[int, int], SharedPool] = {}
-        self._home: dict[int, Pool] = {}
+        step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
+        self._pools = Pools(base.spec, base.device, base.dtype, step_bytes)
         self._reserved: dict[int, int] = {}
         self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(base.linears) else None
         self._finished: list[Outcome] = []
+        self._answers_first = False
         self._begun: dict[Job, None] = {}  # jobs that a failing step may have half computed
         # After a step has failed: groups of jobs to compute again, and the waiting units of the
         # group that is computed now. Nothing else is admitted until both are empty.
@@ -87,7 +89,7 @@ class Sampler:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._home or self._finished or self._trial or self._suspects)
+        return bool(self._waiting or self._unit or self._finished or self._trial or self._suspects)
 
     def submit(self, job: Job) -> None:
         """Queue a job made by `make_job`."""
@@ -105,7 +107,7 @@ class Sampler:
         for group in self._suspects:
             group[:] = [job for job in group if not matches(job)]
         self._begun = {job: None for job in self._begun if not matches(job)}
-        for row in list(self._home):
+        for row in list(self._unit):
             job = self._rows.job[row]
             if job is not None and matches(job):
                 self._release(row)
@@ -125,7 +127,10 @@ class Sampler:
         """
         try:
             self._admit()
-            if self._home:
+            # What has ended with its first token is answered before the others get their next one,
+            # but not twice in a row: they are not to wait for ever.
+            self._answers_first = bool(self._finished) and not self._answers_first
+            if self._unit and not self._answers_first:
                 self._advance()
         except Exception as exc:  # handed to whoever waits for the job that caused it
             self._isolate(exc)
@@ -160,18 +165,16 @@ class Sampler:
     def _forget_state(self) -> None:
         """Nothing runs. What a failure may have left half changed is made again."""
         self._rows = Rows()
-        self._home.clear()
         self._reserved.clear()
         self._unit.clear()
-        self._singles.clear()
-        self._shared.clear()
+        self._pools.clear()
         self._begun = {}
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(self._base.linears) else None
 
     def _line(self) -> SampleQueue:
         """The units that may start now: after a failure, those of one group of suspects."""
-        while self._isolating and not self._trial and not self._home:
+        while self._isolating and not self._trial and not self._unit:
             if not self._suspects:
                 self._isolating = False
                 break
@@ -207,14 +210,15 @@ class Sampler:
         # By adapter, so that each multiplies once; then by length, for attention.
         groups = [prompts[key] for key in sorted(prompts)]
         adapters = np.array([key[0] for key in sorted(prompts)])
-        rows = [[self._start(unit) for unit in group] for group in groups]
+        started = [[self._start(unit) for unit in group] for group in groups]
+        places = [[place for _, found in group for place in found] for group in started]
         begun = set(units)
         self._waiting.remove(begun)
         self._trial.remove(begun)
-        logits = self._compute_prompts(groups, self._places(groups, rows), stack, adapters)
+        logits = self._compute_prompts(groups, places, stack, adapters)
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
-        flat = [row for group in rows for unit_rows in group for row in unit_rows]
+        flat = [row for group in started for rows, _ in group for row in rows]
         self._take_tokens(np.array(flat), logits[which])
 
     def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
@@ -224,7 +228,7 @@ class Sampler:
         if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
             return self._stack
         stack = Stack(list(distinct))
-        if not self._home:
+        if not self._unit:
             self._stack = stack
         return stack
 
@@ -251,11 +255,11 @@ class Sampler:
         parts = len(used.keys() | heads.keys())
         tokens, rows = 0, len(self._rows.free)
         most = PREFILL_TOKENS[kind_of(self._base.device)]
-        most *= 1 if self._home else ALONE
+        most *= 1 if self._unit else ALONE
         while heads:
             share = min(heads, key=lambda share: used.get(share, 0))
             unit, needed = heads[share], self._bytes(heads[share])
-            alone = not chosen and not self._home
+            alone = not chosen and not self._unit
             fits = sum(reserved.values()) + needed <= self._memory or alone
             mine = used.get(share, 0), reserved.get(share, 0)
             is_fair = not mine[0] or (
@@ -330,34 +334,22 @@ class Sampler:
         positions = len(unit.job.prompt) + unit.count * unit.job.limit
         return positions * numbers * self._base.embedding.element_size()
 
-    def _start(self, unit: Unit) -> list[int]:
-        """Rows for a unit's samples, and a place for them in a pool."""
+    def _start(self, unit: Unit) -> tuple[list[int], list[Place]]:
+        """Rows for a unit's samples, and where the keys and values of its prompt go: nowhere, if
+        one token is all."""
         rows = [self._rows.take(unit.job, unit.first + i) for i in range(unit.count)]
-        share = self._bytes(unit) // unit.count
+        part = self._bytes(unit) // unit.count
         for row in rows:
             self._unit[row] = unit
-            self._reserved[row] = share
-            self._home[row] = self._pool(unit)
-        return rows
-
-    def _pool(self, unit: Unit) -> Pool:
-        longest = FIRST_POOL
-        while longest < len(unit.job.prompt):
-            longest *= 4
-        spec, device, dtype = self._base.spec, self._base.device, self._base.dtype
-        if unit.count == 1:
-            if longest not in self._singles:
-                self._singles[longest] = SinglePool(spec, device, dtype)
-            return self._singles[longest]
-        width = 1 << (unit.count - 1).bit_length()
-        if (longest, width) not in self._shared:
-            self._shared[longest, width] = SharedPool(spec, width, device, dtype)
-        return self._shared[longest, width]
+            self._reserved[row] = part
+        if unit.job.limit == 1:
+            return rows, []
+        return rows, [self._pools.add(rows, len(unit.job.prompt))]
 
     def _compute_prompts(
         self,
         groups: Sequence[Sequence[Unit]],
-        places: Sequence[Sequence[tuple[Pool, int]]],
+        places: Sequence[Sequence[Place]],
         stack: Stack,
         adapters: npt.NDArray[np.int64],
     ) -> Tensor:
@@ -397,7 +389,7 @@ class Sampler:
     def _compute_share(
         self,
         groups: Sequence[Sequence[Unit]],
-        places: Sequence[Sequence[tuple[Pool, int]]],
+        places: Sequence[Sequence[Place]],
         stack: Stack,
         adapters: npt.NDArray[np.int64],
         room: Workspace | None,
@@ -416,7 +408,7 @@ class Sampler:
         self,
         prompts: Sequence[npt.NDArray[np.int32]],
         packing: Packing,
-        places: Sequence[Sequence[tuple[Pool, int]]],
+        places: Sequence[Sequence[Place]],
         linears: MixedLinears,
     ) -> Tensor:
         """Hidden states (N, d) of prompts; their keys and values go to their places."""
@@ -442,24 +434,6 @@ class Sampler:
         hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
         return hidden
 
-    def _places(
-        self, groups: Sequence[Sequence[Unit]], rows: Sequence[Sequence[Sequence[int]]]
-    ) -> list[list[tuple[Pool, int]]]:
-        """Where the keys and values of each group's prompt go. Nowhere, if one token is all."""
-        places = []
-        for group, group_rows in zip(groups, rows):
-            found: list[tuple[Pool, int]] = []
-            for unit, unit_rows in zip(group, group_rows):
-                if unit.job.limit == 1:
-                    continue
-                pool, length = self._home[unit_rows[0]], len(unit.job.prompt)
-                if isinstance(pool, SinglePool):
-                    found.append((pool, pool.add(unit_rows[0], length)))
-                else:
-                    found.append((pool, pool.add(unit_rows, length)))
-            places.append(found)
-        return places
-
     def _score_prompts(self, groups: Sequence[Sequence[Unit]], states: Sequence[Tensor]) -> None:
         """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
         asked: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
@@ -479,9 +453,8 @@ class Sampler:
     # -- tokens ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """One more token for every running sequence."""
-        every: list[Pool] = [*self._singles.values(), *self._shared.values()]
-        pools = [pool for pool in every if len(pool.members)]
+        """One more token for every running sequence, or for those whose turn it is."""
+        pools = self._pools.choose({row: unit.job.share for row, unit in self._unit.items()})
         if not pools:
             return
         members = [pool.begin_step() for pool in pools]
@@ -522,17 +495,15 @@ class Sampler:
         self._take_tokens(rows, linears.forward("head", hidden).float())
 
     def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Number of each row's adapter in the stack, which is rebuilt if it holds others.
+        """Number of each row's adapter in the stack, which is rebuilt if others are running.
 
         Its order is kept as long as the adapters are the same: stacking copies them all.
         """
-        jobs = [self._rows.job[row] for row in rows]
-        adapters = [None if job is None else job.adapter for job in jobs]
-        distinct = list(dict.fromkeys(adapters))
-        if set(distinct) != set(self._stack.adapters):
-            self._stack = Stack(distinct)
+        running = dict.fromkeys(unit.job.adapter for unit in self._unit.values())
+        if running.keys() != set(self._stack.adapters):
+            self._stack = Stack(list(running))
         number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
-        return np.array([number[adapter] for adapter in adapters], np.int64)
+        return np.array([number[self._unit[row].job.adapter] for row in rows.tolist()], np.int64)
 
     def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
         """Where to merge an adapter, if that is worth it or has been done already."""
@@ -611,12 +582,6 @@ class Sampler:
         )
 
     def _release(self, row: int) -> None:
-        self._unit.pop(row, None)
-        pool = self._home.pop(row)
-        if row in np.asarray(pool.members):
-            pool.remove(row)
-        del self._reserved[row]
+        del self._unit[row], self._reserved[row]
+        self._pools.remove(row)
         self._rows.release(row)
-        if not self._home:  # idle: give the memory back
-            self._singles.clear()
-            self._shared.clear()
