@@ -14,8 +14,9 @@ from tests.support import hf_reference as hf
 from tinkex import types
 from tinkex.engine import gguf as reading
 from tinkex.engine import gguf_writer, loading
+from tinkex.engine.attention import Packing
 from tinkex.engine.engine import Engine
-from tinkex.engine.model import FrozenLinears, Packing, Training
+from tinkex.engine.model import FrozenLinears, Training
 from tinkex.text import gguf as header
 from tinkex.text import tokenizer
 

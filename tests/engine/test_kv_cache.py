@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import attrs
 import numpy as np
 import pytest
 import torch
 
 from tinkex.engine.kv_cache import SharedPool, SinglePool
-from tinkex.engine.model import Spec, attention
+from tinkex.engine.spec import Spec
 
 SPEC = Spec(
     layers=2, width=16, heads=4, kv_heads=2, head_dim=8, mlp=8, vocab=10, context=999, norm_eps=1e-5
 )
+#: With a window in one layer, and products capped to a part of their range.
+CAPPED = attrs.evolve(SPEC, windows=(0, 9), attention_cap=1.5, attention_scale=0.7)
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[SPEC, CAPPED], ids=["plain", "capped"])
+def spec(request):
+    return request.param
 
 
 class Texts:
     """Queries, keys and values of sequences that grow, kept whole, layer by layer."""
 
-    def __init__(self):
+    def __init__(self, spec):
+        self._spec = spec
         self._generator = torch.Generator().manual_seed(0)
         self.k, self.v = {}, {}
 
@@ -41,14 +50,17 @@ class Texts:
     def attend(self, layer, name, q):
         """(H, D) query at the last position -> (H D,)."""
         keys, values = (t[name][layer].transpose(0, 1)[None] for t in (self.k, self.v))
-        out = attention_at_end(q[None, :, None], keys, values)
-        return out.reshape(-1)
+        return attention_at_end(self._spec, layer, q[None, :, None], keys, values).reshape(-1)
 
 
-def attention_at_end(q, k, v):
-    """The last row of causal attention sees everything."""
-    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+def attention_at_end(spec, layer, q, k, v):
+    """The last row of causal attention sees everything, or all within its window."""
+    window = spec.window(layer) or k.shape[2]
+    k, v = (t[:, :, -window:].repeat_interleave(2, dim=1) for t in (k, v))
+    products = q @ k.transpose(2, 3) * spec.scale
+    if spec.attention_cap:
+        products = spec.attention_cap * torch.tanh(products / spec.attention_cap)
+    return products.softmax(dim=3) @ v
 
 
 def step(pool, texts):
@@ -71,9 +83,9 @@ def fill(pool, place, texts, name):
         pool.fill(layer, place, texts.k[name][layer], texts.v[name][layer])
 
 
-def test_single_sequences_come_and_go():
+def test_single_sequences_come_and_go(spec):
     """The last takes the place of one that ends; lengths and capacity grow."""
-    pool, texts = SinglePool(SPEC, CPU, torch.float32), Texts()
+    pool, texts = SinglePool(spec, CPU, torch.float32), Texts(spec)
     rng = np.random.default_rng(0)
     for i in range(12):
         texts.begin(i, 1 + int(rng.integers(100)))
@@ -87,9 +99,9 @@ def test_single_sequences_come_and_go():
 
 
 @pytest.mark.parametrize("width", [2, 4])
-def test_samples_of_a_prompt_share_it(width):
+def test_samples_of_a_prompt_share_it(spec, width):
     """Each continues it in its own way; samples end one by one, groups when their last does."""
-    pool, texts = SharedPool(SPEC, width, CPU, torch.float32), Texts()
+    pool, texts = SharedPool(spec, width, CPU, torch.float32), Texts(spec)
     rng = np.random.default_rng(1)
     name = 0
     for group in range(8):
@@ -109,14 +121,3 @@ def test_samples_of_a_prompt_share_it(width):
         pool.remove(int(pool.members.max()))
 
     assert (0, width) == pool.members.shape
-
-
-def test_attention_repeats_key_heads_over_query_heads():
-    """Grouped queries (Ainslie et al. 2023): heads 0, 1 read key head 0, heads 2, 3 read 1."""
-    q, k, v = (torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
-
-    actual = attention(q, k, v)
-
-    every = [t.repeat_interleave(2, dim=1) for t in (k, v)]
-    expected = torch.nn.functional.scaled_dot_product_attention(q, *every, is_causal=True)
-    torch.testing.assert_close(actual, expected)

@@ -53,7 +53,10 @@ def _small_blocks(request, monkeypatch):
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("targets_per_row", [1, 3])
 @pytest.mark.parametrize("dead", ["none", "some", "all"])
-def test_logprobs_and_gradient_are_those_of_autograd(linears_and_weight, targets_per_row, dead):
+@pytest.mark.parametrize("cap", [0.0, 9.0])
+def test_logprobs_and_gradient_are_those_of_autograd(
+    linears_and_weight, targets_per_row, dead, cap
+):
     """Whatever the size of the blocks, and wherever the derivative is zero."""
     linears, weight = linears_and_weight
     hidden = _random(COUNT, WIDTH, seed=1)
@@ -69,7 +72,9 @@ def test_logprobs_and_gradient_are_those_of_autograd(linears_and_weight, targets
     slopes[~live] = 0.0
     with torch.enable_grad():
         leaf = hidden.clone().requires_grad_()
-        expected = (leaf @ weight.T).log_softmax(1).gather(1, targets)
+        logits = leaf @ weight.T
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        expected = logits.log_softmax(1).gather(1, targets)
         (expected * slopes).sum().backward()
     seen = []
 
@@ -78,9 +83,9 @@ def test_logprobs_and_gradient_are_those_of_autograd(linears_and_weight, targets
         seen.append(torch.arange(COUNT)[rows])
         return slopes[rows]
 
-    alone, nothing = lm_head.target_logprobs(linears, hidden, targets, VOCAB)
+    alone, nothing = lm_head.target_logprobs(linears, hidden, targets, VOCAB, cap=cap)
     logprobs, gradient = lm_head.target_logprobs(
-        linears, hidden, targets, VOCAB, coefficients, live
+        linears, hidden, targets, VOCAB, coefficients, live, cap=cap
     )
 
     assert nothing is None

@@ -217,7 +217,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(base, monkeypa
     """With what it needs, what there is, and what to do."""
     monkeypatch.setattr(memory, "available_memory", lambda device: 50_000)
     monkeypatch.setattr(memory, "total_memory", lambda device: 8_000_000_000)
-    monkeypatch.setattr(loading, "assemble", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading.build, "assemble", lambda *args: pytest.fail("it was loaded"))
 
     message = _load_error(base)
 

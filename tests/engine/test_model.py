@@ -1,4 +1,4 @@
-"""The model's own forward and backward passes, against transformers and PEFT."""
+"""The model's own forward and backward passes. Their numbers: test_families.py."""
 
 from __future__ import annotations
 
@@ -6,57 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import hf_reference as hf
-from tinkex import types
 from tinkex.engine import loading, lora
-from tinkex.engine.engine import Engine
-from tinkex.engine.model import FrozenLinears, Packing, Training
-
-
-@pytest.mark.parametrize("kind", hf.CONFIGS)
-def test_logits_are_those_of_transformers(kind, tmp_path):
-    """Every architecture, and every feature that sets one apart, is computed exactly."""
-    directory = hf.make_base(tmp_path / "base", kind)
-    base = loading.load(str(directory), torch.device("cpu")).base
-    tokens = np.random.default_rng(0).integers(0, hf.VOCAB, 100)
-    with torch.no_grad():
-        expected = hf.load_base(directory)(input_ids=torch.from_numpy(tokens)[None]).logits[0]
-
-        hidden = Training(base, FrozenLinears(base), Packing([100], base.device)).forward(
-            torch.from_numpy(tokens), save=False
-        )
-        actual = FrozenLinears(base).forward("head", hidden)
-
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", hf.CONFIGS)
-def test_gradients_are_those_of_peft(kind, tmp_path):
-    """The hand-written backward pass, for every architecture, on sequences of mixed lengths."""
-    base = hf.make_base(tmp_path / "base", kind)
-    adapter = hf.make_adapter(base, tmp_path / "adapter")
-    rng = np.random.default_rng(0)
-    data = [hf.datum(rng.integers(0, hf.VOCAB, n + 1)) for n in (3, 40, 17, 18, 1, 90)]
-    reference = hf.load_adapter(base, adapter)
-    losses = []
-    for datum in data:
-        target = datum.loss_fn_inputs["target_tokens"].to_numpy()
-        losses.append(-hf.logprobs(reference, datum.model_input.tokens, target).sum())
-    total = torch.stack(losses).sum()
-    total.backward()
-    expected = hf.peft_gradients(reference)
-    engine = Engine(device="cpu", threads=1)
-    engine.load_base(str(base))
-    engine.create_model("m", str(base), types.LoraConfig(rank=8), seed=0, adapter=adapter)
-
-    output = hf.drive(engine.forward_backward("m", data, "cross_entropy", None))
-    actual = hf.gradients(engine, "m", tmp_path / "snapshot")
-
-    assert output.loss == pytest.approx(total.item(), rel=1e-5)
-    assert expected.keys() == actual.keys()
-    for name in expected:
-        scale = float(expected[name].abs().max())
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5 * scale)
+from tinkex.engine.attention import Packing
+from tinkex.engine.model import FrozenLinears, Training
 
 
 def _hidden(base, lengths, tokens):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tinkex.engine import cpu_parallel, training_pass
-from tinkex.engine.model import Base, Rope, Spec
+from tinkex.engine.model import Base
+from tinkex.engine.spec import Spec
 
 
 def _batches(lengths, most, widths=None):
@@ -48,8 +49,7 @@ def test_a_batch_has_one_number_of_targets_per_token():
 
 def _base(layers, width, mlp, heads, kv_heads):
     spec = Spec(layers, width, heads, kv_heads, width // heads, mlp, 512, 2048, 1e-5)
-    rope = Rope(torch.ones(spec.head_dim // 2))
-    return Base(spec, torch.zeros(1, width), (), torch.ones(width), {}, rope)
+    return Base(spec, torch.zeros(1, width), (), torch.ones(width), {}, ())
 
 
 @pytest.mark.parametrize(

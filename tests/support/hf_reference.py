@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import lora, tiny
+from tinkex.engine import lm_head, lora, tiny
 from tinkex.engine.engine import Engine
+from tinkex.engine.model import Base, FrozenLinears
 
 VOCAB = 300
 
@@ -61,7 +62,11 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama3-rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "yarn-rope": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=YARN_ROPE),
     "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "mistral-sliding": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen2-sliding": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
 }
 
@@ -150,6 +155,11 @@ def _peft_warnings_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def logits(base: Base, hidden: Tensor) -> Tensor:
+    """Our logits (N, V) of hidden states (N, d)."""
+    return lm_head.head_logits(FrozenLinears(base), hidden, base.spec.logit_cap)
 
 
 def logprobs(model: Any, tokens: Sequence[int], targets: np.ndarray) -> Tensor:

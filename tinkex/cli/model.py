@@ -194,7 +194,7 @@ def _local(name: str) -> Row:
 
 def _directory(name: str, place: Path) -> Row:
     """What config.json and the files of a Hugging Face directory say."""
-    from tinkex.text import registry
+    from tinkex.engine.families import FAMILIES
 
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -205,7 +205,7 @@ def _directory(name: str, place: Path) -> Row:
         str(place),
         size,
         (content.get("architectures") or [content.get("model_type")])[0],
-        "tinkex" if content.get("model_type") in registry.ARCHITECTURES else "-",
+        "tinkex" if content.get("model_type") in FAMILIES else "-",
         content.get("max_position_embeddings"),
         content.get("dtype") or content.get("torch_dtype"),
     )

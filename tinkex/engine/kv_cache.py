@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinkex.engine.model import Spec
+from tinkex.engine.attention import soft_cap_
+from tinkex.engine.spec import Spec
 
 Ints = npt.NDArray[np.int64]
 
@@ -75,10 +76,9 @@ class Cache:
         return 2 * self.k.numel() * self.k.element_size()
 
 
-def _mask(lengths: Ints, positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(n, positions): 0 where a position is below its row's length, else -inf."""
-    mask = np.where(np.arange(positions) < lengths[:, None], 0.0, -np.inf).astype(np.float32)
-    return torch.from_numpy(mask).to(device, dtype)
+def _bias(seen: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
+    """0 where a position is seen, else -inf."""
+    return torch.from_numpy(np.where(seen, 0.0, -np.inf).astype(np.float32)).to(like)
 
 
 class SinglePool:
@@ -129,10 +129,11 @@ class SinglePool:
         lengths = np.array(self._lengths, np.int64)
         self._span = int(lengths.max()) + 1
         self._cache.reserve(len(lengths), self._span)
-        device, dtype = self._cache.k.device, self._cache.k.dtype
-        groups = self._spec.kv_heads
-        mask = _mask(np.repeat(lengths + 1, groups), self._span, device, dtype)
-        self._bias = mask.unsqueeze(1)
+        ends, at = np.repeat(lengths, self._spec.kv_heads)[:, None], np.arange(self._span)
+        self._biases = {}  # by window
+        for window in self._spec.distinct_windows:
+            seen = (at <= ends) & (at > ends - window) if window else at <= ends
+            self._biases[window] = _bias(seen, self._cache.k).unsqueeze(1)
         self._ends = self._cache.places(np.arange(len(lengths)), lengths)
         return list(self.members)
 
@@ -149,8 +150,12 @@ class SinglePool:
         queries = q.reshape(batch, -1, spec.head_dim)
         keys = keys[:, :, :span].reshape(batch, span, spec.head_dim)
         values = values[:, :, :span].reshape(batch, span, spec.head_dim)
-        bias = self._bias.expand(-1, queries.shape[1], -1)
-        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=spec.head_dim**-0.5)
+        bias = self._biases[spec.window(layer)].expand(-1, queries.shape[1], -1)
+        if spec.attention_cap:
+            products = torch.bmm(queries, keys.transpose(1, 2)).mul_(spec.scale)
+            scores = soft_cap_(products, spec.attention_cap).add_(bias)
+        else:
+            scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=spec.scale)
         return torch.bmm(_softmax(scores), values).view(n, -1)
 
 
@@ -231,20 +236,19 @@ class SharedPool:
         own = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
         self._prompt_span, self._own_span = int(prompts.max()), int(own.max())
         self._own.reserve(len(own), self._own_span)
-        device, dtype = self._own.k.device, self._own.k.dtype
-        mask = np.concatenate(
-            [
-                np.arange(self._prompt_span) < np.repeat(prompts, self._width)[:, None],
-                np.arange(self._own_span) < own[:, None],
-            ],
-            axis=1,
-        )
-        bias = np.where(mask, 0.0, -np.inf).astype(np.float32)
+        before = np.repeat(prompts, self._width)[:, None]  # positions of the prompt of each sample
+        in_prompt, in_own = np.arange(self._prompt_span), np.arange(self._own_span)
+        places = np.concatenate([in_prompt + 0 * before, in_own + before], axis=1)
+        exists = np.concatenate([in_prompt < before, in_own < own[:, None]], axis=1)
         shape = (len(prompts), 1, self._width, 1, self._prompt_span + self._own_span)
-        self._bias = torch.from_numpy(bias).to(device, dtype).view(shape)
+        self._biases = {}  # by window
+        for window in self._spec.distinct_windows:
+            last = before + own[:, None] - 1
+            seen = exists & (places > last - window) if window else exists
+            self._biases[window] = _bias(seen, self._own.k).view(shape)
         rows = np.flatnonzero(self._live)
         self._all_live = len(rows) == len(own)
-        self._rows = torch.from_numpy(rows).to(device)
+        self._rows = torch.from_numpy(rows).to(self._own.k.device)
         self._ends = self._own.places(rows, own[rows] - 1)
         members: list[int] = self.members.reshape(-1)[rows].tolist()
         return members
@@ -262,7 +266,7 @@ class SharedPool:
         if not self._all_live:
             q = q.new_zeros(rows, *q.shape[1:]).index_copy_(0, self._rows, q)
         # (groups, G, S, H / G, D): the samples of a group ask of its prompt together.
-        queries = q.reshape(groups, width, spec.kv_heads, -1, size).transpose(1, 2) * size**-0.5
+        queries = q.reshape(groups, width, spec.kv_heads, -1, size).transpose(1, 2) * spec.scale
         per_head = queries.shape[3]
         kept = groups * spec.kv_heads
         prompt_k = self._prompts.k[layer, :groups, :, : self._prompt_span].reshape(kept, -1, size)
@@ -275,7 +279,10 @@ class SharedPool:
         of_prompt = torch.bmm(ask_prompt, prompt_k.transpose(1, 2)).view(*shape, -1)
         of_own = torch.bmm(ask_own, own_k.transpose(1, 2))
         of_own = of_own.view(groups, width, spec.kv_heads, per_head, -1).transpose(1, 2)
-        weights = _softmax(torch.cat([of_prompt, of_own], dim=-1).add_(self._bias))
+        products = torch.cat([of_prompt, of_own], dim=-1)
+        if spec.attention_cap:
+            soft_cap_(products, spec.attention_cap)
+        weights = _softmax(products.add_(self._biases[spec.window(layer)]))
         on_prompt = weights[..., : self._prompt_span].reshape(kept, width * per_head, -1)
         on_own = weights[..., self._prompt_span :].transpose(1, 2)
         on_own = on_own.reshape(rows * spec.kv_heads, per_head, -1)

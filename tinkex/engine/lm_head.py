@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinkex.engine import matmul
+from tinkex.engine.attention import soft_cap_
 from tinkex.engine.model import Linears, given, kind_of
 
 #: Rows and columns of the block of logits that is held at a time, by kind of device.
@@ -43,6 +44,8 @@ def target_logprobs(
     vocab: int,
     coefficients: Coefficients | None = None,
     live: Tensor | None = None,
+    *,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of target tokens.
 
@@ -51,6 +54,7 @@ def target_logprobs(
         targets: (N, K) token ids.
         coefficients: the loss's derivative; called once for each row, many rows at a time.
         live: (N,) where the derivative may be other than zero; None is everywhere.
+        cap: logits are capped softly at +-cap; 0 is no cap.
 
     Returns:
         (N, K) float32 log-probabilities; (N, d) gradient at *hidden*, or None without coefficients.
@@ -62,20 +66,33 @@ def target_logprobs(
     for rows, is_live in _chunks(len(hidden), most, None if coefficients is None else live):
         h, wanted = hidden[rows], targets[rows]
         if weight is None:
-            probs = linears.forward("head", h).float()
+            probs = head_logits(linears, h, cap)
+            steepness = _steepness(probs, cap)
             logprobs[rows] = softmax_(probs, wanted)
         else:
-            logprobs[rows], mean = _online(weight, h, wanted, is_live and dhidden is not None)
+            wants_mean = is_live and dhidden is not None
+            logprobs[rows], mean, steepness = _online(weight, h, wanted, wants_mean, cap)
         if coefficients is None or dhidden is None:
             continue
         slopes = coefficients(rows, logprobs[rows])
         if not is_live:
             continue
         if weight is None:
-            dhidden[rows] = _backward(linears, h, wanted, probs, slopes)
+            dhidden[rows] = _backward(linears, h, wanted, probs, slopes, steepness)
         else:
-            dhidden[rows] = _from_mean(weight, wanted, given(mean), slopes)
+            dhidden[rows] = _from_mean(weight, wanted, given(mean), slopes, steepness)
     return logprobs, dhidden
+
+
+def head_logits(linears: Linears, hidden: Tensor, cap: float = 0.0) -> Tensor:
+    """(n, V) float32 logits of hidden states (n, d), capped softly at +-cap unless it is 0."""
+    logits = linears.forward("head", hidden).float()
+    return soft_cap_(logits, cap) if cap else logits
+
+
+def _steepness(capped: Tensor, cap: float) -> Tensor | None:
+    """Derivative of the soft cap where it gave *capped*: 1 - (capped / cap)^2; None if no cap."""
+    return 1 - (capped / cap).square_() if cap else None
 
 
 def _chunks(count: int, most: int, live: Tensor | None) -> Iterator[tuple[Rows, bool]]:
@@ -97,9 +114,10 @@ def _chunks(count: int, most: int, live: Tensor | None) -> Iterator[tuple[Rows, 
 
 
 def _online(
-    weight: Tensor, h: Tensor, wanted: Tensor, wants_mean: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Logprobs of *wanted* (n, K), and the mean of weight's rows (n, d) under the probabilities.
+    weight: Tensor, h: Tensor, wanted: Tensor, wants_mean: bool, cap: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Logprobs of *wanted* (n, K), the mean of weight's rows (n, d) under the probabilities (each
+    times the steepness of its logit's cap), and the steepness at *wanted* (n, K).
 
     Online softmax (Milakov & Gimelshein 2018): what was summed so far shrinks when a block holds a
     larger logit.
@@ -112,6 +130,9 @@ def _online(
     for start in range(0, len(weight), columns):
         block = weight[start : start + columns]
         logits = matmul.linear(h, block).float()
+        if cap:
+            soft_cap_(logits, cap)
+        steepness = None if mean is None else _steepness(logits, cap)
         at = wanted - start
         found = logits.gather(1, at.clamp(0, len(block) - 1))
         chosen = torch.where((at >= 0) & (at < len(block)), found, chosen)
@@ -122,14 +143,21 @@ def _online(
         if mean is None:
             continue
         mean.mul_(shrink)
+        if steepness is not None:
+            parts.mul_(steepness)
         matmul.add_product(mean, parts.to(weight.dtype), block)
+    steepness = _steepness(chosen, cap)
     logprobs = chosen.sub_(largest).sub_(total.log())
-    return logprobs, None if mean is None else mean.div_(total)
+    return logprobs, None if mean is None else mean.div_(total), steepness
 
 
-def _from_mean(weight: Tensor, wanted: Tensor, mean: Tensor, slopes: Tensor) -> Tensor:
+def _from_mean(
+    weight: Tensor, wanted: Tensor, mean: Tensor, slopes: Tensor, steepness: Tensor | None
+) -> Tensor:
     """Gradient at h (n, d) of sum(slopes * logprobs): slopes times (the target's row - *mean*)."""
     dh = mean.mul_(-slopes.sum(dim=1, keepdim=True))
+    if steepness is not None:
+        slopes = slopes * steepness
     for k in range(wanted.shape[1]):
         dh.addcmul_(weight[wanted[:, k]].float(), slopes[:, k : k + 1])
     return dh.to(weight.dtype)
@@ -155,7 +183,16 @@ def softmax_(logits: Tensor, wanted: Tensor) -> Tensor:
     return chosen - largest + logits.amax(dim=1, keepdim=True).log_()
 
 
-def _backward(linears: Linears, h: Tensor, wanted: Tensor, probs: Tensor, slopes: Tensor) -> Tensor:
+def _backward(
+    linears: Linears,
+    h: Tensor,
+    wanted: Tensor,
+    probs: Tensor,
+    slopes: Tensor,
+    steepness: Tensor | None,
+) -> Tensor:
     """Gradient at h (n, d) of sum(slopes * logprobs); overwrites *probs*."""
     dlogits = probs.mul_(-slopes.sum(dim=1, keepdim=True)).scatter_add_(1, wanted, slopes)
+    if steepness is not None:
+        dlogits.mul_(steepness)
     return given(linears.backward("head", dlogits.to(h.dtype), h))

@@ -5,26 +5,20 @@ The only module that uses transformers. Errors name what was tried and what to d
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
-from tinkex.engine.model import Base, Linear, Norms, Part, Rope, Spec
+from tinkex.engine.families import FAMILIES, build
+from tinkex.engine.model import Base, Rope
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
-
-ARCHITECTURES = registry.ARCHITECTURES
-
-#: Kinds of position embedding whose angles do not depend on the length of the text.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -80,7 +74,7 @@ def load(
         on_progress: see `Progress`.
 
     Raises:
-        ValueError: If there is no such model, it is not one of `ARCHITECTURES`, its files are
+        ValueError: If there is no such model, it is of none of `FAMILIES`, its files are
             damaged or incomplete, or it does not fit in memory.
     """
     dtype = dtype or default_dtype(device)
@@ -130,23 +124,13 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def _load_tiny(device: torch.device, dtype: torch.dtype) -> Loaded:
-    config = tiny.CONFIG
-    spec = Spec(
-        layers=tiny.LAYERS,
-        width=tiny.WIDTH,
-        heads=tiny.HEADS,
-        kv_heads=tiny.HEADS,
-        head_dim=config["head_dim"],
-        mlp=tiny.MLP,
-        vocab=tiny.VOCAB,
-        context=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        eos_tokens=tuple(config["eos_token_id"]),
-    )
+    config, family = tiny.CONFIG, FAMILIES[tiny.CONFIG["model_type"]]
+    spec = build.spec_of(family, SimpleNamespace(**config))
     steps = torch.arange(0, spec.head_dim, 2, dtype=torch.float32)
     inv_freq = 1.0 / (config["rope_parameters"]["rope_theta"] ** (steps / spec.head_dim))
     tensors = {name: t.to(device, dtype) for name, t in tiny.weights().items()}
-    base = assemble(spec, tensors, Rope(inv_freq.to(device)))
+    ropes = (Rope(inv_freq.to(device)),) * spec.layers
+    base = build.assemble(family, spec, tensors, ropes)
     architecture = config["architectures"][0]
     return Loaded(
         tiny.NAME, base, tiny.TOKENIZER_ID, architecture, lambda: _decoder(tiny.DIRECTORY)
@@ -163,8 +147,10 @@ def _load_gguf(
     parameters = sum(math.prod(info.shape) for info in file.tensors.values())
     _check_memory(name, parameters, device, dtype)
     tensors = gguf.Tensors(file, content, dtype, device, on_progress)
-    rope = Rope(gguf.inverse_frequencies(file, content).to(device))
-    base = assemble(_spec(SimpleNamespace(**content), None), tensors, rope)
+    family = FAMILIES[content["model_type"]]
+    spec = build.spec_of(family, SimpleNamespace(**content))
+    ropes = (Rope(gguf.inverse_frequencies(file, content).to(device)),) * spec.layers
+    base = build.assemble(family, spec, tensors, ropes)
     architecture = content["architectures"][0]
     return Loaded(name, base, str(path), architecture, lambda: _gguf_decoder(path))
 
@@ -207,14 +193,13 @@ def _load_hf(
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
     model_files.check_config_file(name, directory / "config.json")
     config, module = _describe_hf(name, source, directory)
+    family = FAMILIES[config.model_type]
     rotary = type(module.model.rotary_emb)(config=config)
-    rope = Rope(rotary.inv_freq.to(device), float(rotary.attention_scaling))
-    spec = _spec(config, module.generation_config)
-    if 2 * len(rotary.inv_freq) != spec.head_dim:
-        raise ValueError(
-            f"base model {name!r} rotates {2 * len(rotary.inv_freq)} of the {spec.head_dim} "
-            "numbers of a head by position; this server computes models that rotate all of them."
-        )
+    try:
+        ropes = build.ropes_of(family, config, rotary, device)
+    except ValueError as exc:
+        raise ValueError(f"base model {name!r} {exc}.") from exc
+    spec = build.spec_of(family, config, module.generation_config)
     tensors = weights.Weights(name, directory, dtype, device, on_progress)
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     head = ("lm_head.weight",) if config.tie_word_embeddings else ()
@@ -222,7 +207,7 @@ def _load_hf(
     for key in head:
         tensors.pop(key, None)
     _check_memory(name, sum(p.numel() for p in module.parameters()), device, dtype)
-    base = assemble(spec, tensors, rope)
+    base = build.assemble(family, spec, tensors, ropes)
     return Loaded(name, base, source, type(module).__name__, lambda: _decoder(directory))
 
 
@@ -295,117 +280,16 @@ def _cannot_load(name: str, source: str, exc: Exception) -> ValueError:
 
 def _check_config(name: str, config: Any) -> None:
     weights.check_not_quantized(name, getattr(config, "quantization_config", None))
-    supported = f"this server computes models of the architectures {', '.join(ARCHITECTURES)}"
-    if config.model_type not in ARCHITECTURES:
+    supported = f"this server computes models of the architectures {', '.join(FAMILIES)}"
+    if config.model_type not in FAMILIES:
         raise ValueError(
             f"base model {name!r} has architecture {config.model_type!r}; {supported} "
             '(config.json, "model_type").'
         )
-    if config.hidden_act != "silu":
-        raise ValueError(
-            f"base model {name!r} has the activation {config.hidden_act!r}; {supported}, "
-            'all with "silu".'
-        )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise ValueError(
-            f"base model {name!r} has position embeddings of type {rope!r}; "
-            f"{supported}, with {', '.join(ROPE_TYPES)}."
-        )
-
-
-def _spec(config: Any, generation_config: Any) -> Spec:
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = config.eos_token_id
-    if eos is None:
-        eos = ()
-    head_dim = getattr(config, "head_dim", None)
-    return Spec(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        mlp=config.intermediate_size,
-        vocab=config.vocab_size,
-        context=_context(config),
-        norm_eps=config.rms_norm_eps,
-        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
-    )
-
-
-def _context(config: Any) -> int:
-    """Longest text. Within a sliding window, attention is the same as without one."""
-    context: int = config.max_position_embeddings
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if config.model_type == "mistral" or slides:
-        context = min(context, getattr(config, "sliding_window", None) or context)
-    return context
-
-
-def assemble(spec: Spec, tensors: MutableMapping[str, Tensor], rope: Rope) -> Base:
-    """Fuse tensors with Hugging Face's names into a `Base`; removes them from *tensors*.
-
-    Args:
-        tensors: may read each tensor only when it is taken, as `weights.Weights` does.
-    """
-    linears: dict[str, Linear] = {}
-    norms = []
-    embedding = tensors.pop("model.embed_tokens.weight")
-    heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    for i in range(spec.layers):
-        layer = f"model.layers.{i}"
-        sizes = (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        qkv = {f"{layer}.self_attn.{name}_proj": rows for name, rows in sizes}
-        gate_up = {f"{layer}.mlp.{name}_proj": spec.mlp for name in ("gate", "up")}
-        o, down = {f"{layer}.self_attn.o_proj": spec.width}, {f"{layer}.mlp.down_proj": spec.width}
-        linears[f"{i}.qkv"] = _fuse(tensors, qkv, "attn", embedding)
-        linears[f"{i}.o"] = _fuse(tensors, o, "attn", embedding)
-        linears[f"{i}.gate_up"] = _fuse(tensors, gate_up, "mlp", embedding)
-        linears[f"{i}.down"] = _fuse(tensors, down, "mlp", embedding)
-        norms.append(
-            Norms(
-                tensors.pop(f"{layer}.input_layernorm.weight"),
-                tensors.pop(f"{layer}.post_attention_layernorm.weight"),
-                tensors.pop(f"{layer}.self_attn.q_norm.weight", None),
-                tensors.pop(f"{layer}.self_attn.k_norm.weight", None),
-            )
-        )
-    head = tensors.pop("lm_head.weight", embedding)  # tied where there is none
-    linears["head"] = Linear(head, None, (Part("lm_head", 0, len(head)),), "unembed")
-    final_norm = tensors.pop("model.norm.weight")
-    return Base(spec, embedding, tuple(norms), final_norm, linears, rope)
-
-
-def _fuse(
-    tensors: MutableMapping[str, Tensor], rows: Mapping[str, int], group: str, embedding: Tensor
-) -> Linear:
-    """Stack the matrices of modules that read the same input.
-
-    Each matrix is copied and dropped before the next one is taken, so that they are never all in
-    memory beside the result.
-
-    Args:
-        rows: of each module's matrix, by its name.
-        embedding: (V, width), of the type and on the device of the result.
-    """
-    starts = list(itertools.accumulate(rows.values(), initial=0))
-    parts = tuple(Part(name, *bounds) for name, bounds in zip(rows, itertools.pairwise(starts)))
-    if len(parts) == 1:
-        weight = tensors.pop(f"{parts[0].name}.weight")
-    else:
-        weight = embedding.new_empty(starts[-1], embedding.shape[1])
-        for part in parts:
-            weight[part.start : part.stop] = tensors.pop(f"{part.name}.weight")
-    biases = [tensors.pop(f"{part.name}.bias", None) for part in parts]
-    if all(bias is None for bias in biases):
-        return Linear(weight, None, parts, group)
-    bias = embedding.new_zeros(starts[-1])
-    for part, own in zip(parts, biases):
-        if own is not None:
-            bias[part.start : part.stop] = own
-    return Linear(weight, bias, parts, group)
+    try:
+        build.check_config(FAMILIES[config.model_type], config)
+    except ValueError as exc:
+        raise ValueError(f"base model {name!r} {exc}.") from exc
 
 
 def _decoder(source: Path | str) -> Decode:

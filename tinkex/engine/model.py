@@ -1,9 +1,8 @@
 """The base model: frozen weights of a Llama-style causal LM, and its forward and backward passes.
 
-Sequences are packed: a batch is the (N, width) rows of all its tokens, one sequence after the
-other, without padding. Attention alone knows where one sequence ends. The backward pass is written
-by hand (no gradient of base weights, little saved, the rest recomputed); only the attention kernel
-itself is differentiated by torch.
+The (N, width) rows of a batch are the tokens of all its sequences; attention.py alone knows where
+one ends. The backward pass is written by hand: no gradient of base weights, little saved, the rest
+recomputed. What sets one family apart from another is data: norms, ropes and `Spec`.
 
 Does not know about LoRA; takes `Linears`, which apply the matrices and accumulate their gradients.
 
@@ -12,40 +11,28 @@ Notation in comments: N tokens, d width, H heads, G key/value heads, D head size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import attrs
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine import matmul
+from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.spec import Spec
 
-#: A sequence joins a padded attention batch while it is at least this part of the longest there.
-LEAST_FILL = 0.85
-
-
-@attrs.frozen
-class Spec:
-    """Sizes of a model, and the tokens that end a text."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-    context: int
-    norm_eps: float
-    eos_tokens: tuple[int, ...] = ()
-
-    @property
-    def qkv(self) -> int:
-        """Columns of queries, keys and values together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+#: Activations of the MLP's gate, by their names in config.json: the function and its derivative,
+#: (gradient, input) -> gradient at the input.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_pytorch_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
 
 
 @attrs.frozen
@@ -68,25 +55,57 @@ class Linear:
 
 
 @attrs.frozen(eq=False)
-class Norms:
-    """RMSNorm weights of one layer; those of queries and keys only where the model has them."""
+class HeadNorm:
+    """RMSNorm of columns start..stop of queries, keys and values.
 
-    attention: Tensor
-    mlp: Tensor
-    q: Tensor | None = None
-    k: Tensor | None = None
+    Attributes:
+        weight: (n, size); each row norms so many columns.
+    """
+
+    start: int
+    stop: int
+    weight: Tensor
+
+    def columns(self, qkv: Tensor) -> Tensor:
+        """View (N, n, size) of the columns in qkv (N, (H + 2 G) D)."""
+        return qkv[:, self.start : self.stop].view(len(qkv), *self.weight.shape)
+
+
+@attrs.frozen(eq=False)
+class Norms:
+    """RMSNorm weights (d,) of one layer; None where the model has none."""
+
+    before_attention: Tensor | None
+    before_mlp: Tensor | None
+    after_attention: Tensor | None = None
+    after_mlp: Tensor | None = None
+    heads: tuple[HeadNorm, ...] = ()
 
 
 @attrs.frozen(eq=False)
 class Base:
-    """A frozen model. Its matrices are "0.qkv", "0.o", "0.gate_up", "0.down", ..., "head"."""
+    """A frozen model. Its matrices are "0.qkv", "0.o", "0.gate_up", "0.down", ..., "head".
+
+    Attributes:
+        final_norm: (d,) with the factor on logits in it.
+        ropes: of each layer; None for one that does not know positions.
+    """
 
     spec: Spec
     embedding: Tensor
     norms: tuple[Norms, ...]
     final_norm: Tensor
     linears: dict[str, Linear]
-    rope: Rope
+    ropes: tuple[Rope | None, ...]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(N,) token ids -> (N, d) into the first layer."""
+        x = F.embedding(tokens, self.embedding)
+        return x if self.spec.embedding_scale == 1 else x.mul_(self.spec.embedding_scale)
+
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, d) out of the last layer -> the same normed, and 1 / rms (N, 1) float32."""
+        return rms_norm(x, self.final_norm, self.spec.norm_eps)
 
     @property
     def device(self) -> torch.device:
@@ -163,10 +182,16 @@ class Rope:
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn (N, heads, D) in place: pairs are (i, i + D / 2), as in transformers' Llama."""
-    half = heads.shape[-1] // 2
-    first, second = heads[..., :half], heads[..., half:]
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
+    """Turn the first R columns of (N, heads, D) in place, R being twice those of *cos*.
+
+    Pairs are (i, i + R / 2), as in transformers' Llama, or if *interleaved* (2 i, 2 i + 1).
+    """
+    half = cos.shape[-1]
+    if interleaved:
+        first, second = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    else:
+        first, second = heads[..., :half], heads[..., half : 2 * half]
     turned = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).add_(turned)
@@ -182,146 +207,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """dx of `rms_norm`: rstd w dy - x rstd^3 mean(w dy x)."""
-    dx = dy * weight
+    dx = (dy * weight).to(dy.dtype)
     dot = torch.linalg.vecdot(dx, x).unsqueeze(-1)
     scale = rstd.to(x.dtype)
     dx.mul_(scale)
     return dx.addcmul_(x, dot.mul_(scale**3).div_(x.shape[-1]), value=-1)
 
 
-class Packing:
-    """Where the sequences of a packed batch lie, and how attention batches them.
-
-    Attention runs on padded batches of sequences of similar length: *buckets* are
-    (first padded row, sequences, longest). `pad` and `unpad` go between the two layouts.
-
-    Args:
-        lengths: tokens of each sequence, best sorted by length.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths = list(lengths)
-        self.longest = max(self.lengths)
-        sizes = np.asarray(self.lengths)
-        self.starts = np.cumsum(sizes) - sizes
-        self.rows = int(sizes.sum())
-        within = np.arange(self.rows) - np.repeat(self.starts, sizes)
-        self.positions = torch.from_numpy(within).to(device)
-        self.buckets = self._buckets()
-        self._gather(sizes, within, device)
-
-    def _buckets(self) -> list[tuple[int, int, int]]:
-        buckets: list[tuple[int, int, int]] = []
-        first = begin = 0
-        for i in range(1, len(self.lengths) + 1):
-            longest = max(self.lengths[begin:i])
-            ends = i == len(self.lengths) or (
-                min(longest, self.lengths[i]) < LEAST_FILL * max(longest, self.lengths[i])
-            )
-            if ends:
-                buckets.append((first, i - begin, longest))
-                first, begin = first + (i - begin) * longest, i
-        return buckets
-
-    def _gather(self, sizes: np.ndarray, within: np.ndarray, device: torch.device) -> None:
-        """Row numbers of the two layouts; None where they are the same."""
-        padded_starts = np.concatenate(
-            [first + longest * np.arange(count) for first, count, longest in self.buckets]
-        )
-        first, count, longest = self.buckets[-1]
-        self.padded_rows = first + count * longest
-        self._unpad: Tensor | None = None
-        if self.padded_rows == self.rows:
-            return
-        unpad = np.repeat(padded_starts, sizes) + within
-        # A padding row repeats row 0; what it computes reaches no real row.
-        pad = np.zeros(self.padded_rows, np.int64)
-        pad[unpad] = np.arange(self.rows)
-        filler = np.ones(self.padded_rows, bool)
-        filler[unpad] = False
-        self._unpad = torch.from_numpy(unpad).to(device)
-        self._pad = torch.from_numpy(pad).to(device)
-        self._filler = torch.from_numpy(np.flatnonzero(filler)).to(device)
-
-    def pad(self, x: Tensor, *, zero: bool = False) -> Tensor:
-        """(N, c) -> (padded rows, c); padding holds zeros or, if not *zero*, anything finite."""
-        if self._unpad is None:
-            return x
-        padded = x.index_select(0, self._pad)
-        return padded.index_fill_(0, self._filler, 0.0) if zero else padded
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """(padded rows, c) -> (N, c)."""
-        return x if self._unpad is None else x.index_select(0, self._unpad)
-
-
-def _heads_first(qkv: Tensor, bucket: tuple[int, int, int], spec: Spec) -> list[Tensor]:
-    """One bucket's queries, keys, values: (sequences, heads, longest, D) views of *qkv*."""
-    first, count, longest = bucket
-    rows = qkv[first : first + count * longest].view(count, longest, -1, spec.head_dim)
-    split = rows.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
-    return [part.transpose(1, 2) for part in split]
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of (B, H, T, D) queries over (B, G, T, D) keys and values."""
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-class PackedAttention:
-    """Causal attention within each sequence of a packed batch, and its derivative."""
-
-    def __init__(self, packing: Packing, spec: Spec) -> None:
-        self._packing = packing
-        self._spec = spec
-
-    def forward(self, qkv: Tensor, *, save: bool = False) -> tuple[Tensor, object]:
-        """qkv (N, (H + 2 G) D), positions applied -> out (N, H D), and what backward needs."""
-        padded = self._packing.pad(qkv)
-        outs, graph = [], []
-        for bucket in self._packing.buckets:
-            parts = _heads_first(padded, bucket, self._spec)
-            if save:
-                parts = [part.detach().requires_grad_() for part in parts]
-                with torch.enable_grad():
-                    out = attention(*parts)
-                graph.append((out, parts))
-            else:
-                out = attention(*parts)
-            outs.append(out.detach().transpose(1, 2).reshape(-1, self._spec.heads * out.shape[-1]))
-        joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return self._packing.unpad(joined), graph
-
-    def backward(self, dout: Tensor, saved: object) -> Tensor:
-        """dout (N, H D) -> dqkv (N, (H + 2 G) D)."""
-        padded = self._packing.pad(dout, zero=True)
-        dqkv = padded.new_empty(self._packing.padded_rows, self._spec.qkv)
-        graph: list[tuple[Tensor, list[Tensor]]] = saved  # type: ignore[assignment]
-        for bucket, (out, parts) in zip(self._packing.buckets, graph):
-            first, count, longest = bucket
-            rows = padded[first : first + count * longest]
-            grad = rows.view(count, longest, self._spec.heads, -1).transpose(1, 2)
-            grads = torch.autograd.grad(out, parts, grad)
-            for target, value in zip(_heads_first(dqkv, bucket, self._spec), grads):
-                target.copy_(value)
-        return self._packing.unpad(dqkv)
+def _scaled(x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
+    """What `rms_norm` made of x, from what it saved; x itself where there is no norm."""
+    if weight is None or rstd is None:
+        return x
+    return torch.mul(x, rstd.to(x.dtype)).mul_(weight)
 
 
 @attrs.define(eq=False)
 class Saved:
-    """What one layer keeps from forward to backward."""
+    """What one layer keeps from forward to backward; the rstd of norms that it does not have, and
+    what goes into them, is None."""
 
     x: Tensor  # (N, d) into the layer
-    rstd: Tensor
-    raw: Tensor | None  # (N, (H + G), D) queries and keys before their norm, where there is one
-    head_rstd: Tensor | None
+    rstd: Tensor | None
+    heads: list[tuple[Tensor, Tensor]]  # (N, n, size) into each `HeadNorm`, and its rstd
     attended: Tensor  # (N, H D)
     graph: object  # of the attention
+    attention_end: tuple[Tensor, Tensor] | None  # (N, d) into the norm after attention, rstd
     middle: Tensor  # (N, d) between attention and MLP
-    middle_rstd: Tensor
+    middle_rstd: Tensor | None
     gate_up: Tensor  # (N, 2 mlp)
+    mlp_end: tuple[Tensor, Tensor] | None
 
 
 Attend = Callable[[int, Tensor], tuple[Tensor, object]]
@@ -342,43 +256,67 @@ class Forward:
         self._base = base
         self._linears = linears
         self._attend = attend
-        cos, sin = base.rope.at(positions, longest)
-        self._cos, self._sin = cos.to(base.dtype), sin.to(base.dtype)
+        self._activate = ACTIVATIONS[base.spec.activation][0]
+        self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}
+        for rope in base.ropes:
+            if rope is not None and rope not in self._angles:
+                cos, sin = rope.at(positions, longest)
+                self._angles[rope] = cos.to(base.dtype), sin.to(base.dtype)
 
     def layer(self, i: int, x: Tensor, *, save: bool = False) -> tuple[Tensor, Saved | None]:
         """Layer *i* of x (N, d) -> (N, d), and what `Backward` needs if *save*."""
         spec, norms = self._base.spec, self._base.norms[i]
-        h, rstd = rms_norm(x, norms.attention, spec.norm_eps)
+        h, rstd = self._norm(x, norms.before_attention)
         qkv = self._linears.forward(f"{i}.qkv", h)
-        turned = qkv.view(len(x), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
-        raw, head_rstd = self._head_norms(norms, turned, save)
-        rotate_(turned, self._cos, self._sin)
+        heads = self._norm_heads(norms, qkv, save)
+        self.rotate_(i, qkv)
         attended, graph = self._attend(i, qkv)
-        middle = self._linears.forward(f"{i}.o", attended).add_(x)
-        h, middle_rstd = rms_norm(middle, norms.mlp, spec.norm_eps)
+        branch = self._linears.forward(f"{i}.o", attended)
+        middle, attention_end = self._join(x, branch, norms.after_attention)
+        h, middle_rstd = self._norm(middle, norms.before_mlp)
         gate_up = self._linears.forward(f"{i}.gate_up", h)
-        act = F.silu(gate_up[:, : spec.mlp]).mul_(gate_up[:, spec.mlp :])
-        out = self._linears.forward(f"{i}.down", act).add_(middle)
+        act = self._activate(gate_up[:, : spec.mlp]).mul_(gate_up[:, spec.mlp :])
+        branch = self._linears.forward(f"{i}.down", act)
+        out, mlp_end = self._join(middle, branch, norms.after_mlp)
         if not save:
             return out, None
-        return out, Saved(x, rstd, raw, head_rstd, attended, graph, middle, middle_rstd, gate_up)
+        ends = attention_end, middle, middle_rstd, gate_up, mlp_end
+        return out, Saved(x, rstd, heads, attended, graph, *ends)
 
-    def _head_norms(
-        self, norms: Norms, turned: Tensor, save: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Norm queries and keys in place, where the model does (Qwen3)."""
-        if norms.q is None or norms.k is None:
-            return None, None
-        weight = head_weight(norms.q, norms.k, self._base.spec)
-        raw = turned.clone() if save else None
-        normed, rstd = rms_norm(turned, weight, self._base.spec.norm_eps)
-        turned.copy_(normed)
-        return raw, rstd
+    def rotate_(self, i: int, qkv: Tensor, *, back: bool = False) -> None:
+        """Apply positions to the queries and keys in qkv (N, (H + 2 G) D), or take them *back*."""
+        spec, rope = self._base.spec, self._base.ropes[i]
+        if rope is None:
+            return
+        turned = qkv.view(len(qkv), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
+        cos, sin = self._angles[rope]
+        rotate_(turned, cos, -sin if back else sin, interleaved=spec.interleaved)
 
+    def _norm(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (x, None) if weight is None else rms_norm(x, weight, self._base.spec.norm_eps)
 
-def head_weight(q: Tensor, k: Tensor, spec: Spec) -> Tensor:
-    """(H + G, D) norm weights of all query and key heads."""
-    return torch.cat([q.expand(spec.heads, -1), k.expand(spec.kv_heads, -1)])
+    def _norm_heads(self, norms: Norms, qkv: Tensor, save: bool) -> list[tuple[Tensor, Tensor]]:
+        """Norm queries and keys in place, where the model does; what backward needs."""
+        kept = []
+        for norm in norms.heads:
+            columns = norm.columns(qkv)
+            raw = columns.clone() if save else columns
+            normed, rstd = rms_norm(columns, norm.weight, self._base.spec.norm_eps)
+            columns.copy_(normed)
+            kept.append((raw, rstd))
+        return kept
+
+    def _join(
+        self, x: Tensor, branch: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (N, d) + what a branch has computed, normed if the model does; what backward needs."""
+        kept = None
+        if weight is not None:
+            normed, rstd = rms_norm(branch, weight, self._base.spec.norm_eps)
+            kept = branch, rstd
+            branch = normed
+        scale = self._base.spec.residual_scale
+        return (branch if scale == 1 else branch.mul_(scale)).add_(x), kept
 
 
 class Training:
@@ -401,7 +339,7 @@ class Training:
         self._kept: list[Tensor | Saved] = []
 
     def _attend(self, layer: int, qkv: Tensor) -> tuple[Tensor, object]:
-        return self._attention.forward(qkv, save=self._saving)
+        return self._attention.forward(layer, qkv, save=self._saving)
 
     def _layer(self, i: int, x: Tensor, save: bool) -> tuple[Tensor, Saved | None]:
         self._saving = save
@@ -409,15 +347,14 @@ class Training:
 
     def forward(self, tokens: Tensor, *, save: bool) -> Tensor:
         """(N,) token ids -> (N, d) hidden states, final norm applied."""
-        spec = self._base.spec
-        x = F.embedding(tokens, self._base.embedding)
-        for i in range(spec.layers):
+        x = self._base.embed(tokens)
+        for i in range(self._base.spec.layers):
             keeps_all = save and not self._recompute
             out, saved = self._layer(i, x, keeps_all)
             if save:
                 self._kept.append(saved if saved is not None else x)
             x = out
-        hidden, rstd = rms_norm(x, self._base.final_norm, spec.norm_eps)
+        hidden, rstd = self._base.finish(x)
         self._end = (x, rstd) if save else None
         return hidden
 
@@ -436,32 +373,49 @@ class Training:
 
     def _layer_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
         """Gradient at a layer's output (N, d) -> at its input; takes the adapter's on the way."""
-        spec, norms, linears = self._base.spec, self._base.norms[i], self._linears
+        norms, linears = self._base.norms[i], self._linears
         dmiddle = self._mlp_backward(i, dout, saved).add_(dout)
-        dattended = given(linears.backward(f"{i}.o", dmiddle, saved.attended))
+        dbranch = self._branch_backward(dmiddle, norms.after_attention, saved.attention_end)
+        dattended = given(linears.backward(f"{i}.o", dbranch, saved.attended))
         dqkv = self._attention.backward(dattended, saved.graph)
-        turned = dqkv.view(len(dout), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
-        rotate_(turned, self._forward._cos, -self._forward._sin)
-        if saved.raw is not None and norms.q is not None and norms.k is not None:
-            weight = head_weight(norms.q, norms.k, spec)
-            turned.copy_(rms_norm_backward(turned, saved.raw, weight, given(saved.head_rstd)))
-        h = torch.mul(saved.x, saved.rstd.to(dout.dtype)).mul_(norms.attention)
+        self._forward.rotate_(i, dqkv, back=True)
+        for norm, (raw, rstd) in zip(norms.heads, saved.heads):
+            columns = norm.columns(dqkv)
+            columns.copy_(rms_norm_backward(columns, raw, norm.weight, rstd))
+        h = _scaled(saved.x, norms.before_attention, saved.rstd)
         dh = linears.backward(f"{i}.qkv", dqkv, h, wants_dx=i > 0)
         if dh is None:  # the first layer: nothing below it is trained
             return dmiddle
-        return rms_norm_backward(dh, saved.x, norms.attention, saved.rstd).add_(dmiddle)
+        return _norm_backward(dh, saved.x, norms.before_attention, saved.rstd).add_(dmiddle)
 
     def _mlp_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
         spec, norms, linears = self._base.spec, self._base.norms[i], self._linears
+        activate, activate_backward = ACTIVATIONS[spec.activation]
         gate, up = saved.gate_up[:, : spec.mlp], saved.gate_up[:, spec.mlp :]
-        silu = F.silu(gate)
-        dact = given(linears.backward(f"{i}.down", dout, silu * up))
+        active = activate(gate)
+        dbranch = self._branch_backward(dout, norms.after_mlp, saved.mlp_end)
+        dact = given(linears.backward(f"{i}.down", dbranch, active * up))
         dgate_up = torch.empty_like(saved.gate_up)
-        torch.mul(dact, silu, out=dgate_up[:, spec.mlp :])
-        dgate_up[:, : spec.mlp] = torch.ops.aten.silu_backward(dact.mul_(up), gate)
-        h = torch.mul(saved.middle, saved.middle_rstd.to(dout.dtype)).mul_(norms.mlp)
+        torch.mul(dact, active, out=dgate_up[:, spec.mlp :])
+        dgate_up[:, : spec.mlp] = activate_backward(dact.mul_(up), gate)
+        h = _scaled(saved.middle, norms.before_mlp, saved.middle_rstd)
         dh = given(linears.backward(f"{i}.gate_up", dgate_up, h))
-        return rms_norm_backward(dh, saved.middle, norms.mlp, saved.middle_rstd)
+        return _norm_backward(dh, saved.middle, norms.before_mlp, saved.middle_rstd)
+
+    def _branch_backward(
+        self, dout: Tensor, weight: Tensor | None, kept: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Gradient at the sum that ends a branch (N, d) -> at what its last matrix gave."""
+        scale = self._base.spec.residual_scale
+        dbranch = dout if scale == 1 else dout * scale
+        return dbranch if kept is None else _norm_backward(dbranch, kept[0], weight, kept[1])
+
+
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
+    """dx of `rms_norm`; dy itself where there is no norm."""
+    if weight is None or rstd is None:
+        return dy
+    return rms_norm_backward(dy, x, weight, rstd)
 
 
 def kind_of(device: torch.device) -> str:

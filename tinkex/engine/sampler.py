@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import token_sampling
+from tinkex.engine.attention import PackedAttention, Packing
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
-from tinkex.engine.model import Base, Forward, PackedAttention, Packing, kind_of, rms_norm
+from tinkex.engine.model import Base, Forward, kind_of
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
 from tinkex.engine.sample_pools import Pool, Pools
 from tinkex.engine.sample_queue import SampleQueue, Unit
@@ -402,7 +404,7 @@ class Sampler:
         self._score_prompts(groups, hidden.split(packing.lengths))
         ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
         head_of = MixedLinears(self._base.linears, stack, adapters)
-        return head_of.forward("head", hidden[ends.to(hidden.device)]).float()
+        return head_logits(head_of, hidden[ends.to(hidden.device)], self._base.spec.logit_cap)
 
     def _prefill(
         self,
@@ -424,15 +426,14 @@ class Sampler:
                 v = own[:, values:].view(len(own), -1, base.spec.head_dim)
                 for pool, place in places[i]:
                     pool.fill(layer, place, k, v)
-            return attention.forward(qkv)
+            return attention.forward(layer, qkv)
 
         tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
-        x = torch.nn.functional.embedding(tokens, base.embedding)
+        x = base.embed(tokens)
         forward = Forward(base, linears, packing.positions, packing.longest, attend)
         for i in range(base.spec.layers):
             x, _ = forward.layer(i, x)
-        hidden, _ = rms_norm(x, base.final_norm, base.spec.norm_eps)
-        return hidden
+        return base.finish(x)[0]
 
     def _score_prompts(self, groups: Sequence[Sequence[Unit]], states: Sequence[Tensor]) -> None:
         """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
@@ -448,7 +449,7 @@ class Sampler:
             room = self._room(adapter, rows >= self._base.spec.width // 2)
             one = Stack([adapter])
             linears = MixedLinears(self._base.linears, one, np.zeros(1, np.int64), room)
-            score_prompts(jobs, linears, self._base.spec.vocab)
+            score_prompts(jobs, linears, self._base.spec)
 
     # -- tokens ------------------------------------------------------------------------------
 
@@ -486,13 +487,12 @@ class Sampler:
         at = torch.from_numpy(positions).to(base.device)
         forward = Forward(base, linears, at, int(positions.max()) + 1, attend)
         tokens = torch.from_numpy(state.last[rows]).to(base.device)
-        x = torch.nn.functional.embedding(tokens, base.embedding)
+        x = base.embed(tokens)
         for i in range(spec.layers):
             x, _ = forward.layer(i, x)
         for pool in pools:
             pool.end_step()
-        hidden, _ = rms_norm(x, base.final_norm, spec.norm_eps)
-        self._take_tokens(rows, linears.forward("head", hidden).float())
+        self._take_tokens(rows, head_logits(linears, base.finish(x)[0], spec.logit_cap))
 
     def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Number of each row's adapter in the stack, which is rebuilt if others are running.

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import losses
+from tinkex.engine.attention import Packing
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.lm_head import Rows, target_logprobs
 from tinkex.engine.lora import TrainedLinears
 from tinkex.engine.memory import total_memory
-from tinkex.engine.model import Base, Linears, Packing, Training, kind_of
+from tinkex.engine.model import Base, Linears, Training, kind_of
 
 #: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix
 #: products are slower and the workers' shares become too small; more are no faster.
@@ -122,7 +123,9 @@ def bytes_per_token(base: Base) -> int:
     spec = base.spec
     attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
     per_layer = 2 * spec.width + attention + 2 * spec.mlp
-    return spec.layers * per_layer * base.embedding.element_size()
+    ends = [end for norms in base.norms for end in (norms.after_attention, norms.after_mlp)]
+    into_ends = sum(end is not None for end in ends) * spec.width
+    return (spec.layers * per_layer + into_ends) * base.embedding.element_size()
 
 
 def tokens_per_batch(base: Base) -> int:
@@ -253,16 +256,15 @@ class Pass:
         self, linears: Linears, hidden: Tensor, targets: Tensor, inputs: losses.Inputs
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities and losses (N, K), and the gradient at *hidden* if it is wanted."""
-        loss, vocab = losses.LOSSES[self._loss_fn], self._base.spec.vocab
+        loss, spec = losses.LOSSES[self._loss_fn], self._base.spec
+        score = partial(target_logprobs, linears, hidden, targets, spec.vocab, cap=spec.logit_cap)
         if self._forward_only or self._loss_fn in losses.WHOLE_SEQUENCE:
-            logprobs, _ = target_logprobs(linears, hidden, targets, vocab)
+            logprobs, _ = score()
             values, slopes = loss(logprobs, inputs)
             if self._forward_only:
                 return logprobs, values, None
             live = slopes.any(dim=1)
-            _, dhidden = target_logprobs(
-                linears, hidden, targets, vocab, lambda rows, _: slopes[rows], live
-            )
+            _, dhidden = score(lambda rows, _: slopes[rows], live)
             return logprobs, values, dhidden
         values = torch.empty(targets.shape, device=hidden.device)
 
@@ -271,7 +273,7 @@ class Pass:
             return slopes
 
         live = inputs.live(self._loss_fn)
-        logprobs, dhidden = target_logprobs(linears, hidden, targets, vocab, slopes_of, live)
+        logprobs, dhidden = score(slopes_of, live)
         return logprobs, values, dhidden
 
     def _keep(self, outcome: _Outcome) -> None:

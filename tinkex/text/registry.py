@@ -15,9 +15,6 @@ from tinkex import config
 
 ORIGIN = "origin.json"
 
-#: model_type in config.json of the architectures whose layers the engine computes.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 @attrs.frozen
 class Wheel:

@@ -1,0 +1,169 @@
+"""
+Every family of the fast path, against transformers and PEFT: one row each of `hf.CONFIGS`.
+
+A row is a small random model of the family's real configuration class. Run as a program with
+--write, it copies the table of families into docs/models.md.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import hf_reference as hf
+from tinkex import types
+from tinkex.engine import checkpoints
+from tinkex.engine.attention import Packing
+from tinkex.engine.engine import Engine
+from tinkex.engine.families import FAMILIES
+from tinkex.engine.model import Base, FrozenLinears, Training
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TABLE = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- end of families -->)", re.DOTALL)
+
+PROMPT = np.random.default_rng(7).integers(0, 256, 30).tolist()
+
+
+@attrs.frozen(eq=False)
+class Case:
+    """A model with an adapter, in our engine and in PEFT."""
+
+    directory: Path
+    adapter: Path
+    engine: Engine
+    reference: hf.Any
+
+    @property
+    def base(self) -> Base:
+        return self.engine._bases[str(self.directory)].base
+
+    def scores(self, datum: types.Datum) -> np.ndarray:
+        """Our log-probabilities of a datum."""
+        pass_ = self.engine.forward_backward("m", [datum], "cross_entropy", None, forward_only=True)
+        return hf.drive(pass_).loss_fn_outputs[0]["logprobs"].to_numpy()
+
+    def sample(self, *, count: int, **params: hf.Any) -> list[types.SampledSequence]:
+        """Continuations of `PROMPT` by the adapter."""
+        settings = types.SamplingParams(max_tokens=24, seed=1, stop=[], **params)
+        request = types.SampleRequest(
+            types.ModelInput.from_ints(PROMPT), settings, num_samples=count
+        )
+        self.engine.submit_sample("ticket", "s", request)
+        return hf.sample_all(self.engine)["ticket"].sequences
+
+
+@pytest.fixture(scope="module", params=hf.CONFIGS)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    directory = hf.make_base(folder / "base", request.param)
+    adapter = hf.make_adapter(directory, folder / "adapter")
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(directory))
+    engine.create_model("m", str(directory), types.LoraConfig(rank=8), seed=0, adapter=adapter)
+    engine.open_sampler("s", str(directory), directory=adapter)
+    return Case(directory, adapter, engine, hf.load_adapter(directory, adapter))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(case):
+    """Every feature that sets a family apart is computed exactly."""
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, hf.VOCAB, 100))
+    expected = hf.load_base(case.directory)(input_ids=tokens[None]).logits[0]
+    base = case.base
+
+    training = Training(base, FrozenLinears(base), Packing([100], base.device))
+    actual = hf.logits(base, training.forward(tokens, save=False))
+
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_losses_and_gradients_are_those_of_peft(case, tmp_path):
+    """The hand-written backward pass, on sequences of mixed lengths in one batch."""
+    rng = np.random.default_rng(0)
+    data = [hf.datum(rng.integers(0, hf.VOCAB, n + 1)) for n in (3, 40, 17, 18, 1, 90)]
+    losses = []
+    for datum in data:
+        target = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        losses.append(-hf.logprobs(case.reference, datum.model_input.tokens, target).sum())
+    total = torch.stack(losses).sum()
+    total.backward()
+    expected = hf.peft_gradients(case.reference)
+
+    output = hf.drive(case.engine.forward_backward("m", data, "cross_entropy", None))
+    actual = hf.gradients(case.engine, "m", tmp_path / "snapshot")
+
+    assert output.loss == pytest.approx(total.item(), rel=1e-5)
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sampled_logprobs_are_those_of_forward(case, count):
+    """Of a single sample, and of several that share their prompt, beyond any window."""
+    for sequence in case.sample(count=count):
+        expected = case.scores(hf.datum(PROMPT + sequence.tokens))[len(PROMPT) - 1 :]
+
+        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
+
+
+def test_the_likeliest_text_is_that_of_generate(case):
+    [sequence] = case.sample(count=1, temperature=0.0)
+
+    generated = case.reference.generate(
+        input_ids=torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+
+    assert generated[0, len(PROMPT) :].tolist() == sequence.tokens
+
+
+def test_an_adapter_survives_saving_and_peft_computes_the_same(case, tmp_path):
+    """Bit for bit when we load it; in PEFT, and merged into the base model, the same numbers."""
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    case.engine.save("m", saved, optimizer=False)
+    original = load_file(case.adapter / "adapter_model.safetensors")
+    tokens = np.random.default_rng(3).integers(0, hf.VOCAB, 60)
+    ours = case.scores(hf.datum(tokens))
+
+    checkpoints.merge_adapter(str(case.directory), saved, tmp_path / "merged")
+
+    written = load_file(saved / "adapter_model.safetensors")
+    assert {n for n in original if "lora_" in n} == set(written)
+    assert all(torch.equal(original[name], written[name]) for name in written)
+    for model in (hf.load_adapter(case.directory, saved), hf.load_base(tmp_path / "merged")):
+        with torch.no_grad():
+            theirs = hf.logprobs(model, tokens[:-1], tokens[1:]).numpy()
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+# -- the table on the page -------------------------------------------------------------------------
+
+
+def table() -> str:
+    """The families, as docs/models.md shows them."""
+    rows: dict[str, list[str]] = {}
+    for name, make in hf.CONFIGS.items():
+        rows.setdefault(make().model_type, []).append(name)
+    lines = ["", "| Family | Models | Not computed |", "|---|---|---|"]
+    for model_type, family in FAMILIES.items():
+        assert model_type in rows, f"{model_type} has no row in hf.CONFIGS"
+        lines.append(f"| {model_type} | {family.title} | {family.limits or '-'} |")
+    return "\n".join([*lines, "", ""])
+
+
+def test_the_page_has_the_table_of_families():
+    """To update it: python tests/engine/test_families.py --write"""
+    assert table() == TABLE.search(PAGE.read_text()).group()
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    PAGE.write_text(TABLE.sub(lambda _: table(), PAGE.read_text()))

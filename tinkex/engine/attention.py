@@ -1,0 +1,239 @@
+"""Causal attention over packed sequences, and its derivative.
+
+Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
+padding. Attention alone knows where one sequence ends. torch's kernel computes it, except where
+products are capped or only a window is seen: those are computed in blocks of queries, so that
+memory and arithmetic grow with the window and not with the square of the length.
+
+Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkex.engine.spec import Spec
+
+#: A sequence joins a padded attention batch while it is at least this part of the longest there.
+LEAST_FILL = 0.85
+
+#: Products of queries and keys that are held at a time, where attention is computed in blocks.
+BLOCK_PRODUCTS = 4 * 2**20
+
+#: Fewest queries of a block.
+LEAST_QUERIES = 32
+
+
+class Packing:
+    """Where the sequences of a packed batch lie, and how attention batches them.
+
+    Attention runs on padded batches of sequences of similar length: *buckets* are
+    (first padded row, sequences, longest). `pad` and `unpad` go between the two layouts.
+
+    Args:
+        lengths: tokens of each sequence, best sorted by length.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = list(lengths)
+        self.longest = max(self.lengths)
+        sizes = np.asarray(self.lengths)
+        self.starts = np.cumsum(sizes) - sizes
+        self.rows = int(sizes.sum())
+        within = np.arange(self.rows) - np.repeat(self.starts, sizes)
+        self.positions = torch.from_numpy(within).to(device)
+        self.buckets = self._buckets()
+        self._gather(sizes, within, device)
+
+    def _buckets(self) -> list[tuple[int, int, int]]:
+        buckets: list[tuple[int, int, int]] = []
+        first = begin = 0
+        for i in range(1, len(self.lengths) + 1):
+            longest = max(self.lengths[begin:i])
+            ends = i == len(self.lengths) or (
+                min(longest, self.lengths[i]) < LEAST_FILL * max(longest, self.lengths[i])
+            )
+            if ends:
+                buckets.append((first, i - begin, longest))
+                first, begin = first + (i - begin) * longest, i
+        return buckets
+
+    def _gather(self, sizes: np.ndarray, within: np.ndarray, device: torch.device) -> None:
+        """Row numbers of the two layouts; None where they are the same."""
+        padded_starts = np.concatenate(
+            [first + longest * np.arange(count) for first, count, longest in self.buckets]
+        )
+        first, count, longest = self.buckets[-1]
+        self.padded_rows = first + count * longest
+        self._unpad: Tensor | None = None
+        if self.padded_rows == self.rows:
+            return
+        unpad = np.repeat(padded_starts, sizes) + within
+        # A padding row repeats row 0; what it computes reaches no real row.
+        pad = np.zeros(self.padded_rows, np.int64)
+        pad[unpad] = np.arange(self.rows)
+        filler = np.ones(self.padded_rows, bool)
+        filler[unpad] = False
+        self._unpad = torch.from_numpy(unpad).to(device)
+        self._pad = torch.from_numpy(pad).to(device)
+        self._filler = torch.from_numpy(np.flatnonzero(filler)).to(device)
+
+    def pad(self, x: Tensor, *, zero: bool = False) -> Tensor:
+        """(N, c) -> (padded rows, c); padding holds zeros or, if not *zero*, anything finite."""
+        if self._unpad is None:
+            return x
+        padded = x.index_select(0, self._pad)
+        return padded.index_fill_(0, self._filler, 0.0) if zero else padded
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(padded rows, c) -> (N, c)."""
+        return x if self._unpad is None else x.index_select(0, self._unpad)
+
+
+def _heads_first(qkv: Tensor, bucket: tuple[int, int, int], spec: Spec) -> list[Tensor]:
+    """One bucket's queries, keys, values: (sequences, heads, longest, D) views of *qkv*."""
+    first, count, longest = bucket
+    rows = qkv[first : first + count * longest].view(count, longest, -1, spec.head_dim)
+    split = rows.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
+    return [part.transpose(1, 2) for part in split]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float = 0.0, window: int = 0
+) -> Tensor:
+    """Causal attention of (B, H, T, D) queries over (B, G, T, D) keys and values.
+
+    Args:
+        scale: factor on products of queries and keys.
+        cap: products are then capped softly at +-cap; 0 is no cap.
+        window: positions that a query attends to, its own among them; 0 is all.
+    """
+    if cap or 0 < window < q.shape[2]:
+        out: Tensor = _Blocked.apply(q, k, v, scale, cap, window)
+        return out
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def soft_cap_(x: Tensor, cap: float) -> Tensor:
+    """cap tanh(x / cap), in place."""
+    return x.div_(cap).tanh_().mul_(cap)
+
+
+class _Blocked(torch.autograd.Function):
+    """Attention in blocks of queries; backward computes the products again (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for queries, keys in _blocks(q, window):
+            weights = _weights(q, k, queries, keys, scale, cap, window)[0]
+            out[:, :, queries] = _by_head(weights @ v[:, :, keys], q.shape[1])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.settings = scale, cap, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        scale, cap, window = ctx.settings
+        groups = k.shape[1]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys in _blocks(q, window):
+            weights, products = _weights(q, k, queries, keys, scale, cap, window)
+            dout = _by_group(grads[0][:, :, queries], groups)
+            dv[:, :, keys] += weights.transpose(2, 3) @ dout
+            dot = (dout * _by_group(out[:, :, queries], groups)).sum(dim=3, keepdim=True)
+            dproducts = (dout @ v[:, :, keys].transpose(2, 3)).sub_(dot).mul_(weights)
+            if cap:  # the derivative of cap tanh(x / cap) is 1 - tanh^2
+                dproducts.mul_(products.div_(cap).square_().neg_().add_(1))
+            dproducts.mul_(scale)
+            dq[:, :, queries] = _by_head(dproducts @ k[:, :, keys], q.shape[1])
+            dk[:, :, keys] += dproducts.transpose(2, 3) @ _by_group(q[:, :, queries], groups)
+        return dq, dk, dv, None, None, None
+
+
+def _blocks(q: Tensor, window: int) -> list[tuple[slice, slice]]:
+    """Queries of each block, and the keys that they may attend to."""
+    count, heads, length, _ = q.shape
+    step = max(LEAST_QUERIES, BLOCK_PRODUCTS // (count * heads * length))
+    bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
+    first = [max(0, start - window + 1) if window else 0 for start, _ in bounds]
+    return [(slice(*pair), slice(low, pair[1])) for pair, low in zip(bounds, first)]
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(B, H, n, D) -> (B, G, H / G n, D): the queries that ask of one key head together."""
+    count, heads, rows, size = x.shape
+    return x.reshape(count, groups, heads // groups * rows, size)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `_by_group`."""
+    return x.reshape(len(x), heads, -1, x.shape[3])
+
+
+def _weights(
+    q: Tensor, k: Tensor, queries: slice, keys: slice, scale: float, cap: float, window: int
+) -> tuple[Tensor, Tensor]:
+    """A block's weights (B, G, H / G n, m) after softmax, and its products, capped."""
+    own = _by_group(q[:, :, queries], k.shape[1])
+    products = (own @ k[:, :, keys].transpose(2, 3)).mul_(scale)
+    if cap:
+        soft_cap_(products, cap)
+    asking = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
+    asked = torch.arange(keys.start, keys.stop, device=q.device)
+    hidden = asked > asking
+    if window:
+        hidden |= asked <= asking - window
+    hidden = hidden.repeat(q.shape[1] // k.shape[1], 1)
+    seen = products.masked_fill(hidden, -torch.inf)
+    return torch.softmax(seen, dim=3, dtype=torch.float32).to(q.dtype), products
+
+
+class PackedAttention:
+    """Causal attention within each sequence of a packed batch, and its derivative."""
+
+    def __init__(self, packing: Packing, spec: Spec) -> None:
+        self._packing = packing
+        self._spec = spec
+
+    def forward(self, layer: int, qkv: Tensor, *, save: bool = False) -> tuple[Tensor, object]:
+        """qkv (N, (H + 2 G) D), positions applied -> out (N, H D), and what backward needs."""
+        spec, padded = self._spec, self._packing.pad(qkv)
+        settings = spec.scale, spec.attention_cap, spec.window(layer)
+        outs, graph = [], []
+        for bucket in self._packing.buckets:
+            parts = _heads_first(padded, bucket, spec)
+            if save:
+                parts = [part.detach().requires_grad_() for part in parts]
+            with torch.set_grad_enabled(save):
+                out = attention(parts[0], parts[1], parts[2], *settings)
+            if save:
+                graph.append((out, parts))
+            outs.append(out.detach().transpose(1, 2).reshape(-1, spec.heads * out.shape[-1]))
+        joined = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return self._packing.unpad(joined), graph
+
+    def backward(self, dout: Tensor, saved: object) -> Tensor:
+        """dout (N, H D) -> dqkv (N, (H + 2 G) D)."""
+        padded = self._packing.pad(dout, zero=True)
+        dqkv = padded.new_empty(self._packing.padded_rows, self._spec.qkv)
+        graph: list[tuple[Tensor, list[Tensor]]] = saved  # type: ignore[assignment]
+        for bucket, (out, parts) in zip(self._packing.buckets, graph):
+            first, count, longest = bucket
+            rows = padded[first : first + count * longest]
+            grad = rows.view(count, longest, self._spec.heads, -1).transpose(1, 2)
+            grads = torch.autograd.grad(out, parts, grad)
+            for target, value in zip(_heads_first(dqkv, bucket, self._spec), grads):
+                target.copy_(value)
+        return self._packing.unpad(dqkv)

@@ -1,0 +1,212 @@
+"""Make a `Base` of a family's configuration and tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from tinkex.engine.families.family import Family
+from tinkex.engine.model import ACTIVATIONS, Base, HeadNorm, Linear, Norms, Part, Rope
+from tinkex.engine.spec import Spec
+
+#: Kinds of position embedding whose angles do not depend on the length of the text.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def check_config(family: Family, config: Any) -> None:
+    """Check that the fast path computes what a configuration of *family* asks for.
+
+    Raises:
+        ValueError: With the reason, to be put after the name of the model.
+    """
+    if _activation(config) not in ACTIVATIONS:
+        raise ValueError(
+            f"has the activation {_activation(config)!r}; supported are {', '.join(ACTIVATIONS)}"
+        )
+    for rope_type in _rope_types(config):
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"has position embeddings of type {rope_type!r}; supported are "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+
+
+def _activation(config: Any) -> str:
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    return name
+
+
+def _rope_types(config: Any) -> Iterator[str]:
+    """Of the only position embedding, or of each of several."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    several = [own for own in parameters.values() if isinstance(own, Mapping)]
+    for own in several or [parameters]:
+        yield own.get("rope_type", "default")
+
+
+def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
+    """Sizes and settings of a model, from its configuration."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        eos = ()
+    head_dim = getattr(config, "head_dim", None)
+    return Spec(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        mlp=config.intermediate_size,
+        vocab=config.vocab_size,
+        norm_eps=config.rms_norm_eps,
+        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
+        activation=_activation(config),
+        **{"context": config.max_position_embeddings, **family.settings(config)},
+    )
+
+
+def ropes_of(
+    family: Family, config: Any, rotary: Any, device: torch.device
+) -> tuple[Rope | None, ...]:
+    """The rotary embedding of each layer.
+
+    Args:
+        rotary: transformers' module that holds the angles.
+
+    Raises:
+        ValueError: If it rotates less of each head than the family can.
+    """
+    ropes: dict[str | None, Rope | None] = {None: None}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = family.ropes(config)
+    for kind in filter(lambda kind: kind is not None, dict.fromkeys(kinds)):
+        prefix = f"{kind}_" if kind else ""
+        frequencies = getattr(rotary, f"{prefix}inv_freq")
+        if 2 * len(frequencies) != head_dim and not family.partial_rotary:
+            raise ValueError(
+                f"rotates {2 * len(frequencies)} of the {head_dim} numbers of a head by position; "
+                f"models of the family {family.model_type} rotate all of them"
+            )
+        scaling = float(getattr(rotary, f"{prefix}attention_scaling"))
+        ropes[kind] = Rope(frequencies.to(device), scaling)
+    return tuple(ropes[kind] for kind in kinds)
+
+
+def assemble(
+    family: Family,
+    spec: Spec,
+    tensors: MutableMapping[str, Tensor],
+    ropes: tuple[Rope | None, ...],
+) -> Base:
+    """Fuse tensors with Hugging Face's names into a `Base`; removes them from *tensors*.
+
+    Args:
+        tensors: may read each tensor only when it is taken, as `weights.Weights` does.
+    """
+    linears: dict[str, Linear] = {}
+    norms = []
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for i in range(spec.layers):
+        layer = f"model.layers.{i}"
+        for key, group, rows in _matrices(family, spec):
+            named = {f"{layer}.{module}": count for module, count in rows.items()}
+            linears[f"{i}.{key}"] = _fuse(tensors, named, group, embedding)
+        norms.append(_norms(family, spec, tensors, layer))
+    head = tensors.pop("lm_head.weight", embedding)  # tied where there is none
+    linears["head"] = Linear(head, None, (Part("lm_head", 0, len(head)),), "unembed")
+    final_norm = _norm_weight(family, tensors.pop("model.norm.weight"))
+    if spec.logit_scale != 1:  # a head without bias: a factor on its input is one on the logits
+        final_norm = final_norm.float() * spec.logit_scale
+    return Base(_rounded(spec, embedding), embedding, tuple(norms), final_norm, linears, ropes)
+
+
+def _rounded(spec: Spec, embedding: Tensor) -> Spec:
+    """With the factor on embeddings as their type has it, as models were trained."""
+    return attrs.evolve(
+        spec, embedding_scale=torch.tensor(spec.embedding_scale).to(embedding.dtype).item()
+    )
+
+
+def _matrices(family: Family, spec: Spec) -> list[tuple[str, str, dict[str, int]]]:
+    """Of a layer: key, group, and rows of the modules that are fused into it."""
+    heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    qkv = [heads, kv_heads, kv_heads] if len(family.qkv) == 3 else [spec.qkv]
+    gate_up = [spec.mlp, spec.mlp] if len(family.gate_up) == 2 else [2 * spec.mlp]
+    return [
+        ("qkv", "attn", dict(zip(family.qkv, qkv))),
+        ("o", "attn", {"self_attn.o_proj": spec.width}),
+        ("gate_up", "mlp", dict(zip(family.gate_up, gate_up))),
+        ("down", "mlp", {"mlp.down_proj": spec.width}),
+    ]
+
+
+def _norms(family: Family, spec: Spec, tensors: MutableMapping[str, Tensor], layer: str) -> Norms:
+    def norm(name: str) -> Tensor | None:
+        return _norm_weight(family, tensors.pop(f"{layer}.{name}.weight")) if name else None
+
+    names = family.norms
+    return Norms(
+        norm(names.before_attention),
+        norm(names.before_mlp),
+        norm(names.after_attention),
+        norm(names.after_mlp),
+        _head_norms(family, spec, tensors, layer),
+    )
+
+
+def _head_norms(
+    family: Family, spec: Spec, tensors: MutableMapping[str, Tensor], layer: str
+) -> tuple[HeadNorm, ...]:
+    """Norms of queries and keys, of each head or of all heads together; () where there are none."""
+    weights = [tensors.pop(f"{layer}.self_attn.{name}_norm.weight", None) for name in ("q", "k")]
+    if weights[0] is None or weights[1] is None:
+        return ()
+    q, k = (_norm_weight(family, weight) for weight in weights if weight is not None)
+    end_of_q = spec.heads * spec.head_dim
+    end_of_k = end_of_q + spec.kv_heads * spec.head_dim
+    if len(q) == spec.head_dim:
+        every = torch.cat([q.expand(spec.heads, -1), k.expand(spec.kv_heads, -1)])
+        return (HeadNorm(0, end_of_k, every),)
+    return HeadNorm(0, end_of_q, q[None]), HeadNorm(end_of_q, end_of_k, k[None])
+
+
+def _norm_weight(family: Family, weight: Tensor) -> Tensor:
+    """In float32 if something is added, which 16 bits would round away."""
+    return weight.float() + family.norm_offset if family.norm_offset else weight
+
+
+def _fuse(
+    tensors: MutableMapping[str, Tensor], rows: Mapping[str, int], group: str, embedding: Tensor
+) -> Linear:
+    """Stack the matrices of modules that read the same input.
+
+    Each matrix is copied and dropped before the next one is taken, so that they are never all in
+    memory beside the result.
+
+    Args:
+        rows: of each module's matrix, by its name.
+        embedding: (V, width), of the type and on the device of the result.
+    """
+    starts = list(itertools.accumulate(rows.values(), initial=0))
+    parts = tuple(Part(name, *bounds) for name, bounds in zip(rows, itertools.pairwise(starts)))
+    if len(parts) == 1:
+        weight = tensors.pop(f"{parts[0].name}.weight")
+    else:
+        weight = embedding.new_empty(starts[-1], embedding.shape[1])
+        for part in parts:
+            weight[part.start : part.stop] = tensors.pop(f"{part.name}.weight")
+    biases = [tensors.pop(f"{part.name}.bias", None) for part in parts]
+    if all(bias is None for bias in biases):
+        return Linear(weight, None, parts, group)
+    bias = embedding.new_zeros(starts[-1])
+    for part, own in zip(parts, biases):
+        if own is not None:
+            bias[part.start : part.stop] = own
+    return Linear(weight, bias, parts, group)

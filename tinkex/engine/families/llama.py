@@ -1,0 +1,7 @@
+"""Llama, which every other family is compared with, and what is built like it."""
+
+from __future__ import annotations
+
+from tinkex.engine.families.family import Family
+
+FAMILY = Family("llama", "Llama 2, Llama 3, SmolLM 1 and 2, TinyLlama")
