@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tinkex.engine.kv_cache import SharedPool, SinglePool
-from tinkex.engine.model import Spec
 from tinkex.engine.sample_pools import POOL_ROWS, Pools
+from tinkex.engine.spec import Spec
 
 SPEC = Spec(
     layers=1, width=16, heads=4, kv_heads=2, head_dim=8, mlp=8, vocab=10, context=999, norm_eps=1e-5

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tinkex.engine.kv_cache import SharedPool, SinglePool
-from tinkex.engine.model import Spec
+from tinkex.engine.spec import Spec
 
 Pool = Union[SinglePool, SharedPool]
 
