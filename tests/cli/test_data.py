@@ -51,6 +51,26 @@ def test_show_marks_what_is_learned(run, file):
     assert "<|turn|>user\nhi<|end_turn|><|turn|>assistant\n[[ho<|end_turn|>]]\n" in out
 
 
+def test_of_preference_pairs_both_answers_are_looked_at(run, tmp_path):
+    """As --method dpo reads them."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "hi", "chosen": "good", "rejected": "no"}, {"chosen": "a", "rejected": "a"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    status, out, err = run("data", "check", str(path), "--base-model", "tiny")
+    _, shown, _ = run("data", "show", str(path), "--base-model", "tiny", "-n", "2")
+
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert 1 == status
+    assert {"rows 2 (1 preference)", "bad lines 1", "examples 2"} <= set(lines)
+    assert "line 2: chosen says nothing that the other does not" in err
+    assert ["--- line 1, chosen", "--- line 1, rejected"] == [
+        line.partition(":")[0] for line in shown.splitlines() if line.startswith("---")
+    ]
+    assert "assistant\n[[good<|end_turn|>]]" in shown
+    assert "assistant\n[[no<|end_turn|>]]" in shown
+
+
 def test_keys_are_mapped(run, tmp_path):
     (tmp_path / "data").write_text('{"question": "q", "answer": "a"}')
 

@@ -47,10 +47,11 @@ def test_sample_reads_a_file_or_standard_input(service, tmp_path, monkeypatch):
     assert ["from a file", "from a pipe"] == service.prompts
 
 
-def test_sample_chat_asks_as_a_user_would(service):
+def test_sample_chat_asks_as_a_user_would(service, capsys):
     cli.main(["sample", "fake", "--chat", "--prompt", "hi"])
 
     assert ["User: hi\nAssistant:"] == service.prompts
+    assert "fake has no chat template: the conversation is written as" in capsys.readouterr().err
 
 
 def test_sample_chat_may_have_a_system_prompt(service):
@@ -80,6 +81,21 @@ def test_an_invalid_conversation_is_refused(service, tmp_path, content, capsys):
 
     assert 2 == cli.main(["sample", "fake", "--messages", str(tmp_path / "chat.json")])
     assert "JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "messages is empty"),
+        ([{"content": "hi"}], "message 0: role must be a non-empty string, got None"),
+        ([{"role": "user", "content": 5}], "message 0: content must be a string, got int"),
+    ],
+)
+def test_what_are_no_messages_is_refused(service, tmp_path, messages, reason, capsys):
+    (tmp_path / "chat.json").write_text(json.dumps(messages))
+
+    assert 2 == cli.main(["sample", "fake", "--messages", str(tmp_path / "chat.json")])
+    assert f"chat.json: {reason}" in capsys.readouterr().err
 
 
 def test_sample_prints_tokens_as_they_arrive(service, monkeypatch, capsys):

@@ -15,6 +15,7 @@ import zstandard
 from tests.support.fake_service import ByteTokenizer
 from tinkex import errors
 from tinkex.data import datums, files, records
+from tinkex.text import hub
 
 CASES = Path(__file__).parent / "cases"
 
@@ -123,6 +124,40 @@ def test_of_several_files_a_bad_line_is_named_with_its_file(tmp_path):
         files.read(tmp_path)
 
 
+def test_of_a_folder_documents_and_hidden_files_are_not_read(tmp_path):
+    """What a download of a data set leaves beside the data."""
+    (tmp_path / "data.jsonl").write_text(LINES)
+    (tmp_path / "README.md").write_text("# Questions")
+    (tmp_path / "LICENSE").write_text("MIT")
+    for hidden in (".gitattributes", ".cache/huggingface/data.jsonl.metadata", "_SUCCESS"):
+        (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / hidden).write_text("not data")
+
+    assert EXPECTED == files.read(tmp_path).records
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# Questions")
+
+    with pytest.raises(ValueError, match="has no files with data"):
+        files.read(tmp_path)
+
+
+def test_a_data_set_that_was_saved_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "several")
+    datasets.DatasetDict({"test": one}).save_to_disk(tmp_path / "other")
+
+    assert EXPECTED == files.read(tmp_path / "one").records
+    assert EXPECTED == files.read(tmp_path / "several").records
+    with pytest.raises(ValueError, match="has no split train, but test; give the folder of one"):
+        files.read(tmp_path / "other")
+    with pytest.raises(ValueError, match="is an Arrow stream; give its folder"):
+        files.read(next((tmp_path / "one").glob("*.arrow")))
+
+
 def test_a_data_set_of_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
 
@@ -130,9 +165,45 @@ def test_a_data_set_of_the_hub_needs_its_package(monkeypatch):
         files.read("hf://org/name")
 
 
+@pytest.mark.parametrize("name", ["hf://", "hf:///", "hf://:train"])
+def test_a_name_of_the_hub_that_names_nothing_is_refused(name):
+    pytest.importorskip("datasets")
+
+    with pytest.raises(ValueError, match=f"{name} names no data set; write hf://org/name"):
+        files.read(name)
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    """The package datasets would try for half a minute, then name its own exception only."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def unreachable(repository):
+        asked.append(repository)
+        raise OSError("the hub cannot be reached: Name or service not known")
+
+    monkeypatch.setattr(hub, "check_data_set", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **_: asked.append(args))
+
+    with pytest.raises(ValueError, match=r"hf://org/name cannot .* Name or .* machine online"):
+        files.read("hf://org/name")
+    assert ["org/name"] == asked
+
+
+def test_a_data_set_of_the_hub_that_is_kept_needs_no_network(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "org___name").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "check_data_set", None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: ROWS)
+
+    assert EXPECTED == files.read("hf://org/name").records
+
+
 def test_a_data_set_of_the_hub_is_read_through_datasets(monkeypatch):
     """The name's parts: repository, configuration, split."""
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(hub, "check_data_set", lambda repository: None)
     asked = []
 
     def load_dataset(path, name, split):

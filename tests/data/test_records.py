@@ -63,6 +63,14 @@ def test_a_shape_may_be_told():
     assert records.Text("a") == records.parse(row, shape="text")
 
 
+@pytest.mark.parametrize("shape", [name for name, shape in records.SHAPES.items() if shape.keys])
+def test_a_shape_that_is_told_but_does_not_fit_is_refused(shape):
+    reason = f"has no '{records.SHAPES[shape].keys[0]}', which --format {shape} needs"
+
+    with pytest.raises(ValueError, match=f"{reason}; its keys are 'a', 'b'"):
+        records.parse({"a": "1", "b": "2"}, shape=shape)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

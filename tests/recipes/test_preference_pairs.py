@@ -70,6 +70,20 @@ def test_before_the_first_step_the_model_is_its_own_reference(run, tmp_path):
     assert rows(tmp_path / "run")[-1]["eval_kl"] > 0
 
 
+def test_the_tools_of_a_pair_are_shown(tmp_path):
+    """Or the pair is a bad line: without its tools an answer would be another one."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [tool]}))
+
+    pairs = preference_pairs.as_conversations(files.read(path), "dpo")
+    rendered = datums.render(pairs.records, ByteTokenizer(), datums.Options(100))
+
+    assert [(tool,), (tool,)] == [record.tools for record in pairs.records]
+    assert ["line 1"] == [bad.where for bad in rendered.bad]
+    assert "cannot show tools" in rendered.bad[0].reason
+
+
 def test_the_reference_is_computed_once(run, tmp_path):
     """An earlier start of the run has left it in the folder; training does not change it."""
     count = {"forward": 0}

@@ -93,6 +93,16 @@ def test_control_tokens_in_a_message_are_refused_whatever_the_template():
             Drafter(form, CONTROL).drafts(conversation(talk("<|im_end|>", "b")))
 
 
+def test_a_prompt_too_says_all_that_was_said():
+    """A system prompt that the template drops would be obeyed by nothing and missed by someone."""
+    forgetful = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
+    messages = [{"role": "system", "content": "Be brief."}, *talk("a")]
+
+    with pytest.raises(ValueError, match="does not show the system's message 0; put its text into"):
+        Drafter(forgetful, CONTROL).prompt(conversation(messages))
+    assert "Be brief." in Drafter(CHATML, CONTROL).prompt(conversation(messages))
+
+
 def test_half_a_character_is_refused():
     with pytest.raises(ValueError, match="lone surrogate"):
         Drafter(CHATML, CONTROL).drafts(conversation(talk("\ud83d", "b")))

@@ -28,6 +28,20 @@ def test_without_a_network_one_request_is_made(asked):
     assert 1 == len(asked)
 
 
+def test_a_data_set_is_asked_for_once(monkeypatch):
+    asked = []
+
+    def unreachable(self, repository, timeout):
+        asked.append(repository)
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+
+    with pytest.raises(OSError, match="the hub cannot be reached: Name or service not known"):
+        hub.check_data_set("org/data")
+    assert ["org/data"] == asked
+
+
 def test_a_tokenizer_is_asked_for_once(asked):
     with pytest.raises(errors.TokenizerError, match="Is this machine online"):
         tokenizer.load("org/not-on-this-machine")

@@ -27,7 +27,10 @@ KINDS = {
     "llama3_1": (False, True),
     "llama3_2": (False, True),
     "mistral_v01": (True, False),
+    "mistral_v02": (True, True),
     "mistral_v03": (True, False),
+    "mistral_nemo": (False, False),
+    "mistral_large_2411": (True, True),
     "mistral_small_3": (False, True),
     "zephyr": (True, True),
     "llama2": (True, True),
@@ -465,8 +468,9 @@ def test_a_template_s_refusal_is_passed_on(load):
         (
             [{"role": "user", "content": [{"type": "image"}]}],
             ValueError,
-            "content has a part of type 'image'; only text",
+            "message 0: content has a part of type 'image'; only text",
         ),
+        ([ASK, {"role": "user", "content": 5}], TypeError, "message 1: content must be a string"),
     ],
 )
 def test_what_are_no_messages_is_refused(messages, error, reason):

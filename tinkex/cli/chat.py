@@ -19,7 +19,7 @@ import click
 
 from tinkex.cli.model import fetched
 from tinkex.cli.options import sampling_options, server_options
-from tinkex.cli.sample import what_to_sample
+from tinkex.cli.sample import say_without_template, what_to_sample
 from tinkex.recipes import answers
 
 if TYPE_CHECKING:
@@ -115,11 +115,7 @@ def _conversation(
 
 def _greet(model: str, conversation: Conversation) -> None:
     if not conversation.has_template:
-        click.echo(
-            f"{model} has no chat template: the conversation is written as 'User: ...' and "
-            "'Assistant: ...', which a base model may not follow.",
-            err=True,
-        )
+        say_without_template(model)
     if sys.stdin.isatty():
         click.echo(f"Chat with {model}. /help lists the commands, Ctrl-D ends.", err=True)
 

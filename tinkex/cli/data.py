@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import click
 
 from tinkex.cli import formatting
@@ -56,8 +57,8 @@ def check(sources: tuple[str, ...], **options: Any) -> int:
     """
     from tinkex.data import datums, files
 
-    file, rendered, _ = _read(sources, options)
-    bad = [*file.bad, *rendered.bad]
+    look = _read(sources, options)
+    file, rendered, bad = look.file, look.rendered, look.bad
     kinds = Counter(type(record).__name__.lower() for record in file.records)
     said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     formatting.say(f"rows          {len(file.records) + len(file.bad)} ({said})")
@@ -94,27 +95,49 @@ def show(sources: tuple[str, ...], count: int, **options: Any) -> int:
     """
     from tinkex.data import files
 
-    file, rendered, tokenizer = _read(sources, options, count)
+    look = _read(sources, options, count)
     colored = click.get_current_context().color is not False and sys.stdout.isatty()
-    for example in rendered.examples[:count]:
-        record = file.records[example.record]
+    for example in look.rendered.examples[:count]:
         formatting.say(
-            f"--- {record.where}: {len(example.tokens)} tokens, {example.counted.sum():.0f} learned"
+            f"--- {look.where(example)}: {len(example.tokens)} tokens, "
+            f"{example.counted.sum():.0f} learned"
         )
-        formatting.say(_marked(example, tokenizer, colored))
-    bad = [*file.bad, *rendered.bad]
-    if bad:
-        click.echo(files.describe(file.name, bad), err=True)
+        formatting.say(_marked(example, look.tokenizer, colored))
+    if look.bad:
+        click.echo(files.describe(look.file.name, look.bad), err=True)
     return 0
 
 
-def _read(
-    sources: tuple[str, ...], options: dict[str, Any], count: int | None = None
-) -> tuple[files.DataFile, datums.Rendered, Any]:
-    """The data, its first *count* records as examples, and the tokenizer."""
+@attrs.frozen
+class _Look:
+    """The data as it was read, and as training reads it.
+
+    Attributes:
+        shown: the records that were rendered; of a preference pair, both answers.
+        is_pairs: the data is preference pairs.
+    """
+
+    file: files.DataFile
+    shown: Sequence[Any]
+    rendered: datums.Rendered
+    tokenizer: Any
+    is_pairs: bool
+
+    @property
+    def bad(self) -> list[files.BadLine]:
+        return [*self.file.bad, *self.rendered.bad]
+
+    def where(self, example: datums.Example) -> str:
+        side = (", rejected" if example.record % 2 else ", chosen") if self.is_pairs else ""
+        return f"{self.shown[example.record].where}{side}"
+
+
+def _read(sources: tuple[str, ...], options: dict[str, Any], count: int | None = None) -> _Look:
+    """The data, and its first *count* records as examples."""
     from datetime import date as Date
 
-    from tinkex.data import datums, files
+    from tinkex.data import datums, files, records
+    from tinkex.recipes import preference_pairs
     from tinkex.text import tokenizer
 
     file = files.read(sources, True, shape=options["data_format"], renames=options["data_map"])
@@ -126,7 +149,13 @@ def _read(
         options["split_turns"],
         None if date is None else Date.fromisoformat(date),
     )
-    return file, datums.render(file.records[:count], chosen, rendering), chosen
+    shown = attrs.evolve(file, records=file.records[:count])
+    is_pairs = all(isinstance(record, records.Preference) for record in file.records)
+    if is_pairs:
+        shown = preference_pairs.as_conversations(shown, "dpo")
+        rendering = attrs.evolve(rendering, train_on="assistant", split_turns=False)
+    rendered = datums.render(shown.records, chosen, rendering)
+    return _Look(file, shown.records, rendered, chosen, is_pairs)
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:

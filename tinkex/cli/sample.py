@@ -105,6 +105,8 @@ def sample(
         renderer = Renderer(tokenizer)
         ends: Any = list(stop)
         if chat or messages:
+            if renderer.template is None:
+                say_without_template(model)
             said = [{"role": "user", "content": text}] if text else []
             rendered = renderer.prompt([*messages, *said])
             tokens, ends = rendered.tokens, ends or rendered.stop
@@ -152,10 +154,29 @@ def _read_messages(system: str | None, messages_file: Any) -> list[dict[str, Any
             raise click.UsageError(
                 f"--messages {messages_file.name} is not a JSON list of messages."
             )
-        messages = given
+        messages = _checked(given, messages_file.name)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def _checked(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    from tinkex.text.messages import Conversation
+
+    try:
+        Conversation.of(messages, None, "assistant")
+    except (TypeError, ValueError) as exc:
+        raise click.UsageError(f"--messages {name}: {exc}") from exc
+    return messages
+
+
+def say_without_template(model: str) -> None:
+    """What becomes of a conversation with a model that has no chat template."""
+    click.echo(
+        f"{model} has no chat template: the conversation is written as 'User: ...' and "
+        "'Assistant: ...', which a base model may not follow.",
+        err=True,
+    )
 
 
 def _read_prompt(prompt: str | None, prompt_file: Any) -> str:

@@ -129,7 +129,9 @@ def render(
             try:
                 found = _drafts(record, render_one, options)
             except (ValueError, TypeError) as exc:
-                bad.append(files.BadLine(record.where or f"record {number}", str(exc)))
+                reason = files.BadLine(record.where or f"record {number}", str(exc))
+                if reason not in bad[-1:]:  # the two answers of a pair stand on one line
+                    bad.append(reason)
                 continue
             drafts += found
             owners += [number] * len(found)

@@ -19,11 +19,16 @@ import attrs
 
 from tinkex import errors
 from tinkex.data import records
+from tinkex.text import hub
 
 #: Bad lines that a message lists; the rest are counted.
 MAX_BAD_LINES_SHOWN = 20
 #: Standard input, as the name of a file.
 STDIN = "-"
+#: Documents about the data, which a folder may hold beside it.
+NOT_DATA = ("README", "LICENSE", "NOTICE", "CHANGELOG")
+#: A folder with one of these is what `save_to_disk` of datasets wrote: one split, or several.
+SAVED = ("state.json", "dataset_dict.json")
 #: Begins the name of a data set on the hub: hf://org/name, hf://org/name/config, and :split.
 HUB = "hf://"
 
@@ -185,30 +190,74 @@ def _open(source: Source) -> Iterator[tuple[str, tuple[_Rows, str]]]:
         yield name, _from_hub(name)
     elif name == STDIN:
         yield "standard input", _from_bytes("standard input", sys.stdin.buffer.read())
+    elif Path(name).is_dir() and any(Path(name, one).is_file() for one in SAVED):
+        yield name, _from_saved(name)
     elif Path(name).is_dir():
-        files = [p for p in sorted(Path(name).rglob("*")) if p.is_file() and p.name[0] not in "._"]
+        files = [path for path in sorted(Path(name).rglob("*")) if _is_data(Path(name), path)]
         if not files:
-            raise ValueError(f"the folder {name} has no files.")
+            raise ValueError(f"the folder {name} has no files with data.")
         for path in files:
             yield str(path), _from_bytes(str(path), path.read_bytes())
     else:
         yield name, _from_bytes(name, Path(name).read_bytes())
 
 
-def _from_hub(name: str) -> tuple[_Rows, str]:
+def _is_data(folder: Path, path: Path) -> bool:
+    """True for files but hidden ones, those in hidden folders, and documents about the data."""
+    is_hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
+    return path.is_file() and not is_hidden and path.stem.upper() not in NOT_DATA
+
+
+def _datasets(name: str) -> Any:
+    """The package, which *name* needs."""
     try:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as exc:
         raise errors.MissingExtraError(
             f"{name} needs the package datasets, which is missing: pip install 'tinkex[data]'."
         ) from exc
+    return datasets
+
+
+def _from_hub(name: str) -> tuple[_Rows, str]:
+    datasets = _datasets(name)
     path, _, split = name.removeprefix(HUB).removeprefix("datasets/").partition(":")
-    parts = path.split("/")
+    parts = [part for part in path.split("/") if part]
+    if not parts:
+        raise ValueError(f"{name} names no data set; write {HUB}org/name or {HUB}org/name:split.")
     repository, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    kept = Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___"))
+    try:
+        if not kept.is_dir():
+            hub.check_data_set(repository)
+    except (OSError, ValueError) as exc:
+        raise ValueError(
+            f"{name} cannot be loaded from the hub: {exc}. Is this machine online, the name right, "
+            "and (for a gated data set) HF_TOKEN set? Without a network, give a file or a folder."
+        ) from exc
     try:
         found = datasets.load_dataset(repository, config, split=split or "train")
     except Exception as exc:  # the library raises whatever its loaders raise
         raise ValueError(f"{name} cannot be loaded from the hub: {exc}") from exc
+    return _from_dataset(found)
+
+
+def _from_saved(name: str) -> tuple[_Rows, str]:
+    """A folder that `save_to_disk` of datasets wrote; of several splits, the one named train."""
+    datasets = _datasets(name)
+    try:
+        found = datasets.load_from_disk(name)
+    except Exception as exc:
+        raise ValueError(f"{name} is a saved data set that cannot be read: {exc}") from exc
+    if isinstance(found, Mapping):
+        if "train" not in found:
+            splits = ", ".join(found)
+            raise ValueError(f"{name} has no split train, but {splits}; give the folder of one.")
+        found = found["train"]
+    return _from_dataset(found)
+
+
+def _from_dataset(found: Iterable[Any]) -> tuple[_Rows, str]:
     rows = [_plain(row) for row in found]
     digest = hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()
     return _numbered(rows, "row"), digest
@@ -367,6 +416,7 @@ _BINARY: dict[bytes, Callable[[str, bytes], _Rows]] = {
     b"\x28\xb5\x2f\xfd": _zstd,
     b"PK\x03\x04": _not_read("a zip archive or an Excel file; unpack it, or save it as CSV."),
     b"ARROW1": _not_read("an Arrow file; save it as Parquet."),
+    b"\xff\xff\xff\xff": _not_read("an Arrow stream; give its folder, or save it as Parquet."),
     b"%PDF": _not_read("a PDF; extract its text first."),
     b"SQLite format 3": _not_read("an SQLite database; export a table as CSV."),
     b"version https://git-lfs": _not_read("a git-lfs pointer; run `git lfs pull` there."),

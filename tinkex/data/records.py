@@ -135,7 +135,10 @@ def parse(
     row = _renamed(row, renames or {})
     # Tables have every column in every row.
     present = {key: value for key, value in row.items() if value is not None} if row else {}
-    shape = shape or _shape_of(row, present)
+    if shape is None:
+        shape = _shape_of(row, present)
+    else:
+        _check_keys(row, shape)
     return attrs.evolve(SHAPES[shape].parse(row), where=where)
 
 
@@ -156,6 +159,15 @@ def _renamed(row: dict[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
         **{key: value for key, value in row.items() if key not in used},
         **{new: row[old] for new, old in renames.items()},
     }
+
+
+def _check_keys(row: Mapping[str, Any], shape: str) -> None:
+    missing = [key for key in SHAPES[shape].keys if key not in row]
+    if missing:
+        names = ", ".join(map(repr, row)) or "none"
+        raise ValueError(
+            f"has no {missing[0]!r}, which --format {shape} needs; its keys are {names}"
+        )
 
 
 def _shape_of(row: Mapping[str, Any], present: Mapping[str, Any]) -> str:

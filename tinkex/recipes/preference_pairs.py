@@ -61,7 +61,7 @@ def as_conversations(data: files.DataFile, method: str) -> files.DataFile:
         # Only the answer counts, whoever speaks in the prompt.
         prompt = tuple({**message, "trainable": False} for message in record.prompt)
         chats += [
-            records.Chat((*prompt, *answer), where=record.where)
+            records.Chat((*prompt, *answer), record.tools, where=record.where)
             for answer in (record.chosen, record.rejected)
         ]
     digest = hashlib.sha256(f"pairs {data.sha256}".encode()).hexdigest()

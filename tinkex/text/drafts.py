@@ -91,7 +91,10 @@ class Drafter:
         self._refuse_control_tokens(conversation)
         if self.template is None:
             return "".join(part for part, _ in _plain_parts(conversation.messages)) + "Assistant:"
-        return self._text(self._accepted(conversation), prompted=True)
+        form = self._accepted(conversation)
+        text = self._text(form, prompted=True)
+        _refuse_missing(form, text)
+        return text
 
     def _draft_and_form(self, conversation: Conversation) -> tuple[Draft, Conversation]:
         self._refuse_control_tokens(conversation)
@@ -149,9 +152,7 @@ class Drafter:
 
     def _template_draft(self, conversation: Conversation) -> Draft:
         whole, marks = self._text_and_marks(conversation)
-        missing = conversation.missing(whole)
-        if missing:
-            raise ValueError(f"the chat template does not show {missing}")
+        _refuse_missing(conversation, whole)
         if conversation.train_on == "all":
             return Draft(whole, (Turn(len(conversation.messages) - 1, 0, len(whole)),))
         counting = conversation.counting
@@ -301,6 +302,16 @@ def completion_draft(prompt: str, completion: str) -> Draft:
     text = prompt + completion
     refuse_surrogates(text)
     return Draft(text, (Turn(0, len(prompt), len(text)),), is_template=False)
+
+
+def _refuse_missing(conversation: Conversation, text: str) -> None:
+    """ValueError if *text* does not say a message of a system, user or tool."""
+    missing = conversation.missing(text)
+    if missing:
+        raise ValueError(
+            f"the chat template does not show {missing}; put its text into another message, or use "
+            "a model whose template has a place for it"
+        )
 
 
 def _shared(one: str, other: str) -> int:

@@ -27,6 +27,22 @@ def check_file(repository: str, file: str, revision: str | None = None) -> None:
         raise OSError(f"{address} cannot be reached: {exc}") from exc
 
 
+def check_data_set(repository: str) -> None:
+    """Make one request that tells whether the data set *repository* can be read.
+
+    Raises:
+        OSError, ValueError: As `check_file`.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(repository, timeout=TIMEOUT)
+    except (OSError, ValueError):
+        raise
+    except Exception as exc:
+        raise OSError(f"the hub cannot be reached: {exc}") from exc
+
+
 def is_cached(repository: str, file: str, revision: str | None = None) -> bool:
     """True if the library has kept a copy of *file* on this machine."""
     import huggingface_hub

@@ -44,7 +44,7 @@ class Conversation:
             raise ValueError(f"train_on must be 'assistant', 'last' or 'all', got {train_on!r}.")
         rows = as_messages(messages)
         return cls(
-            [_for_template(message) for message in rows],
+            [_for_template(i, message) for i, message in enumerate(rows)],
             check_tools(tools),
             train_on,
             _counts(rows, train_on),
@@ -204,8 +204,8 @@ def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
     return tuple(counts)
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as templates read it: content as text, reasoning under the names that they know."""
+def _for_template(i: int, message: Message) -> dict[str, Any]:
+    """Message *i* as templates read it: content as text, reasoning under the names that they know."""
     found = {k: v for k, v in message.items() if k not in WEIGHT_KEYS}
     for key in [k for k, v in found.items() if v is None and k != "content"]:
         del found[key]  # a column of a table that other rows use
@@ -213,11 +213,11 @@ def _for_template(message: Message) -> dict[str, Any]:
         found.pop("tool_calls", None)
     content = found.get("content")
     if isinstance(content, list):
-        found["content"] = content = "".join(_text_of_part(part) for part in content)
+        found["content"] = content = "".join(_text_of_part(i, part) for part in content)
     if content is None and "tool_calls" not in found:
         found["content"] = ""
     elif content is not None and not isinstance(content, str):
-        raise TypeError(f"content must be a string, got {type(content).__name__}.")
+        raise TypeError(f"message {i}: content must be a string, got {type(content).__name__}.")
     reasoning = next((found[key] for key in REASONING_KEYS if found.get(key)), None)
     if reasoning is not None:
         # As transformers does: the standard name, and the one that gpt-oss reads.
@@ -225,13 +225,15 @@ def _for_template(message: Message) -> dict[str, Any]:
     return found
 
 
-def _text_of_part(part: Any) -> str:
+def _text_of_part(i: int, part: Any) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"content has a part of type {kind!r}; only text can be trained on")
+    raise ValueError(
+        f"message {i}: content has a part of type {kind!r}; only text can be trained on"
+    )
 
 
 def _form(
