@@ -205,7 +205,7 @@ def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
 
 
 def _for_template(i: int, message: Message) -> dict[str, Any]:
-    """Message *i* as templates read it: content as text, reasoning under the names that they know."""
+    """Message *i* as templates read it: content as text, reasoning by the names they know."""
     found = {k: v for k, v in message.items() if k not in WEIGHT_KEYS}
     for key in [k for k, v in found.items() if v is None and k != "content"]:
         del found[key]  # a column of a table that other rows use
