@@ -197,6 +197,31 @@ def test_cancelling_the_awaiting_task_leaves_the_operation_alive():
     assert not asyncio.run(program(OperationFuture("optim_step")))
 
 
+def test_tasks_can_be_made_of_it_as_of_a_coroutine():
+    """Any number of them; a task that is cancelled does not end the others, or the operation."""
+
+    async def program(future):
+        tasks = [asyncio.create_task(future) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        assert tasks[1].cancelled() and not tasks[0].done()
+        future.set_result(3)
+        return [await tasks[0], await tasks[2], await asyncio.create_task(future)]
+
+    assert [3, 3, 3] == asyncio.run(program(OperationFuture("optim_step")))
+
+
+def test_a_task_of_a_failed_operation_fails_and_asyncio_run_takes_it():
+    failed, done = OperationFuture("optim_step"), OperationFuture("optim_step")
+    failed.set_exception(ValueError("no such model"))
+    done.set_result(5)
+
+    with pytest.raises(ValueError, match="no such model"):
+        asyncio.run(failed)
+    assert 5 == asyncio.run(done)
+
+
 # Resolving.
 
 

@@ -95,6 +95,8 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         self._ended: float | None = None  # when it was resolved; time.monotonic()
         #: Called after a failure was raised to, or returned to, the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
+        #: What each task that was made of it waits in.
+        self._driven: dict[Any, Coroutine[Any, Any, T]] | None = None
         #: True once a failure was handed to the caller, and while the caller waits for the result.
         self.is_retrieved = False
 
@@ -197,6 +199,34 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
+
+    # With these three methods it also passes for a coroutine, which asyncio.create_task and
+    # asyncio.run ask for. Unlike one, it may be given to several tasks: each drives its own.
+
+    def send(self, value: Any) -> Any:
+        """A step of the task that waits for it; for asyncio."""
+        return self._step(lambda driven: driven.send(value))
+
+    def throw(self, *exception: Any) -> Any:
+        """Raise in the task that waits for it; for asyncio."""
+        return self._step(lambda driven: driven.throw(*exception))
+
+    def close(self) -> None:
+        """Nothing: the operation continues when nobody waits for it any more; for asyncio."""
+
+    def _step(self, do: Callable[[Coroutine[Any, Any, T]], Any]) -> Any:
+        import asyncio
+
+        task = asyncio.current_task()
+        if self._driven is None:
+            self._driven = {}
+        if task not in self._driven:
+            self._driven[task] = self.result_async()
+        try:
+            return do(self._driven[task])
+        except BaseException:
+            del self._driven[task]
+            raise
 
     def _check_process(self) -> None:
         """In a forked child nothing resolves the futures of its parent: waiting would not end."""

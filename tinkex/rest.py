@@ -19,6 +19,7 @@ from tinkex.checkpoints import download, export
 from tinkex.config import Config
 from tinkex.futures import OperationFuture, awaits_value
 from tinkex.runtime.connection import Connection, connect
+from tinkex.runtime.restore import copy_headers
 
 T = TypeVar("T")
 
@@ -239,10 +240,11 @@ class RestClient(types.Ready):
             source_path=path,
             destination_project_id=destination_project_id,
             ttl_seconds=types.check_ttl(ttl_seconds),
-            weights_access_token=weights_access_token,
         )
+        headers = copy_headers(weights_access_token)
         future: OperationFuture[str] = OperationFuture(f"copy_weights of {path}")
-        future.set_result(self._connection.call(wire.COPY_WEIGHTS, request).tinker_path)
+        copied = self._connection.call(wire.COPY_WEIGHTS, request, headers=headers)
+        future.set_result(copied.tinker_path)
         return future
 
     def download_checkpoint(

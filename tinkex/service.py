@@ -23,7 +23,7 @@ from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.new_model import check_base_model
 from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import QueueStateObserver, check_observer
-from tinkex.runtime.restore import check_restore, restore
+from tinkex.runtime.restore import check_restore, copy_headers, restore
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.session import Session
 from tinkex.sampling import SamplingClient, check_source
@@ -346,9 +346,9 @@ class ServiceClient(types.Ready):
                 session_id=self.session_id,
                 model_seq_id=self._session.model_numbers.take(),
                 ttl_seconds=ttl_seconds,
-                weights_access_token=weights_access_token,
             )
-            return self._session.call(wire.COPY_WEIGHTS, request).tinker_path
+            headers = copy_headers(weights_access_token)
+            return self._session.call(wire.COPY_WEIGHTS, request, headers=headers).tinker_path
 
         return self._session.in_background(copy, f"copy_weights of {path}")
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+import tinkex
+from tests.support.processes import ServerProcess
 from tests.support.wire_client import WireClient
 from tinkex.server.auth import Keys
 from tinkex.server.http_errors import Refusal
 
 
 @pytest.fixture
-def shared(serve):
-    return serve(keys=lambda home: Keys.of_users(["alice-key", "bob-key"], home.secret()))
+def start(serve):
+    return lambda: serve(keys=lambda home: Keys.of_users(["alice-key", "bob-key"], home.secret()))
+
+
+@pytest.fixture
+def shared(start):
+    return start()
 
 
 @pytest.fixture
@@ -166,3 +173,89 @@ def test_keys_know_their_owners_and_nothing_else():
     assert "k1" not in repr(keys)
     with pytest.raises(Refusal):
         keys.owner("k1 ")
+
+
+# Weights of another user, by a key that may read them
+
+
+@pytest.fixture
+def hers(alice):
+    """A checkpoint of alice."""
+    model = alice.model(alice.session())
+    alice.optim_step(model, 1)
+    return alice.result(alice.save(model, 2, "mine"))["path"]
+
+
+def test_a_key_that_may_read_a_checkpoint_lets_another_user_load_and_copy_it(
+    shared, alice, bob, hers
+):
+    """As the official SDK sends it: in the body of load_weights, in a header of copy_weights."""
+    mine = bob.session()
+    token = {"weights_access_token": "alice-key"}
+    new = {"session_id": mine, "model_seq_id": 1, "path": hers}
+
+    into = bob.model(mine, 0)
+    bob.result(bob.post("load_weights", {"model_id": into, "seq_id": 1, "path": hers, **token}))
+    created = bob.result(bob.post("load_weights", {**new, **token}))["model_id"]
+    copied = bob.post(
+        "copy_weights",
+        {"source_path": hers},
+        headers={"X-Tinker-Weights-Access-Token": "alice-key"},
+    )["tinker_path"]
+
+    assert bob.post("get_info", {"model_id": created})["model_id"] == created
+    assert bob.post("weights_info", {"tinker_path": copied})["base_model"] == "tiny"
+    assert 404 == alice.refused("weights_info", {"tinker_path": copied})[0]  # it is bob's alone
+    assert 404 == bob.refused("weights_info", {"tinker_path": hers})[0]  # nothing else was granted
+
+
+def test_no_other_key_does(bob, hers):
+    """Not one's own, none that nobody has; and the key is never repeated."""
+    new = {"session_id": bob.session(), "model_seq_id": 0, "path": hers}
+
+    for key, status in ((None, 404), ("bob-key", 404), ("carol-key", 403)):
+        loading = bob.refused("load_weights", {**new, "weights_access_token": key})
+        copying = bob.refused("copy_weights", {"source_path": hers, "weights_access_token": key})
+        assert status == loading[0] == copying[0]
+        assert key is None or key not in loading[1] + copying[1]
+
+
+def test_the_key_is_nowhere_on_disk(tmp_path):
+    """The journal has the name of the owner that it stood for, by which a killed server loads
+    again."""
+    server = ServerProcess(tmp_path / "home", api_keys=["alice-key", "bob-key"])
+    url = server.start()
+    try:
+        alice, bob = (WireClient(url, key) for key in ("alice-key", "bob-key"))
+        path = alice.result(alice.save(alice.model(), 1, "mine"))["path"]
+        new = {"session_id": bob.session(), "model_seq_id": 0, "path": path}
+        model = bob.result(bob.post("load_weights", {**new, "weights_access_token": "alice-key"}))
+        server.kill()
+        paths = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+        holding = [path for path in paths if b"alice-key" in path.read_bytes()]
+        server.start()
+        bob.result(bob.optim_step(model["model_id"], 1))
+    finally:
+        server.close()
+
+    assert paths and not holding
+
+
+def test_the_client_sends_the_key_along(shared, alice, hers, caplog):
+    """From create_training_client_from_state, load_state and both copy_weights."""
+    caplog.set_level("DEBUG")
+    options = {"weights_access_token": "alice-key"}
+    url = shared.server.url
+    with tinkex.ServiceClient(url, "bob-key") as service:
+        with pytest.raises(tinkex.NotFoundError):
+            service.create_training_client_from_state(hers)
+        made = service.create_training_client_from_state(hers, **options)
+        made.load_state(hers, **options).result()
+        copies = [
+            service.copy_weights(hers, **options).result(),
+            service.create_rest_client().copy_weights(hers, **options).result(),
+        ]
+        listed = {c.tinker_path for c in service.create_rest_client().iter_user_checkpoints()}
+
+    assert set(copies) <= listed and hers not in listed
+    assert "alice-key" not in caplog.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import attrs
@@ -68,6 +69,7 @@ class Connection:
         retry: Retry | None = None,
         timeout: float | None = None,
         query: dict[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         **parameters: str,
     ) -> T:
         """Ask an endpoint that answers at once.
@@ -78,7 +80,13 @@ class Connection:
         self.check_usable()
         try:
             return self.transport.call(
-                endpoint, request, retry=retry, timeout=timeout, query=query, **parameters
+                endpoint,
+                request,
+                retry=retry,
+                timeout=timeout,
+                query=query,
+                headers=headers,
+                **parameters,
             )
         except errors.APIStatusError as exc:
             if is_missing_route(exc):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from typing import Any
 
 import attrs
@@ -82,6 +83,15 @@ def _restore_at_once(
     model_id = made_model(session, wire.LOAD_WEIGHTS, request, future, number).model_id
     session.restores_at_once = True
     return NewModel(model_id or f"{session.session_id}:train:{number}")
+
+
+def copy_headers(weights_access_token: str | None) -> dict[str, str]:
+    """The headers of a request that copies a checkpoint: by the first one a server knows a resend,
+    the second has the key that may read the checkpoint."""
+    headers = {"X-Idempotency-Key": str(uuid.uuid4())}
+    if weights_access_token is not None:
+        headers[wire.WEIGHTS_ACCESS_TOKEN] = weights_access_token
+    return headers
 
 
 def _wants_older_calls(exc: errors.APIStatusError) -> bool:

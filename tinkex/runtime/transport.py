@@ -110,6 +110,7 @@ class Transport:
         retry: Retry | None = None,
         query: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
         **parameters: str,
     ) -> T:
         """Send *request* to an endpoint that answers at once, and return the decoded result."""
@@ -117,6 +118,7 @@ class Transport:
             endpoint.method,
             self.url(endpoint.path, **parameters),
             wire.dumps(wire.to_json(request, endpoint.tag)) if request is not None else b"",
+            headers=headers,
             retry=retry,
             query=query,
             timeout=timeout,

@@ -184,6 +184,18 @@ class Keys:
             raise Refusal(401, "the API key was revoked; ask whoever runs the server for another.")
         return known.owner
 
+    def reader(self, key: str) -> str:
+        """The owner that a weights_access_token stands for: the key of whoever may read the
+        checkpoint. Raises Refusal (403)."""
+        try:
+            return self.owner(key)
+        except Refusal:
+            raise Refusal(
+                403,
+                "weights_access_token is no valid key of this server; give the key of a user who "
+                "may read the checkpoint.",
+            ) from None
+
     def id_of(self, key: str | None) -> str | None:
         """The id of a key that the server knows, revoked or not."""
         known = self._find(key) if key else None

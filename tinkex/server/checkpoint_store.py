@@ -136,8 +136,10 @@ class Checkpoints:
             free = place.with_name(f"{place.name}~{n}")  # names of checkpoints contain no "~"
         return free
 
-    def find(self, path: str, owner: str, *, own: bool = False) -> CheckpointRow:
-        """A checkpoint that *owner* may read, or with *own* may change.
+    def find(
+        self, path: str, owner: str, *, own: bool = False, reader: str | None = None
+    ) -> CheckpointRow:
+        """A checkpoint that *owner* (or *reader*) may read, or with *own* may change.
 
         Raises:
             Refusal: 400 if the path is not valid, 404 if the owner has no such checkpoint.
@@ -145,10 +147,11 @@ class Checkpoints:
         check_path(path)
         row = self._db.one(
             CheckpointRow,
-            "SELECT * FROM checkpoints WHERE path = ? AND (owner = ? OR public AND NOT ?) "
+            "SELECT * FROM checkpoints WHERE path = ? AND (owner IN (?, ?) OR public AND NOT ?) "
             "AND (expires_at IS NULL OR expires_at > ?)",
             path,
             owner,
+            owner if reader is None else reader,
             own,
             self._now(),
         )
@@ -160,13 +163,13 @@ class Checkpoints:
             )
         return row
 
-    def find_model(self, path: str, owner: str) -> CheckpointRow:
-        """A checkpoint that *owner* may read, and that a model or a sampler can be made of.
+    def find_model(self, path: str, owner: str, reader: str | None = None) -> CheckpointRow:
+        """A checkpoint that *owner* (or *reader*) may read, for a model or a sampler to be made of.
 
         Raises:
             Refusal: As `find`; 400 for external weights, which may be encrypted.
         """
-        row = self.find(path, owner)
+        row = self.find(path, owner, reader=reader)
         if row.kind == "external":
             raise Refusal(
                 400,
@@ -224,16 +227,22 @@ class Checkpoints:
         return rows, total
 
     def copy(
-        self, source: str, owner: str, run_id: str, session_id: str, ttl_seconds: int | None
+        self,
+        source: str,
+        owner: str,
+        run_id: str,
+        session_id: str,
+        ttl_seconds: int | None,
+        reader: str | None = None,
     ) -> str:
-        """Copy a checkpoint that *owner* may read into the run *run_id*; returns the new path.
+        """Copy a checkpoint that *owner* (or *reader*) may read into the run *run_id*.
 
-        A repeat does not create a second copy.
+        Returns the path of the copy. A repeat does not create a second copy.
 
         Raises:
             Refusal: 400, 404.
         """
-        row = self.find(source, owner)
+        row = self.find(source, owner, reader=reader)
         self.verify(Path(row.directory))
         path, now = f"tinker://{run_id}/{row.checkpoint_id}", self._now()
         there = self.named(path)

@@ -362,7 +362,8 @@ class Workshop:
         request: types.LoadWeightsRequest = work.request
         model = work.model
         try:
-            row = self._store.checkpoints.find_model(request.path, model.owner)
+            reader = request.weights_access_token  # by now the name of an owner
+            row = self._store.checkpoints.find_model(request.path, model.owner, reader)
             self._store.checkpoints.verify(Path(row.directory))
             if work.seq == 0:
                 yield from self.loader.need(engine, model.base_model)

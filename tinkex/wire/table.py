@@ -205,6 +205,8 @@ PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
 UNPUBLISH_CHECKPOINT = Endpoint("DELETE", f"{_CHECKPOINT}/publish", Nothing)
 SET_CHECKPOINT_TTL = Endpoint("PUT", f"{_CHECKPOINT}/ttl", Nothing, types.SetTtlRequest)
 CHECKPOINT_ARCHIVE = Endpoint("GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse)
+#: With it a copy of weights has the key that may read them; load_weights has it in the body.
+WEIGHTS_ACCESS_TOKEN = "X-Tinker-Weights-Access-Token"
 COPY_WEIGHTS = Endpoint("POST", "copy_weights", types.CopyWeightsResponse, types.CopyWeightsRequest)
 EXTERNAL_WEIGHTS_URLS = Endpoint(
     "GET", f"{_CHECKPOINT}/external_weights_urls", types.ExternalWeightsUrlsResponse

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from starlette.responses import Response
 
-from tinkex import types
+from tinkex import types, wire
 from tinkex.server.request_context import Call, reply
 from tinkex.server.routes.training import check_ttl
 
@@ -102,6 +102,7 @@ class CopyRequest:
     model_seq_id: int | None = None
     destination_project_id: str | None = None
     ttl_seconds: int | None = None
+    weights_access_token: str | None = attrs.field(default=None, repr=False)
 
 
 async def copy_weights(call: Call) -> Response:
@@ -109,6 +110,8 @@ async def copy_weights(call: Call) -> Response:
     request, _ = await call.read(CopyRequest)
     check_ttl(request.ttl_seconds)
     ledger, store = call.site.ledger, call.site.store
+    token = call.request.headers.get(wire.WEIGHTS_ACCESS_TOKEN, request.weights_access_token)
+    reader = None if token is None else call.site.keys.reader(token)
     if request.session_id is None or request.model_seq_id is None:
         # Clients repeat the key only when they resend the same request.
         key = call.request.headers.get("x-idempotency-key") or str(uuid.uuid4())
@@ -126,6 +129,7 @@ async def copy_weights(call: Call) -> Response:
         run_id,
         session_id,
         request.ttl_seconds,
+        reader,
     )
     return reply({"tinker_path": path})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import attrs
 from starlette.responses import Response
 
 from tinkex import types, wire
@@ -150,6 +151,11 @@ def check_ttl(ttl_seconds: int | None) -> None:
 
 async def load_weights(call: Call) -> Response:
     request, body = await call.read(types.LoadWeightsRequest)
+    if request.weights_access_token is not None:
+        # The journal gets the name of the owner that the key stands for, never the key.
+        reader = call.site.keys.reader(request.weights_access_token)
+        request = attrs.evolve(request, weights_access_token=reader)
+        body = wire.dumps(wire.to_json(request, wire.LOAD_WEIGHTS.tag))
     _check_optimizer(request.optimizer_config)
     check_path(request.path)
     if request.model_id is not None and request.seq_id is not None:
@@ -172,7 +178,10 @@ async def _create_from_checkpoint(
         live = known.live  # a repeat; the checkpoint may have been deleted
     else:
         row = await call.site.in_pool(
-            call.site.store.checkpoints.find_model, request.path, call.owner
+            call.site.store.checkpoints.find_model,
+            request.path,
+            call.owner,
+            request.weights_access_token,
         )
         wanted = request.base_model and checked_base_model(call, request.base_model)
         if wanted not in (None, row.base_model):
@@ -256,7 +265,7 @@ def numbered(name: str, handler: Handler) -> Handler:
         try:
             return await handler(call)
         except (Refusal, wire.DecodeError) as exc:
-            if not isinstance(exc, Refusal) or exc.status == 400:
+            if not isinstance(exc, Refusal) or exc.status in (400, 403):
                 await _note_refusal(call, name, str(exc))
             raise
 
