@@ -212,7 +212,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return self._step(lambda driven: driven.throw(*exception))
 
     def close(self) -> None:
-        """Nothing: the operation continues when nobody waits for it any more; for asyncio."""
+        """Does nothing: the operation continues without anything that waits for it; for asyncio."""
 
     def _step(self, do: Callable[[Coroutine[Any, Any, T]], Any]) -> Any:
         import asyncio

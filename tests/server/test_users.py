@@ -210,7 +210,7 @@ def test_a_key_that_may_read_a_checkpoint_lets_another_user_load_and_copy_it(
 
 
 def test_no_other_key_does(bob, hers):
-    """Not one's own, none that nobody has; and the key is never repeated."""
+    """Neither one's own nor one that is no key of the server; and the key is never repeated."""
     new = {"session_id": bob.session(), "model_seq_id": 0, "path": hers}
 
     for key, status in ((None, 404), ("bob-key", 404), ("carol-key", 403)):
