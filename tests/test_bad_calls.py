@@ -159,7 +159,8 @@ PARAMETERS = [
             ("seed", 1.5, TypeError),
             ("train_mlp", 1, TypeError),
             ("train_attn", "yes", TypeError),
-            ("train_unembed", None, TypeError),
+            ("train_attn", None, TypeError),
+            ("train_unembed", 1, TypeError),
         ]
     ],
     (

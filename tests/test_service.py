@@ -80,7 +80,7 @@ def test_the_server_is_told_how_it_ended(server, monkeypatch, problem, reason):
 
 
 def test_a_training_client_of_a_new_model(service, server):
-    client = service.create_lora_training_client("tiny", 8, 3, train_mlp=False)
+    client = service.create_lora_training_client("tiny", 8, 3, train_mlp=False, train_unembed=True)
 
     assert "s0:train:0" == client.model_id
     lora = server.bodies("create_model")[0]["lora_config"]

@@ -1042,7 +1042,6 @@ def test_create_makes_a_model_in_the_session(server):
         "lora_config": {
             "rank": 8,
             "seed": 3,
-            "train_unembed": True,
             "train_mlp": False,
             "train_attn": True,
         },

@@ -134,7 +134,7 @@ class ServiceClient(types.Ready):
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
-        train_unembed: bool = True,
+        train_unembed: bool | None = None,
         user_metadata: dict[str, Any] | None = None,
         optimizer: types.OptimizerConfig | None = None,
         *,
@@ -148,7 +148,8 @@ class ServiceClient(types.Ready):
                 directory (local server).
             rank: of the adapter.
             seed: of its initialization; None lets the server choose.
-            train_mlp, train_attn, train_unembed: which linear layers are adapted.
+            train_mlp, train_attn, train_unembed: which linear layers are adapted. None lets the
+                server choose: our own adapts the head unless it is tied to the embedding.
             user_metadata: stored with the model.
             optimizer: which optimizer trains it; None is AdamW.
             adapter: a PEFT adapter folder to start from (local server only).
@@ -180,7 +181,7 @@ class ServiceClient(types.Ready):
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
-        train_unembed: bool = True,
+        train_unembed: bool | None = None,
         user_metadata: dict[str, Any] | None = None,
         optimizer: types.OptimizerConfig | None = None,
         *,
@@ -211,7 +212,7 @@ class ServiceClient(types.Ready):
         seed: int | None,
         train_mlp: bool,
         train_attn: bool,
-        train_unembed: bool,
+        train_unembed: bool | None,
         user_metadata: dict[str, Any] | None,
         optimizer: types.OptimizerConfig | None,
         *,

@@ -84,7 +84,7 @@ def test_we_load_what_peft_saves(base, tmp_path):
 
 def test_we_load_what_peft_saves_of_our_adapter(base, tmp_path):
     """With the head adapted, PEFT adds copies of frozen base weights (base_layer.weight)."""
-    ours = _trained(base, types.LoraConfig(rank=4))
+    ours = _trained(base, types.LoraConfig(rank=4, train_unembed=True))
     reference = hf.load_adapter(base, _saved(ours, tmp_path / "saved"))
     reference.save_pretrained(tmp_path / "again", save_embedding_layers=True)
     names = load_file(tmp_path / "again" / "adapter_model.safetensors")
@@ -100,14 +100,86 @@ def test_we_load_what_peft_saves_of_our_adapter(base, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "warns"), [("llama", False), ("qwen3", True)])
-@pytest.mark.parametrize("train_unembed", [True, False])
+@pytest.mark.parametrize("train_unembed", [True, False, None])
 def test_an_adapter_of_a_tied_head_is_warned_of(kind, warns, train_unembed, tmp_path, caplog):
     """PEFT would merge it into the embedding as well."""
     base = hf.make_base(tmp_path / "base", kind)
 
     _trained(base, types.LoraConfig(4, train_unembed=train_unembed), steps=0)
 
-    assert (warns and train_unembed) == ("tied to its embedding" in caplog.text)
+    assert (warns and train_unembed is True) == ("tied to its embedding" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "expected"),
+    [
+        ("llama", types.LoraConfig(4), True),
+        ("qwen3", types.LoraConfig(4), False),
+        ("qwen3", types.LoraConfig(4, train_unembed=True), True),
+        ("llama", types.LoraConfig(4, train_unembed=False), False),
+        ("qwen3", types.LoraConfig(4, train_mlp=False, train_attn=False), True),
+    ],
+    ids=["untied", "tied", "tied-but-asked-for", "untied-but-refused", "nothing-else-to-train"],
+)
+def test_the_head_is_adapted_unless_it_is_tied(kind, config, expected, tmp_path):
+    base = hf.make_base(tmp_path / "base", kind)
+
+    engine = _trained(base, config, steps=0)
+
+    assert expected is engine.lora_config("m").train_unembed
+    directory = _saved(engine, tmp_path / "saved")
+    written = json.loads((directory / "adapter_config.json").read_text())
+    assert expected == ("lm_head" in written["target_modules"])
+
+
+def test_an_adapter_of_a_head_is_started_from_with_its_head(tmp_path):
+    """Although the head is tied, and the settings leave the choice to the engine."""
+    base = hf.make_base(tmp_path / "base", "qwen3")
+    adapter = hf.make_adapter(base, tmp_path / "adapter", rank=4)
+    engine = Engine(device="cpu", threads=1)
+    engine.load_base(str(base))
+
+    engine.create_model("m", str(base), types.LoraConfig(rank=4), seed=0, adapter=adapter)
+
+    assert engine.lora_config("m").train_unembed is True
+    reference = hf.load_adapter(base, adapter)
+    expected = hf.logprobs(reference, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(_logprobs(engine), expected, atol=2e-5)
+
+
+def test_peft_merges_what_we_train_by_default(base, tmp_path):
+    """Rightly, whether the head is the embedding or not."""
+    engine = _trained(base, types.LoraConfig(rank=4))
+
+    merged = hf.load_adapter(base, _saved(engine, tmp_path / "saved")).merge_and_unload()
+
+    merged.save_pretrained(tmp_path / "merged")
+    reread = hf.load_base(tmp_path / "merged")
+    actual = hf.logprobs(reread, TOKENS[:-1], TOKENS[1:]).detach().numpy()
+    np.testing.assert_allclose(actual, _logprobs(engine), atol=2e-5)
+
+
+#: Linear layers of Llama and Qwen in vLLM, unpacked, and what it takes besides them.
+VLLM_MODULES = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("embed_tokens", "lm_head"),
+}
+
+
+def test_vllm_knows_the_names_in_a_saved_adapter(base, tmp_path):
+    """By the rules of its LoRA loader: a prefix, a module that it adapts, lora_A or lora_B."""
+    directory = _saved(_trained(base, types.LoraConfig(rank=4), steps=0), tmp_path / "saved")
+
+    names = load_file(directory / "adapter_model.safetensors")
+    for name in names:
+        first, second, *module, letter, last = name.split(".")
+        assert ("base_model", "model", "weight") == (first, second, last)
+        assert letter in ("lora_A", "lora_B")
+        assert module[-1] in VLLM_MODULES
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= set(config)
+    assert set(config["target_modules"]) == {name.split(".")[-3] for name in names}
+    assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
 
 
 def test_an_adapter_of_fewer_modules_leaves_the_others_alone(base, tmp_path):
@@ -261,8 +333,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_base_is_refused(base, tmp_path):
-    directory = _saved(_trained(base, types.LoraConfig(rank=4), steps=0), tmp_path / "saved")
-    engine = _trained("tiny", types.LoraConfig(rank=4), steps=0)
+    config = types.LoraConfig(rank=4, train_unembed=True)
+    directory = _saved(_trained(base, config, steps=0), tmp_path / "saved")
+    engine = _trained("tiny", config, steps=0)
 
     with pytest.raises(ValueError, match=r"is of the base model .*, not of 'tiny'"):
         engine.load("m", directory, optimizer=False)

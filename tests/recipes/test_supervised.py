@@ -210,7 +210,7 @@ def test_the_server_is_asked_for_what_the_settings_say(run):
 
     run(service=service, settings=Settings("fake", rank=4, seed=9, train_mlp=False))
 
-    flags = {"train_mlp": False, "train_attn": True, "train_unembed": True}
+    flags = {"train_mlp": False, "train_attn": True, "train_unembed": None}
     assert [("fake", {"rank": 4, "seed": 9, **flags})] == service.created
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import tinkex
 from tests.server.conftest import Served
+from tests.support import hf_reference
 from tinkex import errors, types
 from tinkex.engine import tiny
 from tinkex.server import app, base_models
@@ -174,3 +175,17 @@ def test_the_command_says_what_is_wrong_with_its_option(tmp_path):
 )
 def test_a_variant_is_a_name_with_peft_and_a_context(given, expected):
     assert expected == base_models.split_variant(given)
+
+
+def test_a_tied_head_is_adapted_if_the_client_asks_for_it(serve, tmp_path):
+    """The official SDK does, by default; ours leaves it to the server."""
+    base = str(hf_reference.make_base(tmp_path / "tied", "qwen3"))
+    served = serve(make_engine=lambda: app.make_engine("float32", {}), base_models=[base])
+    with tinkex.ServiceClient(served.server.url, "tml-any") as service:
+        rest = service.create_rest_client()
+        for asked, expected in ((True, True), (None, False)):
+            training = service.create_lora_training_client(base, 2, train_unembed=asked)
+            path = training.save_state("a").result().path
+
+            assert expected is training.get_info().train_unembed
+            assert expected is rest.get_weights_info_by_tinker_path(path).train_unembed

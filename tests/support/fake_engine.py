@@ -35,6 +35,7 @@ class BaseInfo:
 class Model:
     base_model: str
     weight: float
+    rank: int
     momentum: float = 0.0
     steps: int = 0
     gradient: float = 0.0
@@ -76,7 +77,10 @@ class FakeEngine:
         if model_id in self.models:
             raise ValueError(f"model {model_id!r} already exists.")
         self.log.append(("create", model_id))
-        self.models[model_id] = Model(base_model, np.random.default_rng(seed).random())
+        self.models[model_id] = Model(base_model, np.random.default_rng(seed).random(), lora.rank)
+
+    def lora_config(self, model_id):
+        return types.LoraConfig(self._model(model_id).rank, train_unembed=True)
 
     def _model(self, model_id):
         if model_id not in self.models:

@@ -101,6 +101,9 @@ class FakeTraining:
     def get_tokenizer(self):
         return ByteTokenizer()
 
+    def get_info(self):
+        return types.GetInfoResponse(self.model_id, train_unembed=True)
+
     def forward(self, data, loss_fn):
         return self._answer("forward", lambda: self._output(data))
 

@@ -119,7 +119,7 @@ def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -
     settings: dict[str, Any] = {
         "r": rank,
         "lora_alpha": 32,
-        "target_modules": targets(types.LoraConfig()),
+        "target_modules": targets(types.LoraConfig(train_unembed=True)),
         "init_lora_weights": False,
         "task_type": "CAUSAL_LM",
     }

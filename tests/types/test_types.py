@@ -181,8 +181,9 @@ def test_one_value_for_each_of_several_targets_is_for_cross_entropy_only():
 
 
 def test_defaults_are_the_protocol_s():
+    """But for train_unembed, which is left to the server."""
     assert (1e-4, 0.9, 0.95, 1e-12, 0.0, 0.0) == attrs.astuple(types.AdamParams())
-    assert (32, None, True, True, True) == attrs.astuple(types.LoraConfig())
+    assert (32, None, None, True, True) == attrs.astuple(types.LoraConfig())
     assert (None, None, None, 1.0, -1, 1.0) == attrs.astuple(types.SamplingParams())
 
 

@@ -63,7 +63,7 @@ SAMPLER = {"sampling_session_id": "s:sample:0"}
 
 #: All other requests: endpoint, index of the recorded request, and ours.
 REQUESTS = [
-    (wire.CREATE_MODEL, 0, types.CreateModelRequest("s", 0, "tiny", types.LoraConfig(8, seed=7))),
+    (wire.CREATE_MODEL, 0, types.CreateModelRequest("s", 0, "tiny", types.LoraConfig(8, 7, True))),
     (
         wire.OPTIM_STEP,
         0,

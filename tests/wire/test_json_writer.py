@@ -42,7 +42,6 @@ def test_create_model_omits_what_older_servers_do_not_know():
         "lora_config": {
             "rank": 8,
             "seed": 7,
-            "train_unembed": True,
             "train_mlp": True,
             "train_attn": True,
         },

@@ -156,9 +156,9 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 )
 @click.option(
     "--train-unembed/--no-train-unembed",
-    default=True,
-    show_default=True,
-    help="Train an adapter in the unembedding; some inference servers cannot load it.",
+    default=None,
+    help="Train an adapter in the unembedding; some inference servers cannot load it. Default: "
+    "yes, unless it is tied to the embedding.",
 )
 @click.option(
     "--from",

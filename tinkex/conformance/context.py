@@ -282,7 +282,7 @@ class Context:
                 "session_id": session_id or self.session_id,
                 "model_seq_id": self.model_number() if number is None else number,
                 "base_model": self.base_model,
-                "lora_config": {**attrs.asdict(types.LoraConfig(seed=11)), "rank": rank},
+                "lora_config": wire.to_json(types.LoraConfig(rank, seed=11)),
                 "type": "create_model",
                 **fields,
             },

@@ -215,18 +215,22 @@ class Engine:
     ) -> None:
         """A new adapter: A from *seed*, B zero; or started from a PEFT *adapter* directory.
 
+        A `train_unembed` of None adapts the head unless it is tied to the embedding and something
+        else is adapted. PEFT's merge of an adapter of a tied head is wrong: it changes the
+        embedding, too.
+
         Raises:
             ValueError: If the id is taken, or the adapter does not fit.
         """
         if model_id in self._models:
             raise ValueError(f"model {model_id!r} already exists; choose another id.")
-        shape = lora.Shape(
-            lora_config.rank,
-            lora_config.train_attn,
-            lora_config.train_mlp,
-            lora_config.train_unembed,
-        )
         loaded = self._base(base_model)
+        attn, mlp = lora_config.train_attn, lora_config.train_mlp
+        unembed = lora_config.train_unembed
+        if unembed is None:
+            is_adapted = adapter is not None and checkpoints.read_info(adapter).shape.train_unembed
+            unembed = is_adapted or not (loaded.base.has_tied_head and (attn or mlp))
+        shape = lora.Shape(lora_config.rank, attn, mlp, unembed)
         if shape.train_unembed and loaded.base.has_tied_head:
             logger.warning(
                 "Model %s trains an adapter of the head, but the head of %s is tied to its "
@@ -245,6 +249,16 @@ class Engine:
         optimizer = optim.AdamW(layout.size, self._device)
         can_merge = lora.can_merge(layout.linears)
         return _Model(loaded, layout, weights, torch.zeros_like(weights), optimizer, can_merge)
+
+    def lora_config(self, model_id: str) -> types.LoraConfig:
+        """Rank and reach of a model's adapter, with nothing left to choose."""
+        shape = self._model(model_id).layout.shape
+        return types.LoraConfig(
+            shape.rank,
+            train_unembed=shape.train_unembed,
+            train_mlp=shape.train_mlp,
+            train_attn=shape.train_attn,
+        )
 
     def unload(self, model_id: str) -> None:
         """Forget a model."""

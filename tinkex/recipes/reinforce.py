@@ -248,6 +248,7 @@ def run(
         objective = PolicyGradient(tasks, held_out, complete, rollouts, state.step, reference)
         what = f"{len(tasks)} prompts to train on, {len(held_out)} held out"
         report.say(f"{what}; {complete.group_size} answers to each.")
+        supervised.say_reach(training, complete, report)
         counts = {"examples": len(tasks), "held_out": len(held_out), "bad": len(data.bad)}
         trainer = Loop(
             service,

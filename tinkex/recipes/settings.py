@@ -122,6 +122,7 @@ class Settings:
         date: today for chat templates that write it, as 2024-07-26. None is the day of the start.
         data_format: shape of the rows, a name of `records.SHAPES`; None decides by their keys.
         data_map: wanted key -> key in the data.
+        train_unembed: None lets the server choose: see `types.LoraConfig`.
         start_from: tinker:// path, or the PEFT adapter folder, of the weights that the run starts
             with; None is a new adapter.
         weight_decay, beta1, beta2: of AdamW.
@@ -153,7 +154,7 @@ class Settings:
     eval_fraction: float = attrs.field(default=0.05, validator=_below_one)
     train_mlp: bool = True
     train_attn: bool = True
-    train_unembed: bool = True
+    train_unembed: bool | None = None
     skip_bad_lines: bool = False
     eval_every: int | None = attrs.field(default=None, validator=_whole(1))
     save_every: int | None = attrs.field(default=None, validator=_whole(1))

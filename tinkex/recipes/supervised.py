@@ -117,6 +117,7 @@ def run(
         if prepared is None or not _is_same(tokenizer, theirs):
             prepared = _prepare(data, eval_data, settings, theirs, folder, report)
         report.say(prepared.description)
+        say_reach(training, settings, report)
         objective = _objective(service, training, prepared, theirs, state, folder)
         trainer = Loop(
             service,
@@ -214,6 +215,14 @@ def open_training(service: ServiceClient, state: State) -> TrainingClient:
         train_unembed=settings.train_unembed,
         adapter=start,
     )
+
+
+def say_reach(training: TrainingClient, settings: Settings, report: Report) -> None:
+    """Report it if the server chose not to adapt the head."""
+    if settings.train_unembed is None and training.get_info().train_unembed is False:
+        report.say(
+            "The head is tied to the embedding, so it gets no adapter (--train-unembed adds one)."
+        )
 
 
 # The data

@@ -113,7 +113,7 @@ def _restore_by_three_calls(
     info = session.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(path))
     lora = types.LoraConfig(
         rank=info.lora_rank or types.LoraConfig().rank,
-        train_unembed=info.train_unembed is not False,
+        train_unembed=info.train_unembed,
         train_mlp=info.train_mlp is not False,
         train_attn=info.train_attn is not False,
     )

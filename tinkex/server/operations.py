@@ -175,11 +175,12 @@ class Workshop:
             raise
         if adapter is not None:
             model.seconds = math.inf  # snapshot soon: the files may be gone at a restart
-        self._enter_run(model)
+        self._enter_run(model, engine)
         return types.CreateModelResponse(model.model_id)
 
-    def _enter_run(self, model: LiveModel) -> None:
+    def _enter_run(self, model: LiveModel, engine: Any) -> None:
         model.created = True
+        model.lora = engine.lora_config(model.model_id)
         self.snapshots.entered(model)
         now = time.time()
         self._store.add_run(
@@ -191,7 +192,7 @@ class Workshop:
                 model.lora.rank,
                 model.lora.train_mlp,
                 model.lora.train_attn,
-                model.lora.train_unembed,
+                bool(model.lora.train_unembed),
                 model.user_metadata,
                 now,
                 now,
@@ -329,7 +330,7 @@ class Workshop:
             rank=model.lora.rank,
             train_mlp=model.lora.train_mlp,
             train_attn=model.lora.train_attn,
-            train_unembed=model.lora.train_unembed,
+            train_unembed=bool(model.lora.train_unembed),
             directory="",
             size_bytes=0,
             created_at=now,
@@ -374,7 +375,7 @@ class Workshop:
                 model.broken = f"{work.title}: {explained(exc)[0]}"
             raise
         if work.seq == 0:
-            self._enter_run(model)
+            self._enter_run(model, engine)
         model.spoilt = None
         model.seconds = math.inf  # snapshot soon: the checkpoint may be gone at a restart
         return types.LoadWeightsResponse(request.path, model.model_id)

@@ -67,6 +67,7 @@ class Snapshots:
         try:
             yield from self._loader.need(engine, model.base_model)
             engine.restore(model.model_id, model.snapshot)
+            model.lora = engine.lora_config(model.model_id)
         except Exception as exc:
             logger.exception("Model %s could not be restored.", model.model_id)
             model.broken = f"it could not be restored from its snapshot ({exc})"

@@ -58,6 +58,11 @@ def boolean(instance: object, attribute: Any, value: Any) -> None:
         raise TypeError(f"{attribute.name} must be True or False, got {value!r}.")
 
 
+def boolean_or_none(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{attribute.name} must be True, False or None, got {value!r}.")
+
+
 def text(instance: object, attribute: Any, value: Any) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{attribute.name} must be a str, got {value!r}.")

@@ -27,7 +27,9 @@ class LoraConfig:
     Args:
         rank: of the low-rank matrices, 1 to 4096.
         seed: of the adapter's initialization; None lets the server choose.
-        train_mlp, train_attn, train_unembed: which linear layers are adapted; at least one.
+        train_mlp, train_attn, train_unembed: which linear layers are adapted; at least one. A
+            train_unembed of None lets the server choose: our own adapts the head unless it is tied
+            to the embedding.
     """
 
     rank: int = attrs.field(
@@ -40,12 +42,12 @@ class LoraConfig:
             "an integer from 0 to 2**63 - 1, or None", lambda n: 0 <= n < 2**63, optional=True
         ),
     )
-    train_unembed: bool = attrs.field(default=True, validator=checks.boolean)
+    train_unembed: bool | None = attrs.field(default=None, validator=checks.boolean_or_none)
     train_mlp: bool = attrs.field(default=True, validator=checks.boolean)
     train_attn: bool = attrs.field(default=True, validator=checks.boolean)
 
     def __attrs_post_init__(self) -> None:
-        if not (self.train_mlp or self.train_attn or self.train_unembed):
+        if not (self.train_mlp or self.train_attn) and self.train_unembed is False:
             raise ValueError(
                 "At least one of train_mlp, train_attn, or train_unembed must be true."
             )
@@ -171,7 +173,7 @@ class ModelData:
 
 @attrs.frozen
 class GetInfoResponse:
-    """What the server knows about a model."""
+    """What the server knows about a model. Fields that it does not send are None."""
 
     model_id: str
     model_data: ModelData = attrs.field(factory=ModelData)
@@ -179,6 +181,7 @@ class GetInfoResponse:
     lora_rank: int | None = None
     model_name: str | None = None
     optimizer_config: dict[str, Any] | None = None
+    train_unembed: bool | None = None
 
     @property
     def base_model(self) -> str | None:

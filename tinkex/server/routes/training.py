@@ -237,6 +237,7 @@ async def get_info(call: Call) -> Response:
             lora_rank=live.lora.rank,
             model_name=live.base_model,
             optimizer_config={"type": "adamw"},
+            train_unembed=live.lora.train_unembed,
         )
     )
 
