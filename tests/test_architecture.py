@@ -24,7 +24,7 @@ FLOORS = [
     "runtime/interpreter_exit runtime/queue_state runtime/wait_log runtime/tracing "
     "runtime/log_setup runtime/exchange_limits",
     "runtime/batching runtime/custom_loss runtime/http_adapter runtime/operation_log "
-    "runtime/pending runtime/responses data/ cli/options",
+    "runtime/pending runtime/responses data/",
     "runtime/retry runtime/http_session runtime/sample_stream",
     "runtime/transport runtime/rate_limit",
     "runtime/polling runtime/worker runtime/auth runtime/telemetry runtime/embedded "

@@ -15,7 +15,7 @@ import click
 
 from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
-from tinkex.cli.options import format_option, server_options
+from tinkex.cli.options import format_option, option, server_options
 
 
 @click.group()
@@ -25,7 +25,7 @@ def auth() -> None:
 
 @auth.command()
 @click.option("--api-key", help="The key. Default: it is asked for, and not shown.")
-@click.option("--name", default="tinkex", show_default=True, help="Name of the key in the file.")
+@option("--name", None, "tinkex", "Name of the key in the file.")
 @click.option(
     "--base-url", help="Server that is asked whether it takes the key. Default: the official one."
 )

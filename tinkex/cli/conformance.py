@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from tinkex.cli import formatting
-from tinkex.cli.options import format_option, key_option
+from tinkex.cli.options import format_option, key_option, option
 
 _OUTCOME_COLORS = {"pass": "green", "fail": "red", "not offered": None}
 
@@ -36,12 +36,8 @@ _OUTCOME_COLORS = {"pass": "green", "fail": "red", "not offered": None}
     metavar="TEXT",
     help="Run only checks with TEXT in their name. May be repeated.",
 )
-@click.option(
-    "--patience",
-    type=click.FloatRange(1),
-    default=120.0,
-    show_default=True,
-    help="Seconds to wait for the result of one operation.",
+@option(
+    "--patience", click.FloatRange(1), 120.0, "Seconds to wait for the result of one operation."
 )
 @format_option
 @key_option

@@ -14,7 +14,7 @@ import attrs
 import click
 
 from tinkex.cli import formatting
-from tinkex.cli.options import data_options
+from tinkex.cli.options import data_options, option, together
 
 if TYPE_CHECKING:  # for annotations alone
     from tinkex.data import datums, files
@@ -22,30 +22,28 @@ if TYPE_CHECKING:  # for annotations alone
 #: Rows of the histogram, and the width of its longest bar.
 HISTOGRAM_ROWS, HISTOGRAM_WIDTH = 10, 40
 
-Command = Any
-
 
 @click.group()
 def data() -> None:
     """Look at training data: what is in it, and which tokens are learned."""
 
 
-def _shared(command: Command) -> Command:
-    """The arguments of both commands."""
-    base_model = click.option(
+#: The arguments of both commands.
+_shared = together(
+    click.argument("sources", nargs=-1, required=True, metavar="DATA..."),
+    click.option(
         "--base-model",
         required=True,
         help="The model whose tokenizer and chat template are used.",
-    )
-    max_length = click.option(
+    ),
+    option(
         "--max-length",
-        type=click.IntRange(2),
-        default=1024,
-        show_default=True,
-        help="Tokens of an example that are read; the rest is cut off.",
-    )
-    source = click.argument("sources", nargs=-1, required=True, metavar="DATA...")
-    return source(base_model(max_length(data_options(command))))
+        click.IntRange(2),
+        1024,
+        "Tokens of an example that are read; the rest is cut off.",
+    ),
+    data_options,
+)
 
 
 @data.command()

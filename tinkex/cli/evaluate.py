@@ -14,7 +14,7 @@ import click
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import SHAPES, Mapping, server_options
+from tinkex.cli.options import option, row_options, server_options
 from tinkex.cli.sample import what_to_sample
 
 if TYPE_CHECKING:
@@ -35,45 +35,18 @@ if TYPE_CHECKING:
     metavar="NAME|FILE.py:FUNCTION",
     help="loss, exact, contains, or a function (answer, row) -> number. May be repeated.",
 )
-@click.option(
-    "--base/--no-base", default=True, show_default=True, help="Measure the base model too."
-)
+@option("--base/--no-base", None, True, "Measure the base model too.")
 @click.option("--limit", type=click.IntRange(1), help="Take only the first examples.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    default=128,
-    show_default=True,
-    help="Maximum tokens per answer.",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(2),
-    default=1024,
-    show_default=True,
-    help="Maximum tokens per example, for the loss.",
-)
-@click.option(
+@option("--max-tokens", click.IntRange(1), 128, "Maximum tokens per answer.")
+@option("--max-length", click.IntRange(2), 1024, "Maximum tokens per example, for the loss.")
+@option(
     "--temperature",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the likeliest token.",
+    click.FloatRange(0),
+    0.0,
+    "Sampling temperature; 0 always takes the likeliest token.",
 )
 @click.option("--stop", multiple=True, help="Text that ends an answer. May be repeated.")
-@click.option(
-    "--format",
-    "shape",
-    type=click.Choice(SHAPES),
-    help="Format of the rows. Default: detected from their keys.",
-)
-@click.option(
-    "--map",
-    "renames",
-    type=Mapping(),
-    metavar="WANTED=GIVEN,...",
-    help="Names of the keys in the data, such as prompt=question,completion=answer.",
-)
+@row_options("shape", "renames")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),

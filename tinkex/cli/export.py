@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,31 @@ import click
 
 from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
-from tinkex.cli.options import server_options
+from tinkex.cli.options import option, server_options, together
 from tinkex.cli.train import progress_of
 
-Command = Callable[..., Any]
-
-
-def form_options(command: Command) -> Command:
-    """--to, --gguf-type and --base-model."""
-    for option in (
-        click.option(
-            "--base-model",
-            help="Directory, GGUF file or Hugging Face id. Default: what the run was trained on.",
-        ),
-        click.option(
-            "--gguf-type",
-            type=click.Choice(["F16", "Q8_0", "F32"]),
-            default="F16",
-            show_default=True,
-            help="How matrices are stored in a GGUF file.",
-        ),
-        click.option(
-            "--to",
-            "form",
-            type=click.Choice(["peft", "hf", "gguf"]),
-            default="hf",
-            show_default=True,
-            help="peft: the adapter. hf: merged into the base model, as a Hugging Face directory. "
-            "gguf: the same as a GGUF file, for llama.cpp.",
-        ),
-    ):
-        command = option(command)
-    return command
+#: In which form a model is written.
+form_options = together(
+    click.option(
+        "--to",
+        "form",
+        type=click.Choice(["peft", "hf", "gguf"]),
+        default="hf",
+        show_default=True,
+        help="peft: the adapter. hf: merged into the base model, as a Hugging Face directory. "
+        "gguf: the same as a GGUF file, for llama.cpp.",
+    ),
+    option(
+        "--gguf-type",
+        click.Choice(["F16", "Q8_0", "F32"]),
+        "F16",
+        "How matrices are stored in a GGUF file.",
+    ),
+    click.option(
+        "--base-model",
+        help="Directory, GGUF file or Hugging Face id. Default: what the run was trained on.",
+    ),
+)
 
 
 @click.command()

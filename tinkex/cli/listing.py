@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tinkex.cli import formatting
+from tinkex.cli.options import option
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex import types
@@ -27,19 +28,14 @@ PAGE = 100
 #: Seconds that a server may be unreachable during a command: a user is waiting.
 NO_ANSWER = 30.0
 
-limit_option = click.option(
-    "--limit",
-    type=click.IntRange(0),
-    default=LISTED,
-    show_default=True,
-    help="List the newest entries up to this number; 0 lists all.",
+limit_option = option(
+    "--limit", click.IntRange(0), LISTED, "List the newest entries up to this number; 0 lists all."
 )
-scope_option = click.option(
+scope_option = option(
     "--access-scope",
-    type=click.Choice(["owned", "accessible"]),
-    default="owned",
-    show_default=True,
-    help="Your own, or all that you have access to.",
+    click.Choice(["owned", "accessible"]),
+    "owned",
+    "Your own, or all that you have access to.",
 )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, get_args
 
 import click
 
 Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -53,6 +55,22 @@ class Size(click.ParamType):
         return size
 
 
+def option(flag: str, kind: click.ParamType | None, default: Any, help: str) -> Decorator:
+    """An option whose default --help shows; *kind* is None for a pair of flags."""
+    return click.option(flag, type=kind, default=default, show_default=True, help=help)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order in which --help lists them."""
+
+    def add(command: Command) -> Command:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return add
+
+
 def key_option(command: Command) -> Command:
     """--api-key."""
     return click.option(
@@ -73,7 +91,7 @@ def server_options(command: Command) -> Command:
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def dtype_option(help: str, default: str | None = None) -> Callable[[Command], Command]:
+def dtype_option(help: str, default: str | None = None) -> Decorator:
     """--dtype, or TINKEX_DTYPE."""
     return click.option(
         "--dtype",
@@ -93,32 +111,13 @@ def sampling_options(
     max_tokens_help: str,
     temperature_help: str,
     seed_help: str,
-) -> Callable[[Command], Command]:
+) -> Decorator:
     """--max-tokens, --temperature and --seed, with a command's own defaults and help texts."""
-    options = [
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(1),
-            default=max_tokens,
-            show_default=True,
-            help=max_tokens_help,
-        ),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(0),
-            default=temperature,
-            show_default=True,
-            help=temperature_help,
-        ),
+    return together(
+        option("--max-tokens", click.IntRange(1), max_tokens, max_tokens_help),
+        option("--temperature", click.FloatRange(0), temperature, temperature_help),
         click.option("--seed", type=click.IntRange(0), help=seed_help),
-    ]
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    )
 
 
 class Mapping(click.ParamType):
@@ -139,100 +138,107 @@ class Mapping(click.ParamType):
         return {wanted.strip(): given.strip() for wanted, _, given in pairs}
 
 
-#: The names of `tinkex.data.records.SHAPES`, which is not imported for --help.
-SHAPES = (
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "preference",
-    "openai-preference",
-    "prompt-completion",
-    "text",
-    "tokens",
-)
+class NameFrom(click.Choice[str]):
+    """One of the names in a table elsewhere, which is only imported when the names are needed.
+
+    Args:
+        load: returns the names.
+    """
+
+    def __init__(self, load: Callable[[], Iterable[str]]) -> None:
+        self._load = load
+        self.case_sensitive = True
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names, in the order of the table."""
+        return tuple(self._load())
 
 
-def data_options(command: Command) -> Command:
-    """How data is read and rendered: --format, --map, --skip-bad-lines, --train-on and others."""
-    options = [
+def _shapes() -> Iterable[str]:
+    from tinkex.data import records
+
+    return [name for name, shape in records.SHAPES.items() if shape.keys]
+
+
+def _methods() -> Iterable[str]:
+    from tinkex.recipes import settings
+
+    return get_args(settings.Method)
+
+
+def row_options(shape: str, renames: str) -> Decorator:
+    """--format and --map, which the command receives under these names."""
+    return together(
         click.option(
             "--format",
-            "data_format",
-            type=click.Choice(SHAPES),
+            shape,
+            type=NameFrom(_shapes),
             help="Format of the rows. Default: detected from their keys.",
         ),
         click.option(
             "--map",
-            "data_map",
+            renames,
             type=Mapping(),
             metavar="WANTED=GIVEN,...",
             help="Names of the keys in the data, such as prompt=question,completion=answer.",
         ),
-        click.option(
-            "--skip-bad-lines", is_flag=True, help="Skip invalid rows instead of stopping."
-        ),
-        click.option(
-            "--train-on",
-            type=click.Choice(["assistant", "last", "all"]),
-            default="assistant",
-            show_default=True,
-            help="What is learnt of a conversation: all messages of the assistant, "
-            "the last one, or every token.",
-        ),
-        click.option(
-            "--split-turns/--no-split-turns",
-            default=True,
-            show_default=True,
-            help="Split a conversation into several examples where the chat template shortens "
-            "earlier turns.",
-        ),
-        click.option(
-            "--date",
-            metavar="YYYY-MM-DD",
-            help="Date for chat templates that contain one. Default: the day of the start.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    )
 
 
-def method_options(command: Command) -> Command:
-    """What is learnt: --method and the settings of preference methods."""
-    options = [
-        click.option(
-            "--method",
-            type=click.Choice(["sft", "dpo", "ipo", "simpo", "orpo"]),
-            default="sft",
-            show_default=True,
-            help="sft imitates the examples; the others learn from rows with chosen and rejected.",
-        ),
-        click.option(
-            "--beta",
-            type=click.FloatRange(0, min_open=True),
-            default=0.1,
-            show_default=True,
-            help="dpo, ipo: strength of the pull to the base model; simpo: scale of the rewards "
-            "(try 2); orpo: weight of the odds.",
-        ),
-        click.option(
-            "--label-smoothing",
-            type=click.FloatRange(0, 0.5, max_open=True),
-            default=0.0,
-            show_default=True,
-            help="dpo: fraction of pairs assumed to be the wrong way round.",
-        ),
-        click.option(
-            "--margin",
-            type=click.FloatRange(0),
-            default=0.5,
-            show_default=True,
-            help="simpo: by how much the chosen answer should be better.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+#: How data is read and rendered.
+data_options = together(
+    row_options("data_format", "data_map"),
+    click.option("--skip-bad-lines", is_flag=True, help="Skip invalid rows instead of stopping."),
+    option(
+        "--train-on",
+        click.Choice(["assistant", "last", "all"]),
+        "assistant",
+        "What is learnt of a conversation: all messages of the assistant, the last one, or every "
+        "token.",
+    ),
+    option(
+        "--split-turns/--no-split-turns",
+        None,
+        True,
+        "Split a conversation into several examples where the chat template shortens earlier "
+        "turns.",
+    ),
+    click.option(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="Date for chat templates that contain one. Default: the day of the start.",
+    ),
+)
+
+#: What is learnt: the method, and the settings of preference methods.
+method_options = together(
+    option(
+        "--method",
+        NameFrom(_methods),
+        "sft",
+        "sft imitates the examples; the others learn from rows with chosen and rejected.",
+    ),
+    option(
+        "--beta",
+        click.FloatRange(0, min_open=True),
+        0.1,
+        "dpo, ipo: strength of the pull to the base model; simpo: scale of the rewards (try 2); "
+        "orpo: weight of the odds.",
+    ),
+    option(
+        "--label-smoothing",
+        click.FloatRange(0, 0.5, max_open=True),
+        0.0,
+        "dpo: fraction of pairs assumed to be the wrong way round.",
+    ),
+    option(
+        "--margin",
+        click.FloatRange(0),
+        0.5,
+        "simpo: by how much the chosen answer should be better.",
+    ),
+)
 
 
 def format_option(command: Command) -> Command:

@@ -5,11 +5,12 @@ They share the options of `tinkex train`, but for those that are about examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, get_args
 
 import click
 
+from tinkex.cli.options import Decorator, NameFrom, option, together
 from tinkex.cli.train import launch, train
 
 #: Options of `tinkex train` that these commands have, too.
@@ -20,45 +21,33 @@ SHARED = {
     *("grad_clip_norm", "patience", "load_best", "keep", "report_to", "config", "dump_config"),
     *("dtype", "data_map", "skip_bad_lines", "base_url", "api_key"),
 }
-_OWN = [
-    click.option(
-        "--batch-size",
-        type=click.IntRange(1),
-        default=8,
-        show_default=True,
-        help="Prompts per step.",
-    ),
-    click.option(
-        "--group-size",
-        type=click.IntRange(1),
-        default=8,
-        show_default=True,
-        help="Answers to each.",
-    ),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(1),
-        default=256,
-        show_default=True,
-        help="Maximum tokens per answer.",
-    ),
-    click.option(
+
+
+def _losses() -> Iterable[str]:
+    from tinkex.recipes import settings
+
+    return get_args(settings.RewardLoss)
+
+
+_ANSWERS = together(
+    option("--batch-size", click.IntRange(1), 8, "Prompts per step."),
+    option("--group-size", click.IntRange(1), 8, "Answers to each."),
+    option("--max-tokens", click.IntRange(1), 256, "Maximum tokens per answer."),
+    option(
         "--temperature",
-        type=click.FloatRange(0, min_open=True),
-        default=1.0,
-        show_default=True,
-        help="Sampling temperature of the answers that are trained on.",
+        click.FloatRange(0, min_open=True),
+        1.0,
+        "Sampling temperature of the answers that are trained on.",
     ),
     click.option("--stop", help="Texts that end an answer, separated by commas."),
     click.option(
         "--plain", is_flag=True, help="Continue prompts as plain text, without the chat template."
     ),
-    click.option(
+    option(
         "--loss",
-        type=click.Choice(["importance_sampling", "ppo", "cispo", "gspo"]),
-        default="ppo",
-        show_default=True,
-        help="Loss function of the server.",
+        NameFrom(_losses),
+        "ppo",
+        "Loss function of the server.",
     ),
     click.option(
         "--clip-low", type=click.FloatRange(0), help="Lower bound of the probability ratio."
@@ -66,20 +55,19 @@ _OWN = [
     click.option(
         "--clip-high", type=click.FloatRange(0), help="Upper bound of the probability ratio."
     ),
-    click.option(
+    option(
         "--off-policy-steps",
-        type=click.IntRange(0, 1),
-        default=0,
-        show_default=True,
-        help="1 samples for the next step while this one is trained on.",
+        click.IntRange(0, 1),
+        0,
+        "1 samples for the next step while this one is trained on.",
     ),
     click.option(
         "--deterministic",
         is_flag=True,
         help="Sample prompt after prompt, so that runs with one seed are equal; slower.",
     ),
-]
-_RL = [
+)
+_RL = together(
     click.option(
         "--reward",
         metavar="FILE.py:FUNCTION",
@@ -90,59 +78,36 @@ _RL = [
         metavar="FILE.py:FUNCTION",
         help="Instead of --reward: FUNCTION(row) makes an environment of several turns.",
     ),
-    click.option(
+    option(
         "--advantage",
-        type=click.Choice(["grpo", "centered", "rloo"]),
-        default="grpo",
-        show_default=True,
-        help="How the answers of a group are compared; grpo divides by the standard deviation.",
+        click.Choice(["grpo", "centered", "rloo"]),
+        "grpo",
+        "How the answers of a group are compared; grpo divides by the standard deviation.",
     ),
-    click.option(
-        "--kl",
-        type=click.FloatRange(0),
-        default=0.0,
-        show_default=True,
-        help="Pull to the base model, in reward per nat and token.",
+    option(
+        "--kl", click.FloatRange(0), 0.0, "Pull to the base model, in reward per nat and token."
     ),
-    click.option(
+    option(
         "--reward-timeout",
-        type=click.FloatRange(0, min_open=True),
-        default=60.0,
-        show_default=True,
-        help="Seconds that a reward function, or a step of an environment, may take.",
+        click.FloatRange(0, min_open=True),
+        60.0,
+        "Seconds that a reward function, or a step of an environment, may take.",
     ),
-    click.option(
-        "--reward-workers",
-        type=click.IntRange(1),
-        default=16,
-        show_default=True,
-        help="Reward functions that run at a time.",
-    ),
-    click.option(
-        "--max-turns",
-        type=click.IntRange(1),
-        default=8,
-        show_default=True,
-        help="Maximum turns per episode, with --env.",
-    ),
-]
+    option("--reward-workers", click.IntRange(1), 16, "Reward functions that run at a time."),
+    option("--max-turns", click.IntRange(1), 8, "Maximum turns per episode, with --env."),
+)
+_DISTILL = click.option(
+    "--teacher",
+    metavar="MODEL|tinker://...",
+    help="Base model or checkpoint on the server, with the tokenizer of --base-model.",
+)
 
 
-_DISTILL = [
-    click.option(
-        "--teacher",
-        metavar="MODEL|tinker://...",
-        help="Base model or checkpoint on the server, with the tokenizer of --base-model.",
-    )
-]
-
-
-def _command(own: list[Any]) -> Callable[[Callable[..., int]], click.Command]:
+def _command(own: Decorator) -> Callable[[Callable[..., int]], click.Command]:
     """Makes a command with the options *own*, and those of `tinkex train` in `SHARED`."""
 
     def decorate(function: Callable[..., int]) -> click.Command:
-        for option in reversed([*own, *_OWN]):
-            function = option(function)
+        function = together(own, _ANSWERS)(function)
         function = click.argument("data", nargs=-1, metavar="PROMPTS...")(function)
         command = click.command()(function)
         command.params += [option for option in train.params if option.name in SHARED]

@@ -15,7 +15,7 @@ import click
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import sampling_options, server_options
+from tinkex.cli.options import option, sampling_options, server_options
 from tinkex.cli.train import progress_of
 from tinkex.recipes import answers
 
@@ -37,13 +37,7 @@ from tinkex.recipes import answers
     help="File with a conversation to continue, a JSON list of messages; - is standard input. "
     "--prompt is added at its end. Implies --chat.",
 )
-@click.option(
-    "--num-samples",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of samples.",
-)
+@option("--num-samples", click.IntRange(1), 1, "Number of samples.")
 @sampling_options(
     128,
     1.0,
@@ -51,20 +45,13 @@ from tinkex.recipes import answers
     temperature_help="Sampling temperature; 0 always takes the likeliest token.",
     seed_help="The same seed gives the same samples.",
 )
-@click.option(
+@option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens with this total probability.",
+    click.FloatRange(0, 1, min_open=True),
+    1.0,
+    "Sample from the likeliest tokens with this total probability.",
 )
-@click.option(
-    "--top-k",
-    type=click.IntRange(-1),
-    default=-1,
-    show_default=True,
-    help="Sample from this many likeliest tokens; -1 means all.",
-)
+@option("--top-k", click.IntRange(-1), -1, "Sample from this many likeliest tokens; -1 means all.")
 @click.option("--stop", multiple=True, help="Text that ends a sample. May be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per sample.")
 @server_options

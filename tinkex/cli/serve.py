@@ -10,18 +10,12 @@ from typing import Any
 
 import click
 
-from tinkex.cli.options import Size, dtype_option
+from tinkex.cli.options import Size, dtype_option, option
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=0,
-    show_default=True,
-    help="Port; 0 picks a free one.",
-)
+@option("--host", None, "127.0.0.1", "Address to listen on.")
+@option("--port", click.IntRange(0, 65535), 0, "Port; 0 picks a free one.")
 @click.option(
     "--base-model",
     "base_models",
@@ -51,12 +45,8 @@ from tinkex.cli.options import Size, dtype_option
     "A KEY alone is a user, too, whose work no other key can reach. May be repeated. Without keys, "
     "everyone on loopback has access, and for any other --host a key is generated and printed.",
 )
-@click.option(
-    "--dialect",
-    type=click.Choice(["both", "json"]),
-    default="both",
-    show_default=True,
-    help="Accept JSON and protobuf, or JSON only.",
+@option(
+    "--dialect", click.Choice(["both", "json"]), "both", "Accept JSON and protobuf, or JSON only."
 )
 @click.option(
     "--device",

@@ -16,7 +16,14 @@ from click.core import ParameterSource
 
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
-from tinkex.cli.options import data_options, dtype_option, is_quiet, method_options, server_options
+from tinkex.cli.options import (
+    data_options,
+    dtype_option,
+    is_quiet,
+    method_options,
+    option,
+    server_options,
+)
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.recipes import finetune, run_folder, supervised
@@ -72,65 +79,32 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     help="Folder for metrics, checkpoint state and the adapter.",
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its settings.")
-@click.option(
-    "--rank",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="Rank of the LoRA adapter.",
+@option("--rank", click.IntRange(1), 32, "Rank of the LoRA adapter.")
+@option(
+    "--learning-rate", click.FloatRange(0, min_open=True), 1e-4, "Highest learning rate of AdamW."
 )
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
-    default=1e-4,
-    show_default=True,
-    help="Highest learning rate of AdamW.",
-)
-@click.option(
+@option(
     "--schedule",
-    type=click.Choice(["constant", "linear", "cosine"]),
-    default="constant",
-    show_default=True,
-    help="Learning rate after the warmup: constant, or falling to 0 at the end.",
+    click.Choice(["constant", "linear", "cosine"]),
+    "constant",
+    "Learning rate after the warmup: constant, or falling to 0 at the end.",
 )
-@click.option(
-    "--warmup-steps",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Steps in which the learning rate rises from 0.",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Examples per step."
-)
-@click.option(
-    "--epochs",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Passes over the examples.",
-)
+@option("--warmup-steps", click.IntRange(0), 0, "Steps in which the learning rate rises from 0.")
+@option("--batch-size", click.IntRange(1), 32, "Examples per step.")
+@option("--epochs", click.IntRange(1), 1, "Passes over the examples.")
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this many steps.")
-@click.option(
-    "--max-length",
-    type=click.IntRange(2),
-    default=1024,
-    show_default=True,
-    help="Maximum tokens per example; longer ones are cut.",
-)
-@click.option(
+@option("--max-length", click.IntRange(2), 1024, "Maximum tokens per example; longer ones are cut.")
+@option(
     "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed of the adapter, of the order of the data and of the held-out part.",
+    click.IntRange(0),
+    0,
+    "Seed of the adapter, of the order of the data and of the held-out part.",
 )
-@click.option(
+@option(
     "--eval-fraction",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.05,
-    show_default=True,
-    help="Fraction of the examples that is held out for evaluation.",
+    click.FloatRange(0, 1, max_open=True),
+    0.05,
+    "Fraction of the examples that is held out for evaluation.",
 )
 @click.option(
     "--eval-every",
@@ -142,18 +116,8 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     type=click.IntRange(1),
     help="Steps between two checkpoints. Default: a tenth of the run.",
 )
-@click.option(
-    "--train-mlp/--no-train-mlp",
-    default=True,
-    show_default=True,
-    help="Train adapters in the MLPs.",
-)
-@click.option(
-    "--train-attn/--no-train-attn",
-    default=True,
-    show_default=True,
-    help="Train adapters in the attention layers.",
-)
+@option("--train-mlp/--no-train-mlp", None, True, "Train adapters in the MLPs.")
+@option("--train-attn/--no-train-attn", None, True, "Train adapters in the attention layers.")
 @click.option(
     "--train-unembed/--no-train-unembed",
     default=None,
@@ -173,40 +137,27 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     metavar="FILE",
     help="Evaluate on these examples instead of a part of DATA. May be repeated.",
 )
-@click.option(
-    "--weight-decay",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Weight decay of AdamW.",
+@option("--weight-decay", click.FloatRange(0), 0.0, "Weight decay of AdamW.")
+@option(
+    "--beta1", click.FloatRange(0, 1, max_open=True), 0.9, "Decay of AdamW's mean of the gradient."
 )
-@click.option(
-    "--beta1",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.9,
-    show_default=True,
-    help="Decay of AdamW's mean of the gradient.",
-)
-@click.option(
+@option(
     "--beta2",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.95,
-    show_default=True,
-    help="Decay of AdamW's mean of the squared gradient.",
+    click.FloatRange(0, 1, max_open=True),
+    0.95,
+    "Decay of AdamW's mean of the squared gradient.",
 )
-@click.option(
+@option(
     "--grad-clip-norm",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Largest L2 norm of a step's gradient; 0 does not clip.",
+    click.FloatRange(0),
+    0.0,
+    "Largest L2 norm of a step's gradient; 0 does not clip.",
 )
-@click.option(
+@option(
     "--gradient-accumulation",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Batches per optimizer step, each of --batch-size examples.",
+    click.IntRange(1),
+    1,
+    "Batches per optimizer step, each of --batch-size examples.",
 )
 @click.option(
     "--patience",

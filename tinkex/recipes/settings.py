@@ -16,6 +16,7 @@ from tinkex.text.messages import TrainOn
 Schedule = Literal["constant", "linear", "cosine"]
 #: What is learnt from: examples to imitate ("sft"), or pairs of a better and a worse answer.
 Method = Literal["sft", "dpo", "ipo", "simpo", "orpo"]
+RewardLoss = Literal["importance_sampling", "ppo", "cispo", "gspo"]
 
 #: The highest learning rate that is accepted. LoRA trains with 1e-5 to 1e-3.
 MAX_LEARNING_RATE = 1.0
@@ -257,9 +258,7 @@ class RewardSettings(Settings):
     advantage: str = attrs.field(
         default="grpo", validator=_one_of(Literal["grpo", "centered", "rloo"])
     )
-    loss: str = attrs.field(
-        default="ppo", validator=_one_of(Literal["importance_sampling", "ppo", "cispo", "gspo"])
-    )
+    loss: str = attrs.field(default="ppo", validator=_one_of(RewardLoss))
     clip_low: float | None = attrs.field(default=None, validator=_clip)
     clip_high: float | None = attrs.field(default=None, validator=_clip)
     kl: float = attrs.field(default=0.0, validator=_not_negative)
