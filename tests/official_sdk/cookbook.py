@@ -11,7 +11,6 @@ import json
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 
 from tests.official_sdk import page, sdk
 from tests.official_sdk.cookbook_recipe import MODEL
+from tests.support import environments
 from tinkex.engine import tiny
 
 VERSION = "0.6.1"
@@ -82,20 +82,8 @@ make a recipe small; all others have their defaults.
 
 def python() -> Path:
     """The Python of an environment with the cookbook, which borrows what the tests have."""
-    folder = sdk.BUILD / f"cookbook-{VERSION}"
-    found = folder / "bin" / "python"
-
-    def make() -> None:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        scheme = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
-        borrowed = Path(scheme["purelib"]) / "borrowed.pth"
-        borrowed.write_text(sysconfig.get_paths()["purelib"] + "\n")
-        pip = [found, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
-        wanted = [f"tinker=={sdk.VERSIONS[-1]}", f"tinker-cookbook=={VERSION}", *PACKAGES.split()]
-        subprocess.run([*pip, *wanted], check=True)
-
-    sdk.make_once(folder, make)
-    return found
+    wanted = [f"tinker=={sdk.VERSIONS[-1]}", f"tinker-cookbook=={VERSION}", *PACKAGES.split()]
+    return environments.borrowing(sdk.BUILD / f"cookbook-{VERSION}", wanted, "--no-deps")
 
 
 @contextmanager

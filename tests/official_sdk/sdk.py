@@ -6,18 +6,18 @@ needs it, is borrowed from the Python that runs this, through a .pth file.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.support import environments
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -48,24 +48,14 @@ def python_of(version: str) -> Path:
         _run(base, "-m", "venv", "--clear", folder)
         wanted = [f"tinker=={version}", *UNDECLARED.get(version, ())]
         if base == sys.executable:
-            _borrow_torch(folder)
+            environments.borrow(folder)
         else:
             wanted.append("torch")
         pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
         _run(*pip, "-c", ROOT / "constraints.txt", *wanted)
 
-    make_once(folder, make)
+    environments.make_once(folder, make)
     return python
-
-
-def make_once(folder: Path, make: Callable[[], None]) -> None:
-    """Call *make* if *folder* is not made yet; several test processes may want it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "made").exists():
-            make()
-            (folder / "made").touch()
 
 
 def _new_enough_python() -> str:
@@ -80,11 +70,6 @@ def _new_enough_python() -> str:
         f"tinker needs Python 3.11 or newer; this is {sys.version.split()[0]}, and there is no "
         "python3.11, python3.12 or python3.13 on the PATH."
     )
-
-
-def _borrow_torch(folder: Path) -> None:
-    scheme = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
-    (Path(scheme["purelib"]) / "torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
 
 def _run(*command: object) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
+import pytest
+
+from tests.support import environments
+from tests.support.processes import ROOT
 from tinkex.cli import progress
 from tinkex.recipes.callbacks import End
 from tinkex.recipes.notebook import LossPlot
@@ -54,3 +61,55 @@ def test_a_notebook_is_recognized_and_a_terminal_is_none(monkeypatch):
         assert progress.is_notebook() is expected
     monkeypatch.delitem(sys.modules, "IPython")
     assert progress.is_notebook() is False
+
+
+# A real notebook
+
+#: Whatever else these want is resolved by pip; the browser's side is not needed.
+JUPYTER = ("nbclient==0.11.0", "ipykernel==7.4.0", "ipywidgets==8.1.9")
+CELLS = (
+    "import tinkex\nrows = [{'prompt': f'{n} is', 'completion': ' odd.'} for n in range(16)]",
+    "run = tinkex.finetune(rows, 'tiny', 'run', rank=4, batch_size=4, epochs=10)",
+    "run.plot()",
+    "run",
+    "tinkex.finetune([], 'tiny', 'empty')",
+)
+
+
+@pytest.mark.slow  # an environment with Jupyter
+@pytest.mark.parametrize("widgets", [True, False], ids=["ipywidgets", "without ipywidgets"])
+def test_in_jupyter_a_cell_that_trains_has_a_bar_and_a_plot_that_is_updated(tmp_path, widgets):
+    python = environments.borrowing(ROOT / "build" / "jupyter", JUPYTER)
+    program = [python, Path(__file__).with_name("notebook_program.py"), tmp_path / "ran.ipynb"]
+    first = "" if widgets else "import sys; sys.modules['ipywidgets'] = None"
+    home = {"TINKEX_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+
+    done = subprocess.run(
+        [*program, first, *CELLS],
+        env={**os.environ, **home},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert 0 == done.returncode, done.stderr
+    updates = json.loads(done.stdout)
+    _, _, training, plotting, showing, failing = (
+        cell["outputs"] for cell in json.loads((tmp_path / "ran.ipynb").read_text())["cells"]
+    )
+    texts = "".join("".join(each["text"]) for each in training if each["output_type"] == "stream")
+    shown = [each["data"] for each in training if each["output_type"] == "display_data"]
+    [plot] = [data for data in shown if "text/html" in data]
+    bars = [data for data in shown if "application/vnd.jupyter.widget-view+json" in data]
+
+    # One plot, at the end of all steps, after having been drawn as the run went.
+    assert "<svg" in "".join(plot["text/html"]) and "Loss per token" in "".join(plot["text/html"])
+    assert updates >= 2
+    assert "".join(plotting[0]["data"]["text/html"]).count("<circle") == (
+        "".join(plot["text/html"]).count("<circle")
+    )
+    assert bool(bars) is widgets
+    assert ("40/40" in texts) is not widgets
+    assert "held-out loss" in texts and "Warning" not in texts
+    assert "<Run" in "".join(showing[0]["data"]["text/plain"])
+    assert ("error", "ValueError") == (failing[0]["output_type"], failing[0]["ename"])

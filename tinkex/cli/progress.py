@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -68,7 +69,9 @@ class Progress:
             return
         fields = _fields(row)
         if "eval_loss" in row:
-            self.say(f"step {row['step']}: held-out loss {row['eval_loss']:.4f} per token")
+            self.say(
+                f"step {row['step']}: {fields[-1]}{'' if 'eval_reward' in row else ' per token'}"
+            )
         self._bar.set_postfix_str(", ".join(fields), refresh=False)
         self._bar.update(int(row["step"]) - self._bar.n)
 
@@ -179,6 +182,9 @@ class CtrlC:
 
 def _tqdm() -> Any:
     """Its class for bars. Imported late: `tinkex --help` imports this module."""
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets it advises to install that; a bar of text will do.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
     return tqdm

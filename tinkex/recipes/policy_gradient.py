@@ -105,6 +105,7 @@ class PolicyGradient:
     ) -> None:
         self._tasks, self._held_out = tasks, held_out
         self._settings, self._rollouts, self._reference = settings, rollouts, reference
+        self._is_distilled = settings.method == "distill"
         self._step = first_step
         self._plan = Plan(
             len(tasks),
@@ -152,7 +153,7 @@ class PolicyGradient:
             [future],
             lambda results: {
                 **_training_row(results[0], parts, self._settings),
-                **_episode_row(episodes),
+                **_episode_row(episodes, self._is_distilled),
                 **self._sampler_row(results[0], parts),
             },
             sum(len(part.trace.tokens) - 1 for part in parts),
@@ -250,8 +251,7 @@ class PolicyGradient:
     def evaluate(self, training: TrainingClient) -> Iterator[Work]:
         future = training.save_weights_and_get_sampling_client()
         # A divergence is an average over what the model says, not over what it finds likeliest.
-        is_distilled = self._settings.method == "distill"
-        temperature = self._settings.temperature if is_distilled else 0.0
+        temperature = self._settings.temperature if self._is_distilled else 0.0
 
         def read(results: list[Any]) -> dict[str, float]:
             [sampler] = results
@@ -266,13 +266,11 @@ class PolicyGradient:
                     sampler.close()
 
             episodes = self._awaited(in_background(sample))
-            row = _episode_row(episodes)
+            row = _episode_row(episodes, self._is_distilled)
             if self._reference is not None:
                 gaps = np.concatenate(list(self._gaps(episodes).values()))
                 row["reference_kl"] = float(gaps.sum() / sum(e.length for e in episodes))
-            loss = -row["reward"]
-            if is_distilled:
-                loss = row["reference_kl"]
+            loss = row["reference_kl"] if self._is_distilled else -row["reward"]
             return {"eval_loss": loss, **{f"eval_{key}": value for key, value in row.items()}}
 
         yield Work([future], read)
@@ -313,8 +311,8 @@ def _training_row(
     return row
 
 
-def _episode_row(episodes: Sequence[Episode]) -> dict[str, float]:
-    """What the episodes of a step were like."""
+def _episode_row(episodes: Sequence[Episode], is_distilled: bool) -> dict[str, float]:
+    """What the episodes of a step were like; in distillation there are no rewards."""
     rewards = np.asarray([episode.score.reward for episode in episodes])
     groups: dict[int, list[float]] = {}
     for episode in episodes:
@@ -323,10 +321,13 @@ def _episode_row(episodes: Sequence[Episode]) -> dict[str, float]:
     logprobs = sum(
         float(np.dot(trace.logprobs, trace.said)) for e in episodes for trace in e.traces
     )
-    row = {
+    of_rewards = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "equal_groups": float(np.mean([len(set(group)) == 1 for group in groups.values()])),
+    }
+    row = {
+        **({} if is_distilled else of_rewards),
         "entropy": -logprobs / max(1, tokens),
         "length": tokens / len(episodes),
         "cut": float(np.mean([episode.is_cut for episode in episodes])),
