@@ -53,6 +53,15 @@ YARN_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [4.0, 8.0],
+}
+MIXED_LAYERS = ["sliding_attention", "full_attention"]
+
 #: Configurations by name: every architecture, and what sets them apart.
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
@@ -68,6 +77,46 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "smollm3": lambda: transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.5,
+        logits_scaling=1.7,
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **SIZES, sliding_window=8, layer_types=MIXED_LAYERS, rope_parameters=YARN_ROPE
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, sliding_window=8),
+    "phi3-longrope": lambda: transformers.Phi3Config(
+        **SIZES,
+        original_max_position_embeddings=128,
+        rope_parameters={**LONG_ROPE, "partial_rotary_factor": 0.5},
+    ),
+    "glm": lambda: transformers.GlmConfig(**SIZES, head_dim=16),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=16, attention_bias=True),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.5,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=MIXED_LAYERS,
+        query_pre_attn_scalar=5,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 
 
@@ -136,9 +185,9 @@ def targets(config: types.LoraConfig) -> list[str]:
     """Names of the modules that a configuration trains."""
     names: list[str] = []
     if config.train_attn:
-        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
+        names += ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
     if config.train_mlp:
-        names += ["gate_proj", "up_proj", "down_proj"]
+        names += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
     return [*names, "lm_head"] if config.train_unembed else names
 
 

@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, and its derivative.
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
-padding. Attention alone knows where one sequence ends. torch's kernel computes it, except where
-products are capped or only a window is seen: those are computed in blocks of queries, so that
-memory and arithmetic grow with the window and not with the square of the length.
+padding. Attention alone knows where one sequence ends. torch's kernel computes it, unless products
+are capped. Where there is a cap or a window, queries are taken in blocks, so that memory and
+arithmetic grow with the window and not with the square of the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -11,6 +11,7 @@ Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,12 +115,19 @@ def attention(
         cap: products are then capped softly at +-cap; 0 is no cap.
         window: positions that a query attends to, its own among them; 0 is all.
     """
-    if cap or 0 < window < q.shape[2]:
-        out: Tensor = _Blocked.apply(q, k, v, scale, cap, window)
-        return out
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    if cap:
+        capped: Tensor = _Capped.apply(q, k, v, scale, cap, window)
+        return capped
+    kernel = partial(
+        F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+    if not 0 < window < q.shape[2]:
+        return kernel(q, k, v, is_causal=True)
+    outs = [
+        kernel(q[:, :, own], k[:, :, keys], v[:, :, keys], attn_mask=_seen(own, keys, window, q))
+        for own, keys in _blocks(q, window)
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
 def soft_cap_(x: Tensor, cap: float) -> Tensor:
@@ -127,8 +135,11 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
-class _Blocked(torch.autograd.Function):
-    """Attention in blocks of queries; backward computes the products again (Dao et al. 2022)."""
+class _Capped(torch.autograd.Function):
+    """Attention with a cap, which torch's kernel has not, in blocks of queries.
+
+    Backward computes the products again, as flash attention does (Dao et al. 2022).
+    """
 
     @staticmethod
     def forward(
@@ -190,14 +201,17 @@ def _weights(
     products = (own @ k[:, :, keys].transpose(2, 3)).mul_(scale)
     if cap:
         soft_cap_(products, cap)
-    asking = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
-    asked = torch.arange(keys.start, keys.stop, device=q.device)
-    hidden = asked > asking
-    if window:
-        hidden |= asked <= asking - window
-    hidden = hidden.repeat(q.shape[1] // k.shape[1], 1)
-    seen = products.masked_fill(hidden, -torch.inf)
-    return torch.softmax(seen, dim=3, dtype=torch.float32).to(q.dtype), products
+    seen = _seen(queries, keys, window, q).repeat(q.shape[1] // k.shape[1], 1)
+    masked = products.masked_fill(~seen, -torch.inf)
+    return torch.softmax(masked, dim=3, dtype=torch.float32).to(q.dtype), products
+
+
+def _seen(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
+    """(n, m): True where a query of a block attends to a key."""
+    asking = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
+    asked = torch.arange(keys.start, keys.stop, device=like.device)
+    seen = asked <= asking
+    return seen & (asked > asking - window) if window else seen
 
 
 class PackedAttention:

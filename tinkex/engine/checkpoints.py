@@ -43,10 +43,10 @@ _BASE_COPIES = (".base_layer.weight", ".base_layer.bias", "embed_tokens.weight")
 
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight\Z")
 
-#: Modules of a Llama-style layer by the group that trains them.
+#: Modules of a Llama-style layer by the group that trains them, fused ones among them.
 _MODULES = {
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "attn": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     "unembed": ("lm_head",),
 }
 
@@ -78,7 +78,8 @@ def write_adapter(directory: Path, info: Info, layout: Layout, flat: Tensor) -> 
         module, letter = name.rsplit(".lora_", 1)
         named[f"{_PREFIX}{module}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
     _write(directory / ADAPTER, named)
-    targets = [name for group in info.shape.groups for name in _MODULES[group]]
+    parts = [part for linear in layout.linears.values() for part in linear.parts]
+    targets = list(dict.fromkeys(part.name.rsplit(".", 1)[-1] for part in parts))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -196,10 +196,10 @@ def _load_hf(
     family = FAMILIES[config.model_type]
     rotary = type(module.model.rotary_emb)(config=config)
     try:
+        spec = build.spec_of(family, config, module.generation_config)
         ropes = build.ropes_of(family, config, rotary, device)
     except ValueError as exc:
         raise ValueError(f"base model {name!r} {exc}.") from exc
-    spec = build.spec_of(family, config, module.generation_config)
     tensors = weights.Weights(name, directory, dtype, device, on_progress)
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     head = ("lm_head.weight",) if config.tie_word_embeddings else ()

@@ -202,12 +202,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = (norm.square_().div_(size)).add_(eps).rsqrt_()
-    return torch.mul(x, rstd.to(x.dtype)).mul_(weight), rstd
+    return _normed(x, weight, rstd), rstd
+
+
+def _normed(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    if weight.dtype != x.dtype:  # more precise than x: the result is rounded once
+        return (x * rstd).mul_(weight).to(x.dtype)
+    return torch.mul(x, rstd.to(x.dtype)).mul_(weight)
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     """dx of `rms_norm`: rstd w dy - x rstd^3 mean(w dy x)."""
-    dx = (dy * weight).to(dy.dtype)
+    if weight.dtype != x.dtype:
+        dx = rms_norm_backward(dy.to(weight.dtype), x.to(weight.dtype), weight, rstd)
+        return dx.to(dy.dtype)
+    dx = dy * weight
     dot = torch.linalg.vecdot(dx, x).unsqueeze(-1)
     scale = rstd.to(x.dtype)
     dx.mul_(scale)
@@ -216,9 +225,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
 
 def _scaled(x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
     """What `rms_norm` made of x, from what it saved; x itself where there is no norm."""
-    if weight is None or rstd is None:
-        return x
-    return torch.mul(x, rstd.to(x.dtype)).mul_(weight)
+    return x if weight is None or rstd is None else _normed(x, weight, rstd)
 
 
 @attrs.define(eq=False)

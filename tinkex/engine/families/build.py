@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import attrs
@@ -14,8 +14,9 @@ from tinkex.engine.families.family import Family
 from tinkex.engine.model import ACTIVATIONS, Base, HeadNorm, Linear, Norms, Part, Rope
 from tinkex.engine.spec import Spec
 
-#: Kinds of position embedding whose angles do not depend on the length of the text.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: Kinds of position embedding. Angles of LongRoPE depend on the length of the text: those of texts
+#: within the original context are computed.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def check_config(family: Family, config: Any) -> None:
@@ -28,7 +29,8 @@ def check_config(family: Family, config: Any) -> None:
         raise ValueError(
             f"has the activation {_activation(config)!r}; supported are {', '.join(ACTIVATIONS)}"
         )
-    for rope_type in _rope_types(config):
+    for own in _rope_parameters(config):
+        rope_type = own.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"has position embeddings of type {rope_type!r}; supported are "
@@ -41,16 +43,27 @@ def _activation(config: Any) -> str:
     return name
 
 
-def _rope_types(config: Any) -> Iterator[str]:
+def _rope_parameters(config: Any) -> Iterable[Mapping[str, Any]]:
     """Of the only position embedding, or of each of several."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    several = [own for own in parameters.values() if isinstance(own, Mapping)]
-    for own in several or [parameters]:
-        yield own.get("rope_type", "default")
+    return [own for own in parameters.values() if isinstance(own, Mapping)] or [parameters]
+
+
+def _context(config: Any) -> int:
+    """Longest text, in tokens."""
+    longest: int = config.max_position_embeddings
+    for own in _rope_parameters(config):
+        if own.get("rope_type") == "longrope":
+            longest = min(longest, own["original_max_position_embeddings"])
+    return longest
 
 
 def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
-    """Sizes and settings of a model, from its configuration."""
+    """Sizes and settings of a model, from its configuration.
+
+    Raises:
+        ValueError: If the family is not computed so; to be put after the name of the model.
+    """
     eos = getattr(generation_config, "eos_token_id", None)
     if eos is None:
         eos = config.eos_token_id
@@ -65,10 +78,11 @@ def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
         head_dim=head_dim or config.hidden_size // config.num_attention_heads,
         mlp=config.intermediate_size,
         vocab=config.vocab_size,
+        context=_context(config),
         norm_eps=config.rms_norm_eps,
         eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
         activation=_activation(config),
-        **{"context": config.max_position_embeddings, **family.settings(config)},
+        **family.settings(config),
     )
 
 

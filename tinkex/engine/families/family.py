@@ -38,6 +38,17 @@ def windows(config: Any) -> tuple[int, ...]:
     return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
 
 
+def window_everywhere(config: Any) -> Mapping[str, Any]:
+    """The settings of a family whose only difference is one sliding window for all layers."""
+    window = getattr(config, "sliding_window", None) or 0
+    return {"windows": (window,) * config.num_hidden_layers}
+
+
+def ropes_by_layer_type(config: Any) -> tuple[str | None, ...]:
+    """Layers with a window rotate by other angles than those without."""
+    return tuple(config.layer_types)
+
+
 def sliding_settings(config: Any) -> Mapping[str, Any]:
     """The settings of a family whose only difference are sliding windows by `layer_types`."""
     return {"windows": windows(config)}
