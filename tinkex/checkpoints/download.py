@@ -176,6 +176,11 @@ def fetch(
             not what the server announced.
     """
     url = archive_url(connection, path).url
+    if not url.startswith(("http://", "https://")):  # TuFT: a folder on its own disk
+        raise errors.DownloadError(
+            f"the server gives {url} as the address of {path.tinker_path}, which only programs on "
+            "the server's machine can read; copy the checkpoint from there."
+        )
     state = _Download(target, progress)
 
     def attempt() -> None:

@@ -257,7 +257,7 @@ class Context:
             "type": "create_session",
         }
         answer = (client or self.client).post("create_session", payload)
-        if answer.status != 200 or "session_id" not in as_object(answer):
+        if answer.status >= 300 or "session_id" not in as_object(answer):
             raise Broken(f"create_session returned {said(answer)}")
         return str(as_object(answer)["session_id"])
 
@@ -363,7 +363,7 @@ class Context:
         """A sampler of the base model; of a fresh adapter if the server does not offer that."""
         if self._sampler is None:
             answer = self.sampler_of(base_model=self.base_model)
-            if answer.status == 200:
+            if answer.status < 300:
                 self._sampler = self._opened(answer)
             else:
                 made = self.client.end(self.create()).value(
@@ -375,7 +375,7 @@ class Context:
 
     def _opened(self, answer: Answer) -> Sampler:
         sampler_id = as_object(answer).get("sampling_session_id")
-        if answer.status != 200 or not isinstance(sampler_id, str):
+        if answer.status >= 300 or not isinstance(sampler_id, str):
             raise Broken(f"create_sampling_session returned {said(answer)}")
         return Sampler(self.client, sampler_id)
 
