@@ -707,6 +707,7 @@ REST = [
     (lambda r: next(r.iter_training_runs(page=0)), ValueError, "limit", "0"),
     (lambda r: r.get_run_metrics("run", after=-1), ValueError, "after", "-1"),
     (lambda r: r.report_run_metrics("run", [3]), TypeError, "points[0]", "3"),
+    (lambda r: r.report_run_metrics("run", [], [3]), TypeError, "samples[0]", "3"),
     (lambda r: r.report_run_metrics("run", [{"loss": math.nan}]), ValueError, "'loss'", "nan"),
     (lambda r: r.report_run_metrics("run", [{"loss": "2"}]), ValueError, "'loss'", "'2'"),
     (lambda r: r.download_checkpoint("best", "out"), ValueError, "'best'", "tinker://"),

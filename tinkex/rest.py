@@ -110,18 +110,25 @@ class RestClient(types.Ready):
         )
 
     def report_run_metrics(
-        self, training_run_id: str, points: Sequence[Mapping[str, float]]
+        self,
+        training_run_id: str,
+        points: Sequence[Mapping[str, float]],
+        samples: Sequence[types.RunSample] = (),
     ) -> None:
-        """Add metrics of your own to a training run, for the server's web page.
+        """Add metrics of your own to a training run, and samples, for the server's web page.
 
         Servers of tinkex have it.
 
         Args:
             points: up to 1,000 dicts of finite numbers by name; "step" says where one belongs.
+            samples: up to 100. The server keeps the newest 200 of a run, and the first 4,000
+                characters of each text.
         """
         checked = [_point(number, point) for number, point in enumerate(points)]
         self._connection.call(
-            wire.REPORT_METRICS, types.ReportMetricsRequest(checked), run_id=_id(training_run_id)
+            wire.REPORT_METRICS,
+            types.ReportMetricsRequest(checked, _run_samples(samples)),
+            run_id=_id(training_run_id),
         )
 
     # Checkpoints.
@@ -491,6 +498,13 @@ def _at_least(least: int, name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
     return value
+
+
+def _run_samples(samples: Sequence[types.RunSample]) -> list[types.RunSample]:
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, types.RunSample):
+            raise TypeError(f"samples[{number}] must be a types.RunSample, got {sample!r}.")
+    return list(samples)
 
 
 def _point(number: int, point: object) -> dict[str, float]:

@@ -6,14 +6,20 @@ BROWSER_SCREENSHOTS names a folder for pictures of the page; `make screenshots` 
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.support.fake_engine import FakeEngine
+from tests.support.wire_client import WireClient
 from tinkex import types
+from tinkex.server.app import LocalServer
 
 SCREENSHOTS = os.environ.get("BROWSER_SCREENSHOTS")
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -29,7 +35,9 @@ new MutationObserver(() => lengths.push(place.textContent.length))
 
 
 def wait(browser, condition, seconds=30):
-    return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: condition())
+    redrawn = [StaleElementReferenceException]  # between finding an element and looking at it
+    waiting = WebDriverWait(browser, seconds, poll_frequency=0.05, ignored_exceptions=redrawn)
+    return waiting.until(lambda _: condition())
 
 
 def text(browser, selector):
@@ -218,8 +226,101 @@ def test_the_page_comes_back_when_the_server_does(chromium, tmp_path):
         server.close()
 
 
+def test_samples_of_a_run_are_shown_as_text(browser, service, run):
+    """As soon as they are reported."""
+    browser.find_element(By.CSS_SELECTOR, f'#runs button[title="{run.training.model_id}"]').click()
+    service.create_rest_client().report_run_metrics(
+        run.training.model_id, [], [types.RunSample(10, "Who went to sea?", EVIL)]
+    )
+    wait(browser, lambda: all_of(browser, "#samples tbody tr"))
+    browser.find_element(By.CSS_SELECTOR, "#said summary").click()
+
+    assert "10 Who went to sea? " + EVIL == text(browser, "#samples tbody tr")
+    assert [] == all_of(browser, "#page img")
+
+
+def test_a_run_that_is_deleted_while_it_is_in_view(chromium, tmp_path):
+    """The page says so, and goes on with the others."""
+    with LocalServer(tmp_path / "home", engine=FakeEngine) as server:
+        client = WireClient(server.url)
+        gone, kept = client.model(), client.model()
+        opened = chromium()
+        opened.get(server.url)
+        wait(opened, lambda: len(all_of(opened, "#runs button")) == 2)
+        opened.find_element(By.CSS_SELECTOR, f'#runs button[title="{gone}"]').click()
+        wait(opened, lambda: gone == title_of(opened))
+        index = tmp_path / "home" / "tinkex.sqlite"
+        with closing(sqlite3.connect(index)) as database, database:
+            database.execute("DELETE FROM runs WHERE run_id = ?", (gone,))
+        wait(opened, lambda: "deleted" in text(opened, "#notice"))
+        assert not opened.find_element(By.ID, "run").is_displayed()
+        opened.find_element(By.CSS_SELECTOR, f'#runs button[title="{kept}"]').click()
+        wait(opened, lambda: kept == title_of(opened))
+        client.http.close()
+
+
+def title_of(browser):
+    return browser.find_element(By.ID, "run-title").get_attribute("title")
+
+
+#: Server-sent events of a simulated day, as the page would get them.
+EVENTS = """
+window.EventSource = class extends EventTarget {
+  constructor(url) { super(); window.told = this; }
+  close() {}
+};
+"""
+HOURS = """
+const [id, from, to] = arguments;
+const tell = (name, value) =>
+  told.dispatchEvent(new MessageEvent(name, {data: JSON.stringify(value)}));
+const state = await (await fetch("/ui/state")).json();
+for (let minute = from * 60; minute < to * 60; minute++) {
+  state.server.minutes = minute;
+  state.runs[0].latest = {step: minute, loss: 1 / (minute + 1), tokens_per_second: 10};
+  tell("state", state);
+  const points = [0, 1, 2, 3, 4].map((i) => ({step: minute * 5 + i, loss: Math.sin(minute)}));
+  tell("points", {run: id, points, next: minute + 1});
+}
+return document.getElementsByTagName("*").length;
+"""
+
+
+def test_a_page_that_is_open_for_a_day_does_not_grow(chromium, server, run):
+    """By simulated events: 1,440 states and 7,200 points of a run in view."""
+    opened = chromium()
+    opened.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": EVENTS})
+    opened.execute_cdp_cmd("Performance.enable", {})
+    opened.set_script_timeout(120)
+    opened.get(server.url)
+    opened.find_element(By.TAG_NAME, "body")
+    wait(opened, lambda: title_of(opened))
+    identity = title_of(opened)
+
+    def used(start, end):
+        """Elements of the page, and what the browser holds, after some hours."""
+        elements = opened.execute_script(
+            "return (async function() {" + HOURS + "}).apply(null, arguments)",
+            identity,
+            start,
+            end,
+        )
+        for _ in range(2):
+            opened.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+        found = opened.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        held = {metric["name"]: metric["value"] for metric in found}
+        return elements, held["JSHeapUsedSize"] / 1e6, held["Nodes"], held["JSEventListeners"]
+
+    early, late = used(0, 4), used(4, 24)
+    print(f"after 4 h and 24 h: elements, MB, nodes, listeners: {early}, {late}")
+
+    assert early[0] == late[0]
+    assert late[1] < early[1] + 2
+    assert late[2] < 1.5 * early[2] and late[3] < 1.5 * early[3]
+
+
 def test_nothing_was_blocked_and_no_script_failed(browser):
     """The last test of this browser: what its console holds."""
     console = [entry["message"] for entry in browser.get_log("browser")]
-    expected = ("status of 400", "net::ERR")  # the refusal above
+    expected = ("status of 404", "net::ERR")  # the refusal above
     assert [] == [line for line in console if not any(part in line for part in expected)]

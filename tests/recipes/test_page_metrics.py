@@ -7,7 +7,7 @@ import math
 import tinkex
 from tests.support.fake_engine import FakeEngine
 from tests.support.fake_service import FakeService
-from tinkex import errors
+from tinkex import errors, types
 from tinkex.recipes.page_metrics import INTERVAL, PageMetrics
 from tinkex.server.app import LocalServer
 
@@ -52,7 +52,7 @@ def test_numbers_that_json_does_not_know_are_left_out():
 def test_a_server_that_does_not_take_them_is_asked_once(monkeypatch):
     service, clock, asked = FakeService(), Clock(), []
 
-    def refuse(run_id, points):
+    def refuse(run_id, points, samples):
         asked.append(points)
         raise errors.NotFoundError("no such endpoint", status=404)
 
@@ -64,6 +64,17 @@ def test_a_server_that_does_not_take_them_is_asked_once(monkeypatch):
     metrics.flush()
 
     assert 1 == len(asked)
+
+
+def test_samples_go_with_the_next_rows():
+    """Also where there are no rows any more, at the end."""
+    service, clock = FakeService(), Clock()
+    metrics = PageMetrics(service, "run", clock)
+    metrics.add_samples([types.RunSample(0, "Who?", "I")])
+    metrics.flush()
+
+    assert [("run", [])] == service.reported
+    assert [types.RunSample(0, "Who?", "I")] == service.said
 
 
 def test_they_arrive_at_a_real_server(tmp_path):

@@ -110,7 +110,7 @@ def look_at(server: Server, model: Path, folder: Path) -> Found:
         programs = install(server)
         with running(server, programs, model, folder) as url:
             steps = (
-                ("train", TEXTS, ("--batch-size", "16", "--max-steps", "8")),
+                ("train", TEXTS, ("--batch-size", "16", "--epochs", "2")),
                 ("pair", PAIRS, ("--batch-size", "8", "--max-steps", "1", "--eval-fraction", "0")),
             )
             for name, rows, options in steps:
@@ -168,7 +168,8 @@ def main(names: Sequence[str]) -> int:
             folder.mkdir()
             found.append(look_at(server, model, folder))
             one = found[-1]
-            print(f"{server.title}: {one.problem or f'{one.train} | {one.pair} | {one.counts()}'}")
+            seen = one.problem or " | ".join([one.train, one.pair, one.counts()])
+            print(f"{server.title}: {seen}", flush=True)
             for name, (outcome, reason) in one.checks.items():
                 print(f"  {outcome:12} {name}{f': {reason}' if reason else ''}", flush=True)
     if not names:

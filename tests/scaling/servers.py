@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import attrs
 import requests
 
+from tests.check_core_install import find_python
 from tests.official_sdk.sdk import make_once
 from tests.support.processes import ROOT, free_port
 
@@ -65,14 +65,14 @@ class Server:
     """A server that is compared.
 
     Attributes:
-        pythons: minor versions of Python 3 that it runs on, the best first; () for our own.
+        pythons: versions of Python that it runs on, the best first; () for our own server.
         installs: arguments of `pip install`, one call each.
         note: what has to be known to read its results.
     """
 
     name: str
     version: str
-    pythons: tuple[int, ...] = ()
+    pythons: tuple[str, ...] = ()
     installs: tuple[tuple[str, ...], ...] = ()
     note: str = ""
 
@@ -90,7 +90,7 @@ SERVERS = (
     Server(
         "SkyRL",
         "0.4.0",
-        (12, 13),
+        ("3.12", "3.13"),
         # uv starts its engine; aiohttp is imported, but not among what it says it needs.
         (("skyrl[tinker,jax]==0.4.0", "uv", "aiohttp"),),
         note="JAX on processors",
@@ -98,7 +98,7 @@ SERVERS = (
     Server(
         "TuFT",
         "0.2.2",
-        (sys.version_info.minor, 11, 12),
+        ("3.11", "3.12"),
         (TUFT_NEEDS, ("--no-deps", "tuft==0.2.2")),
         note="its CPU mode, which is a stand-in: 16 numbers are trained, and samples are made up",
     ),
@@ -109,10 +109,9 @@ def install(server: Server) -> Path:
     """The folder of the server's programs; made where it is not there yet. Raises Unavailable."""
     if not server.pythons:
         return Path(sys.executable).parent
-    base = next(filter(None, map(_python, server.pythons)), None)
+    base = next(filter(None, map(find_python, server.pythons)), None)
     if base is None:
-        wanted = " or ".join(f"3.{minor}" for minor in server.pythons)
-        raise Unavailable(f"it needs Python {wanted}, and there is none on the PATH")
+        raise Unavailable(f"it needs Python {' or '.join(server.pythons)}, and there is none here")
 
     def make() -> None:
         _run(base, "-m", "venv", "--clear", str(server.folder))
@@ -122,16 +121,6 @@ def install(server: Server) -> Path:
 
     make_once(server.folder, make)
     return server.folder / "bin"
-
-
-def _python(minor: int) -> str | None:
-    """A Python 3 of that version that really starts: pyenv has names of ones that do not."""
-    found = shutil.which(f"python3.{minor}")
-    if found is None:
-        return None
-    asked = [found, "-c", "import sys; print(sys.executable)"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _run(*command: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 import tinkex
 from tests.support.processes import free_port
-from tinkex.server.run_metrics import MOST_POINTS, RunMetrics
+from tinkex import types
+from tinkex.server.run_metrics import MOST_POINTS, MOST_SAMPLES, RunMetrics
 
 ADAM = {"adam_params": {"learning_rate": 0.1}}
 
@@ -90,6 +91,50 @@ def test_a_bad_report_adds_nothing(client, body):
 
     assert 400 == status and "points" in sentence
     assert [] == points(client, model)["points"]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        3,
+        [{"step": 1}],
+        [{"step": "x", "prompt": "p", "text": "t"}],
+        [{"step": 2**80, "prompt": "p", "text": "t"}],
+        [{"step": 1, "prompt": "p", "text": "t"}] * 101,
+    ],
+    ids=["no list", "a field is missing", "no number", "too large", "too many"],
+)
+def test_a_bad_report_of_samples_adds_nothing(client, samples):
+    model = client.model()
+    body = {"points": [{"step": 1}], "samples": samples}
+    answer = client.send("POST", f"runs/{model}/metrics", json=body)
+
+    assert 400 == answer.status_code
+    assert {"points": [], "next": 0, "samples": []} == points(client, model)
+
+
+def test_the_newest_samples_are_kept_also_over_a_restart(tmp_path):
+    metrics = RunMetrics(tmp_path)
+    for step in range(30):
+        metrics.add_samples(
+            "run", [types.RunSample(step, "p", f"{step} {i} " + "x" * 9999) for i in range(10)]
+        )
+    again = RunMetrics(tmp_path).samples("run")
+
+    assert MOST_SAMPLES == len(again)
+    assert (10, 29) == (again[0]["step"], again[-1]["step"])
+    assert 4000 == len(again[-1]["text"])
+    assert 30 == metrics.sampled_at("run")
+
+
+def test_the_client_reads_and_reports_samples(served):
+    said = [types.RunSample(3, "Who?", "<b>I</b>")]
+    with tinkex.ServiceClient(served.server.url, "tml-any") as service:
+        run_id = service.create_lora_training_client("tiny").model_id
+        rest = service.create_rest_client()
+        rest.report_run_metrics(run_id, [], said)
+
+        assert said == rest.get_run_metrics(run_id).samples
 
 
 def test_a_run_of_another_user_has_no_metrics(serve):

@@ -41,6 +41,7 @@ class FakeService:
         self.deleted, self.steps = [], []
         self.on_operation = on_operation
         self.reported = []  # (run, points) of each report of metrics
+        self.said = []  # samples in these reports
         self.hangs = False  # no answer comes any more
 
     def create_lora_training_client(self, base_model, adapter=None, **settings):
@@ -66,8 +67,9 @@ class FakeService:
     def create_rest_client(self):
         return self
 
-    def report_run_metrics(self, run_id, points):
+    def report_run_metrics(self, run_id, points, samples=()):
         self.reported.append((run_id, points))
+        self.said += samples
 
     def get_weights_info_by_tinker_path(self, path):
         return types.WeightsInfoResponse("fake", is_lora=True, lora_rank=7)

@@ -329,6 +329,7 @@ class Loop:
         said = [Sample(step, prompt.text, text) for prompt, text in zip(prompts, texts)]
         for sample in said:
             self.samples.append(attrs.asdict(sample))
+        self.page.add_samples([types.RunSample(step, one.prompt, one.text) for one in said])
         self.callbacks.sample(self.run_object, said)
 
     def _check_convergence(self, row: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Reports what a recipe measures to the server, whose web page then shows it.
+"""Reports what a recipe measures and samples to the server, whose web page then shows it.
 
 The server sees the losses of training itself; what it cannot know is the learning rate, the
 held-out loss, and the metrics of a recipe's own.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tinkex import errors
+from tinkex import errors, types
 
 logger = logging.getLogger("tinkex")
 
@@ -38,6 +38,7 @@ class PageMetrics:
     ) -> None:
         self._rest, self._run_id, self._clock = service.create_rest_client(), run_id, clock
         self._rows: list[dict[str, float]] = []
+        self._samples: list[types.RunSample] = []
         self._reported = -INTERVAL
         self._is_on = True
 
@@ -53,14 +54,19 @@ class PageMetrics:
             if self._clock() - self._reported >= INTERVAL:
                 self.flush()
 
+    def add_samples(self, samples: Sequence[types.RunSample]) -> None:
+        """Note what the model has said; it is sent with the next row."""
+        self._samples += samples
+
     def flush(self) -> None:
         """Send what is left."""
-        if not self._rows or not self._is_on:
+        if not (self._rows or self._samples) or not self._is_on:
             return
         rows, self._rows = self._rows[-1000:], []
+        samples, self._samples = self._samples[-100:], []
         self._reported = self._clock()
         try:
-            self._rest.report_run_metrics(self._run_id, rows)
+            self._rest.report_run_metrics(self._run_id, rows, samples)
         except errors.TinkexError as exc:
             logger.debug("metrics are not reported to the server any more: %s", exc)
             self._is_on = False

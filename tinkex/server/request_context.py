@@ -65,6 +65,8 @@ class Site:
     replies: Replies = attrs.field(factory=Replies)
     audit: Audit = attrs.field(factory=lambda: Audit(None))
     sign_ins: SignIns = attrs.field(factory=SignIns)
+    #: What the open pages of each user show: owner -> overview (see page/state.py).
+    pages: dict[str, Any] = attrs.field(factory=dict)
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
         """Run a function that would block the event loop on a pool thread."""

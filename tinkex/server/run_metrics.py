@@ -1,7 +1,7 @@
 """The metrics of training runs, and what each user has used.
 
 Every optimizer step adds a point to its run: loss per token, tokens, tokens per second. Clients can
-add points of their own, such as a held-out loss. A run's points are a file of JSON lines in the
+add points of their own, such as a held-out loss, and samples. Both are files of JSON lines in the
 home, so that they outlive the server. Nothing else depends on them: a full disk costs points, never
 a step.
 """
@@ -31,6 +31,8 @@ Point = dict[str, float]
 _MOST_BYTES = 64 * 2**20
 #: The most points in one answer; of more, every n-th is sent.
 MOST_POINTS = 2000
+#: The newest samples of a run are kept, and so many characters of each text.
+MOST_SAMPLES, _MOST_CHARACTERS = 200, 4000
 
 
 @attrs.define
@@ -68,6 +70,8 @@ class RunMetrics:
         self._steps: dict[str, _Step] = {}
         self._latest: dict[str, Point] = {}
         self._usage: dict[str, Usage] = {}
+        self._sampled: dict[str, int] = {}
+        self._written: dict[str, int] = {}
         self._failed = False
 
     # What the server itself sees.
@@ -142,6 +146,45 @@ class RunMetrics:
         with self._lock:
             self._write(run_id, [{"time": self._clock(), **point} for point in points])
 
+    def add_samples(self, run_id: str, samples: Sequence[types.RunSample]) -> None:
+        """Add what the model of a run has said."""
+        if not samples:
+            return
+        cut = [
+            {
+                "step": sample.step,
+                "prompt": sample.prompt[:_MOST_CHARACTERS],
+                "text": sample.text[:_MOST_CHARACTERS],
+            }
+            for sample in samples
+        ]
+        with self._lock:
+            kept = [*self._samples(run_id), *cut][-MOST_SAMPLES:]
+            self._sampled[run_id] = self._sampled.get(run_id, 0) + 1
+            try:
+                self._folder.mkdir(exist_ok=True)
+                path = self._samples_path(run_id)
+                draft = path.with_suffix(".new")
+                draft.write_text("".join(f"{json.dumps(sample)}\n" for sample in kept))
+                draft.replace(path)
+            except OSError as exc:
+                self._warn_once(exc)
+
+    def samples(self, run_id: str) -> list[dict[str, Any]]:
+        """The newest samples of a run, oldest first: "step", "prompt", "text"."""
+        with self._lock:
+            return self._samples(run_id)
+
+    def sampled_at(self, run_id: str) -> int:
+        """A number that changes whenever samples are added; 0 since the server started."""
+        with self._lock:
+            return self._sampled.get(run_id, 0)
+
+    def written_at(self, run_id: str) -> int:
+        """A number that changes whenever points are added; 0 since the server started."""
+        with self._lock:
+            return self._written.get(run_id, 0)
+
     def latest(self, run_id: str) -> Point:
         """The newest value of each metric; empty if there is none."""
         with self._lock:
@@ -171,6 +214,21 @@ class RunMetrics:
     def _path(self, run_id: str) -> Path:
         return self._folder / f"{run_id.replace(':', '_').replace('/', '_')}.jsonl"
 
+    def _samples_path(self, run_id: str) -> Path:
+        return self._path(run_id).with_suffix(".samples.jsonl")
+
+    def _samples(self, run_id: str) -> list[dict[str, Any]]:
+        try:
+            text = self._samples_path(run_id).read_text()
+        except OSError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def _warn_once(self, exc: OSError) -> None:
+        if not self._failed:
+            logger.warning("Metrics of runs cannot be written: %s.", exc)
+        self._failed = True
+
     def _bytes(self, run_id: str, start: int) -> bytes:
         try:
             with self._path(run_id).open("rb") as file:
@@ -196,6 +254,7 @@ class RunMetrics:
             self._latest[run_id] = self._last_of_file(run_id)
         for point in points:
             self._latest[run_id].update(point)
+        self._written[run_id] = self._written.get(run_id, 0) + 1
         try:
             if path.exists() and path.stat().st_size > _MOST_BYTES:
                 return
@@ -203,9 +262,7 @@ class RunMetrics:
             with path.open("ab") as file:
                 file.write(text.encode())
         except OSError as exc:
-            if not self._failed:
-                logger.warning("Metrics of runs cannot be written: %s.", exc)
-            self._failed = True
+            self._warn_once(exc)
 
 
 def _weighted_tokens(datum: types.Datum) -> int:

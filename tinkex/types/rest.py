@@ -138,23 +138,35 @@ class TrainingRun(Ready):
 
 
 @attrs.frozen
+class RunSample:
+    """A prompt, and what the model of a training run said to it after a step."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@attrs.frozen
 class RunMetricsResponse(Ready):
     """Metrics of a training run, in the order in which they came.
 
     Attributes:
         points: numbers by name; "step" and "time" (seconds since the epoch) say where they belong.
         next: give it as *after* to get what comes later.
+        samples: the newest that its client has reported, oldest first.
     """
 
     points: list[dict[str, float]] = attrs.field(factory=list)
     next: int = 0
+    samples: list[RunSample] = attrs.field(factory=list)
 
 
 @attrs.frozen
 class ReportMetricsRequest:
-    """Metrics of a training run that its client has measured."""
+    """Metrics of a training run that its client has measured, and samples that it has drawn."""
 
     points: list[dict[str, float]]
+    samples: list[RunSample] = attrs.field(factory=list)
 
 
 @attrs.frozen

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+import tracemalloc
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import requests
 
 from tinkex.server.auth import Keys
 from tinkex.server.http_errors import Refusal
+from tinkex.server.page import endpoints
 from tinkex.server.page.sign_in import COOKIE_SECONDS, TOKEN_SECONDS, SignIns
 
 HTML = {"Accept": "text/html,*/*"}
@@ -274,3 +280,73 @@ def test_a_server_without_keys_needs_no_signing_in(served):
     browser = Browser(served.server.url)
     assert {"path": "/"} == browser.post("/ui/token").json()
     assert "local" == browser.ask("/ui/state")["owner"]
+
+
+def test_samples_of_a_run_are_shown_newest_first(users, signed_in):
+    client = users.client_with("tml-a")
+    model = client.model()
+    before = signed_in.ask("/ui/state")["runs"][0]["samples"]
+    for step in (1, 2):
+        said = [{"step": step, "prompt": "Who?", "text": f"answer {step}"}]
+        client.post(f"runs/{model}/metrics", {"points": [], "samples": said})
+    time.sleep(0.03)  # what pages of a user share is read again after page_seconds / 2
+    after = signed_in.ask("/ui/state")["runs"][0]["samples"]
+
+    assert before != after  # by which the page knows that there is something new
+    samples = signed_in.ask(f"/ui/runs/{model}")["samples"]
+    assert ["answer 2", "answer 1"] == [sample["text"] for sample in samples]
+
+
+def test_a_stream_that_is_open_for_a_day_does_not_grow(monkeypatch):
+    """By a simulated clock: 86,400 looks at a server where something changes every minute."""
+    now = [0.0]
+
+    async def sleep(seconds):
+        now[0] += seconds
+
+    shared = SimpleNamespace(stopping=False)
+    metrics = SimpleNamespace(
+        written_at=lambda run: int(now[0] // 60), read=lambda run, after: ([{"step": 1}], after + 1)
+    )
+
+    async def in_pool(function, *arguments):
+        return function(*arguments)
+
+    site = SimpleNamespace(
+        ledger=SimpleNamespace(shared=shared, workshop=SimpleNamespace(metrics=metrics)),
+        limits=SimpleNamespace(page_seconds=1.0),
+        in_pool=in_pool,
+    )
+    states = {}
+
+    async def state(call):
+        minute = int(now[0] // 60)
+        if minute not in states:
+            states.clear()
+            states[minute] = b"event: state\ndata: %d\n\n" % minute
+        return states[minute]
+
+    monkeypatch.setattr(endpoints, "overview_event", state)
+    monkeypatch.setattr(endpoints, "_is_signed_in", lambda call: True)
+    monkeypatch.setattr(endpoints, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def day():
+        kinds, memory = Counter(), {}
+        async for told in endpoints._changes(SimpleNamespace(site=site), "run", 0):
+            kinds[told.split(b"\n")[0]] += 1
+            hour = int(now[0] // 3600)
+            if hour not in memory:
+                memory[hour] = tracemalloc.get_traced_memory()[0]
+            shared.stopping = now[0] >= 86_400
+        return kinds, memory
+
+    tracemalloc.start()
+    try:
+        kinds, memory = asyncio.run(day())
+    finally:
+        tracemalloc.stop()
+
+    assert 1441 == kinds[b"event: state"] == kinds[b"event: points"]
+    assert 3 * 1440 == kinds[b": still here"]  # so that proxies keep it open
+    assert memory[23] < memory[1] + 50_000

@@ -22,7 +22,7 @@ from tinkex.server.openai.chat import chat_completions
 from tinkex.server.openai.completions import completions
 from tinkex.server.openai.events import event, named_event_stream
 from tinkex.server.page.sign_in import COOKIE_SECONDS, check_same_origin
-from tinkex.server.page.state import overview, run_details
+from tinkex.server.page.state import overview, overview_event, run_details
 from tinkex.server.request_context import Call, guarded, header_key, reply
 from tinkex.server.routes import archives, checkpoints, metrics, sessions
 
@@ -152,17 +152,17 @@ async def events(call: Call) -> Response:
 
 
 async def _changes(call: Call, run_id: str | None, after: int) -> AsyncIterator[bytes]:
-    site, shown, spoke = call.site, None, time.monotonic()
+    site, shown, spoke = call.site, b"", time.monotonic()
+    metrics, read = site.ledger.workshop.metrics, -1
     while not site.ledger.shared.stopping and _is_signed_in(call):
         try:
-            current = await overview(call)
-            if current != shown:
+            current = await overview_event(call)
+            if current is not shown:
                 shown, spoke = current, time.monotonic()
-                yield event(current, "state")
-            if run_id is not None:
-                points, following = await site.in_pool(
-                    site.ledger.workshop.metrics.read, run_id, after
-                )
+                yield current
+            if run_id is not None and metrics.written_at(run_id) != read:
+                read = metrics.written_at(run_id)
+                points, following = await site.in_pool(metrics.read, run_id, after)
                 if points:
                     after, spoke = following, time.monotonic()
                     yield event({"run": run_id, "points": points, "next": after}, "points")

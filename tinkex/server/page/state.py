@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -11,20 +12,46 @@ from typing import Any
 import attrs
 
 from tinkex.server.database import CheckpointRow, RunRow, SessionRow, iso
+from tinkex.server.openai.events import event
 from tinkex.server.request_context import Call
 from tinkex.server.run_metrics import Point
 
 #: The newest of each are shown.
-_MOST_RUNS, _MOST_SESSIONS = 100, 20
+_MOST_RUNS, _MOST_SESSIONS, _MOST_SAMPLES = 100, 20, 50
 
 _STARTED = time.monotonic()
+
+
+@attrs.define(eq=False)
+class _Seen:
+    """The overview of one user: the event, and until when it holds."""
+
+    payload: dict[str, Any] | None = None
+    encoded: bytes = b""
+    until: float = 0.0
+    lock: asyncio.Lock = attrs.field(factory=asyncio.Lock)
+
+
+async def overview_event(call: Call) -> bytes:
+    """The overview as a "state" event: read once a second for all pages that a user has open.
+
+    The same object as before, if nothing has changed.
+    """
+    seen: _Seen = call.site.pages.setdefault(call.owner, _Seen())
+    async with seen.lock:
+        if time.monotonic() >= seen.until:
+            payload = await overview(call)
+            if payload != seen.payload:
+                seen.payload, seen.encoded = payload, event(payload, "state")
+            seen.until = time.monotonic() + call.site.limits.page_seconds / 2
+    return seen.encoded
 
 
 async def overview(call: Call) -> dict[str, Any]:
     """The newest runs and sessions of the caller, what is computed, usage and health."""
     shared = call.site.ledger.shared
     load = shared.scheduler.load()
-    runs, latest, saved, sessions = await call.site.in_pool(_stored, call)
+    runs, latest, sampled, saved, sessions = await call.site.in_pool(_stored, call)
     own = {row.run_id for row in runs}
     running = load.running
     if running is not None and running not in own:
@@ -38,7 +65,7 @@ async def overview(call: Call) -> dict[str, Any]:
         "usage": attrs.asdict(usage),
         "runs": [
             _run(row, load.waiting.get(row.run_id, 0), latest[row.run_id])
-            | {"checkpoints": saved.get(row.run_id, 0)}
+            | {"checkpoints": saved.get(row.run_id, 0), "samples": sampled[row.run_id]}
             for row in runs
         ],
         "sessions": [_session(row) for row in sessions],
@@ -50,12 +77,13 @@ async def overview(call: Call) -> dict[str, Any]:
 
 def _stored(
     call: Call,
-) -> tuple[list[RunRow], dict[str, Point], dict[str, int], list[SessionRow]]:
+) -> tuple[list[RunRow], dict[str, Point], dict[str, int], dict[str, int], list[SessionRow]]:
     store, metrics = call.site.store, call.site.ledger.workshop.metrics
     runs, _ = store.runs(call.owner, _MOST_RUNS, 0)
     sessions, _ = store.sessions(call.owner, _MOST_SESSIONS, 0)
     latest = {row.run_id: metrics.latest(row.run_id) for row in runs}
-    return runs, latest, store.checkpoints.counts(call.owner), sessions
+    sampled = {row.run_id: metrics.sampled_at(row.run_id) for row in runs}
+    return runs, latest, sampled, store.checkpoints.counts(call.owner), sessions
 
 
 def _run(row: RunRow, waiting: int, latest: Point) -> dict[str, Any]:
@@ -80,8 +108,8 @@ def _session(row: SessionRow) -> dict[str, Any]:
 
 
 async def run_details(call: Call, run_id: str) -> dict[str, Any]:
-    """Settings and checkpoints of a run. Raises Refusal (404)."""
-    store = call.site.store
+    """Settings, samples and checkpoints of a run. Raises Refusal (404)."""
+    store, metrics = call.site.store, call.site.ledger.workshop.metrics
     row = await call.site.in_pool(store.run, run_id, call.owner)
     checkpoints = await call.site.in_pool(store.checkpoints.of_run, run_id, call.owner)
     trained = [
@@ -102,6 +130,7 @@ async def run_details(call: Call, run_id: str) -> dict[str, Any]:
             "Created": iso(row.created_at),
             **{str(name): str(value) for name, value in (row.user_metadata or {}).items()},
         },
+        "samples": (await call.site.in_pool(metrics.samples, run_id))[: -_MOST_SAMPLES - 1 : -1],
         "checkpoints": [_checkpoint(checkpoint) for checkpoint in checkpoints],
     }
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tinkex import types, wire
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.request_context import Call, reply
 
 #: Bounds of one report.
+_MOST_SAMPLES = 100
 _MOST_POINTS, _MOST_NAMES, _LONGEST_NAME = 1000, 64, 64
 
 
@@ -21,19 +23,33 @@ async def read_metrics(call: Call) -> Response:
     points, following = await call.site.in_pool(
         call.site.ledger.workshop.metrics.read, run.run_id, after
     )
-    return reply({"points": points, "next": following})
+    samples = await call.site.in_pool(call.site.ledger.workshop.metrics.samples, run.run_id)
+    return reply({"points": points, "next": following, "samples": samples})
 
 
 async def report_metrics(call: Call) -> Response:
-    """Add points of the client's own: {"points": [{"step": 3, "held_out_loss": 2.5}, ...]}."""
+    """Add what the client has: {"points": [{"step": 3, "held_out_loss": 2.5}, ...]}, "samples"."""
     run = await _run(call)
     body = await call.read_json()
     points = body.get("points") if isinstance(body, dict) else None
     if not isinstance(points, list) or len(points) > _MOST_POINTS:
         raise Refusal(400, f"points must be a list of at most {_MOST_POINTS} objects.")
     checked = [_checked(number, point) for number, point in enumerate(points)]
-    await call.site.in_pool(call.site.ledger.workshop.metrics.add, run.run_id, checked)
+    samples = _samples(body.get("samples", []))
+    metrics = call.site.ledger.workshop.metrics
+    await call.site.in_pool(metrics.add, run.run_id, checked)
+    await call.site.in_pool(metrics.add_samples, run.run_id, samples)
     return reply({})
+
+
+def _samples(given: Any) -> list[types.RunSample]:
+    if not isinstance(given, list) or len(given) > _MOST_SAMPLES:
+        raise Refusal(400, f"samples must be a list of at most {_MOST_SAMPLES} objects.")
+    read = wire.from_json(types.ReportMetricsRequest, {"points": [], "samples": given}).samples
+    for number, sample in enumerate(read):
+        if abs(sample.step) > 2**53:
+            raise Refusal(400, f"samples[{number}].step is not below 2**53.")
+    return read
 
 
 async def _run(call: Call) -> Any:

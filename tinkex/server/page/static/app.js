@@ -24,7 +24,11 @@ async function ask(method, path, body) {
   });
   const told = await response.json().catch(() => ({}));
   if (response.status === 401) showSignIn();
-  if (!response.ok) throw new Error(told.error?.message ?? told.error ?? `status ${response.status}`);
+  if (!response.ok) {
+    const error = new Error(told.error?.message ?? told.error ?? `status ${response.status}`);
+    error.status = response.status;
+    throw error;
+  }
   return told;
 }
 
@@ -96,12 +100,13 @@ async function begin() {
   try {
     show(await ask("GET", "/ui/state"));
   } catch (error) {
-    if ($("sign-in").hidden) { notice(error.message); setTimeout(begin, 3000); }
+    if ($("sign-in").hidden) { lost = true; notice(error.message); setTimeout(begin, 3000); }
     return;
   }
   $("sign-in").hidden = true;
   $("page").hidden = false;
   $("sign-out").hidden = latest.owner === "local";
+  if (runId !== null) refreshDetails();
   listen();
 }
 
@@ -109,7 +114,11 @@ function listen() {
   stream?.close();
   const query = runId === null ? "" : `?run=${encodeURIComponent(runId)}&after=${next}`;
   stream = new EventSource(`/ui/events${query}`);
-  stream.addEventListener("state", (message) => { notice(); show(JSON.parse(message.data)); });
+  stream.addEventListener("state", (message) => {
+    if (lost) notice();
+    lost = false;
+    show(JSON.parse(message.data));
+  });
   stream.addEventListener("points", (message) => {
     const told = JSON.parse(message.data);
     if (told.run !== runId) return;
@@ -120,11 +129,13 @@ function listen() {
   stream.addEventListener("error", () => {
     if (mine !== stream) return;
     stream.close();
+    lost = true;
     notice("The connection to the server is lost; trying again.");
     setTimeout(() => { if (mine === stream) begin(); }, 2000);
   });
 }
 
+let lost = false;  // the connection, until the next event
 let next = 0;  // where the points of the run in view continue
 
 function addPoints(fresh) {
@@ -134,7 +145,7 @@ function addPoints(fresh) {
 }
 
 function show(state) {
-  const savedBefore = latest?.runs.find((run) => run.id === runId)?.checkpoints;
+  const before = latest?.runs.find((run) => run.id === runId);
   latest = state;
   const server = state.server;
   $("health").textContent = server.problem ??
@@ -163,7 +174,9 @@ function show(state) {
   const run = state.runs.find((one) => one.id === runId);
   if (run) {
     showStatus(run);
-    if (savedBefore !== undefined && savedBefore !== run.checkpoints) refreshDetails();
+    if (before && (before.checkpoints !== run.checkpoints || before.samples !== run.samples)) refreshDetails();
+  } else if (before) {
+    refreshDetails();  // deleted, or not among the newest any more
   }
 }
 
@@ -203,6 +216,18 @@ function view(id) {
   listen();
 }
 
+// The run in view is gone: no other takes its place before the user chooses one.
+function leave() {
+  runId = null;
+  points = [];
+  details = null;
+  lost = false;
+  $("run").hidden = true;
+  chosen = true;
+  showModels();
+  listen();
+}
+
 function showStatus(run) {
   const told = [`base model ${run.base_model}`];
   const { step, tokens_per_second: speed } = run.latest;
@@ -219,10 +244,18 @@ async function refreshDetails() {
     if (id !== runId) return;
     details = told;
   } catch (error) {
-    notice(error.message);
+    if (id !== runId) return;
+    if (error.status === 404) leave();
+    notice(error.status === 404 ? "The run in view has been deleted." : error.message);
     return;
   }
   fillList($("settings"), details.settings);
+  $("said").hidden = details.samples.length === 0;
+  $("samples").tBodies[0].replaceChildren(...details.samples.map((sample) => {
+    const row = element("tr");
+    row.append(element("td", sample.step), element("td", sample.prompt), element("td", sample.text));
+    return row;
+  }));
   const rows = details.checkpoints.map(checkpointRow);
   $("checkpoints").tBodies[0].replaceChildren(...rows);
   $("checkpoints").hidden = rows.length === 0;
