@@ -163,7 +163,7 @@ def test_a_folder_on_the_server_s_disk_cannot_be_downloaded(rest, server, out):
     """TuFT gives a file:// URL. It is neither tried again nor read from this machine's disk."""
     server.stored["GET", ARCHIVE] = (302, None, {"Location": "file:///etc/passwd"})
 
-    with pytest.raises(errors.DownloadError, match="file:///etc/passwd.*copy the checkpoint"):
+    with pytest.raises(errors.DownloadError, match=r"file:///etc/passwd.*copy the checkpoint"):
         rest.download_checkpoint(PATH, out)
     assert not out.exists()
 
