@@ -240,7 +240,7 @@ def test_samples_of_a_run_are_shown_as_text(browser, service, run):
 
 
 def test_a_run_that_is_deleted_while_it_is_in_view(chromium, tmp_path):
-    """The page says so, and goes on with the others."""
+    """The page tells it, and shows the others."""
     with LocalServer(tmp_path / "home", engine=FakeEngine) as server:
         client = WireClient(server.url)
         gone, kept = client.model(), client.model()
