@@ -111,7 +111,7 @@ def test_a_thousand_pages_are_open(process):
         await asyncio.gather(*(reader.readuntil(b"event: state") for reader, _ in read))
         seconds = await health(process.port, 50)
         during = memory(process)
-        process.client.session()  # something new to be told
+        process.client.session()  # something new for the pages
         await asyncio.wait_for(
             asyncio.gather(*(reader.readuntil(b"event: state") for reader, _ in read)), 60
         )
