@@ -11,7 +11,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench chaos audit load dist hooks clean browser screenshots clients examples
+.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench profile chaos audit load dist hooks clean browser screenshots clients examples
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,8 +65,11 @@ conformance: .venv/test ## run five versions of the official SDK against our ser
 cookbook: .venv/test ## run recipes of tinker-cookbook with both SDKs against our server (ARGS='tinkex sl_loop')
 	$(BIN)/python -m tests.official_sdk.cookbook $(ARGS)
 
-bench: .venv/bench ## measure client and engine as ratios, write docs/benchmarks.md
+bench: .venv/bench ## measure client and engine, write docs/benchmarks.md, show what moved (a part: ARGS=client)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+profile: .venv/bench ## draw flame graphs of a training step, a decode step, a client call (ARGS=step)
+	$(BIN)/python -m tests.benchmarks.profiles $(ARGS)
 
 SEEDS ?= 3
 chaos: .venv/test ## break network, server and client on purpose, write docs/reliability.md (SEEDS=50)

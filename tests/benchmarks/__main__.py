@@ -1,53 +1,73 @@
-"""`make bench`: every figure side by side in one run, and the page that shows them.
+"""`make bench`: every figure side by side in one run, the page that shows them, and what moved.
 
-Usage: python -m tests.benchmarks [client] [engine] [whole] [profile] [--rounds N];
-without names, all. Writes docs/benchmarks.md and the picture beside it; parts that were not run
-keep what they had.
+Usage: python -m tests.benchmarks [client] [engine] [whole] [growth] [llama] [gpu] [--minutes M]
+[--model NAME] [--dtype TYPE] [--case NAME]; without names, all that this machine can run. Writes
+docs/benchmarks.md, docs/benchmarks.json and the pictures beside them; parts that were not run keep
+what they had, and nothing is written of a part of which only some rows are measured. Prints which
+figures have moved by more than noise since the last commit.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
-import matplotlib
+import attrs
 
-matplotlib.use("svg")
+from tests.benchmarks import client, figures, machine
+from tests.benchmarks.plots import plot
+from tests.benchmarks.rows import OF_LIMIT, Row, table
 
-from matplotlib import pyplot
-
-from tests.benchmarks import client
-from tests.benchmarks.rows import HEAD, Row
-
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "benchmarks.md"
+PAGE = figures.FILE.with_suffix(".md")
 
 INTRODUCTION = """# Benchmarks
 
-Ratios of two things that ran one after the other in the same run, medians over rounds. Absolute
-times are shown to give a feeling; they mean nothing on another machine. Command: `make bench`.
+Command: `make bench` (a quarter of an hour; a part: `make bench ARGS=client`, others in
+`make bench ARGS=--help`). Everything in a row ran in turns in the same run: ours, what a user would
+pick instead, and where it stands, the **limit of this machine**. A ratio or share is the median
+over the rounds, ± half the distance from the least to the largest. Absolute numbers give a feeling
+only; they mean nothing on another machine. The ratios are kept in `benchmarks.json`; the command
+compares with those last committed and prints what has moved by more than both spreads.
 """
 
 
-def client_part(rounds: int) -> str:
+@attrs.frozen
+class Options:
+    """What was asked for: seconds for the part, and which rows of the engine's."""
+
+    seconds: float
+    models: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    cases: Sequence[str] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every row is measured, as the page and the file need."""
+        return not (self.models or self.dtypes or self.cases)
+
+
+@attrs.frozen
+class Part:
+    """A section of the page, and the rows whose figures are kept."""
+
+    text: str
+    rows: Sequence[Row]
+
+
+def client_part(options: Options) -> Part:
     """The client against the official SDK, and an operation's cost against their number."""
-    rows = client.rows(rounds)
-    with client.null_server() as url:
-        curves = client.growth(url)
+    rows, curves = client.run_all(options.seconds)
     plot(curves, "number of operations", "client processor time per operation (ms)", "growth.svg")
     lines = [
         "## The client, against the official SDK",
         f"`tinker` {client.OFFICIAL} and tinkex on the same server that computes nothing; floor: "
         "bare `http.client`. Ratio: tinkex / official.",
         "",
-        HEAD,
-        *(row.markdown() for row in rows),
+        table(rows),
         "",
         "What an operation costs does not grow with how many are queued or in flight:",
         "",
@@ -60,158 +80,164 @@ def client_part(rounds: int) -> str:
         "",
         "![cost per operation against their number](growth.svg)",
         "",
-        "What limits it: 200 samples of 1,000 ms take at least that second with any client, which "
-        f"is {_share_of_the_floor(rows)} of the official SDK's time here; the time on top of it "
-        "has its own row. One exchange takes 55 us of "
-        "processor time in requests' adapter with the quick path of `http_adapter.py`; 190 us "
-        "without it, 67 us in bare `http.client`, 8 us for the system calls alone. "
-        "`requests.Session.send` on top of it, so that hooks and instrumentation see every "
-        "exchange, takes about 15 us: a whole exchange of the client took 103 us with it and 88 us "
-        "without, `requests.Session.post` itself 590 us (measured once on a busy machine, not in "
-        "this run).",
+        "What limits it: 200 samples of 1,000 ms take at least that second with any client; the "
+        "time on top of it has its own row.",
     ]
-    return "\n".join(lines)
+    return Part("\n".join(lines), rows)
 
 
-def _share_of_the_floor(rows: Sequence[Row]) -> str:
-    """Of the latency of 200 samples in the time that they take with the official SDK."""
-    name = f"{client.NAMES['samples_200']}: wall"
-    [row] = [row for row in rows if row.name == name]
-    return f"{(row.floor or 0) / (row.theirs or 1):.2f}"
-
-
-def engine_part(rounds: int) -> str:
-    """The engine against transformers and PEFT."""
+def engine_part(options: Options, device: str = "cpu") -> Part:
+    """The engine against transformers and PEFT, and against the machine."""
     from tests.benchmarks import engine  # torch: only where it is measured
 
-    rows, curves = engine.run(growth=True)
-    plot_growth(curves)
+    rows, left_out = engine.run(
+        options.seconds,
+        options.models or tuple(engine.MODELS),
+        options.dtypes or engine.DTYPES,
+        options.cases,
+        device,
+    )
+    title = "The engine" if device == "cpu" else "The engine on a GPU"
     lines = [
-        "## The engine, against transformers and PEFT",
+        f"## {title}, against transformers and PEFT, and against the machine",
         "Padded batches and `generate`, the same numbers on the same data, in a process of their "
-        "own with torch's own settings. Ratio: how many times better ours is. Limit: what the "
-        "machine could do at most, had it nothing to compute but the products with the model's "
-        "matrices, all at the speed of its best product; and the ratio that this would be.",
+        "own with torch's own settings. Ratio: tinkex / instead. Limit: all products with the "
+        "model's matrices at the speed of the best product (1,024 cubed) that the processor made "
+        "in the same round, and nothing else to do; in decoding, if that is less, reading the "
+        "weights once for a token of every stream at the bandwidth at which the same round read "
+        "as many bytes.",
         "",
-        "| case | model | unit | tinkex | instead | limit | ratio | at the limit | target |",
-        "|---" * 9 + "|",
+        table(rows, OF_LIMIT),
     ]
-    for row in rows:
-        limit, at_limit = "", ""
-        if row.limit is not None:
-            limit, at_limit = f"{row.limit:,.4g}", f"{row.limit / row.theirs:.2f}"
-        cells = [row.case, row.model, row.unit, f"{row.ours:,.4g}", f"{row.theirs:,.4g}", limit]
-        lines.append("| " + " | ".join([*cells, f"{row.ratio:.2f}", at_limit, row.target]) + " |")
-    lines += [
-        "",
-        "What limits it: no program can exceed the ratio at the limit on this machine. The limit "
-        "does not include attention, which is a quarter of the work for prompt log-probabilities "
-        "of *tiny*. Adapters that are sampled together are each read from memory at every step; "
-        "a single one is folded into the base model.",
-        "",
-        "![tokens a second against batch size and length](tokens.svg)",
-    ]
-    return "\n".join(lines)
+    if left_out:
+        lines += ["", f"Not measured, because the time was over: {', '.join(left_out)}."]
+    return Part("\n".join(lines), rows)
 
 
-def whole_part(rounds: int) -> str:
+def whole_part(options: Options) -> Part:
     """The whole way against the engine alone, and first times."""
     from tests.benchmarks import whole
 
+    rows = whole.rows(options.seconds)
     lines = [
         "## The whole way",
-        "SDK, HTTP, scheduler and engine together; instead: the engine alone, or the time allowed.",
+        "SDK, HTTP, scheduler and engine together; instead: the engine alone, or the time allowed. "
+        "From nothing: a process that starts with files in the system's cache.",
         "",
-        HEAD,
-        *(row.markdown() for row in whole.rows(rounds)),
+        table(rows),
+        "",
+        "Where the time of `import torch` and the rest goes until the first loss:",
+        "",
+        whole.stages(),
     ]
-    return "\n".join(lines)
+    return Part("\n".join(lines), rows)
 
 
-def profile_part(rounds: int) -> str:
-    """Where the time of a training step and of a decode step goes."""
-    from tests.benchmarks import profiles
+def growth_part(options: Options) -> Part:
+    """Costs against numbers and sizes."""
+    from tests.benchmarks import growth
 
-    words = (
-        "Matrix products dominate both, and must: they are the model's arithmetic. What is not "
-        "a product is kept to a few passes over the activations."
-    )
-    return f"## Where the time goes\n\n{words}\n\n{profiles.tables()}"
-
-
-def plot(curves: dict[str, list[tuple[int, float]]], x: str, y: str, name: str) -> None:
-    """Curves over a logarithmic axis, as an SVG in docs/."""
-    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xscale="log", xlabel=x, ylabel=y, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(DOCS / name, metadata={"Date": None})
-    pyplot.close(figure)
+    rows, found = growth.run(options.seconds)
+    lines = [
+        "## What grows with what",
+        "A curve may rise in proportion (slope 1), but not bend upwards.",
+        "",
+        growth.text_of(found),
+        "",
+        table(rows),
+        "",
+        "![costs against numbers and sizes](growth-of.svg)",
+    ]
+    return Part("\n".join(lines), rows)
 
 
-def plot_growth(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
-    """Tokens a second of each model in docs/tokens.svg: a panel a kind of growth."""
-    kinds = list(next(iter(curves.values())))
-    figure, panels = pyplot.subplots(
-        1, len(kinds), figsize=(4 * len(kinds), 3.2), layout="constrained"
-    )
-    for kind, axes in zip(kinds, panels, strict=True):
-        for model, curve in curves.items():
-            axes.plot(*zip(*curve[kind], strict=True), marker="o", label=model)
-        axes.set(xscale="log", yscale="log", xlabel=kind)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("tokens a second")
-    panels[0].legend(frameon=False)
-    figure.savefig(DOCS / "tokens.svg", metadata={"Date": None})
-    pyplot.close(figure)
+def llama_part(options: Options) -> Part:
+    """Decoding beside llama.cpp on the same weights."""
+    from tests.benchmarks import llama
+
+    rows = llama.rows(options.seconds)
+    return Part(llama.page(rows), rows)
 
 
-PARTS: dict[str, Callable[[int], str]] = {
-    "client": client_part,
-    "engine": engine_part,
-    "whole": whole_part,
-    "profile": profile_part,
+def gpu_part(options: Options) -> Part:
+    """The engine's part on an accelerator."""
+    return engine_part(options, "cuda")
+
+
+#: Parts of the page in its order, and the share of the time that each gets.
+PARTS: dict[str, tuple[Callable[[Options], Part], float]] = {
+    "client": (client_part, 0.2),
+    "engine": (engine_part, 0.55),
+    "whole": (whole_part, 0.1),
+    "growth": (growth_part, 0.15),
+    "llama": (llama_part, 0.0),
+    "gpu": (gpu_part, 0.0),
 }
+#: Run only when they are asked for, as they need what few machines have.
+ON_REQUEST = ("llama", "gpu")
+MINUTES = 14.0
 
 
-def machine() -> str:
-    """What it ran on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-        model = found[1] if found else model
-    python = platform.python_version()
-    return f"{model}, {os.cpu_count()} cores, Python {python}, {platform.system()}"
-
-
-def write(parts: dict[str, str]) -> None:
-    """Put the parts that were run into the page."""
+def write_page(parts: dict[str, str]) -> None:
+    """Put the sections that were made into the page."""
     old = PAGE.read_text() if PAGE.exists() else ""
     sections = [INTRODUCTION]
     for name in PARTS:
         marked = f"<!-- {name} -->\n"
         found = re.search(f"{re.escape(marked)}(.*?)<!-- end -->", old, re.DOTALL)
         if name in parts:
-            when = time.strftime("%Y-%m-%d")
-            sections.append(f"{marked}{parts[name]}\n\n{when}, {machine()}.\n\n<!-- end -->\n")
+            sections.append(f"{marked}{parts[name]}\n\n<!-- end -->\n")
         elif found:
             sections.append(f"{marked}{found[1]}<!-- end -->\n")
     PAGE.write_text("\n".join(sections))
 
 
+def run_part(name: str, options: Options, committed: dict[str, Any]) -> None:
+    """Run one part, write it to the page and the file, and print what moved."""
+    load, started = machine.load(), time.perf_counter()
+    part = PARTS[name][0](options)
+    taken = time.perf_counter() - started
+    when, where = time.strftime("%Y-%m-%d"), machine.describe()
+    footer = f"{when}, {where}. Load before: {load:.1f}; took {taken:.0f} s."
+    print(f"{part.text}\n\n{footer}", flush=True)
+    if options.is_whole:
+        _keep(name, part, footer, {"when": when, "machine": where, "load": round(load, 1)})
+    before = committed.get(name)
+    if before is None:
+        print(f"-- {name}: no figures committed to compare with.\n", flush=True)
+        return
+    moves = figures.moved(before["figures"], figures.of_rows(part.rows))
+    print(f"-- {name}, against the figures of {before['when']} (load {before['load']}):")
+    if before["machine"] != where:
+        print(f"   those are of another machine: {before['machine']}")
+    print("\n".join(f"   {line}" for line in moves) or "   nothing moved by more than noise")
+    print(flush=True)
+
+
+def _keep(name: str, part: Part, footer: str, about: dict[str, Any]) -> None:
+    """Write a part to the page and its figures to the file."""
+    write_page({name: f"{part.text}\n\n{footer}"})
+    figures.write({name: {**about, "figures": figures.of_rows(part.rows)}})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("part", nargs="*", choices=list(PARTS), default=[])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("part", nargs="*", help=f"one of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
+    parser.add_argument("--model", action="append", help="of the engine's rows only this one's")
+    parser.add_argument("--dtype", action="append", help="of the engine's rows only this type's")
+    parser.add_argument("--case", action="append", help="of the engine's rows only this case's")
     arguments = parser.parse_args()
-    made = {}
-    for name in arguments.part or PARTS:
-        made[name] = PARTS[name](arguments.rounds)
-        print(made[name], flush=True)
-        write(made)
+    unknown = [name for name in arguments.part if name not in PARTS]
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
+    names = arguments.part or [name for name in PARTS if name not in ON_REQUEST]
+    committed = figures.committed()
+    whole = sum(PARTS[name][1] for name in names) or 1.0
+    chosen = (arguments.model or (), arguments.dtype or (), arguments.case or ())
+    for name in names:
+        seconds = 60 * arguments.minutes * (PARTS[name][1] / whole if len(names) > 1 else 1.0)
+        run_part(name, Options(seconds, *chosen), committed)
     return 0
 
 

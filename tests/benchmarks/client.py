@@ -1,7 +1,6 @@
 """The client against the official SDK, side by side on the same do-nothing server.
 
-Every figure is a ratio tinkex / official, the median over rounds in which both ran one after the
-other; absolute times are shown to give a feeling, and mean nothing elsewhere.
+Every case is a process of its own, one of each SDK after the other in every round.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.rounds import LEAST, MOST, Allowance
 from tests.benchmarks.rows import Row
 from tests.official_sdk import sdk
 
@@ -56,6 +57,9 @@ NAMES = {
 LATENCY = {"samples_200": 1.0, "samples_200_polled": 1.0}
 GROWTH = (10, 100, 1000, 10_000)
 
+#: Cost against numbers, by what is counted.
+Curves = dict[str, list[tuple[int, float]]]
+
 
 @contextmanager
 def null_server() -> Iterator[str]:
@@ -88,80 +92,78 @@ def run(name: str, case: str, url: str) -> dict[str, Any]:
     return result
 
 
-def rows(rounds: int) -> list[Row]:
-    """All figures of the client table."""
-    made = [*import_rows(rounds)]
+def run_all(seconds: float) -> tuple[list[Row], Curves]:
+    """All figures of the client's table, and its curves."""
+    allowance = Allowance(seconds, len(CASES) + 1)  # the last: the curves
+    made = import_rows()
     with null_server() as url:
         for case, figures in CASES.items():
-            ours, theirs, floors = [], [], []
-            for _ in range(rounds):
-                ours.append(run("tinkex", case, url))
-                theirs.append(run("tinker", case, url))
-                if case in ("cold_start", "small_operation", "pipelined"):
-                    floors.append(run("floor", f"floor_{case}", url))
-            if case in LATENCY:
-                floors = [{"wall": LATENCY[case]}]
-            made += [_row(case, *figure, ours, theirs, floors) for figure in figures]
+            made += _case_rows(case, figures, url, allowance.next())
         made += closed_port_rows(url)
-    return made
+        return made, growth(url)
 
 
-def _row(
-    case: str,
-    figure: str,
-    unit: str,
-    scale: float,
-    target: float | None,
-    ours: list[dict[str, float]],
-    theirs: list[dict[str, float]],
-    floors: list[dict[str, float]],
-) -> Row:
-    ratio = statistics.median(
-        a[figure] / max(b[figure], 1e-12) for a, b in zip(ours, theirs, strict=True)
-    )
-    known = [f[figure] * scale for f in floors if figure in f]
-    return Row(
-        f"{NAMES[case]}: {figure}",
-        unit,
-        statistics.median(a[figure] for a in ours) * scale,
-        statistics.median(b[figure] for b in theirs) * scale,
-        ratio,
-        target,
-        floor=statistics.median(known) if known else None,
-    )
+def _case_rows(
+    case: str, figures: Sequence[tuple[str, str, float, float | None]], url: str, seconds: float
+) -> list[Row]:
+    """A case of both SDKs in turns, and of the bare loop where there is one."""
+    names = ["tinkex", "tinker"]
+    if case in ("cold_start", "small_operation", "pipelined"):
+        names.append("floor")
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    for done in range(MOST):
+        if done >= LEAST and time.perf_counter() >= end:
+            break
+        for name in names:
+            found[name].append(run(name, f"floor_{case}" if name == "floor" else case, url))
+        names.reverse()
+    floors = [{"wall": LATENCY[case]}] if case in LATENCY else found.get("floor", [])
+    return [
+        Row(
+            f"{NAMES[case]}: {figure}",
+            unit,
+            [one[figure] * scale for one in found["tinkex"]],
+            [one[figure] * scale for one in found["tinker"]],
+            target=target,
+            floor=_median([one[figure] * scale for one in floors if figure in one]),
+        )
+        for figure, unit, scale, target in figures
+    ]
 
 
-def import_rows(rounds: int) -> list[Row]:
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def import_rows() -> list[Row]:
     """`import`, in a fresh process, less the time of a bare interpreter; and its memory.
 
     Ours imports the public names when they are first used; what that costs then is in the cold
     start, and shown here as a line without a target.
     """
     made = []
+    official = str(sdk.python_of(OFFICIAL))
     for label, prelude, target in (
         ("without torch", "import sys; sys.modules['torch'] = None; ", 0.35),
         ("with torch installed", "", 0.12),
     ):
         ours, theirs = [], []
-        for _ in range(rounds):
+        for _ in range(LEAST):
             ours.append(_import(sys.executable, f"{prelude}import tinkex"))
-            theirs.append(_import(str(sdk.python_of(OFFICIAL)), f"{prelude}import tinker"))
+            theirs.append(_import(official, f"{prelude}import tinker"))
         for figure, unit in (("wall", "ms"), ("memory", "MB")):
             made.append(
                 Row(
                     f"import, {label}: {figure}",
                     unit,
-                    statistics.median(a[figure] for a in ours),
-                    statistics.median(b[figure] for b in theirs),
-                    statistics.median(
-                        a[figure] / b[figure] for a, b in zip(ours, theirs, strict=True)
-                    ),
-                    target if figure == "wall" else 1.0,
+                    [one[figure] for one in ours],
+                    [one[figure] for one in theirs],
+                    target=target if figure == "wall" else 1.0,
                 )
             )
-    whole = [_import(sys.executable, "import tinkex.service") for _ in range(rounds)]
-    wall = statistics.median(one["wall"] for one in whole)
-    made.append(Row("import of all that ServiceClient needs: wall", "ms", wall, None, None))
+    whole = [_import(sys.executable, "import tinkex.service")["wall"] for _ in range(LEAST)]
+    made.append(Row("import of all that ServiceClient needs: wall", "ms", whole))
     return made
 
 
@@ -184,23 +186,15 @@ def _import(python: str, code: str) -> dict[str, float]:
 def closed_port_rows(url: str) -> list[Row]:
     """First contact with a closed port: seconds until an error comes."""
     ours, theirs = run("tinkex", "closed_port", url), run("tinker", "closed_port", url)
-    return [
-        Row(
-            "first contact with a closed port: seconds to a clear error (official: none in 30 s)"
-            if not theirs["said"]
-            else "first contact with a closed port: seconds to a clear error",
-            "s",
-            ours["wall"],
-            theirs["wall"],
-            ours["wall"] / theirs["wall"],
-            10 / 30,
-        )
-    ]
+    case = "first contact with a closed port: seconds to a clear error"
+    if not theirs["said"]:
+        case += " (official: none in 30 s)"
+    return [Row(case, "s", [ours["wall"]], [theirs["wall"]], target=10 / 30)]
 
 
-def growth(url: str) -> dict[str, list[tuple[int, float]]]:
+def growth(url: str) -> Curves:
     """Client processor time per operation (ms) against how many there are."""
-    curves: dict[str, list[tuple[int, float]]] = {"queued": [], "in flight": []}
+    curves: Curves = {"queued": [], "in flight": []}
     for n in GROWTH:
         pipelined = run("tinkex", f"pipelined_{n}", url)
         curves["queued"].append((n, pipelined["cpu"] / 2 * 1e3))

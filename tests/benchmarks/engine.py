@@ -1,9 +1,9 @@
-"""The engine against what a user would write with transformers and PEFT, as ratios.
+"""The engine against what a user would write with transformers and PEFT, and against the machine.
 
 Both sides compute the same numbers on the same data in one run, in turns, each in a process of its
-own; a figure is the median of its rounds. Training goes through the SDK and HTTP. Run `python -m
-tests.benchmarks.engine [case ...]`; each case is a function here that returns rows. Absolute times
-mean nothing outside the run.
+own. The machine's limit is measured in every round, too: all the products with the model's matrices
+at the speed of its best product or, where weights are read for a few tokens only, at the bandwidth
+at which they can be read. Attention and everything else is not in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from tinkex.engine import tiny  # before torch: it sets how torch's threads wait for each other
 
 # isort: on
+import gc
 import json
 import os
 import shutil
@@ -24,22 +25,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 import transformers
 
-import tinkex
+from tests.benchmarks import machine
 from tests.benchmarks.reference import Reference, peak_memory
+from tests.benchmarks.rounds import Allowance, in_turns
+from tests.benchmarks.rows import Row
 from tinkex import types
-from tinkex.engine import matmul
 from tinkex.engine.engine import Engine
+from tinkex.engine.fetch import ensure
 
-ROUNDS = 3
 RANK = 32
 FLAGS = {"train_unembed": False}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LEARN = types.AdamParams(learning_rate=1e-4)
 
+#: Models that are made of random numbers.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "num_hidden_layers": 4,
@@ -57,131 +59,95 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 32768,
     },
-    "deep": {  # SmolLM2-135M
-        "num_hidden_layers": 30,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
 }
 
-#: Cases that are measured on the deep model, too; the others would take many minutes on it.
-DEEP_CASES = ("training", "training_equal", "sampling")
+#: What is measured, the most important first: models, and how many parts of the time each gets.
+MODELS = {"smollm2": 4, "small": 2, "tiny": 1}
+DTYPES = ("float32", "bfloat16")
 
+#: How exactly the two losses have to agree.
+LOSSES_DIFFER = {"float32": 1e-4, "bfloat16": 2e-2}
 
-#: What is wanted of training: ratio by case and model, and share of the matmul peak by model.
-TRAINING_TARGETS = {
-    ("training, equal lengths", "tiny"): ">= 1.2",
-    ("training, equal lengths", "small"): ">= 1.2",
-    ("training, equal lengths", "deep"): ">= 1.2",
-    ("training", "deep"): ">= 2",
-}
-SHARE_TARGETS = {"tiny": ">= 0.4", "small": ">= 0.6", "deep": ">= 0.75"}
-
-#: Tokens a second against a size, by what is grown.
-Curves = dict[str, list[tuple[int, float]]]
-
-
-@attrs.frozen
-class Row:
-    """One line of the table.
-
-    Attributes:
-        ratio: how much better ours is, whichever way better is.
-        limit: what the machine could do at most, had it nothing to compute but the products with
-            the model's matrices, all at the speed of its best product.
-    """
-
-    case: str
-    model: str
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    target: str
-    limit: float | None = None
+#: What is wanted: parts of the limit in training, and of chats the ratio.
+TRAINING_SHARE = {"tiny": 0.4, "small": 0.6, "smollm2": 0.6}
+READING_SHARE = 0.75
+#: By streams: the share of the bandwidth, then of the smaller of the two limits.
+DECODING_SHARE = {1: 0.7, 16: 0.6, 64: 0.6}
 
 
 class Bench:
-    """A model of one size, in the engine and in transformers + PEFT, with the same weights."""
+    """A model in the engine and in transformers + PEFT, with the same weights and adapter."""
 
-    def __init__(self, name: str, folder: Path, *, threads: int | None = None) -> None:
-        self.name = name
-        self.base = folder / name
-        self.vocab = SIZES[name]["vocab_size"]
-        self.engine = Engine(device="cpu", threads=threads)
+    def __init__(
+        self, name: str, folder: Path, dtype: str = "float32", device: str = "cpu"
+    ) -> None:
+        self.name, self.dtype, self.folder, self.device = name, dtype, folder, device
+        self.base = ensure(name) if name not in SIZES else folder / name
+        self.engine = Engine(device=device, dtype=dtype)
         if not self.base.exists():
             _make_model(name, self.base)
         self.engine.load_base(str(self.base))
+        base = self.engine._base(str(self.base)).base
+        self.vocab = base.spec.vocab
+        matrices = [linear.weight for linear in base.linears.values()]
+        self._numbers = sum(weight.numel() for weight in matrices)
+        self._bytes = sum(weight.numel() * weight.element_size() for weight in matrices)
         self.adapter = folder / f"{name}-adapter"
         if not self.adapter.exists():
             self._make_adapter()
         self.engine.create_model("m", str(self.base), self.lora, seed=0, adapter=self.adapter)
+        self._adapter_numbers = self.engine._models["m"].layout.size
         self.engine.open_sampler("s", str(self.base), directory=self.adapter)
 
     @property
     def lora(self) -> types.LoraConfig:
         return types.LoraConfig(rank=RANK, **FLAGS)
 
-    def _make_adapter(self, name: str = "first", seed: int = 1) -> None:
+    @property
+    def label(self) -> str:
+        """The model and the type of its weights, in a table."""
+        return f"{self.name}, {self.dtype}"
+
+    def _make_adapter(self) -> None:
         """B is random too, so that the adapter matters."""
-        self.engine.create_model(name, str(self.base), self.lora, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.engine._models[name].weights.normal_(0, 0.02, generator=generator)
-        self.adapter.mkdir(exist_ok=True)
-        self.engine.save(name, self.adapter, optimizer=False)
-        self.engine.unload(name)
+        self.engine.create_model("first", str(self.base), self.lora, seed=1)
+        generator = torch.Generator().manual_seed(1)
+        self.engine._models["first"].weights.normal_(0, 0.02, generator=generator)
+        self.adapter.mkdir()
+        self.engine.save("first", self.adapter, optimizer=False)
+        self.engine.unload("first")
 
     @cached_property
     def reference(self) -> Reference:
         """The same model and adapter in transformers and PEFT."""
-        return Reference(self.base, self.adapter)
+        return Reference(self.base, self.adapter, self.dtype, self.device)
 
-    @cached_property
-    def service(self) -> tinkex.ServiceClient:
-        """An embedded engine, in a separate process."""
-        os.environ["TINKEX_HOME"] = str(self.base.parent / "home")
-        return tinkex.ServiceClient()
-
-    def client(self) -> tinkex.TrainingClient:
-        """The same model and adapter through the SDK."""
-        return self.service.create_lora_training_client(
-            str(self.base), rank=RANK, adapter=str(self.adapter), **FLAGS
-        )
-
-    @cached_property
     def peak(self) -> float:
-        """Floating-point operations a second of the fastest of some 1024^3 products, by either
-        library."""
-        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        multiply = (torch.mm, matmul.product)
-        return 2 * 1024**3 / min(_seconds(lambda f=f: f(a, b)) for f in multiply * 60)
+        """Operations a second of the best product of this type."""
+        return machine.matmul_peak(getattr(torch, self.dtype), self.device)
 
-    def used(self, *, adapter: bool) -> int:
-        """Numbers that each token is multiplied with, with or without the adapter's own."""
-        head = self.vocab * SIZES[self.name]["hidden_size"]
-        return int(self.reference.call("parameters_used", adapter)) + head
-
-    @cached_property
     def training_limit(self) -> float:
-        """Tokens a second at 4 operations for each number used."""
-        return self.peak / (4 * self.used(adapter=True))
+        """Tokens a second at 4 operations for each number: forward, and the gradient of inputs.
+        The adapter's own gradient is as much again for its numbers."""
+        return self.peak() / (4 * self._numbers + 6 * self._adapter_numbers)
 
-    @cached_property
     def reading_limit(self) -> float:
         """Tokens a second at 2 operations for each number of the base model: an adapter that is
         not being trained can be folded into it."""
-        return self.peak / (2 * self.used(adapter=False))
+        return self.peak() / (2 * self._numbers)
+
+    def decoding_limit(self, streams: int) -> float:
+        """Tokens a second: the smaller of `reading_limit` and of reading the weights from memory
+        once for a token of every stream."""
+        from_memory = streams * machine.read_bandwidth(self._bytes, self.device) / self._bytes
+        return from_memory if streams == 1 else min(from_memory, self.reading_limit())
 
     def close(self) -> None:
-        """End the processes that were started."""
+        """End the process that was started, and free the memory."""
         if "reference" in self.__dict__:
             self.reference.close()
-        if "service" in self.__dict__:
-            self.service.close()
+        del self.engine
+        gc.collect()
 
 
 def _make_model(name: str, directory: Path) -> None:
@@ -200,6 +166,11 @@ def chats(count: int, vocab: int, *, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, vocab, length + 1) for length in lengths]
 
 
+def prompts_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab, length) for length in lengths]
+
+
 def data_of(texts: Sequence[np.ndarray]) -> list[types.Datum]:
     return [
         types.Datum(types.ModelInput.from_ints(text[:-1]), {"target_tokens": text[1:]})
@@ -215,93 +186,72 @@ def drive(pass_: Any) -> Any:
             return stop.value
 
 
-def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int = ROUNDS) -> Any:
-    """Median seconds of both, each run once to warm up, then in turns."""
-    first(), second()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for spent, call in zip(times, (first, second)):
-            start = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - start)
-    return tuple(float(np.median(spent)) for spent in times)
+def speeds(amount: float, seconds: Sequence[float]) -> list[float]:
+    """So many tokens in each of these times, as tokens a second."""
+    return [amount / taken for taken in seconds]
 
 
 # -- training ------------------------------------------------------------------------------------
 
 
-def training(bench: Bench, *, count: int = 32, size: int = 32, rounds: int = ROUNDS) -> list[Row]:
-    """Real tokens a second of a step over chats, and the share of the matmul peak."""
-    if bench.name == "deep":
-        size = 8  # 32 padded chats and their logits do not fit in the reference's memory
-    return _training(bench, "training", chats(count, bench.vocab), size, rounds)
+def training(bench: Bench, seconds: float) -> list[Row]:
+    """Real tokens a second of a step over chats, which the other side pads."""
+    count = 32 if bench.name == "tiny" else 16
+    target = 2.0 if bench.name == "smollm2" else 3.0
+    texts = chats(count, bench.vocab)
+    return [_training(bench, "training, chats of 16 to 512 tokens", texts, target, seconds)]
 
 
-def training_equal(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
-    """The same of 8 texts of 256 tokens: no padding to save."""
-    texts = prompts_of([257] * 8, bench.vocab)
-    return _training(bench, "training, equal lengths", texts, 8, rounds)
+def training_equal(bench: Bench, seconds: float) -> list[Row]:
+    """The same of texts of 256 tokens: no padding to save."""
+    texts = prompts_of([257] * (8 if bench.name == "tiny" else 4), bench.vocab)
+    return [_training(bench, "training, equal lengths", texts, 1.2, seconds)]
 
 
 def _training(
-    bench: Bench, case: str, texts: Sequence[np.ndarray], size: int, rounds: int
-) -> list[Row]:
+    bench: Bench, case: str, texts: Sequence[np.ndarray], target: float, seconds: float
+) -> Row:
     tokens = sum(len(text) - 1 for text in texts)
     data = data_of(texts)
-    client, reference = bench.client(), bench.reference
     found: dict[str, float] = {}
 
     def ours() -> None:
-        output = client.forward_backward(data, "cross_entropy")
-        client.optim_step(types.AdamParams(learning_rate=1e-4)).result()
-        found.setdefault("ours", output.result().loss)
+        output = drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
+        bench.engine.optim_step("m", LEARN)
+        found.setdefault("ours", output.loss)
 
     def theirs() -> None:
-        found.setdefault("theirs", reference.call("step", texts, size))
+        # 8 at a time, as its memory needs: all logits of padded chats are held at once
+        found.setdefault("theirs", bench.reference.call("step", texts, 8))
 
-    a, b = in_turns(ours, theirs, rounds)
-    if abs(found["ours"] / found["theirs"] - 1) > 1e-4:
+    a, b, limits = in_turns((ours, theirs, bench.training_limit), seconds)
+    if abs(found["ours"] / found["theirs"] - 1) > LOSSES_DIFFER[bench.dtype]:
         raise RuntimeError(f"the losses differ: {found}")
-    limit = bench.training_limit
-    share = [tokens / seconds / limit for seconds in (a, b)]
-    return [
-        Row(f"{case}, real tokens/s", bench.name, tokens / a, tokens / b, "tok/s", b / a,
-            TRAINING_TARGETS.get((case, bench.name), ">= 3"), limit),
-        Row(f"{case}, share of matmul peak", bench.name, share[0], share[1], "of peak",
-            share[0] / share[1], SHARE_TARGETS[bench.name]),
-    ]  # fmt: skip
+    return Row(case, "tok/s", speeds(tokens, a), speeds(tokens, b), bench.label, target, True,
+               limits=limits, share_target=TRAINING_SHARE[bench.name])  # fmt: skip
 
 
-def in_turn(bench: Bench, *, adapters: int = 8, rounds: int = 2) -> list[Row]:
-    """Several adapters trained one after the other, against one doing the same work."""
-    for i in range(adapters):
-        if f"t{i}" not in bench.engine._models:
-            bench.engine.create_model(f"t{i}", str(bench.base), bench.lora, seed=i)
-    data = data_of(chats(16, bench.vocab))
-    tokens = adapters * sum(datum.model_input.length for datum in data)
+def adapters_in_turn(bench: Bench, seconds: float) -> list[Row]:
+    """8 adapters trained one after the other, against one doing the same work."""
+    names = [f"t{i}" for i in range(8)]
+    for i, name in enumerate(names):
+        bench.engine.create_model(name, str(bench.base), bench.lora, seed=i)
+    data = data_of(chats(16 if bench.name == "tiny" else 2, bench.vocab))
+    tokens = len(names) * sum(datum.model_input.length for datum in data)
 
-    def train(names: Sequence[str]) -> None:
-        for name in names:
+    def train(which: Sequence[str]) -> None:
+        for name in which:
             drive(bench.engine.forward_backward(name, data, "cross_entropy", None))
-            bench.engine.optim_step(name, types.AdamParams())
+            bench.engine.optim_step(name, LEARN)
 
-    a, b = in_turns(
-        lambda: train([f"t{i}" for i in range(adapters)]),
-        lambda: train(["t0"] * adapters),
-        rounds,
-    )
-    return [
-        Row(f"{adapters} adapters trained in turn, against one", bench.name, tokens / a,
-            tokens / b, "tok/s", b / a, ">= 0.83"),
-    ]  # fmt: skip
+    a, b = in_turns((lambda: train(names), lambda: train(names[:1] * 8)), seconds)
+    for name in names:
+        bench.engine.unload(name)
+    return [Row("8 adapters trained in turn, against one", "tok/s", speeds(tokens, a),
+                speeds(tokens, b), bench.label, 0.9, True)]  # fmt: skip
 
 
 # -- sampling ------------------------------------------------------------------------------------
-
-
-def prompts_of(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab, length) for length in lengths]
 
 
 def ask(
@@ -328,56 +278,64 @@ def ask(
     return tokens
 
 
-def sampling(bench: Bench, *, rounds: int = ROUNDS) -> list[Row]:
-    """8 prompts x 8 samples x 64 tokens, against generate on the batch."""
-    prompts = prompts_of([32, 64, 40, 90, 128, 70, 50, 100], bench.vocab)
-    a, b = in_turns(
-        lambda: ask(bench, prompts, 8, 64),
-        lambda: bench.reference.call("generate", prompts, 8, 64),
-        rounds,
-    )
-    total = 8 * 8 * 64
-    target = ">= 3" if bench.name == "small" else ">= 2"
-    return [
-        Row("sampling 8 x 8 x 64", bench.name, total / a, total / b, "tok/s", b / a, target,
-            bench.reading_limit),
-    ]  # fmt: skip
+def decoding(streams: int) -> Callable[[Bench, float], list[Row]]:
+    """So many streams of different 16-token prompts, against generate on the batch."""
+
+    def case(bench: Bench, seconds: float) -> list[Row]:
+        length = 64 if bench.name == "tiny" else 32
+        prompts = prompts_of([16] * streams, bench.vocab)
+        a, b, limits = in_turns(
+            (
+                lambda: ask(bench, prompts, 1, length),
+                lambda: bench.reference.call("generate", prompts, 1, length),
+                lambda: bench.decoding_limit(streams),
+            ),
+            seconds,
+        )
+        total = streams * length
+        share = DECODING_SHARE[streams] if bench.name == "smollm2" else None
+        return [Row(f"decoding, streams: {streams}", "tok/s", speeds(total, a), speeds(total, b),
+                    bench.label, 1.0, True, limits=limits, share_target=share)]  # fmt: skip
+
+    return case
 
 
-def shared_prompt(bench: Bench, *, rounds: int = 2) -> list[Row]:
+def shared_prompt(bench: Bench, seconds: float) -> list[Row]:
     """16 samples of one 512-token prompt, against generate prompt by prompt."""
     [prompt] = prompts_of([512], bench.vocab)
     a, b = in_turns(
-        lambda: ask(bench, [prompt], 16, 64),
-        lambda: bench.reference.call("generate_one_by_one", prompt, 16, 64),
-        rounds,
+        (
+            lambda: ask(bench, [prompt], 16, 64),
+            lambda: bench.reference.call("generate_one_by_one", prompt, 16, 64),
+        ),
+        seconds,
     )
-    return [
-        Row("16 samples of a 512-token prompt", bench.name, 1024 / a, 1024 / b, "tok/s", b / a,
-            ">= 4"),
-    ]  # fmt: skip
+    return [Row("16 samples of a 512-token prompt", "tok/s", speeds(1024, a), speeds(1024, b),
+                bench.label, 4.0, True)]  # fmt: skip
 
 
-def prompt_logprobs(bench: Bench, *, rounds: int = 1, count: int = 256) -> list[Row]:
-    """Log-probabilities of 256 prompts of 256 tokens, against transformers one by one."""
+def prompt_logprobs(bench: Bench, seconds: float) -> list[Row]:
+    """Log-probabilities of prompts of 256 tokens, against transformers one by one."""
+    count = 64 if bench.name == "tiny" else 8
     prompts = prompts_of([256] * count, bench.vocab)
-    a, b = in_turns(
-        lambda: ask(bench, prompts, 1, 1, prompt_logprobs=True),
-        lambda: bench.reference.call("prompt_logprobs", prompts),
-        rounds,
+    a, b, limits = in_turns(
+        (
+            lambda: ask(bench, prompts, 1, 1, prompt_logprobs=True),
+            lambda: bench.reference.call("prompt_logprobs", prompts),
+            bench.reading_limit,
+        ),
+        seconds,
     )
     total = 256 * count
-    return [
-        Row(f"prompt logprobs of {count} x 256", bench.name, total / a, total / b, "tok/s", b / a,
-            ">= 3", bench.reading_limit),
-    ]  # fmt: skip
+    return [Row("prompt log-probabilities", "tok/s", speeds(total, a), speeds(total, b),
+                bench.label, 1.0, True, limits=limits, share_target=READING_SHARE)]  # fmt: skip
 
 
-def mixed_adapters(bench: Bench, *, adapters: int = 8, rounds: int = ROUNDS) -> list[Row]:
+def adapters_together(bench: Bench, seconds: float) -> list[Row]:
     """8 adapters sampled together, against one doing the same work."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))
     names = []
-    for i in range(adapters):
+    for i in range(8):
         directory = folder / str(i)
         directory.mkdir()
         bench.engine.create_model("temporary", str(bench.base), bench.lora, seed=i)
@@ -387,20 +345,19 @@ def mixed_adapters(bench: Bench, *, adapters: int = 8, rounds: int = ROUNDS) -> 
         names.append(f"mixed{i}")
         bench.engine.open_sampler(names[-1], str(bench.base), directory=directory)
     prompts = prompts_of([64] * 64, bench.vocab)
+    length = 64 if bench.name == "tiny" else 16
     a, b = in_turns(
-        lambda: ask(bench, prompts, 1, 64, names), lambda: ask(bench, prompts, 1, 64), rounds
+        (lambda: ask(bench, prompts, 1, length, names), lambda: ask(bench, prompts, 1, length)),
+        seconds,
     )
     for name in names:
         bench.engine.close_sampler(name)
-    shutil.rmtree(folder)
-    total = 64 * 64
-    return [
-        Row(f"{adapters} adapters sampled together, against one", bench.name, total / a,
-            total / b, "tok/s", b / a, ">= 0.83"),
-    ]  # fmt: skip
+    total = 64 * length
+    return [Row("8 adapters sampled together, against one", "tok/s", speeds(total, a),
+                speeds(total, b), bench.label, 0.9, True)]  # fmt: skip
 
 
-def continuous(bench: Bench, *, count: int = 200) -> list[Row]:
+def continuous(bench: Bench, seconds: float, *, count: int = 200) -> list[Row]:
     """Requests of different lengths arriving over time, against one after another.
 
     They arrive three times as fast as one after another could answer them. What that would give
@@ -411,16 +368,16 @@ def continuous(bench: Bench, *, count: int = 200) -> list[Row]:
     lengths = rng.integers(8, 64, count).tolist()
     alone = [_seconds(lambda i=i: ask(bench, [prompts[i]], 1, lengths[i])) for i in range(count)]
     arrivals = np.arange(count) * sum(alone) / (3 * count)
-    ends = []
-    for arrival, seconds in zip(arrivals, alone):
-        ends.append(max(arrival, ends[-1] if ends else 0.0) + seconds)
+    ends: list[float] = []
+    for arrival, taken in zip(arrivals, alone):
+        ends.append(max(arrival, ends[-1] if ends else 0.0) + taken)
     ours = _arriving(bench, prompts, lengths, arrivals)
     total = sum(lengths)
     a, b = (float(np.median(np.array(e) - arrivals)) for e in (ours, ends))
     return [
-        Row(f"{count} requests arriving, against one after another", bench.name,
-            total / max(ours), total / max(ends), "tok/s", max(ends) / max(ours), ">= 2"),
-        Row("their median latency", bench.name, 1e3 * a, 1e3 * b, "ms", b / a, "> 1"),
+        Row("200 requests arriving, against one after another", "tok/s", [total / max(ours)],
+            [total / max(ends)], bench.label, 2.0, True),
+        Row("their median latency", "ms", [1e3 * a], [1e3 * b], bench.label, 1.0),
     ]  # fmt: skip
 
 
@@ -450,33 +407,28 @@ def _arriving(
     return ends
 
 
-def latency(bench: Bench, *, rounds: int = 20) -> list[Row]:
-    """One 8-token sample alone; creating a model."""
+def latency(bench: Bench, seconds: float) -> list[Row]:
+    """One 8-token sample alone; creating a model; against the time that each may take."""
     prompts = prompts_of([32], bench.vocab)
-    names = iter(range(10**6))
 
     def create() -> None:
-        name = f"l{next(names)}"
-        bench.engine.create_model(name, str(bench.base), bench.lora, seed=0)
-        bench.engine.unload(name)
+        bench.engine.create_model("created", str(bench.base), bench.lora, seed=0)
+        bench.engine.unload("created")
 
-    a, b = in_turns(lambda: ask(bench, prompts, 1, 8), create, rounds)
+    a, b = in_turns((lambda: ask(bench, prompts, 1, 8), create), seconds)
     return [
-        Row("one 8-token sample alone", bench.name, 1e3 * a, 40.0, "ms", 40 / (1e3 * a),
-            "<= 40 ms (tiny)"),
-        Row("create a LoRA model", bench.name, 1e3 * b, 300.0, "ms", 300 / (1e3 * b), "<= 300 ms"),
+        Row("one 8-token sample alone, against the time allowed", "ms", [1e3 * s for s in a],
+            [40.0], bench.label, 1.0),
+        Row("create a LoRA model, against the time allowed", "ms", [1e3 * s for s in b], [300.0],
+            bench.label, 1.0),
     ]  # fmt: skip
 
 
-# -- memory --------------------------------------------------------------------------------------
-
-
-def memory(bench: Bench) -> list[Row]:
+def memory(bench: Bench, seconds: float) -> list[Row]:
     """Peak resident memory of a process that takes one step over 16k tokens."""
     texts = chats(133, bench.vocab)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.engine", "--memory", bench.name,
-         str(bench.base.parent)],
+        [sys.executable, "-m", "tests.benchmarks.engine", bench.name, str(bench.folder)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     reference = Reference(bench.base, bench.adapter)
@@ -484,95 +436,85 @@ def memory(bench: Bench) -> list[Row]:
     theirs = reference.call("peak") / 2**20
     reference.close()
     ours = json.loads(done.stdout.splitlines()[-1])["peak"] / 2**20
-    return [
-        Row("peak memory, 16k tokens in a request", bench.name, ours, theirs, "MiB",
-            theirs / ours, ">= 2"),
-    ]  # fmt: skip
+    return [Row("peak memory, 16k tokens in a request", "MiB", [ours], [theirs], bench.label, 0.5)]
 
 
 def _measure_memory(name: str, folder: Path) -> None:
     bench = Bench(name, folder)
     data = data_of(chats(133, bench.vocab))
     drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
-    bench.engine.optim_step("m", types.AdamParams())
+    bench.engine.optim_step("m", LEARN)
     print(json.dumps({"peak": peak_memory()}))
 
 
-# -- curves -------------------------------------------------------------------------------------
+Case = Callable[[Bench, float], list[Row]]
 
-
-def curves_of(bench: Bench) -> Curves:
-    """Tokens a second: training against batch size and length, sampling against sequences."""
-    rng = np.random.default_rng(0)
-
-    def train(count: int, length: int) -> float:
-        data = data_of([rng.integers(0, bench.vocab, length + 1) for _ in range(count)])
-        work = lambda: drive(bench.engine.forward_backward("m", data, "cross_entropy", None))  # noqa: E731
-        work()
-        return count * length / min(_seconds(work) for _ in range(3))
-
-    def sample(count: int) -> float:
-        prompts = prompts_of([64] * count, bench.vocab)
-        return count * 32 / min(_seconds(lambda: ask(bench, prompts, 1, 32)) for _ in range(2))
-
-    curves = {
-        "training: sequences of 128 tokens": [(n, train(n, 128)) for n in (1, 4, 16, 64)],
-        "training: length of sequences (4,096 tokens)": [
-            (n, train(4096 // n, n)) for n in (16, 64, 256, 1024, 4096)
-        ],
-        "sampling: sequences at a time": [(n, sample(n)) for n in (1, 4, 16, 64, 256)],
-    }
-    bench.engine.clear_gradients("m")
-    return curves
-
-
-CASES: dict[str, Callable[[Bench], list[Row]]] = {
-    case.__name__: case
-    for case in (
-        training,
-        training_equal,
-        in_turn,
-        sampling,
-        shared_prompt,
-        prompt_logprobs,
-        mixed_adapters,
-        continuous,
-        latency,
-        memory,
-    )
+#: Measured of every model and type.
+CASES: dict[str, Case] = {
+    "training": training,
+    "training_equal": training_equal,
+    "decoding_1": decoding(1),
+    "decoding_16": decoding(16),
+    "decoding_64": decoding(64),
+    "prompt_logprobs": prompt_logprobs,
+    "adapters_together": adapters_together,
+    "adapters_in_turn": adapters_in_turn,
+}
+#: Measured of the tiny model in float32 only: they say something of the scheduling.
+MORE: dict[str, Case] = {
+    "shared_prompt": shared_prompt,
+    "continuous": continuous,
+    "latency": latency,
+    "memory": memory,
 }
 
 
 def run(
-    cases: Sequence[str] = (), models: Sequence[str] = tuple(SIZES), *, growth: bool = False
-) -> tuple[list[Row], dict[str, Curves]]:
-    """All rows (of the named cases), printed as they come; with *growth* each model's curves."""
+    seconds: float,
+    models: Sequence[str] = tuple(MODELS),
+    dtypes: Sequence[str] = DTYPES,
+    cases: Sequence[str] = (),
+    device: str = "cpu",
+) -> tuple[list[Row], list[str]]:
+    """All rows, printed as they come, and the names of what there was no time for."""
     folder = Path(tempfile.mkdtemp(prefix="tinkex-bench-"))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    rows, curves = [], {}
+    rows: list[Row] = []
+    left_out: list[str] = []
+    parts = sum(MODELS[name] for name in models) * len(dtypes)
+    end = time.perf_counter() + seconds
     try:
         for name in models:
-            bench = Bench(name, folder)
-            for case in cases or (DEEP_CASES if name == "deep" else CASES):
-                for row in CASES[case](bench):
-                    rows.append(row)
-                    print(
-                        f"{row.model:6} {row.case:48} {row.ours:12,.4g} {row.theirs:12,.4g} "
-                        f"{row.unit:8} {row.ratio:6.2f}  target {row.target}",
-                        flush=True,
-                    )
-            bench.close()
-            if growth and name != "deep":
-                curves[name] = curves_of(bench)
+            for dtype in dtypes:
+                given = (end - time.perf_counter()) * MODELS[name] / parts
+                parts -= MODELS[name]
+                bench = Bench(name, folder, dtype, device)
+                _run_cases(bench, given, cases, rows, left_out)
+                bench.close()
     finally:
         shutil.rmtree(folder)
-    return rows, curves
+    return rows, left_out
+
+
+def _run_cases(
+    bench: Bench, seconds: float, cases: Sequence[str], rows: list[Row], left_out: list[str]
+) -> None:
+    has_more = bench.name == "tiny" and bench.dtype == "float32"
+    known = {**CASES, **MORE} if has_more else CASES
+    wanted = [case for case in known if not cases or case in cases]
+    allowance = Allowance(seconds, len(wanted))
+    for case in wanted:
+        given = allowance.next()
+        if not given:
+            left_out.append(f"{case} of {bench.label}")
+            continue
+        found = known[case](bench, given)
+        rows += found
+        for row in found:
+            print(f"{row.key:70} ratio {row.ratio}   share {row.share}", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--memory"]:
-        _measure_memory(sys.argv[2], Path(sys.argv[3]))
-    else:
-        named = [word for word in sys.argv[1:] if word in CASES]
-        run(named, [word for word in sys.argv[1:] if word in SIZES] or tuple(SIZES))
+    os.environ.setdefault("TINKEX_LOG", "warning")
+    _measure_memory(sys.argv[1], Path(sys.argv[2]))

@@ -1,60 +1,119 @@
-"""What a training step and a decode step spend their time on, by torch's own profiler."""
+"""`make profile`: flame graphs of a training step, a decode step and a call of the client.
+
+Usage: python -m tests.benchmarks.profiles [step] [decode] [call]: starts py-spy, which looks at a
+process of its own a hundred times a second, its C code included, and writes build/profile/NAME.svg.
+For the engine's two also a table of torch's operations by their own time.
+"""
 
 from __future__ import annotations
 
-import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from tests.benchmarks.figures import ROOT
 
-from tests.benchmarks import engine
-from tinkex import types
+OUT = ROOT / "build" / "profile"
+MODEL = "small"
 
-TOP = 8
+#: Seconds that a graph is made of.
+SECONDS = 10.0
+#: Operations in a table.
+TOP = 12
 
 
-def tables() -> str:
-    """Two Markdown tables: operations by their own time, on the small model."""
-    folder = Path(tempfile.mkdtemp(prefix="tinkex-bench-"))
-    try:
-        bench = engine.Bench("small", folder)
-        data = engine.data_of(engine.chats(32, bench.vocab))
-        prompts = engine.prompts_of([32] * 8, bench.vocab)
+def step(repeat: Callable[[Callable[[], object]], None]) -> None:
+    """A training step of the small model."""
+    from tests.benchmarks import engine
 
-        def train() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = engine.Bench(MODEL, Path(folder))
+        data = engine.data_of(engine.chats(16, bench.vocab))
+
+        def work() -> None:
             engine.drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
-            bench.engine.optim_step("m", types.AdamParams())
+            bench.engine.optim_step("m", engine.LEARN)
 
-        def decode() -> None:
-            engine.ask(bench, prompts, 8, 32)
-
-        parts = [
-            _table("A training step of *small* (32 texts like chats)", train),
-            _table("Decoding with *small* (8 prompts x 8 samples x 32 tokens)", decode),
-        ]
-        return "\n\n".join(parts)
-    finally:
-        shutil.rmtree(folder)
+        repeat(work)
 
 
-def _table(title: str, work: Callable[[], None]) -> str:
+def decode(repeat: Callable[[Callable[[], object]], None]) -> None:
+    """Decoding with the small model, 16 streams."""
+    from tests.benchmarks import engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = engine.Bench(MODEL, Path(folder))
+        prompts = engine.prompts_of([16] * 16, bench.vocab)
+        repeat(lambda: engine.ask(bench, prompts, 1, 32))
+
+
+def call(repeat: Callable[[Callable[[], object]], None]) -> None:
+    """One small operation of the client after another, against a server that computes nothing."""
+    import os
+
+    import tinkex
+    from tests.benchmarks.client import null_server
+
+    os.environ["TINKER_API_KEY"] = "tml-null"
+    with null_server() as url, tinkex.ServiceClient(base_url=url) as service:
+        client = service.create_lora_training_client("null")
+        repeat(lambda: client.optim_step(tinkex.types.AdamParams()).result())
+
+
+KINDS = {"step": step, "decode": decode, "call": call}
+
+
+def _for_a_while(work: Callable[[], object]) -> None:
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        work()
+
+
+def _with_table(work: Callable[[], object]) -> None:
+    """Print what torch's profiler counts in one go."""
+    from torch.profiler import ProfilerActivity, profile
+
     work()
     with profile(activities=[ProfilerActivity.CPU]) as measured:
         work()
     events = measured.key_averages()
     whole = sum(event.self_cpu_time_total for event in events)
-    lines = [f"{title}:", "", "| operation | calls | own time | share |", "|---|---|---|---|"]
     for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:TOP]:
         own = event.self_cpu_time_total
-        lines.append(
-            f"| `{event.key}` | {event.count:,} | {own / 1e3:,.1f} ms | {own / whole:.0%} |"
-        )
-    return "\n".join(lines)
+        print(f"{event.key:55} {event.count:7,} {own / 1e3:9,.1f} ms {own / whole:4.0%}")
+
+
+def record(name: str) -> Path:
+    """Draw one flame graph; gives its file.
+
+    Raises:
+        RuntimeError: With what py-spy says, if it may not look at the process.
+    """
+    OUT.mkdir(parents=True, exist_ok=True)
+    file = OUT / f"{name}.svg"
+    command = [Path(sys.executable).with_name("py-spy"), "record", "--native", "--subprocesses"]
+    command += ["--output", file, "--", sys.executable, "-m", __spec__.name, "--run", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not file.exists() or done.returncode:
+        raise RuntimeError(f"py-spy could not record {name}:\n{done.stderr[-2000:]}")
+    return file
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--run"]:
+        KINDS[sys.argv[2]](_for_a_while)
+        return 0
+    names = sys.argv[1:] or list(KINDS)
+    for name in names:
+        if name != "call":
+            print(f"{name}: {(KINDS[name].__doc__ or '').strip()}")
+            KINDS[name](_with_table)
+        print(f"{name}: {record(name).relative_to(ROOT)}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    print(tables())
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """What a user would write with transformers and PEFT, in a separate process.
 
 Separate, so that nothing of ours (thread settings, malloc's, torch's modes) makes it slower or
-faster. `Reference` is the caller's end; `python reference.py BASE ADAPTER` is the other, which
-reads pickled (method, arguments) from its standard input and answers with results.
+faster. `Reference` is the caller's end; `python reference.py BASE ADAPTER DTYPE DEVICE` is the
+other, which reads pickled (method, arguments) from its standard input and answers with results.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 class Reference:
     """A process with the model loaded; each method of `Loop` can be called."""
 
-    def __init__(self, base: Path, adapter: Path) -> None:
+    def __init__(
+        self, base: Path, adapter: Path, dtype: str = "float32", device: str = "cpu"
+    ) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in OURS}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(base), str(adapter)],
+            [sys.executable, __file__, str(base), str(adapter), dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -57,18 +59,21 @@ class Reference:
 class Loop:
     """The loops themselves."""
 
-    def __init__(self, base: str, adapter: str) -> None:
+    def __init__(self, base: str, adapter: str, dtype: str, device: str) -> None:
         import peft
         import torch
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self._torch = torch
+        self._torch, self._device = torch, device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = transformers.AutoModelForCausalLM.from_pretrained(base)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                base, dtype=getattr(torch, dtype)
+            )
             self._model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        self._model.to(device)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
@@ -92,10 +97,11 @@ class Loop:
             for i, text in enumerate(batch):
                 ids[i, : len(text)] = torch.from_numpy(text)
                 mask[i, : len(text)] = 1
+            ids, mask = ids.to(self._device), mask.to(self._device)
             logits = self._model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits
             targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
             )
             loss.backward()
             total += loss.item()
@@ -115,8 +121,8 @@ class Loop:
             mask[i, longest - len(prompt) :] = 1
         with torch.no_grad():
             self._model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=ids.to(self._device),
+                attention_mask=mask.to(self._device),
                 do_sample=True,
                 top_k=0,
                 num_return_sequences=samples,
@@ -137,10 +143,10 @@ class Loop:
         self._model.eval()
         with torch.no_grad():
             for prompt in prompts:
-                ids = torch.from_numpy(prompt)[None]
-                logits = self._model(input_ids=ids).logits[:, :-1]
+                ids = torch.from_numpy(prompt)[None].to(self._device)
+                logits = self._model(input_ids=ids).logits[:, :-1].float()
                 chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])
-                found.append(chosen[0, :, 0].numpy())
+                found.append(chosen[0, :, 0].cpu().numpy())
         return found
 
     def peak(self) -> int:

@@ -1,0 +1,352 @@
+"""What things cost against how many there are, and how large: no curve may bend upwards.
+
+The server's curves go through the SDK to the embedded engine with *tiny*; a home full of
+checkpoints is made by adding rows and linked files to that of the server. The engine's curves are
+of a model 128 wide, in a process of its own where memory is measured. A figure is the fastest of
+a few tries, since other load can only add to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.plots import Curve, panels
+from tests.benchmarks.rows import Row, number
+
+MODELS = (1, 10, 50, 200)
+CHECKPOINTS = (10, 100, 1000, 10_000)
+SESSIONS = (10, 100, 1000, 10_000)
+METRICS = (100, 1000, 10_000, 100_000)
+CONTEXTS = (1024, 4096, 8192, 16_384, 32_768)
+VOCABULARIES = (512, 4096, 32_768, 262_144)
+
+#: A curve bends upwards if the last step of the logarithm of its cost is steeper than this: a cost
+#: that grows in proportion has slope 1.
+STEEPEST = 1.15
+#: Seconds that `tinkex checkpoint list` may take.
+LIST_SECONDS = 0.5
+
+Panels = dict[str, dict[str, Curve]]
+
+
+def run(seconds: float) -> tuple[list[Row], Panels]:
+    """Rows with a target, and panels of curves: costs by what is counted."""
+    end = time.perf_counter() + seconds
+    with _served() as (service, home):
+        rows, found = _of_the_server(service, home)
+    found |= _of_the_engine(end)
+    rows.append(_bends(found))
+    panels(found, "", "growth-of.svg")
+    return rows, found
+
+
+def text_of(found: Panels) -> str:
+    """The curves as a table, with the slope of each one's last step."""
+    lines = ["| what is counted | cost | " + "at its sizes | last slope |", "|---" * 4 + "|"]
+    for kind, curves in found.items():
+        for name, points in curves.items():
+            shown = ", ".join(f"{int(n):,}: {number(cost)}" for n, cost in points)
+            lines.append(f"| {kind} | {name} | {shown} | {_slope(points):.2f} |")
+    return "\n".join(lines)
+
+
+def _slope(points: Curve) -> float:
+    """Of the last step, in logarithms: 0 where the cost is the same, 1 in proportion."""
+    (n0, c0), (n1, c1) = points[-2:]
+    return math.log(max(c1, 1e-9) / max(c0, 1e-9)) / math.log(n1 / n0)
+
+
+def _bends(found: Panels) -> Row:
+    """The steepest curve."""
+    slopes = {name: _slope(c) for curves in found.values() for name, c in curves.items()}
+    steepest = max(slopes, key=lambda name: slopes[name])
+    case = f"steepest curve ({steepest}): slope, 1 is in proportion"
+    return Row(case, "", [slopes[steepest]], [1.0], target=STEEPEST)
+
+
+def _quickest(work: Callable[[], object], tries: int = 5) -> float:
+    """Milliseconds."""
+    taken = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return 1e3 * min(taken)
+
+
+# -- the server ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _served() -> Iterator[tuple[Any, Path]]:
+    """A client of an embedded engine with an empty home."""
+    import tinkex
+
+    with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as folder:
+        home, before = Path(folder) / "home", os.environ.get("TINKEX_HOME")
+        os.environ["TINKEX_HOME"] = str(home)
+        try:
+            with tinkex.ServiceClient() as service:
+                yield service, home
+        finally:
+            os.environ.pop("TINKEX_HOME")
+            if before is not None:
+                os.environ["TINKEX_HOME"] = before
+
+
+def _of_the_server(service: Any, home: Path) -> tuple[list[Row], Panels]:
+    found = {"live models": _models(service), "samplers": _samplers(service)}
+    found["sessions in the home"] = _sessions(service, home)
+    found["points of a run's metrics"] = _metrics(service)
+    found["checkpoints in the home"], seconds = _checkpoints(service, home)
+    case = "tinkex checkpoint list, 10,000 in the home, against the time allowed"
+    return [Row(case, "s", [seconds], [LIST_SECONDS], target=1.0)], found
+
+
+def _datum() -> Any:
+    from tinkex import types
+
+    return types.Datum(types.ModelInput.from_ints([1, 2, 3]), {"target_tokens": [2, 3, 4]})
+
+
+def _models(service: Any) -> dict[str, Curve]:
+    """A step of one model, and creating another, while others are there."""
+    from tinkex import types
+
+    clients: list[Any] = []
+    step, create = [], []
+
+    def make() -> None:
+        clients.append(service.create_lora_training_client("tiny", rank=4))
+
+    def train() -> None:
+        clients[0].forward_backward([_datum()], "cross_entropy")
+        clients[0].optim_step(types.AdamParams()).result()
+
+    for count in MODELS:
+        while len(clients) < count - 1:
+            make()
+        create.append((count, _quickest(make, 1)))
+        step.append((count, _quickest(train)))
+    for client in clients:
+        client.close()
+    return {"a training step (ms)": step, "creating one more (ms)": create}
+
+
+def _samplers(service: Any) -> dict[str, Curve]:
+    from tinkex import types
+
+    client = service.create_lora_training_client("tiny", rank=4)
+    samplers: list[Any] = []
+    curve = []
+    params = types.SamplingParams(max_tokens=8, stop=[])
+
+    def sample() -> None:
+        samplers[0].sample([1, 2, 3], sampling_params=params).result()
+
+    for count in MODELS:
+        while len(samplers) < count:
+            samplers.append(client.save_weights_and_get_sampling_client_sync())
+        curve.append((count, _quickest(sample)))
+    client.close()
+    return {"a sample of 8 tokens (ms)": curve}
+
+
+@contextmanager
+def _database(home: Path) -> Iterator[Any]:
+    from tinkex.server.database import Database
+
+    database = Database(home / "tinkex.sqlite")
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def _owner(database: Any) -> str:
+    [[owner]] = database.select("SELECT DISTINCT owner FROM sessions")
+    return str(owner)
+
+
+def _add_rows(database: Any, table: str, rows: Sequence[Any]) -> None:
+    """In one transaction."""
+    from tinkex.server.database import _values
+
+    with database.transaction() as connection:
+        for row in rows:
+            values = _values(row)
+            names, marks = ", ".join(values), ", ".join("?" * len(values))
+            connection.execute(
+                f"INSERT INTO {table} ({names}) VALUES ({marks})", list(values.values())
+            )
+
+
+def _sessions(service: Any, home: Path) -> dict[str, Curve]:
+    from tinkex.server.database import SessionRow
+
+    rest = service.create_rest_client()
+    client = service.create_lora_training_client("tiny", rank=4)
+    lists, operations, there = [], [], 0
+    with _database(home) as database:
+        owner = _owner(database)
+        for count in SESSIONS:
+            rows = [
+                SessionRow(f"old-{i}", owner, "gone", 1.0 * i, status="ended")
+                for i in range(there, count)
+            ]
+            _add_rows(database, "sessions", rows)
+            there = count
+            lists.append((count, _quickest(lambda: rest.list_sessions(limit=20))))
+            operations.append((count, _quickest(lambda: client.get_info())))
+    client.close()
+    return {"listing the newest 20 (ms)": lists, "get_info of a model (ms)": operations}
+
+
+def _metrics(service: Any) -> dict[str, Curve]:
+    rest = service.create_rest_client()
+    client = service.create_lora_training_client("tiny", rank=4)
+    run_id = client.model_id
+    add, read, there = [], [], 0
+    for count in METRICS:
+        while there < count:
+            some = min(1000, count - there)
+            points = [{"step": float(there + i), "loss": 1.0} for i in range(some)]
+            rest.report_run_metrics(run_id, points)
+            there += some
+        add.append((count, _quickest(lambda: rest.report_run_metrics(run_id, [{"loss": 1.0}]))))
+        read.append((count, _quickest(lambda: rest.get_run_metrics(run_id))))
+    client.close()
+    return {"adding a point (ms)": add, "reading them (ms)": read}
+
+
+def _checkpoints(service: Any, home: Path) -> tuple[dict[str, Curve], float]:
+    """The newest 20 and all of them through the SDK; the command, in the end, in seconds."""
+    import attrs
+
+    from tinkex.server.database import CheckpointRow
+
+    rest = service.create_rest_client()
+    client = service.create_lora_training_client("tiny", rank=4)
+    client.save_state("first").result()
+    newest, every = [], []
+    with _database(home) as database:
+        [first] = database.all(CheckpointRow, "SELECT * FROM checkpoints")
+        there = 1
+        for count in CHECKPOINTS:
+            rows = [_twin(first, i) for i in range(there, count)]
+            _add_rows(database, "checkpoints", rows)
+            there = count
+            newest.append((count, _quickest(lambda: rest.list_user_checkpoints(limit=20))))
+            every.append((count, _quickest(lambda: list(rest.iter_user_checkpoints()), 2)))
+    url = attrs.asdict(service.config)["base_url"]
+    seconds = min(_list_command(url) for _ in range(3))
+    client.close()
+    return {"the newest 20 (ms)": newest, "all of them (ms)": every}, seconds
+
+
+def _twin(first: Any, i: int) -> Any:
+    """Another row of the same checkpoint, with files of its own that are links to the first's."""
+    import attrs
+
+    name = f"weights/old-{i}"
+    directory = Path(first.directory).with_name(f"old-{i}")
+    directory.mkdir()
+    for file in Path(first.directory).iterdir():
+        os.link(file, directory / file.name)
+    path = f"tinker://{first.run_id}/{name}"
+    return attrs.evolve(
+        first, path=path, checkpoint_id=name, directory=str(directory), created_at=1.0 * i
+    )
+
+
+def _list_command(url: str) -> float:
+    """Seconds of `tinkex checkpoint list`, from the start of the process to its end."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "tinkex", "checkpoint", "list", "--base-url", url],
+        check=True,
+        capture_output=True,
+    )
+    return time.perf_counter() - started
+
+
+# -- the engine ----------------------------------------------------------------------------------
+
+
+def _of_the_engine(end: float) -> Panels:
+    """Until the time is over; the sizes that are left are not measured."""
+    reading, memory = [], []
+    for length in CONTEXTS:
+        if len(memory) >= 2 and time.perf_counter() > end:
+            break
+        measured = _in_a_process("context", length)
+        reading.append((length, measured["ms"]))
+        memory.append((length, measured["mib"]))
+    step, room = [], []
+    for size in VOCABULARIES:
+        measured = _in_a_process("vocabulary", size)
+        step.append((size, measured["ms"]))
+        room.append((size, measured["mib"]))
+    return {
+        "length of a text": {"a training step (ms a token)": reading},
+        "length of one text": {"memory of a training step (MiB)": memory},
+        "words of the vocabulary": {"a step of 1,024 tokens (ms)": step},
+        "size of the vocabulary": {"memory of the step (MiB)": room},
+    }
+
+
+def _in_a_process(kind: str, size: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.growth", kind, str(size)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measure(kind: str, size: int) -> dict[str, float]:
+    """A training step of a model 128 wide with two layers: of one text of that length, or of 1,024
+    tokens with that vocabulary. Memory is what the step adds to the process."""
+    import torch
+    import transformers
+
+    from tests.benchmarks import engine as bench
+    from tests.benchmarks.reference import peak_memory
+    from tinkex import types
+    from tinkex.engine.engine import Engine
+
+    length, vocab = (size, 512) if kind == "context" else (1024, size)
+    with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as folder:
+        config = transformers.LlamaConfig(
+            num_hidden_layers=2, hidden_size=128, intermediate_size=384, num_attention_heads=4,
+            vocab_size=vocab, max_position_embeddings=max(length, 4096),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        engine = Engine(device="cpu")
+        engine.load_base(folder)
+        engine.create_model("m", folder, types.LoraConfig(rank=8, train_unembed=False), seed=0)
+    before = peak_memory()
+    texts = bench.prompts_of([length + 1], vocab)
+    started = time.perf_counter()
+    bench.drive(engine.forward_backward("m", bench.data_of(texts), "cross_entropy", None))
+    engine.optim_step("m", types.AdamParams())
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    per = length if kind == "context" else 1
+    return {"ms": milliseconds / per, "mib": (peak_memory() - before) / 2**20}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))
