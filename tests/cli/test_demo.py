@@ -81,7 +81,7 @@ def test_the_comparison_fits_the_terminal():
     assert "(nothing)" in lines[-1]
 
 
-def test_without_a_network_the_built_in_model_is_trained(tmp_path, monkeypatch, capsys):
+def test_without_a_network_the_built_in_model_is_trained(tmp_path, monkeypatch, capfd):
     """The demonstration works on a train, too, and says what it does instead."""
     ran = []
 
@@ -90,12 +90,16 @@ def test_without_a_network_the_built_in_model_is_trained(tmp_path, monkeypatch, 
         return 1
 
     monkeypatch.setattr(demo.cli, "main", main)
+    for name, value in (("TINKEX_HOME", tmp_path / "home"), ("PIP_NO_INDEX", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     assert 1 == demo.main(tmp_path)
 
-    assert ["model", "pull", "smollm2"] == ran[0]
-    assert "tiny" == ran[1][ran[1].index("--base-model") + 1]
-    assert "training the built-in model instead" in capsys.readouterr().out
+    assert "tiny" == ran[0][ran[0].index("--base-model") + 1]
+    said = capfd.readouterr()
+    assert "base model 'smollm2' (SmolLM2-135M-Instruct) is not on this machine" in said.err
+    assert "training the built-in model instead" in said.out
 
 
 def test_an_unknown_model_is_refused(tmp_path, capsys):

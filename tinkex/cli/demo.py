@@ -12,6 +12,7 @@ import ast
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import textwrap
@@ -69,10 +70,16 @@ def main(folder: Path, model: str = "smollm2") -> int:
         print(f"There is no demonstration with {model!r}; choose smollm2 or tiny.", file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)
-    if model == "smollm2" and cli.main(["model", "pull", "smollm2"]) != 0:
+    if model == "smollm2" and not _pulled():
         print("\nsmollm2 cannot be fetched (see above); training the built-in model instead.\n")
         model = "tiny"
     return train_smollm2(folder) if model == "smollm2" else train_tiny(folder)
+
+
+def _pulled() -> bool:
+    """Fetch SmolLM2 in a process of its own, since 350 MB stay taken after the conversion."""
+    command = [sys.executable, "-m", "tinkex", "model", "pull", "smollm2"]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def train_smollm2(folder: Path) -> int:
