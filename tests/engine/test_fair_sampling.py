@@ -167,7 +167,7 @@ def test_taking_turns_changes_no_token(engine, width):
         return [[s.tokens for s in found[i].sequences] for i in range(100)]
 
     expected = sampled()
-    engine._bases["tiny"].sampler._pools._step_positions = 200
+    engine._bases["tiny"].sampler._state._pools._step_positions = 200
     assert expected == sampled()
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tinkex.engine import lm_head, lora
-from tinkex.engine.model import FrozenLinears, Linear, Part
+from tinkex.engine.linears import Linear, Part
+from tinkex.engine.model import FrozenLinears
 
 VOCAB, WIDTH, COUNT = 45, 16, 37
 

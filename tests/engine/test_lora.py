@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tinkex.engine import loading, lora
-from tinkex.engine.model import Linear, Part
+from tinkex.engine.linears import Linear, Part
 
 
 @pytest.fixture(scope="module")

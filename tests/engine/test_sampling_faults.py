@@ -10,11 +10,19 @@ import pytest
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import kv_cache, lora, prompt_logprobs, sample_requests, sampler, token_sampling
+from tinkex.engine import (
+    fast_path,
+    kv_cache,
+    lora,
+    prompt_logprobs,
+    sample_requests,
+    sampler,
+    token_sampling,
+)
 from tinkex.engine.engine import Engine
 
 #: Where faults are injected: every line of these that a step executes.
-MODULES = (sampler, sample_requests, token_sampling, kv_cache, prompt_logprobs, lora)
+MODULES = (sampler, fast_path, sample_requests, token_sampling, kv_cache, prompt_logprobs, lora)
 FILES = {str(Path(module.__file__)): Path(module.__file__).stem for module in MODULES}
 #: The code that handles a failure. A fault in it, on top of another one, is not injected.
 HANDLERS = {"step", "is_busy", "_isolate", "_forget_state", "_fail", "_drop", "cancel"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tinkex.engine import cpu_parallel, training_pass
-from tinkex.engine.model import Base
+from tinkex.engine.fast_path import FastModel
 from tinkex.engine.spec import Spec
 
 
@@ -49,7 +49,7 @@ def test_a_batch_has_one_number_of_targets_per_token():
 
 def _base(layers, width, mlp, heads, kv_heads):
     spec = Spec(layers, width, heads, kv_heads, width // heads, mlp, 512, 2048, 1e-5)
-    return Base(spec, torch.zeros(1, width), (), torch.ones(width), {}, ())
+    return FastModel(spec, torch.zeros(1, width), (), torch.ones(width), {}, ())
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,6 @@ def test_activations_are_kept_while_they_take_an_eighth_of_the_memory(monkeypatc
     monkeypatch.setattr(training_pass, "total_memory", lambda device: 8 * 2**30)
     deep, huge = _base(30, 576, 1536, 9, 3), _base(80, 8192, 28672, 64, 8)
 
-    assert training_pass.tokens_to_keep(deep) == 2**30 // training_pass.bytes_per_token(deep)
+    assert training_pass.tokens_to_keep(deep) == 2**30 // deep.activation_bytes
     assert training_pass.tokens_to_keep(deep) >= training_pass.tokens_per_batch(deep)
     assert training_pass.tokens_to_keep(huge) < training_pass.tokens_per_batch(huge)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import checkpoints, loading, lora, losses, optim
+from tinkex.engine.base_model import BaseModel
 from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.memory import keep_freed_memory, total_memory
-from tinkex.engine.model import Base
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
 from tinkex.engine.training_pass import Pass, check_tokens, prepare
@@ -59,7 +59,7 @@ class _Loaded:
     """A base model in memory and what is shared by all that use it."""
 
     info: BaseInfo
-    base: Base
+    base: BaseModel
     workspace: lora.Workspace
     sampler: Sampler
 
@@ -177,14 +177,13 @@ class Engine:
         return self._names.get(place, place)
 
     def _describe(self, name: str, loaded: loading.Loaded) -> _Loaded:
-        spec = loaded.base.spec
         is_mapped = name in self._directories
         info = BaseInfo(
             name,
             loaded.architecture,
             name if is_mapped else loaded.tokenizer_id,
-            spec.vocab,
-            spec.context,
+            loaded.base.vocab,
+            loaded.base.context,
             loaded.tokenizer_id if is_mapped else "",
         )
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
@@ -247,7 +246,7 @@ class Engine:
 
     def _new_model(self, loaded: _Loaded, layout: lora.Layout, weights: Tensor) -> _Model:
         optimizer = optim.AdamW(layout.size, self._device)
-        can_merge = lora.can_merge(layout.linears)
+        can_merge = loaded.base.can_merge and lora.can_merge(layout.linears)
         return _Model(loaded, layout, weights, torch.zeros_like(weights), optimizer, can_merge)
 
     def lora_config(self, model_id: str) -> types.LoraConfig:
@@ -300,7 +299,7 @@ class Engine:
         check_tokens(data, model.loaded.base)
         inputs = prepare(data, loss_fn, config)
         loaded = model.loaded
-        merges = model.can_merge and sum(map(len, inputs)) >= loaded.base.spec.width // 2
+        merges = model.can_merge and sum(map(len, inputs)) >= loaded.base.width // 2
         linears = lora.TrainedLinears(
             loaded.base.linears,
             model.layout,

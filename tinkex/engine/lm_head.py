@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tinkex.engine import matmul
 from tinkex.engine.attention import soft_cap_
-from tinkex.engine.model import Linears, given, kind_of
+from tinkex.engine.linears import Linears, given
+from tinkex.engine.memory import kind_of
 
 #: Rows and columns of the block of logits that is held at a time, by kind of device.
 ROWS = {"cpu": 640, "cuda": 8192}

@@ -1,4 +1,4 @@
-"""Base models: make a `model.Base` of the built-in model, a Hugging Face directory or a hub id.
+"""Base models: make a `BaseModel` of the built-in model, a Hugging Face directory or a hub id.
 
 The only module that uses transformers. Errors name what was tried and what to do.
 """
@@ -15,8 +15,9 @@ import attrs
 import torch
 
 from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
+from tinkex.engine.base_model import BaseModel
 from tinkex.engine.families import FAMILIES, build
-from tinkex.engine.model import Base, Rope
+from tinkex.engine.model import Rope
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
 
@@ -48,7 +49,7 @@ class Loaded:
     """
 
     name: str
-    base: Base
+    base: BaseModel
     tokenizer_id: str
     architecture: str
     load_decode: Callable[[], Decode]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import attrs
 import numpy as np
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine import matmul
+from tinkex.engine.linears import Linear
 
 #: alpha of every adapter, whatever its rank.
 ALPHA = 32
@@ -29,30 +29,6 @@ ALPHA = 32
 MERGE_LIMIT = 2**30
 
 GROUPS = ("attn", "mlp", "unembed")
-
-
-class FusedPart(Protocol):
-    """Rows start..stop of a fused matrix, which are the module *name*."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-
-
-class FusedLinear(Protocol):
-    """A frozen matrix (out, in) of one or several modules."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def parts(self) -> Sequence[FusedPart]: ...
-    @property
-    def group(self) -> str: ...
 
 
 @attrs.frozen
@@ -96,7 +72,7 @@ class Pair:
 class Layout:
     """Where each adapter matrix lies in the flat vector."""
 
-    def __init__(self, linears: Mapping[str, FusedLinear], shape: Shape) -> None:
+    def __init__(self, linears: Mapping[str, Linear], shape: Shape) -> None:
         self.shape = shape
         self.linears = {k: linear for k, linear in linears.items() if linear.group in shape.groups}
         self.size = sum(
@@ -141,7 +117,7 @@ def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
     return flat.to(device)
 
 
-def merge_into(out: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
+def merge_into(out: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
     """Write W + scale B A into *out* (out, in)."""
     for i, part in enumerate(linear.parts):
         rank = pair.b[i].shape[1]
@@ -187,7 +163,7 @@ class Workspace:
         return self._room[key]
 
 
-def can_merge(linears: Mapping[str, FusedLinear]) -> bool:
+def can_merge(linears: Mapping[str, Linear]) -> bool:
     """True if folding adapters into copies of the matrices is exact enough and fits in memory."""
     weights = [linear.weight for linear in linears.values()]
     size = sum(w.numel() * w.element_size() for w in weights)
@@ -209,7 +185,7 @@ class TrainedLinears:
 
     def __init__(
         self,
-        linears: Mapping[str, FusedLinear],
+        linears: Mapping[str, Linear],
         layout: Layout,
         flat: Tensor,
         gradient: Tensor | None,
@@ -287,7 +263,7 @@ class TrainedLinears:
         return self._weight(key)
 
 
-def add_low_rank(y: Tensor, x: Tensor, linear: FusedLinear, pair: Pair, scale: float) -> None:
+def add_low_rank(y: Tensor, x: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
     """y (N, out) += scale B A x (N, in)."""
     inner = matmul.linear(x, pair.a.to(x.dtype))
     for i, part in enumerate(linear.parts):
@@ -309,7 +285,7 @@ class Finished:
             b = tuple((m.T * layout.shape.scale).to(dtype).contiguous() for m in pair.b)
             self.thin[key] = Pair(pair.a.T.to(dtype).contiguous(), b)
 
-    def add(self, key: str, y: Tensor, x: Tensor, linear: FusedLinear) -> None:
+    def add(self, key: str, y: Tensor, x: Tensor, linear: Linear) -> None:
         """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
         if key not in self.thin:
             return
@@ -318,7 +294,7 @@ class Finished:
         for part, columns, b in zip(linear.parts, inner, pair.b):
             y[:, part.start : part.stop].addmm_(columns, b)
 
-    def merge_into(self, out: Tensor, key: str, linear: FusedLinear) -> None:
+    def merge_into(self, out: Tensor, key: str, linear: Linear) -> None:
         """Write W + scale B A into *out* (out, in)."""
         pair = self.thin[key]
         for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
@@ -420,7 +396,7 @@ class MixedLinears:
 
     def __init__(
         self,
-        linears: Mapping[str, FusedLinear],
+        linears: Mapping[str, Linear],
         stack: Stack,
         rows: npt.NDArray[np.int64],
         workspace: Workspace | None = None,

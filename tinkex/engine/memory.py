@@ -17,6 +17,11 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 _USAGES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
 
 
+def kind_of(device: torch.device) -> str:
+    """ "cpu" or "cuda" (any accelerator): what tables of sizes go by."""
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of memory that the process may use: of the accelerator, or of the machine.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import attrs
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from tinkex.engine import matmul
 from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.linears import Linear, Linears, given
 from tinkex.engine.spec import Spec
 
 #: Activations of the MLP's gate, by their names in config.json: the function and its derivative,
@@ -33,25 +33,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
         partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
 }
-
-
-@attrs.frozen
-class Part:
-    """Rows start..stop of a fused weight, which are the module *name* in the checkpoint."""
-
-    name: str
-    start: int
-    stop: int
-
-
-@attrs.frozen(eq=False)
-class Linear:
-    """A frozen matrix (out, in) of one or several modules; *group* is attn, mlp or unembed."""
-
-    weight: Tensor
-    bias: Tensor | None
-    parts: tuple[Part, ...]
-    group: str
 
 
 @attrs.frozen(eq=False)
@@ -124,19 +105,6 @@ class Base:
     def has_tied_head(self) -> bool:
         """True if the head's matrix is the embedding."""
         return self.linears["head"].weight is self.embedding
-
-
-class Linears(Protocol):
-    """The matrices of a model, with or without an adapter."""
-
-    def forward(self, key: str, x: Tensor) -> Tensor:
-        """x (N, in) -> (N, out)."""
-
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
-        """Take the adapter's gradients of dy (N, out) at x, and give dx (N, in)."""
-
-    def matrix(self, key: str) -> Tensor | None:
-        """The (out, in) matrix where one does for all rows, and no bias or gradients are wanted."""
 
 
 @attrs.frozen(eq=False)
@@ -423,15 +391,3 @@ def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor | 
     if weight is None or rstd is None:
         return dy
     return rms_norm_backward(dy, x, weight, rstd)
-
-
-def kind_of(device: torch.device) -> str:
-    """ "cpu" or "cuda" (any accelerator): what tables of sizes go by."""
-    return "cpu" if device.type == "cpu" else "cuda"
-
-
-def given(x: Tensor | None) -> Tensor:
-    """x, which cannot be None here."""
-    if x is None:
-        raise RuntimeError("a requested gradient was not computed.")
-    return x

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import lm_head
-from tinkex.engine.model import Linears
+from tinkex.engine.base_model import BaseModel
+from tinkex.engine.linears import Linears
 from tinkex.engine.sample_requests import Job, PromptScores
-from tinkex.engine.spec import Spec
 from tinkex.engine.token_sampling import usable_temperature
 
 
-def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, spec: Spec) -> None:
+def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, base: BaseModel) -> None:
     """Fill in the scores of jobs of one adapter.
 
     Args:
@@ -30,14 +30,14 @@ def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, spec: Sp
         wanted = _wanted(job)
         states = states[len(states) - 1 - len(wanted) : -1]  # position t - 1 predicts token t
         if job.request.topk_prompt_logprobs or job.request.prompt_alt_tokens_k:
-            _set_scores(job, *_score_rows(states, wanted, linears, job, spec))
+            _set_scores(job, *_score_rows(states, wanted, linears, job, base))
         else:
             by_width.setdefault(wanted.shape[1], []).append((job, states, wanted))
     for alike in by_width.values():
         targets = torch.from_numpy(np.concatenate([wanted for *_, wanted in alike]))
         hidden = torch.cat([states for _, states, _ in alike])
         found, _ = lm_head.target_logprobs(
-            linears, hidden, targets.to(hidden.device), spec.vocab, cap=spec.logit_cap
+            linears, hidden, targets.to(hidden.device), base.vocab, cap=base.logit_cap
         )
         ends = np.cumsum([len(wanted) for *_, wanted in alike])[:-1]
         for (job, *_), scores in zip(alike, np.split(found.cpu().numpy(), ends)):
@@ -57,7 +57,7 @@ def _wanted(job: Job) -> npt.NDArray[np.int64]:
 
 
 def _score_rows(
-    states: Tensor, wanted: npt.NDArray[np.int64], linears: Linears, job: Job, spec: Spec
+    states: Tensor, wanted: npt.NDArray[np.int64], linears: Linears, job: Job, base: BaseModel
 ) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs | None, types.PromptAltTokens | None]:
     """Log-probabilities of *wanted*, the k likeliest tokens, and random tokens: they need whole
     rows of logits."""
@@ -69,10 +69,10 @@ def _score_rows(
     alternatives = np.empty((len(wanted), draws), np.int64)
     of_alternatives = np.empty((len(wanted), draws), np.float32)
     draw = _Draw(job, states.device)
-    step = lm_head.row_count(spec.vocab)
+    step = lm_head.row_count(base.vocab)
     for start in range(0, len(wanted), step):
         rows = slice(start, start + step)
-        logits = lm_head.head_logits(linears, states[rows], spec.logit_cap)
+        logits = lm_head.head_logits(linears, states[rows], base.logit_cap)
         if k:
             topk.token_ids[rows], topk.logprobs[rows] = topk_of(logits, k)
         if draws:

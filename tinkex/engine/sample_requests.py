@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from tinkex import types
 from tinkex.engine import token_sampling
+from tinkex.engine.base_model import BaseModel
 from tinkex.engine.lora import Finished
-from tinkex.engine.model import Base
 
 #: (number of the sequence, token, its log-probability)
 OnToken = Callable[[int, int, float], None]
@@ -101,7 +101,7 @@ def make_job(
     ticket: Hashable,
     request: types.SampleRequest,
     adapter: Finished | None,
-    base: Base,
+    base: BaseModel,
     on_token: OnToken | None = None,
     share: Hashable = None,
 ) -> Job:
@@ -111,11 +111,11 @@ def make_job(
         ValueError: If the prompt is empty, too long or not of the model's vocabulary, or something
             is asked for that this server does not do.
     """
-    spec, params = base.spec, request.sampling_params
-    prompt = _check_prompt(request.prompt, spec.vocab, spec.context)
-    _check_prompt_scores(request, len(prompt), spec.vocab)
-    room = max(1, spec.context - len(prompt))  # the last token is never read again
-    stop_tokens, stop_strings = _stops(params.stop, spec.eos_tokens)
+    params = request.sampling_params
+    prompt = _check_prompt(request.prompt, base.vocab, base.context)
+    _check_prompt_scores(request, len(prompt), base.vocab)
+    room = max(1, base.context - len(prompt))  # the last token is never read again
+    stop_tokens, stop_strings = _stops(params.stop, base.eos_tokens)
     _check_stops(stop_tokens, stop_strings)
     seed = params.seed
     if seed is None:

@@ -1,10 +1,10 @@
 """Sampling with continuous batching: requests join and leave the running batch at every step.
 
 A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
-once), then gives every running sequence one more token; where that would take long, those of some
-pools (see sample_pools.py), in turn. One `Sampler` serves one base model and any
-number of adapters over it. Does not know about HTTP, users, or where adapters come from. One
-subject in one module: admission, a step, and recovery from a failed step change the same batch.
+once), then gives every running sequence one more token; where that would take long, some of the
+sequences in turn. One `Sampler` serves one base model and any number of adapters over it; numbers
+are computed by the base model's `SamplingState`. Does not know about HTTP, users, or where adapters
+come from.
 """
 
 from __future__ import annotations
@@ -12,22 +12,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import token_sampling
-from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt
 from tinkex.engine.cpu_parallel import Workers
-from tinkex.engine.lm_head import head_logits
-from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
-from tinkex.engine.model import Base, Forward, kind_of
+from tinkex.engine.lora import Finished
+from tinkex.engine.memory import kind_of
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
-from tinkex.engine.sample_pools import Pool, Pools
 from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job, PromptScores
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
@@ -42,17 +38,8 @@ ALONE = 4
 #: Samples of one prompt that share its keys and values; more form further groups.
 GROUP_WIDTH = 16
 
-#: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
-MERGE_ROWS = 16
-
-#: Keys and values that a step reads at most, if there are several pools of them: what a request
-#: that has just arrived may have to wait for. Not less than twice the base model, which is read in
-#: every step.
-STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
-
 Decode = Callable[[Sequence[int]], str]
 Outcome = tuple[Hashable, "types.SampleResponse | Exception"]
-Place = tuple[Pool, int]
 
 
 class Sampler:
@@ -65,7 +52,7 @@ class Sampler:
     """
 
     def __init__(
-        self, base: Base, load_decode: Callable[[], Decode], memory: int, workers: Workers
+        self, base: BaseModel, load_decode: Callable[[], Decode], memory: int, workers: Workers
     ) -> None:
         self._base = base
         self._workers = workers
@@ -74,12 +61,9 @@ class Sampler:
         self._memory = memory
         self._waiting = SampleQueue()
         self._rows = Rows()
-        step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
-        self._pools = Pools(base.spec, base.device, base.dtype, step_bytes)
+        self._state = base.sampling_state(workers)
         self._reserved: dict[int, int] = {}
         self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
-        self._stack = Stack([None])
-        self._workspace = Workspace() if can_merge(base.linears) else None
         self._finished: list[Outcome] = []
         self._answers_first = False
         self._begun: dict[Job, None] = {}  # jobs that a failing step may have half computed
@@ -169,10 +153,8 @@ class Sampler:
         self._rows = Rows()
         self._reserved.clear()
         self._unit.clear()
-        self._pools.clear()
         self._begun = {}
-        self._stack = Stack([None])
-        self._workspace = Workspace() if can_merge(self._base.linears) else None
+        self._state = self._base.sampling_state(self._workers)
 
     def _line(self) -> SampleQueue:
         """The units that may start now: after a failure, those of one group of suspects."""
@@ -202,37 +184,24 @@ class Sampler:
 
     def _begin(self, units: Sequence[Unit]) -> None:
         """Compute the prompts of units, and give each sample its first token."""
-        stack = self._stack_with([unit.job.adapter for unit in units])
-        number = {adapter: i for i, adapter in enumerate(stack.adapters)}
-        prompts: dict[tuple[int, int, bytes], list[Unit]] = {}
+        prompts: dict[tuple[Finished | None, bytes], list[Unit]] = {}
         for unit in units:
-            prompt = unit.job.prompt
-            key = number[unit.job.adapter], len(prompt), prompt.tobytes()
-            prompts.setdefault(key, []).append(unit)
-        # By adapter, so that each multiplies once; then by length, for attention.
-        groups = [prompts[key] for key in sorted(prompts)]
-        adapters = np.array([key[0] for key in sorted(prompts)])
+            prompts.setdefault((unit.job.adapter, unit.job.prompt.tobytes()), []).append(unit)
+        groups = list(prompts.values())
         started = [[self._start(unit) for unit in group] for group in groups]
-        places = [[place for _, found in group for place in found] for group in started]
         begun = set(units)
         self._waiting.remove(begun)
         self._trial.remove(begun)
-        logits = self._compute_prompts(groups, places, stack, adapters)
+        asked = []
+        for group, rows in zip(groups, started):
+            job = group[0].job
+            kept = [own for unit, own in zip(group, rows) if unit.job.limit > 1]
+            asked.append(Prompt(job.prompt, job.adapter, kept))
+        logits = self._state.begin(asked, self._scorer(groups))
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
-        flat = [row for group in started for rows, _ in group for row in rows]
+        flat = [row for group_rows in started for own in group_rows for row in own]
         self._take_tokens(np.array(flat), logits[which])
-
-    def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
-        """The stack of those that are running, if it has all these; else one of just these, which
-        will be that of those running if no others are."""
-        distinct = dict.fromkeys(adapters)
-        if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
-            return self._stack
-        stack = Stack(list(distinct))
-        if not self._unit:
-            self._stack = stack
-        return stack
 
     def _usage(self) -> tuple[dict[Hashable, int], dict[Hashable, int]]:
         """Rows and bytes that each share has in the running batch."""
@@ -331,186 +300,57 @@ class Sampler:
 
     def _bytes(self, unit: Unit) -> int:
         """What a unit's keys and values may come to."""
-        spec = self._base.spec
-        numbers = 2 * spec.layers * spec.kv_heads * spec.head_dim
-        positions = len(unit.job.prompt) + unit.count * unit.job.limit
-        return positions * numbers * self._base.embedding.element_size()
+        return self._state.bytes_needed(len(unit.job.prompt), unit.count, unit.job.limit)
 
-    def _start(self, unit: Unit) -> tuple[list[int], list[Place]]:
-        """Rows for a unit's samples, and where the keys and values of its prompt go: nowhere, if
-        one token is all."""
+    def _start(self, unit: Unit) -> list[int]:
+        """Rows for a unit's samples."""
         rows = [self._rows.take(unit.job, unit.first + i) for i in range(unit.count)]
         part = self._bytes(unit) // unit.count
         for row in rows:
             self._unit[row] = unit
             self._reserved[row] = part
-        if unit.job.limit == 1:
-            return rows, []
-        return rows, [self._pools.add(rows, len(unit.job.prompt))]
+        return rows
 
-    def _compute_prompts(
-        self,
-        groups: Sequence[Sequence[Unit]],
-        places: Sequence[Sequence[Place]],
-        stack: Stack,
-        adapters: npt.NDArray[np.int64],
-    ) -> Tensor:
-        """Logits (groups, V) of what comes after each group's prompt.
-
-        Args:
-            places: where each group's keys and values go.
-            adapters: number of each group's adapter in the stack; sorted.
-        """
-        sizes = [len(group[0].job.prompt) for group in groups]
-        is_single = len(stack.adapters) == 1
-        room = None
-        if is_single:
-            is_worth = sum(sizes) >= self._base.spec.width // 2
-            room = self._room(stack.adapters[0], is_worth)
-        shares = [list(range(len(groups)))]
-        wants_scores = any(unit.job.wants_scores for group in groups for unit in group)
-        if is_single or not wants_scores:  # scores of several adapters take turns in the workspace
-            shares = self._workers.share_out(sizes)
-        if len(shares) > 1:
-            MixedLinears(self._base.linears, stack, adapters, room).prepare()
-        parts = [
-            partial(
-                self._compute_share,
-                [groups[i] for i in share],
-                [places[i] for i in share],
-                stack,
-                adapters[share],
-                room,
-            )
-            for share in shares
-        ]
-        logits = torch.cat(self._workers.run(parts))
-        order = np.argsort(np.concatenate(shares))
-        return logits[torch.from_numpy(order).to(logits.device)]
-
-    def _compute_share(
-        self,
-        groups: Sequence[Sequence[Unit]],
-        places: Sequence[Sequence[Place]],
-        stack: Stack,
-        adapters: npt.NDArray[np.int64],
-        room: Workspace | None,
-    ) -> Tensor:
-        """Prefill some groups' prompts, score them, and give their logits (groups, V)."""
-        prompts = [group[0].job.prompt for group in groups]
-        packing = Packing([len(prompt) for prompt in prompts], self._base.device)
-        linears = MixedLinears(self._base.linears, stack, adapters.repeat(packing.lengths), room)
-        hidden = self._prefill(prompts, packing, places, linears)
-        self._score_prompts(groups, hidden.split(packing.lengths))
-        ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
-        head_of = MixedLinears(self._base.linears, stack, adapters)
-        return head_logits(head_of, hidden[ends.to(hidden.device)], self._base.spec.logit_cap)
-
-    def _prefill(
-        self,
-        prompts: Sequence[npt.NDArray[np.int32]],
-        packing: Packing,
-        places: Sequence[Sequence[Place]],
-        linears: MixedLinears,
-    ) -> Tensor:
-        """Hidden states (N, d) of prompts; their keys and values go to their places."""
-        base = self._base
-        attention = PackedAttention(packing, base.spec)
-        keys = base.spec.heads * base.spec.head_dim
-        values = keys + base.spec.kv_heads * base.spec.head_dim
-
-        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
-            for i, start in enumerate(packing.starts):
-                own = qkv[start : start + packing.lengths[i]]
-                k = own[:, keys:values].view(len(own), -1, base.spec.head_dim)
-                v = own[:, values:].view(len(own), -1, base.spec.head_dim)
-                for pool, place in places[i]:
-                    pool.fill(layer, place, k, v)
-            return attention.forward(layer, qkv)
-
-        tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
-        x = base.embed(tokens)
-        forward = Forward(base, linears, packing.positions, packing.longest, attend)
-        for i in range(base.spec.layers):
-            x, _ = forward.layer(i, x)
-        return base.finish(x)[0]
-
-    def _score_prompts(self, groups: Sequence[Sequence[Unit]], states: Sequence[Tensor]) -> None:
-        """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
-        asked: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
-        for group, own in zip(groups, states):
+    def _scorer(self, groups: Sequence[Sequence[Unit]]) -> OnHidden | None:
+        """What fills in the scores of the jobs of each group; None if none wants any."""
+        asking: list[list[Job]] = [[] for _ in groups]
+        for group, wanting in zip(groups, asking):
             for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
                 if job.scores is None:
                     job.scores = PromptScores(cached=len(job.prompt) if i else 0)
                     if job.wants_scores:
-                        asked.setdefault(job.adapter, []).append((job, own))
-        for adapter, jobs in asked.items():
-            rows = sum(len(own) for _, own in jobs)
-            room = self._room(adapter, rows >= self._base.spec.width // 2)
-            one = Stack([adapter])
-            linears = MixedLinears(self._base.linears, one, np.zeros(1, np.int64), room)
-            score_prompts(jobs, linears, self._base.spec)
+                        wanting.append(job)
+        if not any(asking):
+            return None
+
+        def score(numbers: Sequence[int], states: Sequence[Tensor]) -> None:
+            self._score([asking[i] for i in numbers], states)
+
+        return score
+
+    def _score(self, asking: Sequence[Sequence[Job]], states: Sequence[Tensor]) -> None:
+        """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
+        by_adapter: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
+        for jobs, own in zip(asking, states):
+            for job in jobs:
+                by_adapter.setdefault(job.adapter, []).append((job, own))
+        for adapter, pairs in by_adapter.items():
+            head = self._state.head(adapter, sum(len(own) for _, own in pairs))
+            score_prompts(pairs, head, self._base)
 
     # -- tokens ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
         """One more token for every running sequence, or for those whose turn it is."""
-        pools = self._pools.choose({row: unit.job.share for row, unit in self._unit.items()})
-        if not pools:
-            return
-        members = [pool.begin_step() for pool in pools]
-        bounds = np.cumsum([0, *(len(m) for m in members)])
-        rows = np.concatenate([np.array(m, np.int64) for m in members])
-        adapters = self._adapters(rows)
-        to_pools = from_pools = None
-        if (np.diff(adapters) < 0).any():  # rows of one go together, so that it multiplies once
-            order = np.argsort(adapters, kind="stable")
-            rows, adapters = rows[order], adapters[order]
-            to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
-            from_pools = torch.from_numpy(order).to(self._base.device)
-        base, spec, state = self._base, self._base.spec, self._rows
-        positions = state.prompt_length[rows] + state.length[rows] - 1
-        split = [spec.heads, spec.kv_heads, spec.kv_heads]
+        state = self._rows
+        rows, logits = self._state.advance(
+            state.last,
+            state.prompt_length + state.length - 1,
+            {row: unit.job.share for row, unit in self._unit.items()},
+        )
+        self._take_tokens(rows, logits)
 
-        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
-            own = qkv if to_pools is None else qkv.index_select(0, to_pools)
-            heads = own.view(len(qkv), -1, spec.head_dim)
-            outs = []
-            for pool, start, stop in zip(pools, bounds, bounds[1:]):
-                outs.append(pool.attend(layer, *heads[start:stop].split(split, dim=1)))
-            out = outs[0] if len(outs) == 1 else torch.cat(outs)
-            return (out if from_pools is None else out.index_select(0, from_pools)), None
-
-        single = self._stack.adapters[0] if len(self._stack.adapters) == 1 else None
-        room = self._room(single, len(rows) >= MERGE_ROWS)
-        linears = MixedLinears(base.linears, self._stack, adapters, room)
-        at = torch.from_numpy(positions).to(base.device)
-        forward = Forward(base, linears, at, int(positions.max()) + 1, attend)
-        tokens = torch.from_numpy(state.last[rows]).to(base.device)
-        x = base.embed(tokens)
-        for i in range(spec.layers):
-            x, _ = forward.layer(i, x)
-        for pool in pools:
-            pool.end_step()
-        self._take_tokens(rows, head_logits(linears, base.finish(x)[0], spec.logit_cap))
-
-    def _adapters(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Number of each row's adapter in the stack, which is rebuilt if others are running.
-
-        Its order is kept as long as the adapters are the same: stacking copies them all.
-        """
-        running = dict.fromkeys(unit.job.adapter for unit in self._unit.values())
-        if running.keys() != set(self._stack.adapters):
-            self._stack = Stack(list(running))
-        number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
-        return np.array([number[self._unit[row].job.adapter] for row in rows.tolist()], np.int64)
-
-    def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
-        """Where to merge an adapter, if that is worth it or has been done already."""
-        room = self._workspace
-        return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
-
-    def _take_tokens(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+    def _take_tokens(self, rows: Ints, logits: Tensor) -> None:
         """Choose a token for each row, record it, and end the sequences that it ends."""
         state = self._rows
         self._record_topk(rows, logits)
@@ -538,7 +378,7 @@ class Sampler:
             if job.is_done:
                 self._finish(job)
 
-    def _record_topk(self, rows: npt.NDArray[np.int64], logits: Tensor) -> None:
+    def _record_topk(self, rows: Ints, logits: Tensor) -> None:
         jobs = [self._rows.job[row] for row in rows]
         wanted = [i for i, job in enumerate(jobs) if job and job.request.topk_sample_logprobs]
         for i in wanted:
@@ -583,5 +423,5 @@ class Sampler:
 
     def _release(self, row: int) -> None:
         del self._unit[row], self._reserved[row]
-        self._pools.remove(row)
+        self._state.remove(row)
         self._rows.release(row)

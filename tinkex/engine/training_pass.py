@@ -6,6 +6,7 @@ divided depends on the request and the base model alone. Does not know model ids
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import losses
-from tinkex.engine.attention import Packing
+from tinkex.engine.base_model import BaseModel
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.linears import Linears
 from tinkex.engine.lm_head import Rows, target_logprobs
 from tinkex.engine.lora import TrainedLinears
-from tinkex.engine.memory import total_memory
-from tinkex.engine.model import Base, Linears, Training, kind_of
+from tinkex.engine.memory import kind_of, total_memory
 
 #: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix
 #: products are slower and the workers' shares become too small; more are no faster.
@@ -118,27 +119,17 @@ def _prepare_one(
     return Prepared(datum.model_input.tokens, targets, arrays, shape)
 
 
-def bytes_per_token(base: Base) -> int:
-    """Bytes of activations that all layers keep for the backward pass, for one token."""
-    spec = base.spec
-    attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
-    per_layer = 2 * spec.width + attention + 2 * spec.mlp
-    ends = [end for norms in base.norms for end in (norms.after_attention, norms.after_mlp)]
-    into_ends = sum(end is not None for end in ends) * spec.width
-    return (spec.layers * per_layer + into_ends) * base.embedding.element_size()
-
-
-def tokens_per_batch(base: Base) -> int:
+def tokens_per_batch(base: BaseModel) -> int:
     """Tokens of a micro-batch; depends on the model alone."""
     kind = kind_of(base.device)
-    comfortable = COMFORTABLE_ACTIVATIONS[kind] // bytes_per_token(base)
+    comfortable = COMFORTABLE_ACTIVATIONS[kind] // base.activation_bytes
     return max(MIN_TOKENS[kind], min(MAX_TOKENS[kind], comfortable))
 
 
-def tokens_to_keep(base: Base) -> int:
+def tokens_to_keep(base: BaseModel) -> int:
     """Tokens whose activations fit in memory. Layers of a larger micro-batch are recomputed."""
     budget = int(total_memory(base.device) * ACTIVATION_SHARE)
-    return max(1, budget // bytes_per_token(base))
+    return max(1, budget // base.activation_bytes)
 
 
 def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> list[list[int]]:
@@ -167,7 +158,7 @@ class _Outcome:
     """What came of the datums *numbers*: loss, metrics, and arrays (N, K) of all rows by name."""
 
     numbers: Sequence[int]
-    packing: Packing
+    lengths: Sequence[int]
     loss: float
     metrics: Mapping[str, float]
     arrays: Mapping[str, npt.NDArray[np.float32]]
@@ -188,7 +179,7 @@ class Pass:
 
     def __init__(
         self,
-        base: Base,
+        base: BaseModel,
         linears: TrainedLinears,
         workers: Workers,
         data: Sequence[Prepared],
@@ -213,12 +204,15 @@ class Pass:
 
     def compute(self, batch: Sequence[int]) -> None:
         """Forward and backward of the datums numbered in *batch*."""
-        shares = self._workers.share_out([len(self._data[i]) for i in batch])
+        sizes = [len(self._data[i]) for i in batch]
+        shares = [list(range(len(batch)))]
+        if self._base.is_shared:
+            shares = self._workers.share_out(sizes)
         first = self._linears[0]
         if len(shares) > 1:
             first.prepare()
             self._linears += [first.twin() for _ in range(len(shares) - len(self._linears))]
-        recompute = sum(len(self._data[i]) for i in batch) > self._most_kept
+        recompute = sum(sizes) > self._most_kept
         parts = [
             partial(self._compute_share, [batch[i] for i in share], linears, recompute)
             for share, linears in zip(shares, self._linears)
@@ -228,20 +222,20 @@ class Pass:
 
     def _compute_share(self, numbers: Sequence[int], linears: Linears, recompute: bool) -> _Outcome:
         data, base = [self._data[i] for i in numbers], self._base
-        packing = Packing([len(datum) for datum in data], base.device)
+        lengths = [len(datum) for datum in data]
         tokens = self._pack([datum.tokens for datum in data])
         targets = self._pack([datum.targets for datum in data])
         arrays = {name: self._pack([d.arrays[name] for d in data]) for name in data[0].arrays}
-        sequence = torch.repeat_interleave(torch.tensor(packing.lengths)).to(base.device)
+        sequence = torch.repeat_interleave(torch.tensor(lengths)).to(base.device)
         inputs = losses.Inputs(arrays, self._config, sequence, len(data))
-        training = Training(base, linears, packing, recompute=recompute)
+        training = base.training_batch(linears, lengths, recompute=recompute)
         hidden = training.forward(tokens, save=not self._forward_only)
         logprobs, values, dhidden = self._losses(linears, hidden, targets, inputs)
         if dhidden is not None:
             training.backward(dhidden)
         return _Outcome(
             numbers,
-            packing,
+            lengths,
             float(values.sum(dtype=torch.float64)),
             losses.METRICS[self._loss_fn](logprobs, inputs)
             if self._loss_fn in losses.METRICS
@@ -256,8 +250,8 @@ class Pass:
         self, linears: Linears, hidden: Tensor, targets: Tensor, inputs: losses.Inputs
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities and losses (N, K), and the gradient at *hidden* if it is wanted."""
-        loss, spec = losses.LOSSES[self._loss_fn], self._base.spec
-        score = partial(target_logprobs, linears, hidden, targets, spec.vocab, cap=spec.logit_cap)
+        loss, base = losses.LOSSES[self._loss_fn], self._base
+        score = partial(target_logprobs, linears, hidden, targets, base.vocab, cap=base.logit_cap)
         if self._forward_only or self._loss_fn in losses.WHOLE_SEQUENCE:
             logprobs, _ = score()
             values, slopes = loss(logprobs, inputs)
@@ -277,10 +271,10 @@ class Pass:
         return logprobs, values, dhidden
 
     def _keep(self, outcome: _Outcome) -> None:
-        packing = outcome.packing
         for name, value in {"loss:sum": outcome.loss, **outcome.metrics}.items():
             self._metrics[name] = self._metrics.get(name, 0.0) + value
-        for i, start, length in zip(outcome.numbers, packing.starts, packing.lengths):
+        starts = itertools.accumulate(outcome.lengths, initial=0)
+        for i, start, length in zip(outcome.numbers, starts, outcome.lengths):
             for name, array in outcome.arrays.items():
                 own = array[start : start + length].reshape(self._data[i].shape)
                 self._outputs[i][name] = types.TensorData.from_numpy(own)
@@ -297,25 +291,24 @@ class Pass:
         )
 
 
-def check_tokens(data: Sequence[types.Datum], base: Base) -> None:
+def check_tokens(data: Sequence[types.Datum], base: BaseModel) -> None:
     """Check that token ids are within the vocabulary, and lengths within the context.
 
     Raises:
         ValueError: Naming the datum and the fix.
     """
-    spec = base.spec
     for i, datum in enumerate(data):
         tokens = datum.model_input.tokens
-        if len(tokens) > spec.context:
+        if len(tokens) > base.context:
             raise ValueError(
-                f"data[{i}] has {len(tokens)} tokens, but the model's context is {spec.context}; "
+                f"data[{i}] has {len(tokens)} tokens, but the model's context is {base.context}; "
                 "cut it."
             )
         targets = datum.loss_fn_inputs["target_tokens"].data
         for name, ids in (("model_input", tokens), ("target_tokens", targets)):
-            if ids.size and int(ids.max()) >= spec.vocab:
+            if ids.size and int(ids.max()) >= base.vocab:
                 raise ValueError(
                     f"data[{i}].{name} holds token id {int(ids.max())} at position "
-                    f"{int(ids.argmax())}, but the model's vocabulary has {spec.vocab} tokens; "
+                    f"{int(ids.argmax())}, but the model's vocabulary has {base.vocab} tokens; "
                     "encode with the model's own tokenizer."
                 )

@@ -1,4 +1,4 @@
-"""Make a `Base` of a family's configuration and tensors."""
+"""Make a `FastModel` of a family's configuration and tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tinkex.engine.families.family import Family
-from tinkex.engine.model import ACTIVATIONS, Base, HeadNorm, Linear, Norms, Part, Rope
+from tinkex.engine.fast_path import FastModel
+from tinkex.engine.linears import Linear, Part
+from tinkex.engine.model import ACTIVATIONS, HeadNorm, Norms, Rope
 from tinkex.engine.spec import Spec
 
 #: Kinds of position embedding. Angles of LongRoPE depend on the length of the text: those of texts
@@ -118,8 +120,8 @@ def assemble(
     spec: Spec,
     tensors: MutableMapping[str, Tensor],
     ropes: tuple[Rope | None, ...],
-) -> Base:
-    """Fuse tensors with Hugging Face's names into a `Base`; removes them from *tensors*.
+) -> FastModel:
+    """Fuse tensors with Hugging Face's names into a `FastModel`; removes them from *tensors*.
 
     Args:
         tensors: may read each tensor only when it is taken, as `weights.Weights` does.
@@ -138,7 +140,7 @@ def assemble(
     final_norm = _norm_weight(family, tensors.pop("model.norm.weight"))
     if spec.logit_scale != 1:  # a head without bias: a factor on its input is one on the logits
         final_norm = final_norm.float() * spec.logit_scale
-    return Base(_rounded(spec, embedding), embedding, tuple(norms), final_norm, linears, ropes)
+    return FastModel(_rounded(spec, embedding), embedding, tuple(norms), final_norm, linears, ropes)
 
 
 def _rounded(spec: Spec, embedding: Tensor) -> Spec:

@@ -1,0 +1,253 @@
+"""The fast path: a `model.Base` as the rest of the engine sees it, and its sampling state.
+
+Prompts are computed packed, by all workers; then the sequences of all adapters read their next
+tokens together. Does not know about requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.base_model import Ints, OnHidden, Prompt
+from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.linears import Linears
+from tinkex.engine.lm_head import head_logits
+from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
+from tinkex.engine.memory import kind_of
+from tinkex.engine.model import Base, Forward, Training
+from tinkex.engine.sample_pools import Pool, Pools
+
+#: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
+MERGE_ROWS = 16
+
+#: Keys and values that a step reads at most, if there are several pools of them: what a request
+#: that has just arrived may have to wait for. Not less than twice the base model, which is read in
+#: every step.
+STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
+
+
+@attrs.frozen(eq=False)
+class FastModel(Base):
+    """A Llama-like model, computed by our own passes. Implements `base_model.BaseModel`."""
+
+    @property
+    def vocab(self) -> int:
+        return self.spec.vocab
+
+    @property
+    def context(self) -> int:
+        return self.spec.context
+
+    @property
+    def width(self) -> int:
+        return self.spec.width
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        return self.spec.eos_tokens
+
+    @property
+    def logit_cap(self) -> float:
+        return self.spec.logit_cap
+
+    @property
+    def activation_bytes(self) -> int:
+        spec = self.spec
+        attention = 2 * spec.qkv + 2 * spec.heads * spec.head_dim
+        per_layer = 2 * spec.width + attention + 2 * spec.mlp
+        ends = [end for norms in self.norms for end in (norms.after_attention, norms.after_mlp)]
+        into_ends = sum(end is not None for end in ends) * spec.width
+        return (spec.layers * per_layer + into_ends) * self.dtype.itemsize
+
+    @property
+    def is_shared(self) -> bool:
+        return True
+
+    @property
+    def can_merge(self) -> bool:
+        return True
+
+    def training_batch(
+        self, linears: Linears, lengths: Sequence[int], *, recompute: bool
+    ) -> Training:
+        return Training(self, linears, Packing(lengths, self.device), recompute=recompute)
+
+    def sampling_state(self, workers: Workers) -> FastSampling:
+        return FastSampling(self, workers)
+
+
+class FastSampling:
+    """Keys and values of the running sequences, in pools. Implements `SamplingState`."""
+
+    def __init__(self, base: Base, workers: Workers) -> None:
+        self._base = base
+        self._workers = workers
+        step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
+        self._pools = Pools(base.spec, base.device, base.dtype, step_bytes)
+        self._adapter: dict[int, Finished | None] = {}  # of each sequence
+        self._stack = Stack([None])
+        self._workspace = Workspace() if can_merge(base.linears) else None
+
+    def bytes_needed(self, prompt: int, samples: int, limit: int) -> int:
+        spec = self._base.spec
+        numbers = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        return (prompt + samples * limit) * numbers * self._base.dtype.itemsize
+
+    def head(self, adapter: Finished | None, rows: int) -> MixedLinears:
+        room = self._room(adapter, rows >= self._base.spec.width // 2)
+        return MixedLinears(self._base.linears, Stack([adapter]), np.zeros(1, np.int64), room)
+
+    # -- prompts -----------------------------------------------------------------------------
+
+    def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
+        stack = self._stack_with([prompt.adapter for prompt in prompts])
+        number = {adapter: i for i, adapter in enumerate(stack.adapters)}
+        # By adapter, so that each multiplies once; then by length, for attention.
+        keys = [
+            (number[prompt.adapter], len(prompt.tokens), prompt.tokens.tobytes())
+            for prompt in prompts
+        ]
+        order = sorted(range(len(prompts)), key=keys.__getitem__)
+        ordered = [prompts[i] for i in order]
+        adapters = np.array([number[prompt.adapter] for prompt in ordered])
+        places = [self._places(prompt) for prompt in ordered]
+        sizes = [len(prompt.tokens) for prompt in ordered]
+        room = None
+        if len(stack.adapters) == 1:
+            is_worth = sum(sizes) >= self._base.spec.width // 2
+            room = self._room(stack.adapters[0], is_worth)
+        shares = [list(range(len(ordered)))]
+        if len(stack.adapters) == 1 or on_hidden is None:
+            # Scores of several adapters take turns in the workspace.
+            shares = self._workers.share_out(sizes)
+        if len(shares) > 1:
+            MixedLinears(self._base.linears, stack, adapters, room).prepare()
+
+        def compute(share: list[int]) -> Tensor:
+            packing = Packing([sizes[i] for i in share], self._base.device)
+            own = adapters[share]
+            linears = MixedLinears(self._base.linears, stack, own.repeat(packing.lengths), room)
+            tokens = [ordered[i].tokens for i in share]
+            hidden = self._prefill(tokens, packing, [places[i] for i in share], linears)
+            if on_hidden is not None:
+                on_hidden([order[i] for i in share], hidden.split(packing.lengths))
+            ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
+            head = MixedLinears(self._base.linears, stack, own)
+            return head_logits(head, hidden[ends.to(hidden.device)], self._base.spec.logit_cap)
+
+        logits = torch.cat(self._workers.run([partial(compute, share) for share in shares]))
+        back = np.argsort(np.array(order)[np.concatenate(shares)])
+        return logits[torch.from_numpy(back).to(logits.device)]
+
+    def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
+        """The stack of those that are running, if it has all these; else one of just these, which
+        will be that of those running if no others are."""
+        distinct = dict.fromkeys(adapters)
+        if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
+            return self._stack
+        stack = Stack(list(distinct))
+        if not self._adapter:
+            self._stack = stack
+        return stack
+
+    def _places(self, prompt: Prompt) -> list[tuple[Pool, int]]:
+        """Where the keys and values of a prompt go: a place for each group of its sequences."""
+        for rows in prompt.rows:
+            self._adapter |= dict.fromkeys(rows, prompt.adapter)
+        return [self._pools.add(rows, len(prompt.tokens)) for rows in prompt.rows]
+
+    def _prefill(
+        self,
+        prompts: Sequence[np.ndarray],
+        packing: Packing,
+        places: Sequence[Sequence[tuple[Pool, int]]],
+        linears: MixedLinears,
+    ) -> Tensor:
+        """Hidden states (N, d) of prompts; their keys and values go to their places."""
+        base = self._base
+        attention = PackedAttention(packing, base.spec)
+        keys = base.spec.heads * base.spec.head_dim
+        values = keys + base.spec.kv_heads * base.spec.head_dim
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            for i, start in enumerate(packing.starts):
+                own = qkv[start : start + packing.lengths[i]]
+                k = own[:, keys:values].view(len(own), -1, base.spec.head_dim)
+                v = own[:, values:].view(len(own), -1, base.spec.head_dim)
+                for pool, place in places[i]:
+                    pool.fill(layer, place, k, v)
+            return attention.forward(layer, qkv)
+
+        tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
+        x = base.embed(tokens)
+        forward = Forward(base, linears, packing.positions, packing.longest, attend)
+        for i in range(base.spec.layers):
+            x, _ = forward.layer(i, x)
+        return base.finish(x)[0]
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def advance(
+        self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable]
+    ) -> tuple[Ints, Tensor]:
+        pools = self._pools.choose(shares)
+        members = [pool.begin_step() for pool in pools]
+        bounds = np.cumsum([0, *(len(m) for m in members)])
+        rows = np.concatenate([np.array(m, np.int64) for m in members])
+        adapters = self._numbers(rows)
+        to_pools = from_pools = None
+        if (np.diff(adapters) < 0).any():  # rows of one go together, so that it multiplies once
+            order = np.argsort(adapters, kind="stable")
+            rows, adapters = rows[order], adapters[order]
+            to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
+            from_pools = torch.from_numpy(order).to(self._base.device)
+        base, spec = self._base, self._base.spec
+        split = [spec.heads, spec.kv_heads, spec.kv_heads]
+
+        def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+            own = qkv if to_pools is None else qkv.index_select(0, to_pools)
+            heads = own.view(len(qkv), -1, spec.head_dim)
+            outs = []
+            for pool, start, stop in zip(pools, bounds, bounds[1:]):
+                outs.append(pool.attend(layer, *heads[start:stop].split(split, dim=1)))
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            return (out if from_pools is None else out.index_select(0, from_pools)), None
+
+        single = self._stack.adapters[0] if len(self._stack.adapters) == 1 else None
+        room = self._room(single, len(rows) >= MERGE_ROWS)
+        linears = MixedLinears(base.linears, self._stack, adapters, room)
+        at = torch.from_numpy(positions[rows]).to(base.device)
+        forward = Forward(base, linears, at, int(positions[rows].max()) + 1, attend)
+        x = base.embed(torch.from_numpy(tokens[rows]).to(base.device))
+        for i in range(spec.layers):
+            x, _ = forward.layer(i, x)
+        for pool in pools:
+            pool.end_step()
+        return rows, head_logits(linears, base.finish(x)[0], spec.logit_cap)
+
+    def _numbers(self, rows: Ints) -> Ints:
+        """Number of each row's adapter in the stack, which is rebuilt if others are running.
+
+        Its order is kept as long as the adapters are the same: stacking copies them all.
+        """
+        running = dict.fromkeys(self._adapter.values())
+        if running.keys() != set(self._stack.adapters):
+            self._stack = Stack(list(running))
+        number = {adapter: i for i, adapter in enumerate(self._stack.adapters)}
+        return np.array([number[self._adapter[row]] for row in rows.tolist()], np.int64)
+
+    def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
+        """Where to merge an adapter, if that is worth it or has been done already."""
+        room = self._workspace
+        return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
+
+    def remove(self, row: int) -> None:
+        self._adapter.pop(row, None)
+        self._pools.remove(row)
