@@ -87,6 +87,49 @@ def test_the_drafts_of_a_conversation_show_its_calls_in_the_same_form():
     assert all('"arguments": {"at": "B"}' in draft.text for draft in drafts)
 
 
+SHOW_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+SHOW_CALLS = "{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+SHOW_NAMES = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+SHOW_SAID = "{% if m.role != 'tool' %}{{ m.content }}{% endif %}"
+TOOL = {"type": "function", "function": {"name": "weather", "description": "At B: sunny."}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "body", "missing"),
+    [
+        (SHOW_TOOLS, "{{ m.content }}" + SHOW_CALLS, None),
+        ("", "{{ m.content }}" + SHOW_CALLS, "the tool 'weather'"),
+        (SHOW_TOOLS, "{{ m.content }}", "the call of 'weather' in message 1"),
+        (SHOW_TOOLS, "{{ m.content }}" + SHOW_NAMES, "the arguments of 'weather' in message 1"),
+        (SHOW_TOOLS, SHOW_SAID + SHOW_CALLS, "the tool's message 2"),
+    ],
+)
+def test_what_a_template_drops_is_missed_though_its_words_stand_elsewhere(tools, body, missing):
+    """The name of a tool is in its schema and in its calls, the result in the answer."""
+    messages = [
+        {"role": "user", "content": "Weather at B?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+        {"role": "assistant", "content": "It is sunny at B."},
+    ]
+    drafter = Drafter(tools + CHATML.replace("{{ m.content }}", body), CONTROL)
+
+    if missing is None:
+        assert 1 == len(drafter.drafts(conversation(messages, [TOOL])))
+        assert "zq" not in drafter.draft(conversation(messages, [TOOL])).text
+    else:
+        with pytest.raises(ValueError, match=f"the chat template does not show {missing}"):
+            drafter.drafts(conversation(messages, [TOOL]))
+
+
+def test_a_result_that_is_dropped_is_missed_without_calls_too():
+    messages = [*talk("a"), {"role": "tool", "content": "b"}, {"role": "assistant", "content": "b"}]
+    drafter = Drafter(CHATML.replace("{{ m.content }}", SHOW_SAID), CONTROL)
+
+    with pytest.raises(ValueError, match="does not show the tool's message 1"):
+        drafter.drafts(conversation(messages))
+
+
 def test_control_tokens_in_a_message_are_refused_whatever_the_template():
     for form in (CHATML, None):
         with pytest.raises(ValueError, match=r"message 0 contains '<\|im_end\|>'"):

@@ -131,14 +131,15 @@ class Drafter:
         Raises:
             ValueError: If it shows all in no form.
         """
-        if not conversation.has_calls:
+        if not conversation.has_calls and not conversation.has_results:
             return conversation
-        if conversation.is_formed and not conversation.missing_calls(self._text(conversation)):
+        if conversation.is_formed and not self._missing(conversation):
             return conversation
         problem: ValueError | None = None
         for form in conversation.forms():
             try:
-                missing = form.missing_calls(self._text(form))
+                self._text(form)
+                missing = self._missing(form)
             except templates.TemplateRefusedError as exc:
                 problem = problem or exc
                 continue
@@ -149,6 +150,12 @@ class Drafter:
                 "place for it"
             )
         raise problem or ValueError("the chat template does not show the tool calls")
+
+    def _missing(self, conversation: Conversation) -> str | None:
+        """What of the tools, calls and their results the template does not show, or None."""
+        marked, marks = conversation.marked()
+        text = self._text(marked)
+        return next((what for mark, what in marks if mark not in text), None)
 
     def _template_draft(self, conversation: Conversation) -> Draft:
         whole, marks = self._text_and_marks(conversation)

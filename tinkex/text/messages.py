@@ -58,6 +58,10 @@ class Conversation:
     def has_calls(self) -> bool:
         return bool(self.tools) or any("tool_calls" in message for message in self.messages)
 
+    @property
+    def has_results(self) -> bool:
+        return any(message["role"] == "tool" for message in self.messages)
+
     def up_to(self, i: int) -> Conversation:
         """The conversation that ends with message *i*, of which that alone counts."""
         counts = (*[False] * i, True)
@@ -73,24 +77,50 @@ class Conversation:
                 messages = [_form(m, arguments, content) for m in self.messages]
                 yield attrs.evolve(self, messages=messages, texts={}, is_formed=True)
 
-    def missing_calls(self, text: str) -> str | None:
-        """What of the tools, calls and their results *text* does not say, or None."""
+    def marked(self) -> tuple[Conversation, list[tuple[str, str]]]:
+        """
+        The same with a mark in every tool, call, argument and result; and the marks, each with
+        what it stands for. A text that shows all of these has all the marks.
+
+        Looking for the names themselves would not do: that of a tool is in its schema and in its
+        calls, and an argument often in the question, too.
+        """
+        marks: list[tuple[str, str]] = []
+
+        def mark(what: str) -> str:
+            marks.append((f"zq{len(marks)}zq", what))
+            return marks[-1][0]
+
+        def marked(value: Any, what: str) -> Any:
+            if isinstance(value, str):
+                return value + mark(what)
+            if isinstance(value, Mapping):
+                return {key: marked(item, what) for key, item in value.items()}
+            return [marked(item, what) for item in value] if isinstance(value, list) else value
+
+        def marked_call(call: Message, i: int) -> dict[str, Any]:
+            function = dict(call.get("function") or call)
+            name, arguments = function["name"], _as_object(function.get("arguments"))
+            function["name"] = marked(name, f"the call of {name!r} in message {i}")
+            arguments = marked(arguments, f"the arguments of {name!r} in message {i}")
+            is_text = isinstance(function.get("arguments"), str)
+            function["arguments"] = _as_text(arguments) if is_text else arguments
+            return {**call, "function": function} if "function" in call else function
+
+        tools = []
         for tool in self.tools or ():
-            name = str((tool.get("function") or tool).get("name", ""))
-            if name and name not in text:
-                return f"the tool {name!r}"
-        position = 0
+            function = dict(tool.get("function") or tool)
+            function["name"] = marked(function["name"], f"the tool {function['name']!r}")
+            tools.append({**tool, "function": function} if "function" in tool else function)
+        messages = []
         for i, message in enumerate(self.messages):
-            for call in message.get("tool_calls") or ():
-                name = str((call.get("function") or call).get("name", ""))
-                position = text.find(name, position)
-                if position < 0:
-                    return f"the call of {name!r} in message {i}"
-                arguments = _as_object((call.get("function") or call).get("arguments"))
-                for value in arguments.values() if isinstance(arguments, dict) else ():
-                    if isinstance(value, str) and not _says(text[position:], value):
-                        return f"the arguments of {name!r} in message {i}"
-        return None
+            found = dict(message)
+            if "tool_calls" in found:
+                found["tool_calls"] = [marked_call(call, i) for call in found["tool_calls"]]
+            if found["role"] == "tool":
+                found["content"] = marked(found.get("content"), f"the tool's message {i}")
+            messages.append(found)
+        return attrs.evolve(self, messages=messages, tools=tools or None, texts={}), marks
 
     def missing(self, text: str) -> str | None:
         """A message of a system, user or tool that *text* does not say, or None."""
