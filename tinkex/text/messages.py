@@ -107,7 +107,7 @@ class Conversation:
             function["arguments"] = _as_text(arguments) if is_text else arguments
             return {**call, "function": function} if "function" in call else function
 
-        tools = []
+        tools: list[Mapping[str, Any]] = []
         for tool in self.tools or ():
             function = dict(tool.get("function") or tool)
             function["name"] = marked(function["name"], f"the tool {function['name']!r}")
