@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,17 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
-from safetensors.torch import save_file
 
 from tests.official_sdk import page, sdk
 from tests.official_sdk.cookbook_recipe import MODEL
-from tests.support import environments
-from tinkex.engine import tiny
+from tests.support import environments, small_models
 
 VERSION = "0.6.1"
 SDKS = ("tinker", "tinkex")
 #: Seconds that a recipe may take.
-RECIPE_TIMEOUT = 300.0
+RECIPE_TIMEOUT = 900.0
 
 #: What the recipes import beside what the tests have; installed without what these depend on.
 PACKAGES = """
@@ -47,11 +46,15 @@ class Row:
 
     Attributes:
         says: what the last lines of a recipe hold that ends well, or is refused.
+        model: what it trains: "tiny", or "smollm2" where it earns its own rewards.
+        rises: a metric of each step that has to rise.
     """
 
     recipe: str
     arguments: str
     says: str = "Training completed"
+    model: str = "tiny"
+    rises: str | None = None
 
 
 _SMALL_RL = "batch_size=4 group_size=4 max_tokens=16 max_steps=2"
@@ -61,8 +64,30 @@ ROWS = (
     Row("rl_loop", f"{_SMALL_RL} loss_fn=importance_sampling"),
     Row("rl_loop", f"{_SMALL_RL} loss_fn=stable_reinforce", "its formula is not published"),
     Row("rl_basic", _SMALL_RL),
-    Row("math_rl", "groups_per_batch=4 group_size=4 max_tokens=16 max_steps=2 loss_fn=ppo"),
+    Row(
+        "math_rl", "env=gsm8k groups_per_batch=4 group_size=4 max_tokens=16 max_steps=2 loss_fn=ppo"
+    ),
+    Row("sl_basic", "batch_size=8"),
+    Row("chat_sl", "batch_size=8"),
+    Row("prompt_distillation", "batch_size=8 num_epochs=1"),
+    Row("preference.dpo", "batch_size=8 max_length=256"),
+    Row("preference.shorter", "batch_size=2 group_size=4 max_tokens=16 max_steps=2"),
+    Row(
+        "multiplayer_rl.guess_number",
+        "batch_size=2 group_size=4 max_tokens=8 max_steps=2 eval_every=0",
+    ),
+    Row(
+        "distillation.on_policy_distillation",
+        f"teacher_model={MODEL} groups_per_batch=4 max_tokens=16 max_steps=2",
+    ),
     Row("weights_download", "", "adapter_model.safetensors"),
+    Row(
+        "math_rl",
+        "env=arithmetic groups_per_batch=8 group_size=8 max_tokens=8 max_steps=20 lora_rank=16 "
+        "learning_rate=3e-4 loss_fn=importance_sampling",
+        model="smollm2",
+        rises="env/all/reward/total",
+    ),
 )
 
 HEAD = """
@@ -71,11 +96,12 @@ HEAD = """
 tinker-cookbook {version} against `tinkex serve`, on the official SDK and with tinkex in its
 place (`sys.modules["tinker"] = tinkex`). The recipes' own code runs offline, with stand-ins around
 it: the model is the built-in one under a name that they know (`--base-model
-{model}=DIR`), each data set is a few local examples, and the rewards, which that
-model would never earn, are replaced by one that half of all answers earn. So the table shows
-that everything between recipe and engine works, not that anything useful is learned. The arguments
-make a recipe small; all others have their defaults.
-`make cookbook` writes this table.
+{model}=DIR`), each data set is a few local examples, and the rewards of mathematics, which that
+model would never earn, are replaced by one that half of all answers earn. So these rows show
+that everything between recipe and engine works, not that anything useful is learned. In the last
+row SmolLM2 earns the recipe's own rewards, for sums of numbers up to 6: the reward is the mean of
+the first three steps, and of the last three. The arguments make a recipe small; all others have
+their defaults. `make cookbook` writes this table.
 
 """
 
@@ -87,26 +113,26 @@ def python() -> Path:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The address of a server with the built-in model under the name that the recipes know."""
+def server(model: str = "tiny") -> Iterator[tuple[str, Path]]:
+    """The address of a server with *model* under the name that the recipes know, and the folder of
+    the model."""
     with tempfile.TemporaryDirectory(prefix="tinkex-cookbook-") as scratch:
-        model = Path(scratch) / "model"
-        model.mkdir()
-        tiny.write_tokenizer(model)
-        save_file(tiny.weights(), model / "model.safetensors", metadata={"format": "pt"})
-        (model / "config.json").write_text(json.dumps(tiny.CONFIG))
-        with sdk.server("--base-model", f"{MODEL}={model}", "--no-tiny") as url:
-            yield url
+        folder = small_models.write(model, Path(scratch) / "model")
+        with sdk.server("--base-model", f"{MODEL}={folder}", "--no-tiny") as url:
+            yield url, folder
 
 
-def run(name: str, row: Row, url: str) -> tuple[bool, str, float]:
+def run(name: str, row: Row, served: tuple[str, Path]) -> tuple[bool, str, float]:
     """Run a recipe on the SDK *name*: whether it went as it should, the end of it, and seconds."""
+    url, model = served
     with tempfile.TemporaryDirectory(prefix="tinkex-recipe-") as scratch:
-        program = [python(), sdk.HERE / "cookbook_recipe.py", name, url, Path(scratch) / "log"]
+        log = Path(scratch) / "log"
+        program = [python(), sdk.HERE / "cookbook_recipe.py", name, url, log, model]
         environment = {
             **sdk.environment(),
             "PYTHONPATH": str(sdk.ROOT),
             "TINKER_API_KEY": "tml-cookbook",
+            "TINKER_BASE_URL": url,
             "COLUMNS": "200",
         }
         started = time.monotonic()
@@ -119,9 +145,22 @@ def run(name: str, row: Row, url: str) -> tuple[bool, str, float]:
             env=environment,
             cwd=scratch,
         )
+        rose = _rose(log / "metrics.jsonl", row.rises) if row.rises else None
     output = done.stdout.decode(errors="replace")
     seconds = time.monotonic() - started
-    return row.says in output, _end(output, row.says), seconds
+    end = _end(output, row.says)
+    if rose is None:
+        return row.says in output, end, seconds
+    return rose[0] + 0.1 < rose[1], f"reward {rose[0]:.2f} to {rose[1]:.2f}", seconds
+
+
+def _rose(metrics: Path, key: str) -> tuple[float, float]:
+    """The mean of a metric in the first three steps, and in the last three; 0 if it failed."""
+    rows = (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
+    found = [row[key] for row in rows if key in row] or [0.0]
+    return statistics.mean(found[:3]), statistics.mean(found[-3:])
 
 
 def _end(output: str, says: str) -> str:
@@ -136,19 +175,24 @@ def main(arguments: list[str]) -> int:
     words = [word for word in arguments if word not in SDKS]
     cells: dict[Row, list[str]] = {}
     failed = 0
-    with server() as url:
-        for row in ROWS:
-            if words and not any(word in row.recipe for word in words):
-                continue
-            for name in chosen:
-                good, end, seconds = run(name, row, url)
-                failed += not good
-                state = "fails" if not good else "ok" if row.says in _ENDS else "refused"
-                cells.setdefault(row, []).append(f"{state}, {seconds:.0f} s")
-                print(f"{name:7} {row.recipe} {row.arguments}: {state}, {seconds:.0f} s: {end}")
+    wanted = [row for row in ROWS if not words or any(word in row.recipe for word in words)]
+    for model in dict.fromkeys(row.model for row in wanted):
+        with server(model) as served:
+            for row in (row for row in wanted if row.model == model):
+                for name in chosen:
+                    good, end, seconds = run(name, row, served)
+                    failed += not good
+                    state = "fails" if not good else "ok" if row.says in _ENDS else "refused"
+                    text = f"{state}, {seconds:.0f} s" + (f", {end}" if row.rises else "")
+                    cells.setdefault(row, []).append(text)
+                    print(f"{name:7} {row.recipe} {row.arguments}: {text}: {end}", flush=True)
     if not arguments:
         page.write("cookbook", section(cells))
     return 0 if cells and not failed else 1
+
+
+def _name(row: Row) -> str:
+    return row.recipe if row.model == "tiny" else f"{row.recipe}, SmolLM2"
 
 
 _ENDS = {"Training completed", "adapter_model.safetensors"}
@@ -157,7 +201,7 @@ _ENDS = {"Training completed", "adapter_model.safetensors"}
 def section(cells: dict[Row, list[str]]) -> str:
     """The part of docs/compatibility.md about the cookbook."""
     head = HEAD.format(version=VERSION, model=MODEL)
-    rows = [[row.recipe, row.arguments, *found] for row, found in cells.items()]
+    rows = [[_name(row), row.arguments, *found] for row, found in cells.items()]
     header = ["Recipe", "Arguments", f"on tinker {sdk.VERSIONS[-1]}", "on tinkex"]
     return head + page.table(header, rows)
 

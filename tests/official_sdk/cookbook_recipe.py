@@ -1,8 +1,8 @@
-"""One recipe of tinker-cookbook: `PYTHON cookbook_recipe.py SDK URL FOLDER RECIPE [ARGUMENT...]`.
+"""A recipe of tinker-cookbook: PYTHON cookbook_recipe.py SDK URL FOLDER MODEL RECIPE [ARGUMENT...]
 
 Runs in an environment with the cookbook. SDK is "tinker", or "tinkex": then tinkex stands in for
 `tinker` in sys.modules, before the cookbook is imported. The data sets and the tokenizer, which the
-recipes fetch from the hub, are a few local examples and the tokenizer of the built-in model.
+recipes fetch from the hub, are a few local examples and the tokenizer in the directory MODEL.
 ARGUMENTs are the recipe's own (`batch_size=4`).
 """
 
@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "tinkex" / "engine" / "tiny"
 MODEL = "Qwen/Qwen3-8B-Base"
 EXAMPLES = 24  # of each data set
 
-ADDRESS, FOLDER = "", Path()
+ADDRESS, FOLDER, DIRECTORY = "", Path(), Path()
 
 
 def stand_in():
@@ -62,7 +61,19 @@ def local_data():
             ]
         }
     )
-    return {"openai/gsm8k": gsm8k, "HuggingFaceH4/no_robots": no_robots}
+    hh = Dataset.from_dict(
+        {
+            "chosen": [f"\n\nHuman: Say {n}.\n\nAssistant: {n}." for n in numbers],
+            "rejected": [f"\n\nHuman: Say {n}.\n\nAssistant: No." for n in numbers],
+        }
+    )
+    questions = Dataset.from_dict({"question": [f"What is {n} plus 1?" for n in numbers]})
+    return {
+        "openai/gsm8k": gsm8k,
+        "HuggingFaceH4/no_robots": no_robots,
+        "Anthropic/hh-rlhf": hh,
+        "zwhe99/DeepMath-103K": questions,
+    }
 
 
 def without_the_hub():
@@ -79,14 +90,14 @@ def without_the_hub():
 
     datasets.load_dataset = load_dataset
     with_rewards()
-    tokenizer_utils.register_tokenizer(MODEL, lambda: AutoTokenizer.from_pretrained(TOKENIZER))
+    tokenizer_utils.register_tokenizer(MODEL, lambda: AutoTokenizer.from_pretrained(DIRECTORY))
 
 
 def with_rewards():
     """Reward half of all answers: the built-in model cannot calculate, and where all rewards are
     the same, the recipes train on nothing."""
     from tinker_cookbook.recipes import rl_loop
-    from tinker_cookbook.recipes.math_rl import math_env
+    from tinker_cookbook.recipes.math_rl import arithmetic_env, math_env
 
     def is_even(text):
         return sum(map(ord, text)) % 2 == 0
@@ -94,6 +105,20 @@ def with_rewards():
     rl_loop.get_reward = lambda response, answer: float(is_even(response))
     math_env.MathEnv.check_answer = lambda self, text: is_even(text)
     math_env.MathEnv.check_format = lambda self, text: True
+
+    # Sums have the recipe's own rewards, and numbers that a small model can add.
+    made = arithmetic_env.ArithmeticDataset._make_env_group_builder
+
+    class Small:
+        def __init__(self, rng):
+            self.rng = rng
+
+        def randint(self, low, high):
+            return self.rng.randint(1, 7)
+
+    arithmetic_env.ArithmeticDataset._make_env_group_builder = lambda self, rng: made(
+        self, Small(rng)
+    )
 
 
 def loop(name, arguments):
@@ -105,34 +130,61 @@ def loop(name, arguments):
     chz.nested_entrypoint(module.main, argv=[*common, *arguments])
 
 
-def rl_basic(arguments):
-    """Its data set is a part of its blueprint, so that its sizes are set there."""
+def basic(name, arguments):
+    """Recipes whose data set is a part of their blueprint, so that its sizes are set there."""
     import chz
-    from tinker_cookbook.recipes import rl_basic as module
 
-    small, rest = {}, []
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in ("batch_size", "group_size"):
-            small[name] = int(value)
-        else:
-            rest.append(argument)
+    module = importlib.import_module(f"tinker_cookbook.recipes.{name}")
     blueprint = module.build_config_blueprint(MODEL)
-    blueprint.make_from_argv([f"base_url={ADDRESS}", f"log_path={FOLDER}", *rest])
+    sizes = [a for a in arguments if a.startswith(("batch_size=", "group_size="))]
+    others = [a for a in arguments if a not in sizes]
+    blueprint.make_from_argv([f"base_url={ADDRESS}", f"log_path={FOLDER}", *others])
     config = blueprint.make()
-    config = chz.replace(config, dataset_builder=chz.replace(config.dataset_builder, **small))
-    module.main(config)
+    builder = config.dataset_builder
+    small = {key: int(value) for key, value in (size.split("=") for size in sizes)}
+    if name == "sl_basic":
+        builder = chz.replace(builder, common_config=chz.replace(builder.common_config, **small))
+    else:
+        builder = chz.replace(builder, **small)
+    module.main(chz.replace(config, dataset_builder=builder))
 
 
-def math_rl(arguments):
+def command(name, arguments):
+    """Recipes that are a command line: a CLIConfig, and a function that takes one."""
     import asyncio
 
     import chz
-    from tinker_cookbook.recipes.math_rl import train as module
 
-    common = [f"model_name={MODEL}", f"base_url={ADDRESS}", f"log_path={FOLDER}", "env=gsm8k"]
-    config = chz.entrypoint(module.CLIConfig, argv=[*common, *arguments])
-    asyncio.run(module.cli_main(config))
+    module = importlib.import_module(f"tinker_cookbook.recipes.{name}")
+    common = {
+        "model_name": MODEL,
+        "base_url": ADDRESS,
+        "log_path": FOLDER,
+        "renderer_name": "role_colon",
+        "file_path": conversations(),
+    }
+    known = [f"{key}={value}" for key, value in common.items() if key in fields_of(module)]
+    config = chz.entrypoint(module.CLIConfig, argv=[*known, *arguments])
+    if hasattr(module, "cli_main"):
+        done = module.cli_main(config)
+    else:
+        done = module.train.main(module.build_config(config))
+    if asyncio.iscoroutine(done):
+        asyncio.run(done)
+
+
+def fields_of(module):
+    return set(module.CLIConfig.__annotations__)
+
+
+def conversations():
+    """A file of conversations, for the recipe that does not load a data set."""
+    import json
+
+    path = FOLDER.parent / "conversations.jsonl"
+    rows = local_data()["HuggingFaceH4/no_robots"]
+    path.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows))
+    return path
 
 
 def weights_download(arguments):
@@ -147,22 +199,26 @@ def weights_download(arguments):
     print(sorted(file.name for file in Path(out).iterdir()))
 
 
-RECIPES = {
-    "weights_download": weights_download,
-    "sl_loop": lambda arguments: loop("sl_loop", arguments),
-    "rl_loop": lambda arguments: loop("rl_loop", arguments),
-    "rl_basic": rl_basic,
-    "math_rl": math_rl,
-}
+def run(recipe, arguments):
+    if recipe == "weights_download":
+        weights_download(arguments)
+    elif recipe in ("sl_loop", "rl_loop"):
+        loop(recipe, arguments)
+    elif recipe in ("sl_basic", "rl_basic"):
+        basic(recipe, arguments)
+    else:
+        is_package = recipe != "distillation.on_policy_distillation"
+        command(f"{recipe}.train" if is_package else recipe, arguments)
 
 
 def main(sdk, recipe, arguments):
     if sdk == "tinkex":
         stand_in()
     without_the_hub()
-    RECIPES[recipe](arguments)
+    run(recipe, arguments)
 
 
 if __name__ == "__main__":
-    SDK, ADDRESS, FOLDER, RECIPE, *REST = sys.argv[1:]
+    SDK, ADDRESS, FOLDER, DIRECTORY, RECIPE, *REST = sys.argv[1:]
+    FOLDER = Path(FOLDER)
     main(SDK, RECIPE, REST)

@@ -69,7 +69,9 @@ OTHERS = {
         loss_fn=nonlinear, target_norm=2.0, mode="interpolated", seed=3
     ),
     "kl-computed": regularizers.kl(
-        reference=lambda data, logprobs: [d.loss_fn_inputs["reference_logprobs"].data for d in data]
+        reference=lambda data, logprobs: [
+            d.loss_fn_inputs["reference_logprobs"].values for d in data
+        ]
     ),
     "orthogonality": regularizers.orthogonality(),
     "sum": regularizers.l2(reduction="sum"),

@@ -81,7 +81,7 @@ def test_real_weights_gradients_and_optimizers_come_back_to_the_bit(tmp_path):
             params = {"learning_rate": 0.01, "grad_clip_norm": 0.1}
             body = {"model_id": model, "seq_id": seq + 1, "adam_params": params}
             step = client.result(client.post("optim_step", body))
-            logprobs = [out["logprobs"].data.tobytes() for out in output.loss_fn_outputs]
+            logprobs = [out["logprobs"].values.tobytes() for out in output.loss_fn_outputs]
             found.append((output.metrics, logprobs, step["metrics"]))
         results.append(found)
         served.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_a_tensor_gives_back_the_array_it_was_made_of(array):
     assert expected.tolist() == tensor.tolist()
     assert (expected.shape, expected.dtype) == (tensor.shape, tensor.to_numpy().dtype)
     assert tensor == types.TensorData.from_torch(torch.from_numpy(expected.copy()))
-    assert tensor == types.TensorData(tensor.data, None, tensor.shape)
+    assert tensor == types.TensorData(tensor.values, None, tensor.shape)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32])
@@ -57,7 +58,7 @@ def test_what_nobody_can_change_is_not_copied():
     """As what came from the server: megabytes of log-probabilities, read where they arrived."""
     received = np.frombuffer(b"\0\0\x80\xbf" * 4, np.float32)
 
-    assert np.shares_memory(received, types.TensorData(received).data)
+    assert np.shares_memory(received, types.TensorData(received).values)
     assert np.shares_memory(received, types.TensorData(received).to_numpy())
 
 
@@ -76,7 +77,7 @@ def test_a_sparse_tensor_is_the_same_array_in_fewer_bytes(array):
     np.testing.assert_array_equal(array, tensor.to_numpy())
     assert tensor == types.TensorData(array)
     assert tensor.nbytes <= array.nbytes
-    assert (tensor.data.size < array.size) == tensor.is_sparse
+    assert (tensor.values.size < array.size) == tensor.is_sparse
 
 
 @given(FLOATS | INTS)
@@ -128,3 +129,13 @@ def test_tensors_that_differ_are_not_equal():
 def test_its_repr_is_short_however_many_numbers_it_holds():
     assert "TensorData(float32, shape=[1000])" == repr(types.TensorData(np.zeros(1000)))
     assert 100 > len(repr(types.TensorData(np.zeros((1000, 1000)))))
+
+
+def test_its_data_is_a_list_of_numbers_as_scripts_for_the_official_sdk_expect():
+    """They test it for truth, add it to lists, and write it as JSON."""
+    tensor = types.TensorData(np.array([[0.5, 1], [2, 3]], np.float32))
+
+    assert [0.5, 1.0, 2.0, 3.0] == tensor.data
+    assert "[0.5, 1.0, 2.0, 3.0]" == json.dumps(tensor.data)
+    assert [0.5, 1.0, 2.0, 3.0, 7] == [*tensor.data, 7]
+    assert not types.TensorData([], "int64").data

@@ -127,7 +127,7 @@ def test_decoded_arrays_are_views_where_nothing_is_converted():
     """A batch of megabytes is not copied."""
     decoded = proto.decode_request(proto.encode_request(request()))
 
-    assert not decoded.data[0].loss_fn_inputs["weights"].data.flags.owndata
+    assert not decoded.data[0].loss_fn_inputs["weights"].values.flags.owndata
 
 
 def test_integers_that_do_not_fit_are_refused_when_sending():

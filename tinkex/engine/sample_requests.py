@@ -166,7 +166,7 @@ def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) 
             f"target_prompt_logprobs has shape {list(targets.shape)}; for a prompt of {length} "
             f"tokens it must be [{length - 1}, K]."
         )
-    values = targets.data
+    values = targets.values
     if values.dtype.kind == "f" or (values.size and not -1 <= values.min() <= values.max() < vocab):
         raise ValueError(
             f"target_prompt_logprobs must hold token ids below {vocab} (int64), or -1 to skip."

@@ -304,7 +304,7 @@ def check_tokens(data: Sequence[types.Datum], base: BaseModel) -> None:
                 f"data[{i}] has {len(tokens)} tokens, but the model's context is {base.context}; "
                 "cut it."
             )
-        targets = datum.loss_fn_inputs["target_tokens"].data
+        targets = datum.loss_fn_inputs["target_tokens"].values
         for name, ids in (("model_input", tokens), ("target_tokens", targets)):
             if ids.size and int(ids.max()) >= base.vocab:
                 raise ValueError(

@@ -116,7 +116,7 @@ def _feed(digest: Any, value: Any) -> None:
         digest.update(f"{value.dtype.str}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).data)
     elif isinstance(value, types.TensorData):
-        parts = (value.data, value.sparse_crow_indices, value.sparse_col_indices)
+        parts = (value.values, value.sparse_crow_indices, value.sparse_col_indices)
         _feed(digest, [value.shape, *parts])
     elif attrs.has(type(value)):
         digest.update(type(value).__name__.encode())

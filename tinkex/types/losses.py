@@ -192,7 +192,7 @@ def _check_datum(
                 f"data[{i}].loss_fn_inputs[{name!r}] has shape {list(shape)}, but {loss_fn} takes "
                 f"one value per token: shape [{length}]."
             )
-        values = tensor.data
+        values = tensor.values
         # A finite sum proves that all are; only otherwise it pays to look at each.
         if values.dtype.kind == "f" and not (
             math.isfinite(values.sum()) or np.isfinite(values).all()
@@ -209,7 +209,7 @@ def _check_targets(inputs: Mapping[str, object], i: int) -> None:
     targets = inputs.get("target_tokens")
     if targets is None:
         return
-    values = targets.data  # type: ignore[attr-defined]
+    values = targets.values  # type: ignore[attr-defined]
     if values.dtype.kind == "f":
         raise ValueError(f"data[{i}] target_tokens must be token ids (int64), got float32.")
     if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**31):

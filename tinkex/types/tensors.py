@@ -94,13 +94,13 @@ class TensorData:
             only and *shape* is needed.
 
     Attributes:
-        data: the stored values, one-dimensional.
+        values: the stored values, a one-dimensional array. `data` has them as a list.
 
     Raises:
         TypeError, ValueError: If values, dtype, shape and indices do not fit together.
     """
 
-    __slots__ = ("data", "shape", "sparse_col_indices", "sparse_crow_indices")
+    __slots__ = ("shape", "sparse_col_indices", "sparse_crow_indices", "values")
 
     def __init__(
         self,
@@ -114,15 +114,15 @@ class TensorData:
     ) -> None:
         lent = to_array(data)
         array = own(_cast(lent, dtype, name), lent, data)
-        self.data: np.ndarray = array.reshape(-1)
+        self.values: np.ndarray = array.reshape(-1)
         self.shape: tuple[int, ...] = array.shape if shape is None else _as_shape(shape, name)
         self.sparse_crow_indices: np.ndarray | None = None
         self.sparse_col_indices: np.ndarray | None = None
         if sparse_crow_indices is not None or sparse_col_indices is not None:
             self._set_sparse(sparse_crow_indices, sparse_col_indices, shape, name)
-        elif min(self.shape, default=0) < 0 or math.prod(self.shape) != self.data.size:
+        elif min(self.shape, default=0) < 0 or math.prod(self.shape) != self.values.size:
             raise ValueError(
-                f"{name}: {self.data.size} values do not fill shape {list(self.shape)}."
+                f"{name}: {self.values.size} values do not fill shape {list(self.shape)}."
             )
 
     def _set_sparse(
@@ -135,13 +135,13 @@ class TensorData:
             )
         crow = _cast(to_array(crow), "int64", f"{name}.sparse_crow_indices")
         col = _cast(to_array(col), "int64", f"{name}.sparse_col_indices")
-        fits = crow.shape == (self.shape[0] + 1,) and col.shape == self.data.shape
+        fits = crow.shape == (self.shape[0] + 1,) and col.shape == self.values.shape
         # Sorted, without a difference that could wrap around: np.repeat trusts these numbers.
         rises = fits and bool((crow[:-1] <= crow[1:]).all())
         if not rises or crow[0] != 0 or crow[-1] != col.size:
             raise ValueError(
                 f"{name}: {crow.size} row indices and {col.size} column indices do not describe "
-                f"{self.data.size} values of shape {list(self.shape)}."
+                f"{self.values.size} values of shape {list(self.shape)}."
             )
         if col.size and (int(col.min()) < 0 or int(col.max()) >= self.shape[1]):
             raise ValueError(f"{name}: a column index is outside 0..{self.shape[1] - 1}.")
@@ -170,9 +170,16 @@ class TensorData:
         return cls(dense[kept], None, dense.shape, crow, np.nonzero(kept)[1])
 
     @property
+    def data(self) -> list[Any]:
+        """The stored values as a list of Python numbers, as the official SDK has them; a new one
+        each time, so that `values` and `to_numpy()` are quicker."""
+        found: list[Any] = self.values.tolist()
+        return found
+
+    @property
     def dtype(self) -> DType:
         """ "int64" or "float32"."""
-        return "float32" if self.data.dtype.kind == "f" else "int64"
+        return "float32" if self.values.dtype.kind == "f" else "int64"
 
     @property
     def is_sparse(self) -> bool:
@@ -181,10 +188,10 @@ class TensorData:
     def to_numpy(self) -> np.ndarray:
         """The array in its shape: a view where dense, a new zero-filled array where sparse."""
         if self.sparse_crow_indices is None:
-            return self.data.reshape(self.shape)
-        dense = np.zeros(self.shape, self.data.dtype)
+            return self.values.reshape(self.shape)
+        dense = np.zeros(self.shape, self.values.dtype)
         rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
-        dense[rows, self.sparse_col_indices] = self.data
+        dense[rows, self.sparse_col_indices] = self.values
         return dense
 
     def to_torch(self) -> Any:
@@ -201,7 +208,7 @@ class TensorData:
     def nbytes(self) -> int:
         """Bytes of values and indices."""
         indices = (self.sparse_crow_indices, self.sparse_col_indices)
-        return self.data.nbytes + sum(i.nbytes for i in indices if i is not None)
+        return self.values.nbytes + sum(i.nbytes for i in indices if i is not None)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.to_numpy(), dtype=dtype, copy=copy if copy else None)

@@ -122,7 +122,7 @@ def _float(value: float) -> float | None:
 
 def _tensor(tensor: types.TensorData) -> dict[str, Any]:
     plain = {
-        "data": _array(tensor.data),
+        "data": _array(tensor.values),
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
     }

@@ -131,7 +131,7 @@ def bytes_of(array: np.ndarray, layout: str) -> memoryview:
 def write_tensor(tensor: types.TensorData) -> Body:
     """A Tensor message, dense or sparse like *tensor*."""
     dtype = DTYPES[tensor.dtype]
-    values = bytes_of(tensor.data, LAYOUTS[dtype])
+    values = bytes_of(tensor.values, LAYOUTS[dtype])
     body = Body()
     if tensor.sparse_crow_indices is not None and tensor.sparse_col_indices is not None:
         sparse = Body()
