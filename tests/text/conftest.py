@@ -106,21 +106,21 @@ def real_qwen(control=QWEN_CONTROL):
     return made
 
 
+def load_pair(name, is_sentencepiece=False, is_real=False):
+    """Our tokenizer for a template of tests/text/templates, and transformers' for the same."""
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    special = next(v for k, v in SPECIAL.items() if name.startswith(k))
+    if is_real:
+        more = {*_CONTROL.findall(template), *special.values()} - set(QWEN_CONTROL)
+        made = real_qwen((*QWEN_CONTROL, *sorted(more)))
+    else:
+        made = backend(template, tuple(special.values()), is_sentencepiece)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=template, **special
+    )
+    return Tokenizer(made, {**special, "chat_template": template}), theirs
+
+
 @pytest.fixture
 def load():
-    """Our tokenizer for a template of tests/text/templates, and transformers' for the same."""
-
-    def load(name, is_sentencepiece=False, is_real=False):
-        template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-        special = next(v for k, v in SPECIAL.items() if name.startswith(k))
-        if is_real:
-            more = {*_CONTROL.findall(template), *special.values()} - set(QWEN_CONTROL)
-            made = real_qwen((*QWEN_CONTROL, *sorted(more)))
-        else:
-            made = backend(template, tuple(special.values()), is_sentencepiece)
-        theirs = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=made, chat_template=template, **special
-        )
-        return Tokenizer(made, {**special, "chat_template": template}), theirs
-
-    return load
+    return load_pair
