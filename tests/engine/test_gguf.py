@@ -40,7 +40,8 @@ def make_gguf(folder, kind="llama", stored="F32"):
 
 
 @pytest.mark.parametrize(
-    "kind", ["llama", "llama-tied-biased", "llama3-rope", "mistral", "qwen2", "qwen3"]
+    "kind",
+    ["llama", "llama-tied-biased", "llama3-rope", "mistral", "qwen2", "qwen3", "gemma3-of-gguf"],
 )
 def test_each_family_is_computed_as_transformers_computes_the_directory(kind, tmp_path):
     """Names, order of rows, biases, head norms, rotary factors: all survive."""
@@ -52,15 +53,29 @@ def test_each_family_is_computed_as_transformers_computes_the_directory(kind, tm
     torch.testing.assert_close(logits(path, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+#: What transformers does not read from a file, by the kind of model.
+TOLD = {
+    "qwen3": {"head_dim": 16},
+    "gemma3-of-gguf": {
+        "query_pre_attn_scalar": 16,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+}
+
+#: The same for the sizes of `wide`.
+SIZES_TOLD = {"qwen3": {"head_dim": 64}, "gemma3-of-gguf": {"query_pre_attn_scalar": 64}}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3-of-gguf"])
 def test_each_family_is_read_as_transformers_reads_the_file(kind, tmp_path):
     """transformers has a reader of its own, so a mistake in our writer cannot hide one in it."""
     _, path = make_gguf(tmp_path, kind)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, hf.VOCAB, 60))
-    # transformers does not read the size of Qwen3's heads from the file.
-    told = {"head_dim": 16} if kind == "qwen3" else {}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **told
+        path.parent, gguf_file=path.name, dtype=torch.float32, **TOLD.get(kind, {})
     )
     with torch.no_grad():
         expected = theirs.eval()(input_ids=tokens[None]).logits[0]
@@ -90,9 +105,94 @@ def write_quantized(path, kind):
     return gguf.dequantize(raw.reshape(6, -1), number) if kind[0] in "QB" else None
 
 
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"]
+
+#: Where the scales of a block are that decide how large its numbers can be.
+SCALES = {"Q4_K": slice(0, 4), "Q5_K": slice(0, 4), "Q6_K": slice(208, 210)}
+
+
+def stored(values, kind):
+    """A matrix in the bytes of *kind*. No library here writes K types: those are of random blocks
+    with small scales."""
+    number = gguf.GGMLQuantizationType[kind]
+    if kind not in SCALES:
+        return gguf.quantize(values, number)
+    size = gguf.GGML_QUANT_SIZES[number][1]
+    raw = np.random.default_rng(values.size).integers(
+        0, 256, (len(values), values.shape[1] // 256, size), dtype=np.uint8
+    )
+    scales = raw[..., SCALES[kind]]
+    scales[:] = np.full(scales.shape[-1] // 2, 3e-4, np.float16).view(np.uint8)
+    return raw.reshape(len(values), -1)
+
+
+def quantize(source, path, kind):
+    """Write the file *source* of F32 again, its matrices as *kind*."""
+    read = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, read.fields["general.architecture"].contents())
+    for name, field in read.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    for tensor in read.tensors:
+        if tensor.data.ndim == 1:
+            writer.add_tensor(tensor.name, tensor.data)
+        else:
+            number = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(tensor.name, stored(tensor.data, kind), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Makes a file of a family in F32, wide enough for blocks of K types; once each."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp("wide")
+            config = hf.CONFIGS[family]()
+            sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+            config = type(config).from_dict({**config.to_dict(), **sizes})
+            if family == "gemma3-of-gguf":
+                config.query_pre_attn_scalar = 64
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(hf.CONFIGS, family, lambda: config)
+                made[family] = make_gguf(folder, family)[1]
+        return made[family]
+
+    return make
+
+
 @pytest.mark.parametrize(
-    "kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"]
+    "family",
+    [
+        *("llama", "gemma3-of-gguf"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "qwen3")),
+    ],
 )
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_type_of_each_family_is_read_as_transformers_reads_it(kind, family, wide, tmp_path):
+    path = tmp_path / "model.gguf"
+    quantize(wide(family), path, kind)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, hf.VOCAB, 20))
+    told = TOLD.get(family, {})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, **{**told, **SIZES_TOLD.get(family, {})}
+    )
+    with torch.no_grad():
+        expected = theirs.eval()(input_ids=tokens[None]).logits[0]
+
+    actual = logits(path, tokens)
+
+    assert expected.std() > 0.1
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @np.errstate(all="ignore")  # random bytes are all sorts of numbers
 def test_every_supported_type_is_dequantized(kind, tmp_path):
     """Block by block gives the same as all at once."""
@@ -105,6 +205,31 @@ def test_every_supported_type_is_dequantized(kind, tmp_path):
     rows = [reading.read_rows(file, file.tensors["output.weight"], i, i + 2) for i in (0, 2, 4)]
 
     assert np.array_equal(expected, np.concatenate(rows), equal_nan=True)
+
+
+def test_a_gemma_that_llama_cpp_would_compute_differently_is_not_written(tmp_path):
+    """The scale of its attention is not in the file: llama.cpp has it in its code."""
+    base = hf.make_base(tmp_path / "base", "gemma3")
+
+    with pytest.raises(
+        ValueError, match=r"query_pre_attn_scalar = 5 .* llama.cpp computes with 16"
+    ):
+        gguf_writer.write(base, tmp_path / "model.gguf")
+
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_gemma_file_is_saved_as_a_directory(tmp_path):
+    """With the settings that the file leaves to the program."""
+    _, path = make_gguf(tmp_path, "gemma3-of-gguf")
+    (tmp_path / "out").mkdir()
+
+    reading.write_directory(path, tmp_path / "out", torch.float32)
+
+    tokens = torch.arange(30)
+    with torch.no_grad():
+        expected = hf.load_base(tmp_path / "out")(input_ids=tokens[None]).logits[0]
+    torch.testing.assert_close(logits(path, tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_gguf_file_is_trained_sampled_and_merged_like_any_base_model(tmp_path):

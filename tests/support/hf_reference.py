@@ -120,6 +120,19 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
+#: Gemma 3 as llama.cpp knows it: much of it is in its code and not in GGUF files.
+CONFIGS["gemma3-of-gguf"] = lambda: transformers.Gemma3TextConfig(
+    **{**SIZES, "num_hidden_layers": 7},
+    head_dim=16,
+    sliding_window=8,
+    query_pre_attn_scalar=16,
+    rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+)
+
+
 def make_base(directory: Path, kind: str = "llama") -> Path:
     """A model with random weights, norms and biases, saved in *directory*, with a tokenizer."""
     torch.manual_seed(1)

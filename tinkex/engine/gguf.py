@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 
 #: Element types that can be read, by their number in ggml: name, elements and bytes of a block.
@@ -38,6 +39,9 @@ TYPES = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
+
+#: In files of an architecture, the weights of norms are larger by so much than in directories.
+NORM_OFFSETS = {"gemma3": 1.0}
 
 #: Elements that are dequantized at a time.
 BLOCK = 4 * 2**20
@@ -60,21 +64,40 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+#: What is called otherwise, or is there only, in files of Gemma 3.
+_INSIDE_GEMMA3 = {
+    **_INSIDE,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+#: Of Gemma 3's layers, one in so many has no window, unless the file says otherwise.
+GEMMA3_PERIOD = 6
+#: Base of the angles of Gemma 3's layers with a window.
+GEMMA3_LOCAL_BASE = 10000.0
+#: Gemma 3 27B, which has so many layers, scales attention by width per head, not by a head's size.
+GEMMA3_LARGEST = 62
+
 #: Factors on the rotary frequencies (Llama 3's), which are no weights of the model.
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def hf_name(name: str) -> str | None:
+def _inside(architecture: str) -> dict[str, str]:
+    return _INSIDE_GEMMA3 if architecture == "gemma3" else _INSIDE
+
+
+def hf_name(name: str, architecture: str) -> str | None:
     """Hugging Face's name of a tensor, or None if there is none."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _INSIDE:
-        return f"model.layers.{parts[1]}.{_INSIDE[parts[2]]}.{parts[3]}"
+    parts, inside = name.split("."), _inside(architecture)
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in inside:
+        return f"model.layers.{parts[1]}.{inside[parts[2]]}.{parts[3]}"
     return None
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """GGUF's name of a tensor, from Hugging Face's. KeyError if there is none."""
     for theirs, ours in _OUTSIDE.items():
         if name == ours:
@@ -82,7 +105,7 @@ def gguf_name(name: str) -> str:
     _, _, number, module, kind = (
         name.replace("self_attn.", "self_attn-").replace("mlp.", "mlp-").split(".")
     )
-    short = {ours.replace(".", "-"): theirs for theirs, ours in _INSIDE.items()}
+    short = {ours.replace(".", "-"): theirs for theirs, ours in _inside(architecture).items()}
     return f"blk.{number}.{short[module]}.{kind}"
 
 
@@ -148,7 +171,37 @@ def config(file: Gguf) -> dict[str, Any]:
     if model_type == "llama":
         content["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         content["mlp_bias"] = False
+    if name == "gemma3":
+        content |= _gemma3_settings(content, get)
     return content
+
+
+def _gemma3_settings(content: dict[str, Any], get: _Getter) -> dict[str, Any]:
+    """What llama.cpp computes, though it is not in the file."""
+    layers, width, heads = (
+        content[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
+    period = int(get("attention.sliding_window_pattern", GEMMA3_PERIOD))
+    local = float(get("rope.freq_base_swa", GEMMA3_LOCAL_BASE))
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": (
+            width // heads if layers == GEMMA3_LARGEST else content["head_dim"]
+        ),
+        "sliding_window": get("attention.sliding_window"),
+        "layer_types": gemma3_layers(layers, period),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": get("final_logit_softcapping", 0.0) or None,
+        "rope_parameters": {
+            "full_attention": content["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+def gemma3_layers(layers: int, period: int = GEMMA3_PERIOD) -> list[str]:
+    """Kinds of attention of each layer: every *period*-th has no window."""
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
 
 
 class _Getter:
@@ -185,9 +238,14 @@ def _rope_parameters(file: Gguf, get: _Getter) -> dict[str, Any]:
     )
 
 
-def inverse_frequencies(file: Gguf, content: dict[str, Any]) -> Tensor:
-    """(D / 2,) float32 angles per position, for `model.Rope`."""
-    rope = content["rope_parameters"]
+def inverse_frequencies(file: Gguf, content: dict[str, Any]) -> dict[str, Tensor]:
+    """(D / 2,) float32 angles per position for `model.Rope`, by kind: see `Family.ropes`."""
+    parameters = content["rope_parameters"]
+    kinds = {"": parameters} if "rope_type" in parameters else parameters
+    return {kind: _frequencies(file, content, rope) for kind, rope in kinds.items()}
+
+
+def _frequencies(file: Gguf, content: dict[str, Any], rope: dict[str, Any]) -> Tensor:
     steps = torch.arange(0, content["head_dim"], 2, dtype=torch.float32)
     frequencies = 1.0 / (rope["rope_theta"] ** (steps / content["head_dim"]))
     frequencies /= rope.get("factor", 1.0)
@@ -214,6 +272,7 @@ class Tensors(MutableMapping[str, Tensor]):
     ) -> None:
         self._file, self._dtype, self._device = file, dtype, device
         self._on_progress, self._done = on_progress, 0
+        self._norm_offset = NORM_OFFSETS.get(file.architecture, 0.0)
         self._heads = {}
         if content["model_type"] == "llama":
             self._heads["attn_q"] = content["num_attention_heads"]
@@ -222,7 +281,7 @@ class Tensors(MutableMapping[str, Tensor]):
         self._infos: dict[str, TensorInfo] = {}
         for info in file.tensors.values():
             _check_tensor(file, info, size)
-            name = hf_name(info.name)
+            name = hf_name(info.name, file.architecture)
             if name is not None:
                 self._infos[name] = info
             elif info.name != _ROPE_FACTORS:
@@ -230,7 +289,8 @@ class Tensors(MutableMapping[str, Tensor]):
         for i in range(content["num_hidden_layers"]):
             for theirs in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"):
                 _shape(file, f"blk.{i}.{theirs}.weight")
-            for theirs in ("attn_norm", "ffn_norm", "ffn_down"):
+            more = ("post_attention_norm", "post_ffw_norm") if self._norm_offset else ()
+            for theirs in ("attn_norm", "ffn_norm", "ffn_down", *more):
                 _shape(file, f"blk.{i}.{theirs}.weight")
         _shape(file, "output_norm.weight")
         self._total = sum(map(_stored_bytes, self._infos.values()))
@@ -249,6 +309,8 @@ class Tensors(MutableMapping[str, Tensor]):
             rows = read_rows(self._file, info, start, start + step)
             if heads:
                 rows = unpermute(rows, heads)
+            if self._norm_offset and "norm" in info.name:
+                rows -= self._norm_offset
             out[start : start + step].copy_(torch.from_numpy(rows))
         self._done += _stored_bytes(info)
         return out

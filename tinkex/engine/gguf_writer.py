@@ -39,11 +39,13 @@ def write(directory: Path, path: Path, kind: str = "F16") -> None:
     if kind not in TYPES:
         raise ValueError(f"GGUF type {kind!r} cannot be written; choose {', '.join(TYPES)}.")
     content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    model_type = "llama" if content["model_type"] == "mistral" else content["model_type"]
-    if model_type not in reading.ARCHITECTURES:
+    by_type = {ours: theirs for theirs, (ours, _) in reading.ARCHITECTURES.items()}
+    by_type["mistral"] = "llama"
+    model_type = by_type.get(content["model_type"])
+    if model_type is None:
         raise ValueError(
             f"architecture {content['model_type']!r} cannot be written as GGUF; supported are "
-            f"{', '.join(reading.ARCHITECTURES)} and mistral."
+            f"{', '.join(by_type)}."
         )
     writer = gguf.GGUFWriter(path, model_type)
     writer.add_name(directory.name)
@@ -96,6 +98,8 @@ def _add_sizes(writer: Any, content: dict[str, Any]) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(content["vocab_size"])
     rope = _rope(content)
+    if content["model_type"] == "gemma3_text":
+        rope = _add_gemma3(writer, content, rope, head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", "default")
     if kind == "linear":
@@ -103,6 +107,38 @@ def _add_sizes(writer: Any, content: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif kind not in ("default", "llama3"):
         raise ValueError(f"position embeddings of type {kind!r} cannot be written as GGUF.")
+
+
+def _add_gemma3(
+    writer: Any, content: dict[str, Any], rope: dict[str, Any], head_dim: int
+) -> dict[str, Any]:
+    """What only Gemma 3 has; the rotary settings of its layers without a window.
+
+    Raises:
+        ValueError: If llama.cpp, which has the rest in its code, would compute something else.
+    """
+    layers, heads = content["num_hidden_layers"], content["num_attention_heads"]
+    largest = content["hidden_size"] // heads
+    ours = {
+        "query_pre_attn_scalar": largest if layers == reading.GEMMA3_LARGEST else head_dim,
+        "layer_types": reading.gemma3_layers(layers),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": None,
+    }
+    for name, expected in ours.items():
+        if content.get(name) != expected:
+            raise ValueError(
+                f"{name} = {content.get(name)!r} of Gemma 3 cannot be written as GGUF; "
+                f"llama.cpp computes with {expected!r}. Export as a Hugging Face directory."
+            )
+    local = rope["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise ValueError("scaled positions of layers with a window cannot be written as GGUF.")
+    writer.add_sliding_window(content["sliding_window"])
+    if float(local["rope_theta"]) != reading.GEMMA3_LOCAL_BASE:
+        writer.add_float32("gemma3.rope.freq_base_swa", float(local["rope_theta"]))
+    full: dict[str, Any] = rope["full_attention"]
+    return full
 
 
 def _rope(content: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +173,9 @@ def _add_tensor(
 ) -> None:
     import gguf
 
-    theirs = reading.gguf_name(name)
+    theirs = reading.gguf_name(name, model_type)
+    if "norm" in theirs:
+        values = values + np.float32(reading.NORM_OFFSETS.get(model_type, 0.0))
     heads = content["num_attention_heads"]
     if model_type == "llama" and ".attn_q." in theirs:
         values = reading.permute(values, heads)

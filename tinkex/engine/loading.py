@@ -149,8 +149,11 @@ def _load_gguf(
     _check_memory(name, parameters, device, dtype)
     tensors = gguf.Tensors(file, content, dtype, device, on_progress)
     family = FAMILIES[content["model_type"]]
-    spec = build.spec_of(family, SimpleNamespace(**content))
-    ropes = (Rope(gguf.inverse_frequencies(file, content).to(device)),) * spec.layers
+    settings = SimpleNamespace(**content)
+    spec = build.spec_of(family, settings)
+    frequencies = gguf.inverse_frequencies(file, content)
+    by_kind = {kind: Rope(values.to(device)) for kind, values in frequencies.items()}
+    ropes = tuple(by_kind[kind or ""] for kind in family.ropes(settings))
     base = build.assemble(family, spec, tensors, ropes)
     architecture = content["architectures"][0]
     return Loaded(name, base, str(path), architecture, lambda: _gguf_decoder(path))
