@@ -11,7 +11,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench profile chaos audit load dist hooks clean browser screenshots clients examples
+.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench profile chaos audit load dist hooks clean browser screenshots clients examples scaling
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ browser: .venv/browser ## try the web page in chromium (Debian: apt install chro
 
 clients: .venv/test ## run litellm, lm-eval and inspect-ai, in a venv of their own, against our server
 	$(BIN)/python -m pytest tests/openai_clients $(ARGS)
+
+scaling: .venv/test ## run SkyRL and TuFT (7 GB of packages, no GPU) with tinkex, write docs/scaling.md (ARGS='skyrl')
+	$(BIN)/python -m tests.scaling $(ARGS)
 
 screenshots: .venv/browser ## take the pictures of the web page in docs/
 	BROWSER_SCREENSHOTS=docs $(BIN)/python -m pytest tests/browser -k the_page_fits

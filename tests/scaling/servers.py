@@ -18,13 +18,16 @@ import attrs
 import requests
 
 from tests.check_core_install import find_python
-from tests.official_sdk.sdk import make_once
+from tests.support.environments import make_once
 from tests.support.processes import ROOT, free_port
 
 BUILD = ROOT / "build" / "scaling"
 
 #: Seconds that pip may take (SkyRL has 7 GB to install), and a server from its start to its answer.
 INSTALL_TIMEOUT, START_TIMEOUT = 3600.0, 300.0
+
+#: Seconds that it may take to end.
+END_SECONDS = 10.0
 
 KEYS = ("tml-first", "tml-second")
 
@@ -218,10 +221,10 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """With the processes that it has started: not every server ends by SIGTERM."""
-    for how, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+    for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
-            process.wait(seconds)
+            process.wait(END_SECONDS)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
