@@ -70,7 +70,7 @@ HEAVY_ALLOWED = {"wire.proto_messages": {"google"}}
 FOREIGN = {
     "engine.matmul": {"_linear_pointwise"},
     "runtime.interpreter_exit": {"_run_exitfuncs"},
-    "runtime.http_adapter": {"_get_conn", "_put_conn"},
+    "runtime.http_adapter": {"_get_conn", "_put_conn", "_validate_conn"},
 }
 
 

@@ -178,6 +178,64 @@ def test_a_peer_that_drips_over_tls_is_left_in_time(way):
         assert time.monotonic() - started < 3
 
 
+class Nowhere:
+    """A peer that cannot be reached."""
+
+    def __init__(self, url):
+        self.url = url
+
+
+@pytest.mark.parametrize("session", [None, foreign_session], ids=["ours", "the user's adapter"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_name_that_is_not_resolved_is_left_in_time(scheme, session, way, monkeypatch):
+    """A resolver has no time limit that a program could set."""
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(30))
+    started = time.monotonic()
+    with pytest.raises(errors.APIConnectionError, match=r"slow\.test"):
+        ask(way(Nowhere(f"{scheme}://slow.test"), session=session and session()))
+    taken = time.monotonic() - started
+    over.set()
+
+    assert taken < 3
+
+
+def test_a_host_of_many_addresses_that_do_not_answer_is_left_in_time(way, monkeypatch):
+    """Each of them alone would get the whole time."""
+    many = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{i}", 80)) for i in range(40)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: many)
+
+    def connect(sock, address):
+        time.sleep(sock.gettimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    started = time.monotonic()
+    with pytest.raises(errors.APIConnectionError, match=r"many\.test"):
+        ask(way(Nowhere("http://many.test")))
+
+    assert time.monotonic() - started < 3
+
+
+def test_a_connection_that_is_made_too_late_is_closed(way, monkeypatch):
+    """Nobody uses it."""
+    resolve, over = socket.getaddrinfo, threading.Event()
+
+    def late(*args, **kwargs):
+        over.wait(30)
+        return resolve(*args, **kwargs)
+
+    with Peer(HEAD) as peer:
+        monkeypatch.setattr(socket, "getaddrinfo", late)
+        with pytest.raises(errors.APIConnectionError):
+            ask(way(peer))
+        over.set()
+        deadline = time.monotonic() + 10
+        while not peer._open or peer._open[0].fileno() >= 0:  # accepted, and ended by the client
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_a_peer_that_does_not_read_is_left_in_time(tls, way, monkeypatch):
     """The request is larger than all buffers between."""

@@ -180,3 +180,46 @@ def test_models_given_at_the_start_are_loaded_beside_the_first_requests(serve, e
 
     assert model
     assert 4096 == after["slow-start"]["max_context_length"]
+
+
+class SlowTokenizer(SlowEngine):
+    """Reads the tokenizer of a request with stop strings as long as `hold` is cleared."""
+
+    def unread_tokenizer(self, base_model, request):
+        if not isinstance(request.sampling_params.stop, str) or "tokenizer" in self.reads:
+            return None
+        return self.read
+
+    def read(self):
+        self.stopped.set()
+        assert self.hold.wait(20)
+        self.reads.append("tokenizer")
+        if self.fails:
+            raise ValueError("tokenizer.json is damaged.")
+
+    fails = False
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+def test_a_tokenizer_that_is_slow_to_read_holds_up_those_who_need_it_alone(serve, fails):
+    """They wait for one reading, and all get its failure."""
+    engine = SlowTokenizer()
+    engine.fails = fails
+    client = serve(engine=engine).client
+    sampler = client.sampler()
+    with_stops = [client.sample(sampler, i, params={"stop": "x"}) for i in range(3)]
+    assert engine.stopped.wait(10)
+    other = client.result(client.sample(sampler, 3))
+    place = waiting(client, with_stops[0])
+    engine.hold.set()
+    outcomes = [client.result(promise) for promise in with_stops]
+
+    assert other["sequences"]
+    assert "reading the tokenizer of 'tiny'" == place["queue_state_reason"]
+    assert ["tokenizer"] == [name for name in engine.reads if name == "tokenizer"]
+    if fails:
+        assert ["Sample: tokenizer.json is damaged."] * 3 == [
+            outcome["error"] for outcome in outcomes
+        ]
+    else:
+        assert all(outcome["sequences"] for outcome in outcomes)

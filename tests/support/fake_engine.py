@@ -165,6 +165,9 @@ class FakeEngine:
         self.log.append(("close_sampler", sampler_id))
         del self.samplers[sampler_id]
 
+    def unread_tokenizer(self, base_model, request):
+        return None
+
     def submit_sample(self, ticket, sampler_id, request, *, on_token=None, share=None):
         prompt = request.prompt.tokens
         if prompt.size and int(prompt.max()) >= VOCABULARY:

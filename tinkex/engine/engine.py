@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -458,6 +458,15 @@ class Engine:
                 "sampling client."
             )
         return adapter
+
+    def unread_tokenizer(
+        self, base_model: str, request: types.SampleRequest
+    ) -> Callable[[], None] | None:
+        """What reads the tokenizer that a request with stop strings needs; None if none is needed.
+
+        May be called from any thread. `submit_sample` would read it itself, and hold up its thread.
+        """
+        return self._base(base_model).sampler.unread_decoder(request.sampling_params.stop)
 
     def submit_sample(
         self,

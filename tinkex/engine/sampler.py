@@ -46,7 +46,8 @@ class Sampler:
     """The running batch of one base model.
 
     Args:
-        load_decode: gives ids -> text; called when a stop string is first asked for.
+        load_decode: gives ids -> text; called when a stop string is first asked for, unless it has
+            been read before (`unread_decoder`).
         memory: bytes that keys and values may take; requests beyond that wait.
         workers: compute shares of the prompts.
     """
@@ -80,8 +81,16 @@ class Sampler:
     def submit(self, job: Job) -> None:
         """Queue a job made by `make_job`."""
         if job.stop_strings and self._decode is None:
-            self._decode = self._load_decode()
+            self._read_decoder()
         self._waiting.extend(self._units(job))
+
+    def unread_decoder(self, stop: types.sampling.Stop) -> Callable[[], None] | None:
+        """What reads the decoder that stop strings need, on any thread; None if none is needed."""
+        has_strings = isinstance(stop, str) or any(isinstance(item, str) for item in stop or ())
+        return self._read_decoder if has_strings and self._decode is None else None
+
+    def _read_decoder(self) -> None:
+        self._decode = self._load_decode()
 
     def cancel(self, ticket: Hashable) -> None:
         """Forget a job; nothing is returned for it."""

@@ -216,10 +216,57 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
             conn.response_class = functools.partial(_Answer, limits=limits)  # type: ignore[attr-defined]
         return conn
 
+    def _validate_conn(self, conn: Any) -> None:
+        """What urllib3 calls before it uses a connection, which may not be open yet."""
+        limits = _this_thread.limits
+        is_own = type(conn).__module__ == "urllib3.connection"
+        if limits is not None and is_own and conn.sock is None and self.proxy is None:
+            _connect(conn, limits.left())
+        super()._validate_conn(conn)  # type: ignore[misc]
+
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:  # urllib3 puts None for a connection that it has dropped
             _in_use.discard(conn)
         super()._put_conn(conn)
+
+
+def _connect(conn: Any, seconds: float) -> None:
+    """Open a connection within *seconds* in all.
+
+    Resolving a name has no time limit of its own, and each address of a host would get the whole
+    time. So this happens on a thread, which is left alone when the time is over.
+
+    Raises:
+        urllib3.exceptions.ConnectTimeoutError: If it takes longer.
+    """
+    ended, lock = threading.Event(), threading.Lock()
+    failures: list[BaseException] = []
+    is_left = False
+
+    def connect() -> None:
+        try:
+            conn.connect()
+        except BaseException as exc:
+            failures.append(exc)
+        with lock:
+            ended.set()
+        if is_left:
+            conn.close()
+
+    try:
+        threading.Thread(target=connect, name="tinkex-connect", daemon=True).start()
+    except RuntimeError:  # no thread can be started any more: the program ends
+        conn.connect()
+        return
+    ended.wait(seconds)
+    with lock:
+        is_left = not ended.is_set()
+    if is_left:
+        raise urllib3.exceptions.ConnectTimeoutError(
+            conn, f"{conn.host} could not be resolved and connected to within {seconds:.1f} s"
+        )
+    if failures:
+        raise failures[0]
 
 
 class _InterruptiblePoolTLS(_InterruptiblePool, urllib3.HTTPSConnectionPool):
@@ -286,9 +333,12 @@ class _Pool(_InterruptiblePool):
             return None
         if conn.sock is not None:
             return conn
-        conn.timeout, connected = timeout, False
+        conn.timeout, connected, limits = timeout, False, _this_thread.limits
         try:
-            conn.connect()
+            if limits is None:
+                conn.connect()
+            else:
+                _connect(conn, limits.left())
             if self.scheme == "https" and not conn.is_verified:
                 warning = f"{self.host} is not verified: its certificate is not checked."
                 warnings.warn(warning, urllib3.exceptions.InsecureRequestWarning, stacklevel=2)

@@ -1,4 +1,5 @@
 """Reads base models on threads of their own, so that nothing else waits for a slow or hostile one.
+Their tokenizers, too.
 
 All operations that need a model wait for one reading of it. It ends when none of them waits any
 more, or when it takes too long; a thread that hangs in the file system is then left alone. Does not
@@ -102,6 +103,7 @@ class BaseLoader:
         self._seconds = seconds
         self._lock = threading.Lock()  # guards what follows
         self._current: dict[str, Loading] = {}
+        self._aside: dict[str, Future[None]] = {}
         self._queue: deque[tuple[Loading, Any]] = deque()
         self._running = 0
 
@@ -119,6 +121,35 @@ class BaseLoader:
             except Unwanted:  # stopped for others, at the moment when this job came
                 continue
         self._note(engine, base_model)
+
+    def aside(self, title: str, read: Callable[[], None]) -> Steps:
+        """A part of a job: waits until *read* has been called, on a thread of its own.
+
+        It is called once for all jobs that wait for the same *title*. Raises what it raises.
+        """
+        with self._lock:
+            done = self._aside.get(title)
+            if done is None:
+                done = self._aside[title] = Future()
+                args = (title, done, read)
+                threading.Thread(
+                    target=self._read_aside, args=args, name="tinkex-load", daemon=True
+                ).start()
+        yield Wait(done, lambda: f"reading {title}")
+        done.result()
+
+    def _read_aside(self, title: str, done: Future[None], read: Callable[[], None]) -> None:
+        outcome: BaseException | None = None
+        try:
+            read()
+        except BaseException as exc:
+            outcome = exc
+        with self._lock:
+            del self._aside[title]
+        if outcome is None:
+            done.set_result(None)
+        else:
+            done.set_exception(outcome)
 
     def preload(
         self,

@@ -424,6 +424,9 @@ class Workshop:
             if sampler.directory is not None:
                 self._store.checkpoints.verify(sampler.directory)
             yield from self.loader.need(engine, sampler.base_model)
+        read = engine.unread_tokenizer(sampler.base_model, request)
+        if read is not None:
+            yield from self.loader.aside(f"the tokenizer of {sampler.base_model!r}", read)
         if engine_id not in self._open:  # still: others may have opened it meanwhile
             engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
             self._open[engine_id] = _OpenSampler()
