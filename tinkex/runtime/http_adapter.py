@@ -222,7 +222,7 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
         is_own = type(conn).__module__ == "urllib3.connection"
         if limits is not None and is_own and conn.sock is None and self.proxy is None:
             _connect(conn, limits.left())
-        super()._validate_conn(conn)  # type: ignore[misc]
+        super()._validate_conn(conn)
 
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:  # urllib3 puts None for a connection that it has dropped
