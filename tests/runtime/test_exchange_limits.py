@@ -218,7 +218,7 @@ def test_a_host_of_many_addresses_that_do_not_answer_is_left_in_time(way, monkey
 
 
 def test_a_connection_that_is_made_too_late_is_closed(way, monkeypatch):
-    """Nobody uses it."""
+    """By then the exchange has failed."""
     resolve, over = socket.getaddrinfo, threading.Event()
 
     def late(*args, **kwargs):

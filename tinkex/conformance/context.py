@@ -282,7 +282,8 @@ class Context:
                 "session_id": session_id or self.session_id,
                 "model_seq_id": self.model_number() if number is None else number,
                 "base_model": self.base_model,
-                "lora_config": wire.to_json(types.LoraConfig(rank, seed=11)),
+                # Our own type refuses ranks that a server should refuse.
+                "lora_config": {**wire.to_json(types.LoraConfig(RANK, seed=11)), "rank": rank},
                 "type": "create_model",
                 **fields,
             },
