@@ -471,7 +471,7 @@ class SamplingClient(types.Ready):
             raise ValueError(_NO_HANDLE) from exc
         if names != set(_HANDLE_PARTS) or not isinstance(base_url, str):
             raise ValueError(_NO_HANDLE)
-        return _unpickled(Config(base_url=base_url, api_key=api_key), parts, None)
+        return _unpickled(Config(base_url=base_url, api_key=api_key or ""), parts, None)
 
     def get_telemetry(self) -> Any:
         """The telemetry reporter of the session, or None where telemetry is off (the default)."""
