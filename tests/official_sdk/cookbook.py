@@ -83,7 +83,7 @@ ROWS = (
     Row("weights_download", "", "adapter_model.safetensors"),
     Row(
         "math_rl",
-        "env=arithmetic groups_per_batch=8 group_size=8 max_tokens=8 max_steps=20 lora_rank=16 "
+        "env=arithmetic groups_per_batch=8 group_size=8 max_tokens=8 max_steps=8 lora_rank=16 "
         "learning_rate=3e-4 loss_fn=importance_sampling",
         model="smollm2",
         rises="env/all/reward/total",
