@@ -24,7 +24,7 @@ def dense(q, k, v, scale, cap, window):
 @pytest.mark.parametrize(("cap", "window"), [(0.0, 0), (2.0, 0), (0.0, 5), (2.0, 5), (2.0, 200)])
 def test_capped_and_windowed_attention_and_its_derivative(cap, window, block, monkeypatch):
     """Whatever the size of the blocks; grouped heads; layouts as the fused matrix gives them."""
-    monkeypatch.setattr(module, "BLOCK_PRODUCTS", block)
+    monkeypatch.setattr(module, "BLOCK_PRODUCTS", {"cpu": block})
     monkeypatch.setattr(module, "LEAST_QUERIES", 7)
     generator = torch.Generator().manual_seed(0)
     leaves = [

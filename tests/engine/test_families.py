@@ -211,10 +211,11 @@ def table() -> str:
     rows: dict[str, list[str]] = {}
     for name, make in hf.CONFIGS.items():
         rows.setdefault(make().model_type, []).append(name)
-    lines = ["", "| Family | Models | Not computed |", "|---|---|---|"]
+    lines = ["", "| Family | Models | Path | Checked as | Not computed |", "|---|---|---|---|---|"]
     for model_type, family in FAMILIES.items():
-        assert model_type in rows, f"{model_type} has no row in hf.CONFIGS"
-        lines.append(f"| {model_type} | {family.title} | {family.limits or '-'} |")
+        checked = ", ".join(rows[model_type])
+        limits = family.limits or "-"
+        lines.append(f"| {model_type} | {family.title} | fast | {checked} | {limits} |")
     return "\n".join([*lines, "", ""])
 
 

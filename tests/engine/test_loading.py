@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import loading, memory
+from tinkex.engine import loading, memory, weight_store
 from tinkex.engine.engine import Engine
 from tinkex.server import app
 
@@ -223,6 +224,52 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(base, monkeypa
 
     assert "does not fit in memory" in message
     assert "in float32, but only 0 MB of 8.0 GB are free. Use dtype bfloat16" in message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_weights_that_do_not_fit_may_stay_on_disk(kind, tmp_path, monkeypatch, caplog):
+    """The same numbers, from files that have no name any more; with a warning that it is slow."""
+    directory = hf.make_base(tmp_path / "base", kind)
+    in_memory = loading.load(str(directory), CPU).base
+    monkeypatch.setattr(weight_store, "SMALLEST", 4096)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 50_000)
+    folder = tmp_path / "home"
+    folder.mkdir()
+
+    on_disk = loading.load(str(directory), CPU, folder=folder).base
+
+    assert "Its weights stay on disk" in caplog.text
+    assert [] == list(folder.iterdir())
+    mapped = [(start, stop) for start, stop, line in _mappings() if str(folder) in line]
+    for key, linear in on_disk.linears.items():
+        assert torch.equal(in_memory.linears[key].weight, linear.weight), key
+        address = linear.weight.data_ptr()
+        if linear.weight.nbytes >= 4096:
+            assert any(start <= address < stop for start, stop in mapped), key
+    assert not on_disk.has_tied_head
+
+
+def _mappings():
+    """Start, end and line of everything that is mapped into this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = line.split()[0].split("-")
+        yield int(start, 16), int(stop, 16), line
+
+
+def test_weights_that_fit_stay_in_memory_although_a_disk_is_there(base, tmp_path):
+    """The disk is for models that cannot be computed otherwise."""
+    linear = loading.load(str(base), CPU, folder=tmp_path / "is not even there").base.linears["0.o"]
+
+    assert linear.weight.shape == (32, 32)
+
+
+def test_a_model_that_fits_neither_in_memory_nor_on_disk_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 50_000)
+    monkeypatch.setattr(loading, "free_disk", lambda folder: 60_000)
+
+    with pytest.raises(ValueError, match=r"does not fit in memory.* Nor does it fit on the disk"):
+        loading.load(str(base), CPU, folder=tmp_path)
 
 
 def test_a_type_that_is_not_supported_is_refused():

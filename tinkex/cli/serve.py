@@ -63,6 +63,14 @@ from tinkex.cli.options import Size, dtype_option, option
     default="auto",
 )
 @click.option(
+    "--weights-on-disk",
+    is_flag=True,
+    envvar="TINKEX_WEIGHTS_ON_DISK",
+    show_envvar=True,
+    help="Keep base weights that do not fit in memory on disk, in the server's home, and read them "
+    "in every step, which is slow. Default: such a model is refused. On a CPU only.",
+)
+@click.option(
     "--user-models", type=click.IntRange(1), metavar="N", help="Live models that a user may have."
 )
 @click.option(

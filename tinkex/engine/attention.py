@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkex.engine.memory import kind_of
 from tinkex.engine.spec import Spec
 
 #: A sequence joins a padded attention batch while it is at least this part of the longest there.
 LEAST_FILL = 0.85
 
-#: Products of queries and keys that are held at a time, where attention is computed in blocks.
-BLOCK_PRODUCTS = 4 * 2**20
+#: Products of queries and keys that are held at a time, where attention is computed in blocks, by
+#: kind of device.
+BLOCK_PRODUCTS = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 #: Fewest queries of a block.
 LEAST_QUERIES = 32
@@ -176,7 +178,7 @@ class _Capped(torch.autograd.Function):
 def _blocks(q: Tensor, window: int) -> list[tuple[slice, slice]]:
     """Queries of each block, and the keys that they may attend to."""
     count, heads, length, _ = q.shape
-    step = max(LEAST_QUERIES, BLOCK_PRODUCTS // (count * heads * length))
+    step = max(LEAST_QUERIES, BLOCK_PRODUCTS[kind_of(q.device)] // (count * heads * length))
     bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
     first = [max(0, start - window + 1) if window else 0 for start, _ in bounds]
     return [(slice(*pair), slice(low, pair[1])) for pair, low in zip(bounds, first)]

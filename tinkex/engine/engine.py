@@ -104,6 +104,7 @@ class Engine:
             accelerator), "float32" or "bfloat16". Adapters and optimizers are always float32.
         names: directories (or GGUF files) that are known by a name, which is then all that is said
             of them.
+        weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
 
     Raises:
         ValueError: If the device cannot be used or the dtype is unknown.
@@ -116,7 +117,9 @@ class Engine:
         threads: int | None = None,
         dtype: str = "auto",
         names: Mapping[str, str] | None = None,
+        weights_folder: Path | None = None,
     ) -> None:
+        self._weights_folder = weights_folder
         self._directories = dict(names or {})
         self._names = {place: name for name, place in self._directories.items()}
         self._device = loading.device_of(device)
@@ -160,7 +163,7 @@ class Engine:
         """
         name = self._canonical(base_model)
         source = self._directories.get(name, name)
-        loaded = loading.load(source, self._device, self._dtype, on_progress)
+        loaded = loading.load(source, self._device, self._dtype, on_progress, self._weights_folder)
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:

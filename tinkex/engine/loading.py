@@ -5,6 +5,7 @@ The only module that uses transformers. Errors name what was tried and what to d
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.families import FAMILIES, build
 from tinkex.engine.model import Rope
+from tinkex.engine.weight_store import IN_MEMORY, WeightStore, free_disk
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
+
+logger = logging.getLogger("tinkex.engine")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -67,12 +71,14 @@ def load(
     device: torch.device,
     dtype: torch.dtype | None = None,
     on_progress: Progress = no_progress,
+    folder: Path | None = None,
 ) -> Loaded:
     """Load *name*: "tiny", a known name, a local directory, a GGUF file or a hub id.
 
     Args:
         dtype: of the weights and of what is computed with them; None is `default_dtype`.
         on_progress: see `Progress`.
+        folder: where weights that do not fit in memory may stay on disk; None refuses them.
 
     Raises:
         ValueError: If there is no such model, it is of none of `FAMILIES`, its files are
@@ -82,10 +88,10 @@ def load(
     if name == tiny.NAME:
         return _load_tiny(device, dtype)
     if gguf_file.is_gguf(name):
-        return _load_gguf(name, device, dtype, on_progress)
+        return _load_gguf(name, device, dtype, on_progress, folder)
     on_progress(0, 0)
     source = _check_source(str(fetch.ensure(name)) if name in registry.KNOWN else name)
-    return _load_hf(name, source, device, dtype, on_progress)
+    return _load_hf(name, source, device, dtype, on_progress, folder)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -139,14 +145,18 @@ def _load_tiny(device: torch.device, dtype: torch.dtype) -> Loaded:
 
 
 def _load_gguf(
-    name: str, device: torch.device, dtype: torch.dtype, on_progress: Progress
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+    folder: Path | None,
 ) -> Loaded:
     path = Path(name).expanduser().resolve()
     file = gguf_file.read(path)
     content = gguf.config(file)
     model_files.check_sizes(name, content)
     parameters = sum(math.prod(info.shape) for info in file.tensors.values())
-    _check_memory(name, parameters, device, dtype)
+    store = _store(name, parameters, device, dtype, folder)
     tensors = gguf.Tensors(file, content, dtype, device, on_progress)
     family = FAMILIES[content["model_type"]]
     settings = SimpleNamespace(**content)
@@ -154,7 +164,7 @@ def _load_gguf(
     frequencies = gguf.inverse_frequencies(file, content)
     by_kind = {kind: Rope(values.to(device)) for kind, values in frequencies.items()}
     ropes = tuple(by_kind[kind or ""] for kind in family.ropes(settings))
-    base = build.assemble(family, spec, tensors, ropes)
+    base = build.assemble(family, spec, tensors, ropes, store)
     architecture = content["architectures"][0]
     return Loaded(name, base, str(path), architecture, lambda: _gguf_decoder(path))
 
@@ -192,7 +202,12 @@ def _check_source(name: str) -> str:
 
 
 def _load_hf(
-    name: str, source: str, device: torch.device, dtype: torch.dtype, on_progress: Progress
+    name: str,
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+    folder: Path | None,
 ) -> Loaded:
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
     model_files.check_config_file(name, directory / "config.json")
@@ -210,8 +225,9 @@ def _load_hf(
     tensors.check(name, expected, head)
     for key in head:
         tensors.pop(key, None)
-    _check_memory(name, sum(p.numel() for p in module.parameters()), device, dtype)
-    base = build.assemble(family, spec, tensors, ropes)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    store = _store(name, parameters, device, dtype, folder)
+    base = build.assemble(family, spec, tensors, ropes, store)
     return Loaded(name, base, source, type(module).__name__, lambda: _decoder(directory))
 
 
@@ -234,24 +250,39 @@ def _describe_hf(name: str, source: str, directory: Path) -> tuple[Any, Any]:
     return config, module
 
 
-def _check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that the weights fit in free memory. *parameters* counts tied weights once.
+def _store(
+    name: str, parameters: int, device: torch.device, dtype: torch.dtype, folder: Path | None
+) -> WeightStore:
+    """Where the weights are kept: in memory if they fit, else in *folder* if there is one.
+
+    Args:
+        parameters: counts tied weights once.
 
     Raises:
-        ValueError: With the sizes, if they do not.
+        ValueError: With the sizes, if they fit in neither.
     """
     needed, free = parameters * dtype.itemsize, memory.available_memory(device)
     if needed <= free:
-        return
+        return IN_MEMORY
     size, total = memory.gigabytes(needed), memory.total_memory(device)
-    half = memory.gigabytes(parameters * 2)
-    smaller = f"Use dtype bfloat16 ({half}), free" if dtype.itemsize > 2 else "Free"
-    raise ValueError(
+    too_large = (
         f"base model {name!r} does not fit in memory: its {parameters / 1e6:,.0f} million "
         f"parameters need {size} in {str(dtype).removeprefix('torch.')}, but only "
-        f"{memory.gigabytes(free)} of {memory.gigabytes(total)} are free. {smaller} memory, or "
-        "choose a smaller model."
+        f"{memory.gigabytes(free)} of {memory.gigabytes(total)} are free."
     )
+    if folder is not None and device.type == "cpu":
+        on_disk = free_disk(folder)
+        if needed > on_disk:
+            raise ValueError(
+                f"{too_large} Nor does it fit on the disk of {str(folder)!r}, which has "
+                f"{memory.gigabytes(on_disk)} free. Free some, or choose a smaller model."
+            )
+        logger.warning("%s Its weights stay on disk, in %s: slow.", too_large, folder)
+        return WeightStore(folder)
+    half = memory.gigabytes(parameters * 2)
+    smaller = f"Use dtype bfloat16 ({half}), free" if dtype.itemsize > 2 else "Free"
+    slow = " `tinkex serve --weights-on-disk` computes it slowly." if device.type == "cpu" else ""
+    raise ValueError(f"{too_large} {smaller} memory, or choose a smaller model.{slow}")
 
 
 def _hub_directory(name: str) -> Path:

@@ -65,13 +65,16 @@ _SHUTDOWN_SECONDS = 1.5
 
 
 def make_engine(
-    dtype: str = "auto", names: Mapping[str, str] | None = None, device: str = "auto"
+    dtype: str = "auto",
+    names: Mapping[str, str] | None = None,
+    device: str = "auto",
+    weights_folder: Path | None = None,
 ) -> Any:
     """Create the real engine; arguments as `Engine` takes them. Imports torch, which takes
     seconds."""
     from tinkex.engine.engine import Engine
 
-    return Engine(device=device, dtype=dtype, names=names)
+    return Engine(device=device, dtype=dtype, names=names, weights_folder=weights_folder)
 
 
 class LocalServer:
@@ -301,6 +304,7 @@ def main(
     session_timeout: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    weights_on_disk: bool = False,
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
@@ -319,6 +323,7 @@ def main(
         session_timeout: seconds of silence after which a session ends; by default as in *limits*.
         device: what computes: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16".
+        weights_on_disk: True if base weights that do not fit in memory may stay on disk.
         engine: makes the engine; None is `make_engine` with *device* and *dtype*.
         on_ready: called with the server's address when it accepts requests.
 
@@ -337,10 +342,12 @@ def main(
         "session_seconds": session_timeout,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
+    place = home or config.home()
+    folder = place if weights_on_disk else None
     try:
         models, names = parse_base_models(base_models)
         server = LocalServer(
-            home or config.home(),
+            place,
             host=host,
             port=port,
             base_models=models,
@@ -348,7 +355,7 @@ def main(
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=attrs.evolve(limits or Limits(), **chosen),
-            engine=engine or partial(make_engine, dtype, names, device),
+            engine=engine or partial(make_engine, dtype, names, device, folder),
             on_failure=lambda: server.stop(),
             certificate=_certificate(ssl_certfile, ssl_keyfile),
         )

@@ -15,6 +15,7 @@ from tinkex.engine.fast_path import FastModel
 from tinkex.engine.linears import Linear, Part
 from tinkex.engine.model import ACTIVATIONS, HeadNorm, Norms, Rope
 from tinkex.engine.spec import Spec
+from tinkex.engine.weight_store import IN_MEMORY, WeightStore
 
 #: Kinds of position embedding. Angles of LongRoPE depend on the length of the text: those of texts
 #: within the original context are computed.
@@ -120,22 +121,25 @@ def assemble(
     spec: Spec,
     tensors: MutableMapping[str, Tensor],
     ropes: tuple[Rope | None, ...],
+    store: WeightStore = IN_MEMORY,
 ) -> FastModel:
     """Fuse tensors with Hugging Face's names into a `FastModel`; removes them from *tensors*.
 
     Args:
         tensors: may read each tensor only when it is taken, as `weights.Weights` does.
+        store: where matrices and embedding are kept.
     """
     linears: dict[str, Linear] = {}
     norms = []
-    embedding = tensors.pop("model.embed_tokens.weight")
+    embedding = store.keep(tensors.pop("model.embed_tokens.weight"))
     for i in range(spec.layers):
         layer = f"model.layers.{i}"
         for key, group, rows in _matrices(family, spec):
             named = {f"{layer}.{module}": count for module, count in rows.items()}
-            linears[f"{i}.{key}"] = _fuse(tensors, named, group, embedding)
+            linears[f"{i}.{key}"] = _fuse(tensors, named, group, embedding, store)
         norms.append(_norms(family, spec, tensors, layer))
-    head = tensors.pop("lm_head.weight", embedding)  # tied where there is none
+    own_head = tensors.pop("lm_head.weight", None)
+    head = embedding if own_head is None else store.keep(own_head)  # tied where there is none
     linears["head"] = Linear(head, None, (Part("lm_head", 0, len(head)),), "unembed")
     final_norm = _norm_weight(family, tensors.pop("model.norm.weight"))
     if spec.logit_scale != 1:  # a head without bias: a factor on its input is one on the logits
@@ -199,7 +203,11 @@ def _norm_weight(family: Family, weight: Tensor) -> Tensor:
 
 
 def _fuse(
-    tensors: MutableMapping[str, Tensor], rows: Mapping[str, int], group: str, embedding: Tensor
+    tensors: MutableMapping[str, Tensor],
+    rows: Mapping[str, int],
+    group: str,
+    embedding: Tensor,
+    store: WeightStore,
 ) -> Linear:
     """Stack the matrices of modules that read the same input.
 
@@ -213,9 +221,9 @@ def _fuse(
     starts = list(itertools.accumulate(rows.values(), initial=0))
     parts = tuple(Part(name, *bounds) for name, bounds in zip(rows, itertools.pairwise(starts)))
     if len(parts) == 1:
-        weight = tensors.pop(f"{parts[0].name}.weight")
+        weight = store.keep(tensors.pop(f"{parts[0].name}.weight"))
     else:
-        weight = embedding.new_empty(starts[-1], embedding.shape[1])
+        weight = store.empty((starts[-1], embedding.shape[1]), embedding)
         for part in parts:
             weight[part.start : part.stop] = tensors.pop(f"{part.name}.weight")
     biases = [tensors.pop(f"{part.name}.bias", None) for part in parts]

@@ -1,0 +1,61 @@
+"""Where frozen weights are kept: in memory, or in files that the system reads page by page.
+
+Pages of a file are read when a layer needs them, and dropped when memory is needed elsewhere. So a
+model may be larger than the memory, at the price of reading it from disk in every step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+#: Smaller tensors, in bytes, stay in memory.
+SMALLEST = 2**16
+
+
+@attrs.frozen
+class WeightStore:
+    """Room for frozen weights.
+
+    Attributes:
+        folder: where the files are; None keeps weights in memory. Files have no name: they are gone
+            when the process ends, however it ends.
+    """
+
+    folder: Path | None = None
+
+    def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Room for a tensor of the type and on the device of *like*.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        count = int(torch.Size(shape).numel())
+        if self.folder is None or count * like.element_size() < SMALLEST:
+            return like.new_empty(shape)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".weights-") as file:
+            if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+                os.posix_fallocate(file.fileno(), 0, count * like.element_size())
+            flat = torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
+        return flat.view(*shape)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """*tensor* where it is kept: itself, or a copy in a file."""
+        if self.folder is None or tensor.nbytes < SMALLEST:
+            return tensor
+        return self.empty(tensor.shape, tensor).copy_(tensor)
+
+
+IN_MEMORY = WeightStore()
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where *folder* is."""
+    return shutil.disk_usage(folder).free
