@@ -68,13 +68,14 @@ def make_engine(
     dtype: str = "auto",
     names: Mapping[str, str] | None = None,
     device: str = "auto",
-    weights_folder: Path | None = None,
+    weights_on_disk: bool = False,
 ) -> Any:
-    """Create the real engine; arguments as `Engine` takes them. Imports torch, which takes
+    """Create the real engine; arguments as `main` takes them. Imports torch, which takes
     seconds."""
     from tinkex.engine.engine import Engine
 
-    return Engine(device=device, dtype=dtype, names=names, weights_folder=weights_folder)
+    folder = config.home() if weights_on_disk else None
+    return Engine(device=device, dtype=dtype, names=names, weights_folder=folder)
 
 
 class LocalServer:
@@ -342,12 +343,10 @@ def main(
         "session_seconds": session_timeout,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    place = home or config.home()
-    folder = place if weights_on_disk else None
     try:
         models, names = parse_base_models(base_models)
         server = LocalServer(
-            place,
+            home or config.home(),
             host=host,
             port=port,
             base_models=models,
@@ -355,7 +354,7 @@ def main(
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=attrs.evolve(limits or Limits(), **chosen),
-            engine=engine or partial(make_engine, dtype, names, device, folder),
+            engine=engine or partial(make_engine, dtype, names, device, weights_on_disk),
             on_failure=lambda: server.stop(),
             certificate=_certificate(ssl_certfile, ssl_keyfile),
         )
