@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 
 import pytest
@@ -90,6 +91,21 @@ def test_every_package_of_the_lock_has_hashes():
 
     assert {"torch", "transformers", "numpy", "requests", "starlette"} <= set(packages)
     assert all(hashes for _, hashes in packages.values())
+
+
+def test_the_lock_has_all_that_the_demo_needs():
+    """A package that is new in `tinkex[local]` would be missing on the machine of a user alone."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    needed = settings["options"]["install_requires"] + settings["options.extras_require"]["local"]
+    names = {
+        re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+        for line in needed.splitlines()
+        if line and 'python_version < "3.11"' not in line
+    }
+
+    assert len(names) > 10
+    assert set() == names - set(locked())
 
 
 def test_the_lock_has_the_versions_that_are_tested():

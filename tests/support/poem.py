@@ -11,7 +11,9 @@ POEM = "The owl and the pussycat went to sea in a beautiful pea-green boat."
 def train_poem(url):
     """Train it on the server at *url*: (tinker path of its sampler weights, id of its run)."""
     with tinkex.ServiceClient(base_url=url, api_key="tml-any") as service:
-        training = service.create_lora_training_client("tiny", rank=16)
+        training = service.create_lora_training_client(
+            "tiny", rank=16, user_metadata={"name": "the owl"}
+        )
         tokens = training.encode(POEM)
         datum = types.Datum(
             model_input=types.ModelInput.from_ints(tokens[:-1]),

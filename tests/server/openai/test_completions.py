@@ -40,10 +40,10 @@ def test_models_are_the_bases_and_ones_own_checkpoints(client, tuned):
     assert tuned[0] == client.models.retrieve(tuned[0]).id
 
 
-@pytest.mark.parametrize("name", ["path", "base;path", "run"])
-def test_a_fine_tuned_model_has_three_names(client, tuned, name):
+@pytest.mark.parametrize("name", ["path", "base;path", "run", "its name"])
+def test_a_fine_tuned_model_has_four_names(client, tuned, name):
     path, run = tuned
-    model = {"path": path, "base;path": f"tiny;{path}", "run": run}[name]
+    model = {"path": path, "base;path": f"tiny;{path}", "run": run, "its name": "the owl"}[name]
     answer = client.completions.create(
         model=model, prompt="The owl and", max_tokens=80, temperature=0, stop="boat"
     )

@@ -20,6 +20,8 @@ from tinkex.text import tokenizer as tokenizers
 SCHEME = "tinker://"
 #: The kind of a checkpoint that is saved to sample from.
 SAMPLER_KIND = "sampler"
+#: Of a user's runs, so many that were used last are looked through for a name.
+_MOST_RUNS = 1000
 
 
 @attrs.frozen(eq=False)
@@ -41,8 +43,9 @@ async def find_model(call: Call, name: str) -> Model:
     The model called *name*.
 
     Args:
-        name: a base model; "tinker://..." of a checkpoint; "BASE;tinker://..."; or the id of a
-            training run, which means its newest sampler checkpoint.
+        name: a base model; "tinker://..." of a checkpoint; "BASE;tinker://..."; or a training run,
+            which means its newest sampler checkpoint: by its id, or by the "name" in the metadata
+            that it was created with (the run that was used last, if several have that name).
 
     Raises:
         Refusal: 400, or 404 if the caller has nothing of that name.
@@ -54,8 +57,8 @@ async def find_model(call: Call, name: str) -> Model:
         raise Refusal(400, f"model {shown(name)}: after ';' there must be a tinker:// path.")
     elif not separator and ":train:" in name:
         base_model, path = "", await _newest(call, name)
-    if not path:
-        _check_known(call, base_model)
+    if not path and not _is_base_model(call, base_model):
+        base_model, path = "", await _newest(call, await _run_named(call, base_model))
     once = f"none:sample:{uuid.uuid4()}"
     live = await sampler_of(call, once, "", base_model or None, path or None)
     if path and base_model and base_model != live.base_model:
@@ -67,20 +70,26 @@ async def find_model(call: Call, name: str) -> Model:
     return Model(name, SamplerPlace(live), await _tokenizer_of(call, live))
 
 
-def _check_known(call: Call, base_model: str) -> None:
-    """Refuse a name that cannot be a model, such as "gpt-4o", before the hub is asked for it.
+def _base_models(call: Call) -> list[str]:
+    return [*call.site.base_models, *call.site.ledger.workshop.loader.bases, *registry.KNOWN]
 
-    Raises:
-        Refusal: 404.
-    """
-    names = [*call.site.base_models, *call.site.ledger.workshop.loader.bases, *registry.KNOWN]
-    if base_model in names or "/" in base_model or os.path.isdir(base_model):
-        return
-    there = ", ".join(dict.fromkeys(names))
+
+def _is_base_model(call: Call, name: str) -> bool:
+    """False for a name that cannot be one, such as "gpt-4o": the hub is not asked for it."""
+    return name in _base_models(call) or "/" in name or os.path.isdir(name)
+
+
+async def _run_named(call: Call, name: str) -> str:
+    """The id of the caller's run of that name. Raises Refusal (404)."""
+    runs, _ = await call.site.in_pool(call.site.store.runs, call.owner, _MOST_RUNS, 0)
+    for row in runs:
+        if (row.user_metadata or {}).get("name") == name:
+            return row.run_id
+    there = ", ".join(dict.fromkeys(_base_models(call)))
     raise Refusal(
         404,
-        f"there is no model {shown(base_model)} here; choose one of {there}, a hub id with its "
-        "organization, a tinker:// path, or a training run's id.",
+        f"there is no model {shown(name)} here; choose one of {there}, a hub id with its "
+        "organization, a tinker:// path, or a training run's id or name.",
     )
 
 
