@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tinkex.engine import kv_cache
 from tinkex.engine.kv_cache import SharedPool, SinglePool
 from tinkex.engine.spec import Spec
 
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[SPEC, CAPPED], ids=["plain", "capped"])
-def spec(request):
+def spec(request, monkeypatch):
+    monkeypatch.setattr(kv_cache, "FIRST_STEP", 4)
     return request.param
 
 
@@ -121,3 +123,13 @@ def test_samples_of_a_prompt_share_it(spec, width):
         pool.remove(int(pool.members.max()))
 
     assert (0, width) == pool.members.shape
+
+
+def test_what_every_window_has_left_is_not_read():
+    """A step's time depends on the window, not on the text; shapes change every so many steps."""
+    ends = np.array([100, 90])
+
+    assert 0 == kv_cache._first_seen(ends, 0, 101)
+    assert 0 == kv_cache._first_seen(ends, 50, 101)
+    assert 64 == kv_cache._first_seen(ends, 10, 101)
+    assert 0 == kv_cache._first_seen(ends, 10, 1)

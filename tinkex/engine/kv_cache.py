@@ -22,6 +22,9 @@ from tinkex.engine.spec import Spec
 
 Ints = npt.NDArray[np.int64]
 
+#: Positions that have left every window are skipped in such steps.
+FIRST_STEP = 64
+
 
 class Cache:
     """Rows of keys and values for every layer, (layers, rows, G, T, D), grown as needed."""
@@ -81,6 +84,15 @@ def _bias(seen: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
     return torch.from_numpy(np.where(seen, 0.0, -np.inf).astype(np.float32)).to(like)
 
 
+def _first_seen(positions: Ints, window: int, span: int) -> int:
+    """First of *span* positions that a token at one of *positions* sees, rounded down, so that
+    products are of few shapes; less than *span*."""
+    if not window:
+        return 0
+    first = max(0, int(positions.min()) - window + 1)
+    return min(first, span - 1) // FIRST_STEP * FIRST_STEP
+
+
 class SinglePool:
     """Sequences with a row each.
 
@@ -129,11 +141,13 @@ class SinglePool:
         lengths = np.array(self._lengths, np.int64)
         self._span = int(lengths.max()) + 1
         self._cache.reserve(len(lengths), self._span)
-        ends, at = np.repeat(lengths, self._spec.kv_heads)[:, None], np.arange(self._span)
-        self._biases = {}  # by window
+        ends = np.repeat(lengths, self._spec.kv_heads)[:, None]
+        self._seen = {}  # by window: the first position that is read, and the bias
         for window in self._spec.distinct_windows:
+            first = _first_seen(lengths, window, self._span)
+            at = np.arange(first, self._span)
             seen = (at <= ends) & (at > ends - window) if window else at <= ends
-            self._biases[window] = _bias(seen, self._cache.k).unsqueeze(1)
+            self._seen[window] = first, _bias(seen, self._cache.k).unsqueeze(1)
         self._ends = self._cache.places(np.arange(len(lengths)), lengths)
         return list(self.members)
 
@@ -145,12 +159,13 @@ class SinglePool:
         """Write k, v (n, G, D) of the new position; attend with q (n, H, D) -> (n, H D)."""
         n, spec, span = len(q), self._spec, self._span
         self._cache.write(layer, self._ends, k, v)
+        first, bias = self._seen[spec.window(layer)]
         keys, values = self._cache.k[layer, :n], self._cache.v[layer, :n]
         batch = n * spec.kv_heads
         queries = q.reshape(batch, -1, spec.head_dim)
-        keys = keys[:, :, :span].reshape(batch, span, spec.head_dim)
-        values = values[:, :, :span].reshape(batch, span, spec.head_dim)
-        bias = self._biases[spec.window(layer)].expand(-1, queries.shape[1], -1)
+        keys = keys[:, :, first:span].reshape(batch, span - first, spec.head_dim)
+        values = values[:, :, first:span].reshape(batch, span - first, spec.head_dim)
+        bias = bias.expand(-1, queries.shape[1], -1)
         if spec.attention_cap:
             products = torch.bmm(queries, keys.transpose(1, 2)).mul_(spec.scale)
             scores = soft_cap_(products, spec.attention_cap).add_(bias)
@@ -237,15 +252,17 @@ class SharedPool:
         self._prompt_span, self._own_span = int(prompts.max()), int(own.max())
         self._own.reserve(len(own), self._own_span)
         before = np.repeat(prompts, self._width)[:, None]  # positions of the prompt of each sample
-        in_prompt, in_own = np.arange(self._prompt_span), np.arange(self._own_span)
-        places = np.concatenate([in_prompt + 0 * before, in_own + before], axis=1)
-        exists = np.concatenate([in_prompt < before, in_own < own[:, None]], axis=1)
-        shape = (len(prompts), 1, self._width, 1, self._prompt_span + self._own_span)
-        self._biases = {}  # by window
+        ends, in_own = before + own[:, None] - 1, np.arange(self._own_span)
+        self._seen = {}  # by window: the first position of prompts that is read, and the bias
         for window in self._spec.distinct_windows:
-            last = before + own[:, None] - 1
-            seen = exists & (places > last - window) if window else exists
-            self._biases[window] = _bias(seen, self._own.k).view(shape)
+            first = _first_seen(ends, window, self._prompt_span)
+            in_prompt = np.arange(first, self._prompt_span)
+            seen = np.concatenate([in_prompt < before, in_own < own[:, None]], axis=1)
+            if window:
+                places = np.concatenate([in_prompt + 0 * before, in_own + before], axis=1)
+                seen &= places > ends - window
+            shape = (len(prompts), 1, self._width, 1, seen.shape[1])
+            self._seen[window] = first, _bias(seen, self._own.k).view(shape)
         rows = np.flatnonzero(self._live)
         self._all_live = len(rows) == len(own)
         self._rows = torch.from_numpy(rows).to(self._own.k.device)
@@ -269,8 +286,10 @@ class SharedPool:
         queries = q.reshape(groups, width, spec.kv_heads, -1, size).transpose(1, 2) * spec.scale
         per_head = queries.shape[3]
         kept = groups * spec.kv_heads
-        prompt_k = self._prompts.k[layer, :groups, :, : self._prompt_span].reshape(kept, -1, size)
-        prompt_v = self._prompts.v[layer, :groups, :, : self._prompt_span].reshape(kept, -1, size)
+        first, bias = self._seen[spec.window(layer)]
+        of_prompts = slice(first, self._prompt_span)
+        prompt_k = self._prompts.k[layer, :groups, :, of_prompts].reshape(kept, -1, size)
+        prompt_v = self._prompts.v[layer, :groups, :, of_prompts].reshape(kept, -1, size)
         own_k = own_k[:, :, : self._own_span].reshape(rows * spec.kv_heads, -1, size)
         own_v = own_v[:, :, : self._own_span].reshape(rows * spec.kv_heads, -1, size)
         ask_prompt = queries.reshape(kept, width * per_head, size)
@@ -282,9 +301,10 @@ class SharedPool:
         products = torch.cat([of_prompt, of_own], dim=-1)
         if spec.attention_cap:
             soft_cap_(products, spec.attention_cap)
-        weights = _softmax(products.add_(self._biases[spec.window(layer)]))
-        on_prompt = weights[..., : self._prompt_span].reshape(kept, width * per_head, -1)
-        on_own = weights[..., self._prompt_span :].transpose(1, 2)
+        weights = _softmax(products.add_(bias))
+        on_prompt, on_own = weights.split([self._prompt_span - first, self._own_span], dim=-1)
+        on_prompt = on_prompt.reshape(kept, width * per_head, -1)
+        on_own = on_own.transpose(1, 2)
         on_own = on_own.reshape(rows * spec.kv_heads, per_head, -1)
         out = torch.bmm(on_own, own_v).view(groups, width, spec.kv_heads, per_head, size)
         out += torch.bmm(on_prompt, prompt_v).view(*shape, size).transpose(1, 2)
