@@ -12,6 +12,8 @@ import requests
 import tinkex
 from tests.support.poem import POEM
 from tinkex import types
+from tinkex.server.app import make_engine
+from tinkex.server.auth import Keys
 from tinkex.server.openai.generation import token_text
 from tinkex.text import tokenizer
 
@@ -199,3 +201,32 @@ def test_a_long_untrained_text_has_finite_scores(client):
 
     assert all(math.isfinite(x) and x <= 0 for x in scores)
     assert 0 < np.exp(-np.mean(scores)) < TINY.vocab_size * 10
+
+
+def test_what_belongs_to_another_key_reads_as_if_it_did_not_exist(serve):
+    """By its path, by its run's id, or by its run's name; and in the list of models."""
+    served = serve(
+        make_engine=make_engine, keys=lambda home: Keys.of_users(["tml-a", "tml-b"], b"secret")
+    )
+    alice = served.client_with("tml-a")
+    model = alice.model(user_metadata={"name": "mine"})
+    path = alice.result(alice.save_for_sampler(model, 1, "first"))["path"]
+    missing = f"{path}-2"
+
+    def ask(key, name):
+        with openai.OpenAI(
+            base_url=f"{served.server.url}/v1", api_key=key, max_retries=0
+        ) as client:
+            return client.completions.create(model=name, prompt="The", max_tokens=2)
+
+    for name in (path, f"tiny;{path}", model, "mine"):
+        assert 2 == ask("tml-a", name).usage.completion_tokens
+        with pytest.raises(openai.NotFoundError):
+            ask("tml-b", name)
+    with pytest.raises(openai.NotFoundError) as other:
+        ask("tml-b", missing)
+    with pytest.raises(openai.NotFoundError) as theirs:
+        ask("tml-b", path)
+    assert str(other.value).replace(missing, path) == str(theirs.value)
+    with openai.OpenAI(base_url=f"{served.server.url}/v1", api_key="tml-b") as client:
+        assert ["tiny"] == [one.id for one in client.models.list()]
