@@ -98,7 +98,10 @@ def run_all(seconds: float) -> tuple[list[Row], Curves]:
     made = import_rows()
     with null_server() as url:
         for case, figures in CASES.items():
-            made += _case_rows(case, figures, url, allowance.next())
+            found = _case_rows(case, figures, url, allowance.next())
+            for row in found:
+                print(f"{row.key:70} ratio {row.ratio}", flush=True)
+            made += found
         made += closed_port_rows(url)
         return made, growth(url)
 

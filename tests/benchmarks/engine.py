@@ -12,6 +12,7 @@ from __future__ import annotations
 from tinkex.engine import tiny  # before torch: it sets how torch's threads wait for each other
 
 # isort: on
+import copy
 import gc
 import json
 import os
@@ -300,6 +301,27 @@ def decoding(streams: int) -> Callable[[Bench, float], list[Row]]:
     return case
 
 
+def rounded(bench: Bench, seconds: float) -> list[Row]:
+    """One stream with weights of 8 bits, against the same engine with this bench's type."""
+    twin = copy.copy(bench)
+    twin.engine = Engine(device=bench.device, dtype="int8")
+    twin.engine.load_base(str(bench.base))
+    twin.engine.open_sampler("s", str(bench.base), directory=bench.adapter)
+    size = twin.engine._base(str(bench.base)).base.nbytes
+    prompts = prompts_of([16], bench.vocab)
+    a, b, limits = in_turns(
+        (
+            lambda: ask(twin, prompts, 1, 32),
+            lambda: ask(bench, prompts, 1, 32),
+            lambda: machine.read_bandwidth(size, bench.device) / size,
+        ),
+        seconds,
+    )
+    case = f"decoding, streams: 1, weights int8; against ours with {bench.dtype}"
+    return [Row(case, "tok/s", speeds(32, a), speeds(32, b), bench.name, 1.0, True,
+                limits=limits)]  # fmt: skip
+
+
 def shared_prompt(bench: Bench, seconds: float) -> list[Row]:
     """16 samples of one 512-token prompt, against generate prompt by prompt."""
     [prompt] = prompts_of([512], bench.vocab)
@@ -460,12 +482,15 @@ CASES: dict[str, Case] = {
     "adapters_together": adapters_together,
     "adapters_in_turn": adapters_in_turn,
 }
-#: Measured of the tiny model in float32 only: they say something of the scheduling.
-MORE: dict[str, Case] = {
-    "shared_prompt": shared_prompt,
-    "continuous": continuous,
-    "latency": latency,
-    "memory": memory,
+#: Measured of one model and type only; those of the tiny one say something of the scheduling.
+MORE: dict[tuple[str, str], dict[str, Case]] = {
+    ("smollm2", "bfloat16"): {"rounded": rounded},
+    ("tiny", "float32"): {
+        "shared_prompt": shared_prompt,
+        "continuous": continuous,
+        "latency": latency,
+        "memory": memory,
+    },
 }
 
 
@@ -500,8 +525,7 @@ def run(
 def _run_cases(
     bench: Bench, seconds: float, cases: Sequence[str], rows: list[Row], left_out: list[str]
 ) -> None:
-    has_more = bench.name == "tiny" and bench.dtype == "float32"
-    known = {**CASES, **MORE} if has_more else CASES
+    known = {**CASES, **MORE.get((bench.name, bench.dtype), {})}
     wanted = [case for case in known if not cases or case in cases]
     allowance = Allowance(seconds, len(wanted))
     for case in wanted:

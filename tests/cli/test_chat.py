@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinkex import cli, errors
+from tinkex import cli, config, errors
 from tinkex.data import files
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,21 @@ def test_a_server_in_the_style_of_openai_is_talked_to_by_its_name_for_the_model(
     assert "qwen" == requests_mock.last_request.json()["model"]
     assert "Bearer sk-1" == requests_mock.last_request.headers["Authorization"]
     assert "no base model to compare with" in err
+
+
+def test_the_type_of_weights_reaches_the_embedded_engine(chat, monkeypatch):
+    monkeypatch.setattr(config, "_for_engine", {})
+
+    assert 0 == chat("hi", options=["--dtype", "int8"])[0]
+
+    assert "int8" == config.engine_environment("token")["TINKEX_DTYPE"]
+
+
+def test_the_type_of_weights_of_another_server_is_not_ours_to_choose(chat):
+    status, _, err = chat("hi", options=["--dtype", "int8", "--base-url", "http://127.0.0.1:1"])
+
+    assert 2 == status
+    assert "start the server at --base-url with `tinkex serve --dtype`" in err
 
 
 def test_system_and_reset(chat, service):

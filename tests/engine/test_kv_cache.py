@@ -133,3 +133,34 @@ def test_what_every_window_has_left_is_not_read():
     assert 0 == kv_cache._first_seen(ends, 50, 101)
     assert 64 == kv_cache._first_seen(ends, 10, 101)
     assert 0 == kv_cache._first_seen(ends, 10, 1)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_in_bfloat16_a_step_seldom_has_another_shape(spec, width):
+    """oneDNN prepares each new shape; what lies between the end and the next step is not seen."""
+    texts = Texts(spec)
+    texts.begin(0, 20)
+    if width == 1:
+        pool = SinglePool(spec, CPU, torch.bfloat16)
+        place = pool.add(0, 20)
+    else:
+        texts.fork(0, 1)
+        pool = SharedPool(spec, width, CPU, torch.bfloat16)
+        place = pool.add([0, 1], 20)
+    fill(pool, place, texts, 0)
+    spans = set()
+    for _ in range(60):
+        members = pool.begin_step()
+        spans.add(pool._span if width == 1 else pool._own_span)
+        new = [texts.extend(member) for member in members]
+        for layer in range(SPEC.layers):
+            q = torch.randn(len(members), SPEC.heads, SPEC.head_dim)
+            k, v = (torch.stack([pair[i][layer] for pair in new]) for i in (0, 1))
+            actual = pool.attend(layer, q.bfloat16(), k.bfloat16(), v.bfloat16())
+            expected = torch.stack(
+                [texts.attend(layer, member, q[i]) for i, member in enumerate(members)]
+            )
+            torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
+        pool.end_step()
+
+    assert len(spans) <= 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, get_args
 
@@ -87,21 +87,42 @@ def server_options(command: Command) -> Command:
     return url(key_option(command))
 
 
-#: Number types of base weights, as the engine takes them.
+#: Number types of base weights, as the engine takes them; for sampling also int8.
 DTYPES = ("auto", "float32", "bfloat16")
+SAMPLING_DTYPES = (*DTYPES, "int8")
 
 
-def dtype_option(help: str, default: str | None = None) -> Decorator:
+def dtype_option(
+    help: str, default: str | None = None, choices: Sequence[str] = DTYPES
+) -> Decorator:
     """--dtype, or TINKEX_DTYPE."""
     return click.option(
         "--dtype",
-        type=click.Choice(DTYPES),
+        type=click.Choice(choices),
         default=default,
         show_default=default is not None,
         envvar="TINKEX_DTYPE",
         show_envvar=True,
         help=help,
     )
+
+
+def set_dtype(dtype: str | None, base_url: str | None, is_explicit: bool) -> None:
+    """Use what `dtype_option` gave, for the embedded engine.
+
+    Raises:
+        click.UsageError: If it was given explicitly together with a server's address.
+    """
+    from tinkex import config
+
+    if dtype is None:
+        return
+    if base_url is not None and is_explicit:
+        raise click.UsageError(
+            "--dtype applies to the embedded engine only; start the server at --base-url with "
+            "`tinkex serve --dtype` instead."
+        )
+    config.set_engine_dtype(dtype)
 
 
 def sampling_options(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tinkex.cli.options import Size, dtype_option, option
+from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
 
 
 @click.command()
@@ -59,7 +59,9 @@ from tinkex.cli.options import Size, dtype_option, option
 )
 @dtype_option(
     "Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
-    "bfloat16 on a CPU halves the memory.",
+    "bfloat16 on a CPU halves the memory; int8 halves it again and is for sampling on a CPU only: "
+    "such a server trains nothing.",
+    choices=SAMPLING_DTYPES,
     default="auto",
 )
 @click.option(

@@ -23,6 +23,7 @@ from tinkex.cli.options import (
     method_options,
     option,
     server_options,
+    set_dtype,
 )
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
@@ -267,7 +268,6 @@ def launch(
         given: settings, of which those count that were given explicitly.
         defaults: of settings, other than the recipe's own.
     """
-    from tinkex import config
     from tinkex.recipes import run_folder
 
     data = data or tuple((context.default_map or {}).get("data", ()))
@@ -276,13 +276,7 @@ def launch(
         return 0
     if output is None:
         raise click.UsageError("Missing option '--output'.")
-    if dtype is not None:
-        if base_url is not None and _is_explicit(context, "dtype"):
-            raise click.UsageError(
-                "--dtype applies to the embedded engine only; start the server at --base-url with "
-                "`tinkex serve --dtype` instead."
-            )
-        config.set_engine_dtype(dtype)
+    set_dtype(dtype, base_url, _is_explicit(context, "dtype"))
     if resume and not (output / "state.json").exists():
         raise click.UsageError(
             f"there is no run to resume in {output}; omit --resume to start one."

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import checkpoints, loading, lora, losses, optim
+from tinkex.engine import checkpoints, int8, loading, lora, losses, optim
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.memory import keep_freed_memory, total_memory
@@ -102,6 +102,8 @@ class Engine:
         threads: processor threads to compute with; None is all that the process may use.
         dtype: of base weights and activations: "auto" (float32 on a CPU, bfloat16 on an
             accelerator), "float32" or "bfloat16". Adapters and optimizers are always float32.
+            "int8" is for sampling on a CPU only: matrices are rounded, so nothing is trained, and
+            no log-probabilities of prompts are given.
         names: directories (or GGUF files) that are known by a name, which is then all that is said
             of them.
         weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
@@ -124,6 +126,7 @@ class Engine:
         self._names = {place: name for name, place in self._directories.items()}
         self._device = loading.device_of(device)
         self._dtype = loading.dtype_of(dtype, self._device)
+        self._is_rounded = dtype == loading.INT8
         self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
@@ -164,6 +167,9 @@ class Engine:
         name = self._canonical(base_model)
         source = self._directories.get(name, name)
         loaded = loading.load(source, self._device, self._dtype, on_progress, self._weights_folder)
+        if self._is_rounded:
+            rounded = attrs.evolve(loaded.base, linears=int8.quantized(loaded.base.linears))
+            loaded = attrs.evolve(loaded, base=rounded)
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
@@ -192,6 +198,13 @@ class Engine:
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
         sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
+
+    def _check_exact(self, lacks: str) -> None:
+        if self._is_rounded:
+            raise ValueError(
+                f"this server {lacks}: its weights are int8, which are for sampling. Use a server "
+                "with another --dtype."
+            )
 
     def base_info(self, base_model: str) -> BaseInfo:
         """Metadata of a loaded base model."""
@@ -226,6 +239,7 @@ class Engine:
         """
         if model_id in self._models:
             raise ValueError(f"model {model_id!r} already exists; choose another id.")
+        self._check_exact("trains no model")
         loaded = self._base(base_model)
         attn, mlp = lora_config.train_attn, lora_config.train_mlp
         unembed = lora_config.train_unembed
@@ -296,6 +310,7 @@ class Engine:
         Raises:
             ValueError: Before the gradient is touched, naming the datum and the fix.
         """
+        self._check_exact("trains no model")
         model = self._model(model_id)
         config = losses.complete_config(loss_fn, loss_fn_config)
         types.check_data(data, loss_fn)
@@ -492,6 +507,8 @@ class Engine:
         """
         adapter = self._sampler(sampler_id)
         job = make_job(ticket, request, adapter.finished, adapter.loaded.base, on_token, share)
+        if job.wants_scores:
+            self._check_exact("gives no log-probabilities of prompts")
         adapter.loaded.sampler.submit(job)
         self._tickets[ticket] = adapter.loaded.sampler
 

@@ -25,6 +25,10 @@ Ints = npt.NDArray[np.int64]
 #: Positions that have left every window are skipped in such steps.
 FIRST_STEP = 64
 
+#: oneDNN prepares each product of a new shape, which takes it half a millisecond in bfloat16: as
+#: long as all layers' attention over a short text. So spans in bfloat16 grow in such steps.
+SPAN_STEP = 32
+
 
 class Cache:
     """Rows of keys and values for every layer, (layers, rows, G, T, D), grown as needed."""
@@ -51,6 +55,12 @@ class Cache:
         new = old.new_zeros(layers, rows, kv_heads, positions, size)
         new[:, : old.shape[1], :, : old.shape[3]] = old
         return new
+
+    def span(self, positions: int) -> int:
+        """How many positions to attend to, at least *positions*; those beyond are masked."""
+        if self.k.dtype == torch.float32 or self.k.device.type != "cpu":
+            return positions
+        return min(-(-positions // SPAN_STEP) * SPAN_STEP, self.k.shape[3])
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Row *target* becomes row *source*, of which *positions* are in use."""
@@ -139,8 +149,9 @@ class SinglePool:
     def begin_step(self) -> list[int]:
         """Make room for one more position of every sequence; give them in row order."""
         lengths = np.array(self._lengths, np.int64)
-        self._span = int(lengths.max()) + 1
-        self._cache.reserve(len(lengths), self._span)
+        longest = int(lengths.max()) + 1
+        self._cache.reserve(len(lengths), longest)
+        self._span = self._cache.span(longest)
         ends = np.repeat(lengths, self._spec.kv_heads)[:, None]
         self._seen = {}  # by window: the first position that is read, and the bias
         for window in self._spec.distinct_windows:
@@ -249,8 +260,9 @@ class SharedPool:
         self._live = self.members.reshape(-1) >= 0
         prompts = np.array(self._prompt_lengths, np.int64)
         own = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
-        self._prompt_span, self._own_span = int(prompts.max()), int(own.max())
-        self._own.reserve(len(own), self._own_span)
+        longest = int(own.max())
+        self._own.reserve(len(own), longest)
+        self._prompt_span, self._own_span = int(prompts.max()), self._own.span(longest)
         before = np.repeat(prompts, self._width)[:, None]  # positions of the prompt of each sample
         ends, in_own = before + own[:, None] - 1, np.arange(self._own_span)
         self._seen = {}  # by window: the first position of prompts that is read, and the bias

@@ -19,12 +19,17 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Linear:
-    """A frozen matrix (out, in) of one or several modules; *group* is attn, mlp or unembed."""
+    """A frozen matrix (out, in) of one or several modules; *group* is attn, mlp or unembed.
+
+    Attributes:
+        scales: (out,) where *weight* is int8: factors of its rows.
+    """
 
     weight: Tensor
     bias: Tensor | None
     parts: tuple[Part, ...]
     group: str
+    scales: Tensor | None = None
 
 
 class Linears(Protocol):

@@ -31,6 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: bfloat16, but for matrices, which `int8.quantized` rounds once they are loaded.
+INT8 = "int8"
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -118,15 +120,22 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The type that *name* stands for: "auto" (`default_dtype`), "float32" or "bfloat16".
+    """The type that *name* stands for: "auto" (`default_dtype`), "float32" or "bfloat16"; for
+    "int8" that of activations, bfloat16.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is none of these, or the device cannot multiply with it.
     """
     if name == "auto":
         return default_dtype(device)
+    if name == INT8:
+        if device.type != "cpu":
+            raise ValueError(f"dtype {name!r} is for a CPU; on {device} choose auto or bfloat16.")
+        return torch.bfloat16
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; choose auto, {', '.join(DTYPES)}.")
+        raise ValueError(
+            f"dtype {name!r} is not supported; choose auto, {', '.join(DTYPES)} or {INT8}."
+        )
     return DTYPES[name]
 
 

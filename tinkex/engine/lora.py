@@ -426,8 +426,8 @@ class MixedLinears:
         linear = self._linears[key]
         whole = self._whole(key)
         if whole is not None:
-            return matmul.linear(x, whole, linear.bias)
-        y = matmul.linear(x, linear.weight, linear.bias)
+            return matmul.linear(x, whole, linear.bias, linear.scales)
+        y = matmul.linear(x, linear.weight, linear.bias, linear.scales)
         if self._is_mixed:
             self._add_mixed(key, y, x)
         elif self._single is not None:
@@ -459,7 +459,8 @@ class MixedLinears:
         )
 
     def matrix(self, key: str) -> Tensor | None:
-        return self._whole(key) if self._linears[key].bias is None else None
+        linear = self._linears[key]
+        return self._whole(key) if linear.bias is None and linear.scales is None else None
 
     def _add_mixed(self, key: str, y: Tensor, x: Tensor) -> None:
         stacked = self._stack.get(key)

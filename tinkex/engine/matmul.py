@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkex.engine import int8
+
 #: So many multiplications repay what oneDNN costs to prepare a product of a shape that was not
 #: there before, as micro-batches have. So does any product with a LARGE matrix, with which decoding
 #: multiplies again and again.
@@ -24,10 +26,10 @@ LARGE = 2**18
 WIDE = 8192
 BLOCK = 1024
 
-#: Up to so many rows MKL computes the result transposed: the large matrix then comes first in the
-#: product, which it spreads over the cores and reads once. Where the result is TALL times as wide
-#: as the rows, up to the second number. (4 times faster for 2 rows, a third for 16; slower for
-#: matrices of less than twice LARGE.)
+#: Up to so many rows of float32 MKL computes the result transposed: the large matrix then comes
+#: first in the product, which it spreads over the cores and reads once. Where the result is TALL
+#: times as wide as the rows, up to the second number. (4 times faster for 2 rows, a third for 16;
+#: slower for matrices of less than twice LARGE.)
 FEW = 4
 TALL = 4
 FEW_OF_TALL = 16
@@ -50,14 +52,23 @@ def _find_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
 _onednn = _find_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, in) times weight (out, in) transposed, plus bias (out,) -> (N, out)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """x (N, in) times weight (out, in) transposed, plus bias (out,) -> (N, out).
+
+    Args:
+        scales: (out,) of a weight that is int8.
+    """
+    if scales is not None:
+        return int8.linear(x, weight, scales, bias)
     if _onednn is not None and _is_worth(x, weight):
         return _onednn(_rows_together(x), _dense(weight), bias)
     is_wide = len(weight) >= WIDE
     is_tall = len(weight) >= TALL * x.shape[1]
     is_few = 0 < len(x) <= (FEW_OF_TALL if is_tall else FEW) and weight.numel() >= 2 * LARGE
-    if x.device.type != "cpu" or not (is_wide or is_few):
+    is_ours = x.device.type == "cpu" and x.dtype == torch.float32 and (is_wide or is_few)
+    if not is_ours:  # in bfloat16 oneDNN's own way is up to twice as fast as either
         return F.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
     if is_few:

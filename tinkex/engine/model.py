@@ -115,14 +115,14 @@ class FrozenLinears:
 
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self.base.linears[key]
-        return matmul.linear(x, linear.weight, linear.bias)
+        return matmul.linear(x, linear.weight, linear.bias, linear.scales)
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         return matmul.product(dy, self.base.linears[key].weight) if wants_dx else None
 
     def matrix(self, key: str) -> Tensor | None:
         linear = self.base.linears[key]
-        return linear.weight if linear.bias is None else None
+        return linear.weight if linear.bias is None and linear.scales is None else None
 
 
 class Rope:

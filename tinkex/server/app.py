@@ -323,7 +323,7 @@ def main(
         ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
         session_timeout: seconds of silence after which a session ends; by default as in *limits*.
         device: what computes: "auto", "cpu", "cuda", ...
-        dtype: number type of base weights: "auto", "float32" or "bfloat16".
+        dtype: number type of base weights: "auto", "float32" or "bfloat16"; "int8" to sample only.
         weights_on_disk: True if base weights that do not fit in memory may stay on disk.
         engine: makes the engine; None is `make_engine` with *device* and *dtype*.
         on_ready: called with the server's address when it accepts requests.
