@@ -346,3 +346,17 @@ def test_reasoning_is_split_off_at_any_cut(pieces, opened, expected):
     parts = [answer.push(piece, final=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
 
     assert expected == tuple("".join(side) for side in zip(*parts))
+
+
+def test_a_server_of_weights_of_8_bits_answers_but_trains_nothing(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    with LocalServer(tmp_path / "home", dtype="int8") as running:
+        answer = requests.post(
+            f"{running.url}/v1/chat/completions",
+            json={"model": "tiny", "messages": messages, "max_tokens": 3},
+        )
+        with tinkex.ServiceClient(base_url=running.url) as service:
+            with pytest.raises(tinkex.TinkexError, match=r"trains no model: its weights are int8"):
+                service.create_lora_training_client("tiny")
+
+    assert (200, 3) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
