@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import anthropic
 import openai
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 import tinkex
 from tinkex import types
 from tinkex.engine import tiny
-from tinkex.server.app import LocalServer
+from tinkex.server.app import LocalServer, make_engine
 from tinkex.server.openai.chat import AnswerText
 from tinkex.text import tokenizer
 
@@ -350,13 +351,15 @@ def test_reasoning_is_split_off_at_any_cut(pieces, opened, expected):
 
 def test_a_server_of_weights_of_8_bits_answers_but_trains_nothing(tmp_path):
     messages = [{"role": "user", "content": "hi"}]
-    with LocalServer(tmp_path / "home", dtype="int8") as running:
+    with LocalServer(tmp_path / "home", engine=partial(make_engine, "int8")) as running:
         answer = requests.post(
             f"{running.url}/v1/chat/completions",
             json={"model": "tiny", "messages": messages, "max_tokens": 3},
         )
-        with tinkex.ServiceClient(base_url=running.url) as service:
-            with pytest.raises(tinkex.TinkexError, match=r"trains no model: its weights are int8"):
-                service.create_lora_training_client("tiny")
+        with (
+            tinkex.ServiceClient(base_url=running.url, api_key="tml-any") as service,
+            pytest.raises(tinkex.TinkexError, match=r"trains no model: its weights are int8"),
+        ):
+            service.create_lora_training_client("tiny")
 
     assert (200, 3) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
