@@ -21,6 +21,7 @@ from tinkex import types
 from tinkex.engine import checkpoints, int8, loading, lora, losses, optim
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.cpu_parallel import Workers, available_cores
+from tinkex.engine.fast_path import FastModel
 from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
@@ -168,8 +169,7 @@ class Engine:
         source = self._directories.get(name, name)
         loaded = loading.load(source, self._device, self._dtype, on_progress, self._weights_folder)
         if self._is_rounded:
-            rounded = attrs.evolve(loaded.base, linears=int8.quantized(loaded.base.linears))
-            loaded = attrs.evolve(loaded, base=rounded)
+            loaded = attrs.evolve(loaded, base=_rounded(name, loaded.base))
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
@@ -538,3 +538,17 @@ class Engine:
     def has_samples(self) -> bool:
         """True if `sample_step` has something to do."""
         return any(loaded.sampler.is_busy for loaded in self._bases.values())
+
+
+def _rounded(name: str, base: BaseModel) -> BaseModel:
+    """The base model with matrices of 8 bits.
+
+    Raises:
+        ValueError: If it is computed in a way that knows no such matrices.
+    """
+    if not isinstance(base, FastModel):
+        raise ValueError(
+            f"base model {name!r} cannot be rounded to int8: its family is computed by "
+            "transformers' own code. Use a server with another --dtype."
+        )
+    return attrs.evolve(base, linears=int8.quantized(base.linears))
