@@ -68,6 +68,7 @@ HEAVY_ALLOWED = {"wire.proto_messages": {"google"}}
 
 #: Private names of other packages, each in one module behind a check that has a way back.
 FOREIGN = {
+    "engine.int8": {"_weight_int8pack_mm"},
     "engine.matmul": {"_linear_pointwise"},
     "runtime.interpreter_exit": {"_run_exitfuncs"},
     "runtime.http_adapter": {"_get_conn", "_put_conn", "_validate_conn"},
