@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore
+from tinkex.server import app
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -66,3 +67,13 @@ def test_a_full_disk_fails_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         WeightStore(tmp_path).empty((2**10, 2**10), torch.empty(0))
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_server_keeps_weights_in_its_home_only_where_asked_for(is_on, tmp_path, monkeypatch):
+    """`tinkex serve --weights-on-disk`."""
+    monkeypatch.setenv("TINKEX_HOME", str(tmp_path))
+
+    engine = app.make_engine(device="cpu", weights_on_disk=is_on)
+
+    assert engine._weights_folder == (tmp_path if is_on else None)

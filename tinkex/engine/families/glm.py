@@ -15,7 +15,7 @@ def interleaved_settings(config: Any) -> Mapping[str, Any]:
 
 FAMILY = Family(
     "glm",
-    "GLM-4-9B of 2024, GLM-Edge",
+    "GLM-4-9B of 2024 (-hf), GLM-Edge",
     gate_up=("mlp.gate_up_proj",),
     partial_rotary=True,
     settings=interleaved_settings,

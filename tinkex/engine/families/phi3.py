@@ -6,7 +6,7 @@ from tinkex.engine.families.family import Family, window_everywhere
 
 FAMILY = Family(
     "phi3",
-    "Phi-3, Phi-3.5, Phi-4 and Phi-4-mini without vision",
+    "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
     qkv=("self_attn.qkv_proj",),
     gate_up=("mlp.gate_up_proj",),
     partial_rotary=True,
