@@ -1,7 +1,8 @@
 """
 How a program can end, and what happens to the work it has submitted: real scripts, a real server.
 
-The server runs on the fake engine; where it must not answer, it is stopped (SIGSTOP).
+The server runs on the fake engine; where it must not answer, it is stopped (SIGSTOP). The scripts
+mostly wait, so several run at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -24,7 +27,7 @@ from tinkex import types
 from tinkex.config import Patience
 
 url, name, close, no_answer = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-patience = Patience(close=close, no_answer=no_answer, connect=2.0)
+patience = Patience(close=close, no_answer=no_answer, connect=2.0, report_after=60.0)
 ADAM = types.AdamParams(learning_rate=1e-3)
 
 def datum(*tokens):
@@ -40,7 +43,8 @@ def train(client, steps=50):
     return client.save_state(name)
 
 def freeze():
-    os.kill(int(os.environ["SERVER"]), signal.SIGSTOP)
+    print("freeze the server", flush=True)
+    sys.stdin.readline()
 
 def interrupt_after(seconds):
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
@@ -82,6 +86,7 @@ def start(server, script, name, *, close=60.0, no_answer=60.0):
         ],
         cwd=ROOT,
         env={**os.environ, "SERVER": str(server.process.pid), "TINKER_API_KEY": ""},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,13 +94,44 @@ def start(server, script, name, *, close=60.0, no_answer=60.0):
 
 
 def run(server, script, name, **options):
-    process = start(server, script, name, **options)
+    with ended(start(server, script, name, **options)) as result:
+        return result()
+
+
+def run_all(server, scripts, at_once, **options):
+    """Run scripts by their names, *at_once* at a time; how each ended."""
+    with ThreadPoolExecutor(at_once) as threads:
+        ends = threads.map(lambda name: run(server, scripts[name], name, **options), scripts)
+        return dict(zip(scripts, ends))
+
+
+def run_frozen(server, *ends, before="s = service()", **options):
+    """Run a script for each of *ends*; the server is frozen when all have called freeze()."""
+    scripts = [FROZEN.format(before=before, now=NOW, end=end) for end in ends]
     try:
-        stdout, stderr = process.communicate(timeout=60)
+        with ExitStack() as stack, ThreadPoolExecutor(len(ends)) as threads:
+            processes = [start(server, script, "never", **options) for script in scripts]
+            results = [stack.enter_context(ended(process)) for process in processes]
+            for process in processes:
+                assert "freeze the server\n" == process.stdout.readline(), process.stderr.read()
+            server.process.send_signal(signal.SIGSTOP)
+            return list(threads.map(lambda result: result("\n"), results))
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def ended(process):
+    """A function that gives *process* its input and waits for its end."""
+
+    def result(given=None):
+        stdout, stderr = process.communicate(given, timeout=60)
+        return Ended(process, stdout, stderr, time.time())
+
+    try:
+        yield result
     finally:
         process.kill()
-        server.process.send_signal(signal.SIGCONT)
-    return Ended(process, stdout, stderr, time.time())
 
 
 def is_saved(server, name):
@@ -154,14 +190,13 @@ NORMAL = {
 }
 
 
-@pytest.mark.parametrize("script", NORMAL.values(), ids=NORMAL)
-def test_a_normal_end_waits_for_what_was_submitted(server, script, request):
+def test_a_normal_end_waits_for_what_was_submitted(server):
     """101 operations, and result() is never called: the checkpoint must be there all the same."""
-    name = "kept-" + "".join(c for c in request.node.callspec.id if c.isalnum())
-    ended = run(server, script, name)
+    scripts = {"kept-" + "".join(filter(str.isalnum, name)): NORMAL[name] for name in NORMAL}
 
-    assert (0, "") == (ended.status, ended.stderr)
-    assert is_saved(server, name)
+    for name, end in run_all(server, scripts, at_once=4).items():
+        assert (0, "") == (end.status, end.stderr), name
+        assert is_saved(server, name), name
 
 
 FROZEN = """
@@ -172,53 +207,52 @@ FROZEN = """
     """
 
 
-@pytest.mark.parametrize(
-    "status, end",
-    [
-        (1, "1 / 0"),
-        (-signal.SIGINT, "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"),
-        # exec() of a string, as importing protobuf does it, makes Python forget the Ctrl-C
-        (-signal.SIGINT, "import atexit; atexit.register(exec, '', {}); os.kill(os.getpid(), 2)"),
-        (3, "s.__exit__(SystemExit, SystemExit(3), None); sys.exit(3)"),
-        (1, "with s: 1 / 0"),
-        (1, "with t: 1 / 0"),
-        (-signal.SIGINT, "with s: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"),
-        (-signal.SIGINT, "with t: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"),
-    ],
-    ids=str,
-)
-def test_an_end_by_exception_is_quick_and_says_what_is_dropped(server, status, end):
+EXCEPTIONS = {
+    "1 / 0": 1,
+    "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)": -signal.SIGINT,
+    # exec() of a string, as importing protobuf does it, makes Python forget the Ctrl-C
+    "import atexit; atexit.register(exec, '', {}); os.kill(os.getpid(), 2)": -signal.SIGINT,
+    "s.__exit__(SystemExit, SystemExit(3), None); sys.exit(3)": 3,
+    "with s: 1 / 0": 1,
+    "with t: 1 / 0": 1,
+    "with s: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)": -signal.SIGINT,
+    "with t: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)": -signal.SIGINT,
+}
+
+
+@pytest.mark.parametrize("script", EXCEPTIONS)
+def test_an_end_by_exception_is_quick_and_says_what_is_dropped(server, script):
     """The server is frozen: waiting for it would take a minute."""
-    ended = run(server, FROZEN.format(before="s = service()", now=NOW, end=end), "never")
+    [end] = run_frozen(server, script)
 
-    assert status == ended.status, ended.stderr
-    assert "operations (" in ended.stderr and "x optim_step on" in ended.stderr
-    assert 5 > ended.seconds
-
-
-SOON, NO_ANSWER = {"close": 1.0}, {"no_answer": 2.0}
+    assert EXCEPTIONS[script] == end.status, end.stderr
+    assert "operations (" in end.stderr and "x optim_step on" in end.stderr
+    assert 5 > end.seconds
 
 
-@pytest.mark.parametrize(
-    "end, says, limit",
-    [
-        ("pass", "tinkex: the program ended before 101 operations", SOON),
-        ("s.close()", "was closed after waiting 1 s before 101 operations", SOON),
-        ("t.close()", "was closed after waiting 1 s before 101 operations", SOON),
-        ("with s: pass", "was closed after waiting 1 s before 101 operations", SOON),
-        ("with t: pass", "was closed after waiting 1 s before 101 operations", SOON),
-        ("pass", "operations", NO_ANSWER),
-        ("t.close()", "operations", NO_ANSWER),
-    ],
-    ids=str,
-)
-def test_a_frozen_server_holds_up_no_end_beyond_the_patience(server, end, says, limit):
+CLOSED = "was closed after waiting 1 s before 101 operations"
+
+
+def test_a_frozen_server_holds_up_no_end_beyond_the_patience(server):
     """And the exit status tells a pipeline that the work was not done."""
-    ended = run(server, FROZEN.format(before="s = service()", now=NOW, end=end), "never", **limit)
+    says = {
+        "pass": "tinkex: the program ended before 101 operations",
+        **dict.fromkeys(["s.close()", "t.close()", "with s: pass", "with t: pass"], CLOSED),
+    }
 
-    assert 1 == ended.status
-    assert says in ended.stderr
-    assert 0.8 < ended.seconds < 9
+    for script, end in zip(says, run_frozen(server, *says, close=1.0)):
+        assert 1 == end.status, script
+        assert says[script] in end.stderr, script
+        assert 0.8 < end.seconds < 9, script
+
+
+def test_a_server_that_does_not_answer_holds_up_no_end_beyond_no_answer(server):
+    scripts = ["pass", "t.close()"]
+
+    for script, end in zip(scripts, run_frozen(server, *scripts, no_answer=2.0)):
+        assert 1 == end.status, script
+        assert "operations" in end.stderr, script
+        assert 0.8 < end.seconds < 9, script
 
 
 @pytest.mark.parametrize("end", ["pass", "with s: pass", "with t: 1 / 0"])
@@ -227,60 +261,51 @@ def test_a_dead_server_holds_up_no_end_beyond_the_patience(tmp_path, end):
     server = ServerProcess(tmp_path / "home")
     server.start()
     die = "freeze = lambda: os.kill(int(os.environ['SERVER']), signal.SIGKILL); s = service()"
-    process = start(server, FROZEN.format(before=die, now=NOW, end=end), "never", close=1.0)
+    script = FROZEN.format(before=die, now=NOW, end=end)
     try:
-        stdout, stderr = process.communicate(timeout=30)
+        result = run(server, script, "never", close=1.0)
     finally:
-        process.kill()
         server.kill()
         server.client.http.close()
-    ended = Ended(process, stdout, stderr, time.time())
 
-    assert 1 == ended.status
-    assert "operations (" in ended.stderr
-    assert 9 > ended.seconds
+    assert 1 == result.status
+    assert "operations (" in result.stderr
+    assert 9 > result.seconds
 
 
 def test_ctrl_c_ends_the_wait_at_the_end_of_the_script(server):
     """The user has seen that the script waits, and does not want it to."""
-    script = FROZEN.format(
-        before="s = service(); interrupt_after(4.0)",
-        now=NOW,
-        end="pass",
-    )
-    ended = run(server, script, "never")
+    [end] = run_frozen(server, "interrupt_after(1.5)")
 
-    assert 130 == ended.status
-    assert "tinkex: the program ended before" in ended.stderr
-    assert 9 > ended.seconds
+    assert 130 == end.status
+    assert "tinkex: the program ended before" in end.stderr
+    assert 9 > end.seconds
 
 
 def test_sigterm_can_be_made_an_end_like_ctrl_c(server):
     """The line of docs/reliability.md; `sys.exit` in a handler would wait for the frozen server."""
-    script = FROZEN.format(
+    [end] = run_frozen(
+        server,
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
         before="s = service(); signal.signal(signal.SIGTERM, signal.default_int_handler)",
-        now=NOW,
-        end="os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
     )
-    ended = run(server, script, "never")
 
-    assert -signal.SIGINT == ended.status
-    assert "tinkex: the program ended before" in ended.stderr
-    assert 5 > ended.seconds
+    assert -signal.SIGINT == end.status
+    assert "tinkex: the program ended before" in end.stderr
+    assert 5 > end.seconds
 
 
 def test_sigterm_alone_ends_the_program_at_once(server):
     """No handler is installed behind the user's back, so nothing can be printed."""
-    end = """
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)
-    """
-    script = FROZEN.format(before="s = service()", now=NOW, end=end)
-    ended = run(server, script, "never")
+    [end] = run_frozen(
+        server,
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL; "
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
+    )
 
-    assert -signal.SIGTERM == ended.status
-    assert "dropped" not in ended.stderr
-    assert 5 > ended.seconds
+    assert -signal.SIGTERM == end.status
+    assert "dropped" not in end.stderr
+    assert 5 > end.seconds
 
 
 # Threads of a ThreadPoolExecutor are joined at the end of the program: polls must be woken.
@@ -309,69 +334,77 @@ OPEN_POLLS = """
     """
 
 
-@pytest.mark.parametrize("models", [1, 64])
+def open_polls(end, models, service="service()", before=""):
+    script = OPEN_POLLS.format(service=service, models=models, now=NOW, end=end)
+    return textwrap.dedent(before) + textwrap.dedent(script)
+
+
 @pytest.mark.parametrize(
     "end", ["pass", "1 / 0", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"], ids=str
 )
-def test_open_polls_do_not_hold_up_the_end(stuck_server, models, end):
+def test_open_polls_do_not_hold_up_the_end(stuck_server, end):
     """A long poll may have 40 s to go. So may 64, and those of samples."""
-    script = OPEN_POLLS.format(service="service()", models=models, now=NOW, end=end)
-    ended = run(stuck_server, script, "never", close=0.01)
+    scripts = {f"{models} models": open_polls(end, models) for models in (1, 64)}
 
-    assert "operations (0 not sent" in ended.stderr, ended.stderr
-    assert 2 > ended.seconds, ended.stderr
+    check_quick(run_all(stuck_server, scripts, at_once=2, close=0.01))
 
 
-@pytest.mark.parametrize("models", [1, 64])
 @pytest.mark.parametrize("end", ["pass", "1 / 0"])
-def test_nor_do_polls_through_an_adapter_of_the_user(stuck_server, models, end):
+def test_nor_do_polls_through_an_adapter_of_the_user(stuck_server, end):
     """Nothing is known of its connections, so none of them can be woken."""
     service = "tinkex.ServiceClient(url, 'tml-test', patience=patience, session=session)"
-    script = """
+    before = """
     import requests
     session = requests.Session()
     session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=300))
     """
-    script = textwrap.dedent(script) + textwrap.dedent(OPEN_POLLS)
-    script = script.format(service=service, models=models, now=NOW, end=end)
-    ended = run(stuck_server, script, "never", close=0.01)
+    scripts = {f"{models} models": open_polls(end, models, service, before) for models in (1, 64)}
 
-    assert "operations (0 not sent" in ended.stderr, ended.stderr
-    assert 2 > ended.seconds, ended.stderr
+    check_quick(run_all(stuck_server, scripts, at_once=2, close=0.01))
 
 
-PARENTS = {
-    "pytest": """
+def check_quick(ends):
+    for name, end in ends.items():
+        assert "operations (0 not sent" in end.stderr, (name, end.stderr)
+        assert 2 > end.seconds, (name, end.stderr)
+
+
+PARENTS = [
+    # pytest
+    """
         import pytest
         with open(name, "w") as file:
             file.write("def test_it():\\n" + textwrap.indent(code, "    "))
         pytest.main(["-s", "-p", "no:terminal", "-p", "no:cacheprovider", name])
         """,
-    "a forked daemon process": """
+    # a forked daemon process
+    """
         start = multiprocessing.get_context("fork").Process
         child = start(target=exec, args=(code, {}), daemon=True); child.start(); child.join()
         """,
-    "a spawned daemon process": """
+    # a spawned daemon process
+    """
         start = multiprocessing.get_context("spawn").Process
         child = start(target=exec, args=(code, {}), daemon=True); child.start(); child.join()
         """,
-    "a daemon thread that still waits": """
+    # a daemon thread that still waits
+    """
         opened = threading.Event()
         code += "opened.set(); work[0].result()"
         threading.Thread(target=exec, args=(code, {"opened": opened}), daemon=True).start()
         opened.wait()
         """,
-}
+]
 
 
-@pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS)
-def test_nor_do_they_inside_another_program(stuck_server, tmp_path, parent):
+def test_nor_do_they_inside_another_program(stuck_server, tmp_path):
     """None of these ends as a script does: the work is done in a function, a child or a thread."""
-    code = START + textwrap.dedent(OPEN_POLLS).format(
-        service="service()", models=64, now=NOW, end=""
-    )
-    script = f"import multiprocessing, textwrap\ncode = {code!r}\n{textwrap.dedent(parent)}"
-    ended = run(stuck_server, script, str(tmp_path / "test_it.py"), close=0.01)
+    code = START + open_polls("", 64)
+    scripts = {
+        str(tmp_path / f"test_{number}.py"): (
+            f"import multiprocessing, textwrap\ncode = {code!r}\n{textwrap.dedent(parent)}"
+        )
+        for number, parent in enumerate(PARENTS)
+    }
 
-    assert "operations (0 not sent" in ended.stderr, ended.stderr
-    assert 2 > ended.seconds, ended.stderr
+    check_quick(run_all(stuck_server, scripts, at_once=2, close=0.01))

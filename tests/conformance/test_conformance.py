@@ -48,18 +48,23 @@ class Serve:
         raise TimeoutError(Path(self.pidfile).with_suffix(".log").read_text())
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    """One in both dialects with two users, one with JSON alone and without keys."""
-    running = {
-        "both": Serve(
-            tmp_path_factory.mktemp("both"), "--api-key", "tml-one", "--api-key", "tml-two"
-        ),
-        "json": Serve(tmp_path_factory.mktemp("json"), "--dialect", "json"),
-    }
+#: A server in both dialects with two users, and one with JSON alone and without keys.
+SERVERS = {
+    "both": ("--api-key", "tml-one", "--api-key", "tml-two"),
+    "json": ("--dialect", "json"),
+}
+
+
+@pytest.fixture(params=["both", pytest.param("json", marks=pytest.mark.slow)])
+def dialect(request):
+    return request.param
+
+
+@pytest.fixture
+def server(dialect, tmp_path):
+    running = Serve(tmp_path, *SERVERS[dialect])
     yield running
-    for server in running.values():
-        serve_again.kill(server.pidfile)
+    serve_again.kill(running.pidfile)
 
 
 #: Checks that do not apply: without keys there are no users, and without protobuf no zstd.
@@ -74,10 +79,8 @@ NOT_OFFERED = {
 }
 
 
-@pytest.mark.parametrize("dialect", ["both", pytest.param("json", marks=pytest.mark.slow)])
-def test_our_own_server_passes_every_check(servers, dialect, capsys, monkeypatch):
+def test_our_own_server_passes_every_check(server, dialect, capsys, monkeypatch):
     """As a user runs it, with a kill -9 in the middle."""
-    server = servers[dialect]
     server.wait()
     options = ["--write", "--format", "json", "--restart", shlex.join(server.command)]
     if dialect == "both":

