@@ -26,9 +26,11 @@ test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k ret
 test-slow: .venv/test ## run the tests marked slow: more seeds, more versions, larger data
 	$(PYTEST) -m slow --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
 
+# --tb=line: with longer reports, Python 3.11 may end a test process in which a test fails while another
+# thread logs an exception (both parse source code: https://github.com/python/cpython/issues/106905).
 coverage: .venv/test ## run the tests and report which lines and branches they reach
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients --cov --cov-report= $(ARGS)
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients --cov --cov-report= --tb=line $(ARGS)
 	$(BIN)/python -m tests.coverage_figures build/coverage/report.json
 
 check: lint types test docs core ## run everything that must pass before a change is done
