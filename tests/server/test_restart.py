@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
-from tests.support.processes import ServerProcess, patiently
+from tests.support.fake_engine import FakeEngine
+from tests.support.processes import ServerProcess, free_port, patiently
 from tests.support.wire_client import batch
 from tinkex import wire
 
@@ -214,3 +217,107 @@ def test_sigterm_ends_it_at_once_even_under_way(process):
 
     assert time.monotonic() - started < 2.0
     assert 0 == server.process.returncode
+
+
+# In one process: stopped in an orderly way, and started again on the same home and port.
+
+
+@pytest.fixture
+def again(serve, tmp_path):
+    """Starts a server on the same home and port each time, each with a fresh engine."""
+    port = free_port()
+
+    def start(gate=None, **limits):
+        return serve(home=tmp_path / "home", port=port, engine=FakeEngine(gate=gate), limits=limits)
+
+    return start
+
+
+def open_gate():
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
+def test_what_was_accepted_before_a_stop_runs_after_it(again):
+    """What had ended is answered as before; the rest runs in its order, on the same state."""
+    gate = open_gate()
+    first = again(gate)
+    client = first.client
+    session = client.session()
+    model = client.model(session)
+    step = client.optim_step(model, 2)
+    done = [client.result(client.forward_backward(model, 1, [3, 4])), client.result(step)]
+    saved = client.post(
+        "save_weights_for_sampler",
+        {"model_id": model, "seq_id": 3, "sampling_session_seq_id": 0},
+    )
+    sampler = client.result(saved)["sampling_session_id"]
+    early = client.sample(sampler, 0)
+    sampled = client.result(early)
+    gate.clear()
+    waiting = [
+        client.forward_backward(model, 4, [5, 6]),
+        client.optim_step(model, 5),
+        client.sample(sampler, 1, params={"seed": 7}),
+    ]
+    first.close()
+    client = again().client
+    rest = [client.result(promise) for promise in waiting]
+
+    reference = client.model(session, number=1)
+    client.result(client.forward_backward(reference, 1, [3, 4]))
+    client.result(client.optim_step(reference, 2))
+    client.result(client.forward_backward(reference, 3, [5, 6]))
+    undisturbed = client.result(client.optim_step(reference, 4))
+
+    assert [done[1], sampled] == [client.result(step), client.result(early)]
+    assert undisturbed["metrics"] == rest[1]["metrics"]
+    assert rest[2]["sequences"]
+    assert "metrics" in client.result(client.optim_step(model, 6))
+
+
+def change(path, statement):
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute(statement).rowcount == 1
+
+
+@pytest.fixture
+def with_a_sample_that_waits(again):
+    """A stopped server that had accepted a sample, the client of the next one, the promise."""
+
+    def stop(disturb):
+        first = again()
+        sampler = first.client.sampler()
+        first.engine.gate.clear()
+        promise = first.client.sample(sampler, 0)
+        first.close()
+        disturb()
+        return again().client, promise, sampler
+
+    return stop
+
+
+def test_an_operation_that_cannot_be_read_is_skipped(with_a_sample_that_waits, tmp_path, caplog):
+    """The others run all the same, and so does what is sent then."""
+
+    def disturb():
+        [journal] = (tmp_path / "home").glob("servers/*/journal*.sqlite")
+        change(journal, "UPDATE operations SET body = x'00'")
+
+    client, promise, sampler = with_a_sample_that_waits(disturb)
+    status, _ = client.refused("retrieve_future", {"request_id": promise["request_id"]})
+
+    assert 410 == status
+    assert f"Operation {promise['request_id']} in the journal cannot be read" in caplog.text
+    assert client.result(client.sample(sampler, 1))["sequences"]
+
+
+def test_a_sample_whose_sampler_is_gone_fails(with_a_sample_that_waits, tmp_path):
+    def disturb():
+        [store] = (tmp_path / "home").glob("*.sqlite")
+        change(store, "DELETE FROM samplers")
+
+    client, promise, _ = with_a_sample_that_waits(disturb)
+
+    assert "its session is gone; send it again" in client.result(promise)["error"]
