@@ -171,6 +171,30 @@ def test_taking_turns_changes_no_token(engine, width):
     assert expected == sampled()
 
 
+def test_steps_are_short_for_a_minute_after_another_user_has_asked(engine):
+    """Alone, a user's samples all advance in every step: that is quicker in all."""
+    batch = engine._bases["tiny"].sampler
+    batch._state._pools._step_positions = 200
+
+    def advanced():
+        """How many rows get a token in a step."""
+        before = batch._rows.length.copy()
+        engine.sample_step()
+        return int((batch._rows.length > before).sum())
+
+    hog(engine)
+    engine.sample_step()
+    alone = advanced()
+    engine.submit_sample("small", "base", request(max_tokens=1), share="other")
+    steps_until(engine, "small")
+    steps_until(engine, "nothing", most=2)
+    beside = advanced()
+    batch._shared_until = 0.0
+
+    assert MOST_ROWS == alone
+    assert 0 < beside < advanced()
+
+
 def test_memory_is_shared_too(engine):
     """Where memory is scarce, not rows."""
     batch = engine._bases["tiny"].sampler

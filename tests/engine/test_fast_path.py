@@ -56,7 +56,7 @@ def test_a_removed_sequence_leaves_the_others_as_they_were(base):
         for row in removed:
             state.remove(row)
         rows, logits = state.advance(
-            np.arange(5) + 7, np.array([6, 6, 4, 4, 4]), dict.fromkeys(range(5))
+            np.arange(5) + 7, np.array([6, 6, 4, 4, 4]), dict.fromkeys(range(5)), in_turn=False
         )
         results.append(dict(zip(rows.tolist(), logits)))
 

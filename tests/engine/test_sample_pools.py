@@ -34,7 +34,7 @@ def add(pools, rows, prompt_length=10):
 def advance(pools, shares):
     """One step; give the rows that it advances."""
     found = []
-    for pool in pools.choose(shares):
+    for pool in pools.choose(shares, in_turn=True):
         found += pool.begin_step()
         pool.end_step()
     return found

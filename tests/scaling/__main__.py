@@ -153,8 +153,10 @@ def table(found: Sequence[Found]) -> str:
 
 
 def write(text: str, page: Path = PAGE) -> None:
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} has no place for the tables: {BEGIN} and {END} are missing.")
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 

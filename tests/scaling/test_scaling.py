@@ -94,6 +94,17 @@ def test_our_own_server_is_trained_on(tmp_path):
     assert said.startswith("loss ") and "in 2 steps" in said and "then:" not in said
 
 
+def test_the_tables_take_the_place_of_the_last_ones(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{program.BEGIN}\nold\n{program.END}\nafter\n")
+    program.write("new", page)
+
+    assert f"before\n{program.BEGIN}\nnew\n{program.END}\nafter\n" == page.read_text()
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no place for the tables"):
+        program.write("new", page)
+
+
 def test_the_tables_have_a_row_for_each_server_and_each_check_that_one_fails():
     first = program.Found(SERVERS[1], "loss 2 -> 1", "loss 0.69")
     first.checks = {"a | b": ("fail", "why"), "c": ("pass", ""), "d": ("pass", "")}

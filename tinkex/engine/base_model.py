@@ -72,11 +72,11 @@ class SamplingState(Protocol):
         """
 
     def advance(
-        self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable]
+        self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
         """Read one more token of every sequence -> (n,) its numbers, (n, V) float32 logits.
 
-        Where that would take long, of those sequences only whose turn it is.
+        *in_turn*, where that would take long, of those sequences only whose turn it is.
 
         Args:
             tokens, positions: by number of the sequence.

@@ -195,9 +195,9 @@ class FastSampling:
     # -- tokens ------------------------------------------------------------------------------
 
     def advance(
-        self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable]
+        self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
-        pools = self._pools.choose(shares)
+        pools = self._pools.choose(shares, in_turn=in_turn)
         members = [pool.begin_step() for pool in pools]
         bounds = np.cumsum([0, *(len(m) for m in members)])
         rows = np.concatenate([np.array(m, np.int64) for m in members])

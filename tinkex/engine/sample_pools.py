@@ -93,8 +93,8 @@ class Pools:
         self._of.clear()
         self._tokens.clear()
 
-    def choose(self, shares: Mapping[int, Hashable]) -> list[Pool]:
-        """The pools that a step advances: all, or as many as it has time for.
+    def choose(self, shares: Mapping[int, Hashable], *, in_turn: bool) -> list[Pool]:
+        """The pools that a step advances: all, or *in_turn* as many as it has time for.
 
         First come those with samples of the share that has got the fewest tokens, and among these
         the one that has waited longest. The one that has waited longest of all is never left out.
@@ -105,7 +105,7 @@ class Pools:
         members = {slot: _live(slot.pool) for slot in self._slots}
         self._forget_shares({shares[row] for rows in members.values() for row in rows})
         chosen = list(self._slots)
-        if sum(slot.pool.positions for slot in chosen) > self._step_positions:
+        if in_turn and sum(slot.pool.positions for slot in chosen) > self._step_positions:
             chosen = self._in_turn(
                 {
                     slot: min(self._tokens[shares[row]] for row in rows)
