@@ -5,8 +5,11 @@ BROWSER_SCREENSHOTS names a folder for pictures of the page; `make screenshots` 
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -224,6 +227,56 @@ def test_the_page_comes_back_when_the_server_does(chromium, tmp_path):
         wait(opened, lambda: not opened.find_element(By.ID, "notice").is_displayed())
     finally:
         server.close()
+
+
+#: What a page from elsewhere could try: to read, to act without being able to read, to listen.
+FROM_ELSEWHERE = """
+const [url, done] = arguments;
+const outcome = {};
+const body = JSON.stringify({type: "create_session", tags: [], sdk_version: "1"});
+(async () => {
+  const tries = {
+    read: () => fetch(`${url}/ui/state`, {credentials: "include"}),
+    act: () => fetch(`${url}/api/v1/create_session`, {method: "POST", mode: "no-cors", body}),
+    chat: () => fetch(`${url}/v1/completions`, {method: "POST", body,
+      headers: {"Content-Type": "application/json"}}),
+  };
+  for (const [name, attempt] of Object.entries(tries)) {
+    const said = (answer) => `${answer.type} ${answer.status}`;
+    outcome[name] = await attempt().then(said, () => "blocked");
+  }
+  outcome.listen = await new Promise((resolve) => {
+    const stream = new EventSource(`${url}/ui/events`);
+    stream.onopen = () => resolve("open");
+    stream.onerror = () => { stream.close(); resolve("blocked"); };
+  });
+  done(outcome);
+})();
+"""
+
+
+def test_a_page_from_another_origin_sees_and_does_nothing(chromium, tmp_path):
+    """Another port of this machine, on a server that asks for no key."""
+    elsewhere = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0),
+        functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path)),
+    )
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    with LocalServer(tmp_path / "home", engine=FakeEngine) as server:
+        opened = chromium()
+        opened.set_script_timeout(30)
+        opened.get(f"http://127.0.0.1:{elsewhere.server_port}/")
+        outcome = opened.execute_async_script(FROM_ELSEWHERE, server.url)
+        client = WireClient(server.url)
+        sessions = client.get("sessions")["sessions"]
+        client.http.close()
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+    # "opaque": it was sent, and the page cannot read the 403.
+    expected = {"read": "blocked", "act": "opaque 0", "chat": "blocked", "listen": "blocked"}
+    assert expected == outcome
+    assert [] == sessions
 
 
 def test_samples_of_a_run_are_shown_as_text(browser, service, run):
