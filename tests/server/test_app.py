@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import requests
 
 from tests.support.wire_client import batch
 from tinkex import types, wire
@@ -50,3 +52,10 @@ def test_health_is_told_in_the_words_of_the_protocol(client):
 
     assert {"status": "ok"} == answer.json()
     assert answer.headers["X-Tinkex-Version"]
+
+
+@pytest.mark.parametrize("name", ["healthz", "readyz"])
+def test_health_is_also_where_orchestrators_look_for_it(served, name):
+    answer = requests.get(f"{served.server.url}/{name}", timeout=30)
+
+    assert (200, served.client.get(name)) == (answer.status_code, answer.json())

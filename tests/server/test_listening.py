@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import threading
 import time
 
@@ -15,19 +14,6 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.processes import ServerProcess, free_port
 from tests.support.wire_client import WireClient
 from tinkex.server.home import HomeError
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """A certificate of 127.0.0.1 that it has signed itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    command = (
-        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {key} -out {certificate} "
-        "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1,DNS:localhost"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return certificate, key
 
 
 def until(condition, seconds=20):

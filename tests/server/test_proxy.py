@@ -20,18 +20,6 @@ pytestmark = pytest.mark.skipif(NGINX is None, reason="needs nginx: apt install 
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    command = (
-        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {key} -out {certificate} "
-        "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1,DNS:localhost"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return certificate, key
-
-
-@pytest.fixture(scope="module")
 def proxy(certificate, tmp_path_factory):
     """The proxy's address; its configuration is the documented one, with other ports and files."""
     port, folder = free_port(), tmp_path_factory.mktemp("nginx")

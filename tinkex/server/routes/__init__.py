@@ -46,6 +46,10 @@ def routes() -> list[Route]:
     found = page.routes()
     numbers = guarded(sessions.numbers, key_of=openai.bearer_key)
     found.append(Route("/metrics", numbers, methods=["GET"]))
+    # Where load balancers and orchestrators look, beside the paths of the API.
+    for method, path, handler in sessions.PUBLIC:
+        endpoint = guarded(handler, name=path, public=True)
+        found.append(Route(f"/{path}", endpoint, methods=[method]))
     for endpoints, public in (
         *((endpoints, False) for endpoints in _MODULES),
         (sessions.PUBLIC, True),
