@@ -167,9 +167,8 @@ class _Capped(torch.autograd.Function):
             dv[:, :, keys] += weights.transpose(2, 3) @ dout
             dot = (dout * _by_group(out[:, :, queries], groups)).sum(dim=3, keepdim=True)
             dproducts = (dout @ v[:, :, keys].transpose(2, 3)).sub_(dot).mul_(weights)
-            if cap:  # the derivative of cap tanh(x / cap) is 1 - tanh^2
-                dproducts.mul_(products.div_(cap).square_().neg_().add_(1))
-            dproducts.mul_(scale)
+            # The derivative of cap tanh(x / cap) is 1 - tanh^2.
+            dproducts.mul_(products.div_(cap).square_().neg_().add_(1)).mul_(scale)
             dq[:, :, queries] = _by_head(dproducts @ k[:, :, keys], q.shape[1])
             dk[:, :, keys] += dproducts.transpose(2, 3) @ _by_group(q[:, :, queries], groups)
         return dq, dk, dv, None, None, None
@@ -200,9 +199,7 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """A block's weights (B, G, H / G n, m) after softmax, and its products, capped."""
     own = _by_group(q[:, :, queries], k.shape[1])
-    products = (own @ k[:, :, keys].transpose(2, 3)).mul_(scale)
-    if cap:
-        soft_cap_(products, cap)
+    products = soft_cap_((own @ k[:, :, keys].transpose(2, 3)).mul_(scale), cap)
     seen = _seen(queries, keys, window, q).repeat(q.shape[1] // k.shape[1], 1)
     masked = products.masked_fill(~seen, -torch.inf)
     return torch.softmax(masked, dim=3, dtype=torch.float32).to(q.dtype), products

@@ -46,6 +46,11 @@ def _activation(config: Any) -> str:
     return name
 
 
+def _head_dim(config: Any) -> int:
+    size: int | None = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads
+
+
 def _rope_parameters(config: Any) -> Iterable[Mapping[str, Any]]:
     """Of the only position embedding, or of each of several."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -72,13 +77,12 @@ def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
         eos = config.eos_token_id
     if eos is None:
         eos = ()
-    head_dim = getattr(config, "head_dim", None)
     return Spec(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        head_dim=_head_dim(config),
         mlp=config.intermediate_size,
         vocab=config.vocab_size,
         context=_context(config),
@@ -101,8 +105,7 @@ def ropes_of(
         ValueError: If it rotates less of each head than the family can.
     """
     ropes: dict[str | None, Rope | None] = {None: None}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = family.ropes(config)
+    head_dim, kinds = _head_dim(config), family.ropes(config)
     for kind in filter(lambda kind: kind is not None, dict.fromkeys(kinds)):
         prefix = f"{kind}_" if kind else ""
         frequencies = getattr(rotary, f"{prefix}inv_freq")

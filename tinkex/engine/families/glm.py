@@ -8,8 +8,7 @@ from typing import Any
 from tinkex.engine.families.family import Family
 
 
-def interleaved_settings(config: Any) -> Mapping[str, Any]:
-    """The settings of a family that rotates pairs (2 i, 2 i + 1)."""
+def _settings(config: Any) -> Mapping[str, Any]:
     return {"interleaved": True}
 
 
@@ -18,5 +17,5 @@ FAMILY = Family(
     "GLM-4-9B of 2024 (-hf), GLM-Edge",
     gate_up=("mlp.gate_up_proj",),
     partial_rotary=True,
-    settings=interleaved_settings,
+    settings=_settings,
 )
