@@ -45,7 +45,7 @@ def belongs_to_executor(thread: threading.Thread) -> bool:
 
 
 def exit_with(status: int) -> None:
-    """Let the program end with *status* after all other functions of atexit have run."""
+    """Let the program end with *status*, after the functions that atexit has now have run."""
     _end_by(lambda: os._exit(status))
 
 
