@@ -129,7 +129,7 @@ def rl(context: click.Context, **options: Any) -> int:
     def recipe() -> finetune.Recipe:
         return reinforce.recipe(_resumed(options, "reward"), _resumed(options, "env"))
 
-    return _launch(context, recipe, options)
+    return launch(context, recipe, options)
 
 
 @_command(_DISTILL)
@@ -145,7 +145,7 @@ def distill(context: click.Context, **options: Any) -> int:
         return reinforce.distillation(_resumed(options, "teacher"))
 
     fixed = {"method": "distill", "kl": 1.0, "group_size": 1, "loss": "importance_sampling"}
-    return _launch(context, recipe, options, fixed)
+    return launch(context, recipe, options, fixed)
 
 
 def _resumed(options: dict[str, Any], name: str) -> str | None:
@@ -156,18 +156,6 @@ def _resumed(options: dict[str, Any], name: str) -> str | None:
     if given is None and options["resume"] and options["output"] is not None:
         given = Run(options["output"]).settings.get(name)
     return given
-
-
-def _launch(
-    context: click.Context,
-    recipe: Callable[[], Any],
-    options: dict[str, Any],
-    defaults: dict[str, Any] | None = None,
-) -> int:
-    names = ("data", "eval_data", "output", "resume", "dump_config", "base_url", "api_key", "dtype")
-    given = {name: value for name, value in options.items() if name not in names}
-    common = {name: options[name] for name in names}
-    return launch(context, recipe, given=given, defaults=defaults, **common)
 
 
 COMMANDS = (rl, distill)

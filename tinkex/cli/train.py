@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -207,18 +207,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 @data_options
 @server_options
 @click.pass_context
-def train(
-    context: click.Context,
-    data: tuple[str, ...],
-    eval_data: tuple[str, ...],
-    output: Path | None,
-    resume: bool,
-    dump_config: bool,
-    base_url: str | None,
-    api_key: str | None,
-    dtype: str | None,
-    **given: Any,
-) -> int:
+def train(context: click.Context, **options: Any) -> int:
     """Fine-tune a model on DATA.
 
     DATA is one or more files or folders (- is standard input, hf://org/name a Hugging Face data
@@ -232,70 +221,59 @@ def train(
     """
     from tinkex.recipes import finetune
 
-    return launch(
-        context,
-        lambda: finetune.SUPERVISED,
-        data,
-        eval_data,
-        output,
-        resume,
-        dump_config,
-        base_url,
-        api_key,
-        dtype,
-        given,
-    )
+    return launch(context, lambda: finetune.SUPERVISED, options)
+
+
+class Common(NamedTuple):
+    """Options of all commands that train; what else they have are settings of the run."""
+
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+    output: Path | None
+    resume: bool
+    dump_config: bool
+    base_url: str | None
+    api_key: str | None
+    dtype: str | None
 
 
 def launch(
     context: click.Context,
     recipe: Callable[[], finetune.Recipe],
-    data: tuple[str, ...],
-    eval_data: tuple[str, ...],
-    output: Path | None,
-    resume: bool,
-    dump_config: bool,
-    base_url: str | None,
-    api_key: str | None,
-    dtype: str | None,
-    given: dict[str, Any],
-    defaults: dict[str, Any] | None = None,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> int:
     """
     A command that trains: reads the options that such commands share, and runs *recipe*.
 
     Args:
-        given: settings, of which those count that were given explicitly.
+        options: those of `Common`, and settings, of which those count that were given explicitly.
         defaults: of settings, other than the recipe's own.
     """
     from tinkex.recipes import run_folder
 
-    data = data or tuple((context.default_map or {}).get("data", ()))
-    if dump_config:
-        _dump_config(data, eval_data, given, base_url)
+    shared = {name: options[name] for name in Common.__annotations__}
+    given = {name: value for name, value in options.items() if name not in shared}
+    shared["data"] = shared["data"] or tuple((context.default_map or {}).get("data", ()))
+    common, output = Common(**shared), options["output"]
+    if common.dump_config:
+        _dump_config(common.data, common.eval_data, given, common.base_url)
         return 0
     if output is None:
         raise click.UsageError("Missing option '--output'.")
-    set_dtype(dtype, base_url, _is_explicit(context, "dtype"))
-    if resume and not (output / "state.json").exists():
+    set_dtype(common.dtype, common.base_url, _is_explicit(context, "dtype"))
+    if common.resume and not (output / "state.json").exists():
         raise click.UsageError(
             f"there is no run to resume in {output}; omit --resume to start one."
         )
     given = {name: value for name, value in given.items() if _is_explicit(context, name)}
-    given = given if resume else {**(defaults or {}), **given}
+    given = given if common.resume else {**(defaults or {}), **given}
     with run_folder.locked(output):
-        return _train(recipe, data, eval_data, output, resume, base_url, api_key, given)
+        return _train(recipe, common, output, given)
 
 
 def _train(
-    recipe: Callable[[], finetune.Recipe],
-    data: tuple[str, ...],
-    eval_data: tuple[str, ...],
-    output: Path,
-    resume: bool,
-    base_url: str | None,
-    api_key: str | None,
-    given: dict[str, Any],
+    recipe: Callable[[], finetune.Recipe], common: Common, output: Path, given: dict[str, Any]
 ) -> int:
     """The command, when no other process uses the folder."""
     from tinkex import ServiceClient, errors
@@ -310,17 +288,17 @@ def _train(
     with progress.CtrlC() as ctrl_c:
         try:
             run = finetune.start(
-                data or None,
+                common.data or None,
                 given,
                 output,
-                lambda: ServiceClient(base_url=base_url, api_key=api_key),
+                lambda: ServiceClient(base_url=common.base_url, api_key=common.api_key),
                 progress.Progress(quiet=is_quiet()),
                 recipe=chosen,
-                eval_data=eval_data or None,
-                resume=resume,
+                eval_data=common.eval_data or None,
+                resume=common.resume,
                 guard=ctrl_c.deferred,
-                fetched=lambda base_model: fetched(base_model, base_url, api_key),
-                base_url=base_url,
+                fetched=lambda name: fetched(name, common.base_url, common.api_key),
+                base_url=common.base_url,
             )
         except (finetune.UsageError, start_from.StartError) as exc:
             raise click.UsageError(str(exc)) from exc
