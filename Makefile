@@ -11,7 +11,7 @@ JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench profile chaos audit load dist hooks clean browser screenshots clients examples scaling
+.PHONY: help demo test test-slow coverage check lint types docs core conformance cookbook bench profile chaos audit load dist hooks clean browser screenshots clients examples scaling llama
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,10 @@ test: .venv/test ## run the tests in minutes (a part: ARGS='tests/runtime -k ret
 	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
 
 test-slow: .venv/test ## run the tests marked slow: more seeds, more versions, larger data
-	$(PYTEST) -m slow --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
+	$(PYTEST) -m slow -rs --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients $(ARGS)
+
+llama: .venv/test ## build llama-cpp-python for the tests of GGUF export (10 minutes, kept by pip)
+	$(BIN)/python -m tests.support.llama_cpp
 
 # --tb=line: with longer reports, Python 3.11 may end a test process in which a test fails while another
 # thread logs an exception (both parse source code: https://github.com/python/cpython/issues/106905).

@@ -1,27 +1,23 @@
 """Decoding beside llama.cpp, on the same weights of SmolLM2 written as GGUF.
 
-llama-cpp-python has no wheel on the package index and takes ten minutes to build, so it lives in an
-environment of its own under build/llama. TINKEX_LLAMA_WHEEL names a wheel that is there already.
+llama-cpp-python is built first where it is not on the machine: see `tests.support.llama_cpp`.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks import engine
-from tests.benchmarks.figures import ROOT
 from tests.benchmarks.rounds import Allowance, in_turns
 from tests.benchmarks.rows import OF_LIMIT, Row, table
+from tests.support import llama_cpp
 from tinkex.engine import gguf_writer
 from tinkex.engine.cpu_parallel import available_cores
 
-HERE, BUILD = Path(__file__).parent, ROOT / "build" / "llama"
-REQUIREMENT = "llama-cpp-python==0.3.36"
+HERE = Path(__file__).parent
 
 #: A type of ours, and llama.cpp's with as many bits.
 KINDS = {"float32": "F32", "bfloat16": "F16"}
@@ -60,20 +56,9 @@ class Llama:
         self._process.communicate()
 
 
-def _python() -> Path:
-    """The Python of the environment; made, and the package built, where it is not there yet."""
-    python = BUILD / "bin" / "python"
-    if not (BUILD / "done").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", BUILD], check=True)
-        what = os.environ.get("TINKEX_LLAMA_WHEEL", REQUIREMENT)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", what], check=True)
-        (BUILD / "done").touch()
-    return python
-
-
 def rows(seconds: float) -> list[Row]:
     """Tokens a second of both, in turns."""
-    python, found = _python(), []
+    python, found = llama_cpp.python(build=True), []
     allowance = Allowance(seconds, len(KINDS) * len(STREAMS))
     with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as folder:
         for dtype, kind in KINDS.items():
@@ -112,8 +97,9 @@ def page(found: list[Row]) -> str:
     return "\n".join(
         [
             "## Decoding beside llama.cpp",
-            f"{REQUIREMENT}, as many threads as there are cores; the bare base model of SmolLM2, "
-            "16-token prompts, 32 tokens of each stream. llama.cpp's F16 beside our bfloat16.",
+            f"{llama_cpp.REQUIREMENT}, as many threads as there are cores; the bare base model of "
+            "SmolLM2, 16-token prompts, 32 tokens of each stream. llama.cpp's F16 beside our "
+            "bfloat16.",
             "",
             table(found, OF_LIMIT),
         ]

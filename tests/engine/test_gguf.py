@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 from pathlib import Path
 
 import gguf
@@ -217,6 +219,24 @@ def test_a_gemma_that_llama_cpp_would_compute_differently_is_not_written(tmp_pat
         gguf_writer.write(base, tmp_path / "model.gguf")
 
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_weights_that_cannot_be_stored_are_an_os_error(tmp_path):
+    """safetensors has an error of its own for it, which callers would take for a bad file."""
+    _, path = make_gguf(tmp_path)
+    for folder in ("out", "again"):
+        (tmp_path / folder).mkdir()
+    reading.write_directory(path, tmp_path / "out")
+    largest = (tmp_path / "out" / "model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            reading.write_directory(path, tmp_path / "again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert errno.EFBIG == caught.value.errno
 
 
 def test_a_gemma_file_is_saved_as_a_directory(tmp_path):

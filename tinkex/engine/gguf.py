@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,9 @@ GEMMA3_PERIOD = 6
 GEMMA3_LOCAL_BASE = 10000.0
 #: Gemma 3 27B, which has so many layers, scales attention by width per head, not by a head's size.
 GEMMA3_LARGEST = 62
+
+#: A failure of the system in an error message of safetensors.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 #: Factors on the rotary frequencies (Llama 3's), which are no weights of the model.
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -394,7 +399,9 @@ def write_directory(path: Path, directory: Path, dtype: torch.dtype = torch.bflo
 
     Raises:
         GgufError: If it cannot be read, or its rotary frequencies cannot be written in config.json.
+        OSError: If it cannot be stored.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     file = read(path)
@@ -409,4 +416,10 @@ def write_directory(path: Path, directory: Path, dtype: torch.dtype = torch.bflo
     write_tokenizer(file, directory)
     text = json.dumps(content, indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as exc:
+        number = _OS_ERROR.search(str(exc))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from exc
