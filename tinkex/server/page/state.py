@@ -33,7 +33,7 @@ class _Seen:
 
 
 async def overview_event(call: Call) -> bytes:
-    """The overview as a "state" event: read once a second for all pages that a user has open.
+    """The overview as a "state" event: read at most twice a second for all of a user's pages.
 
     The same object as before, if nothing has changed.
     """
