@@ -1,10 +1,10 @@
 """`make bench`: every figure side by side in one run, the page that shows them, and what moved.
 
-Usage: python -m tests.benchmarks [client] [engine] [whole] [growth] [llama] [gpu] [--minutes M]
-[--model NAME] [--dtype TYPE] [--case NAME]; without names, all that this machine can run. Writes
-docs/benchmarks.md, docs/benchmarks.json and the pictures beside them; parts that were not run keep
-what they had, and nothing is written of a part of which only some rows are measured. Prints which
-figures have moved by more than noise since the last commit.
+Usage: python -m tests.benchmarks [client] [engine] [whole] [growth] [rendering] [llama] [gpu]
+[--minutes M] [--model NAME] [--dtype TYPE] [--case NAME]; without names, all that this machine can
+run. Writes docs/benchmarks.md, docs/benchmarks.json and the pictures beside them; parts that were
+not run keep what they had, and nothing is written of a part of which only some rows are measured.
+Prints which figures have moved by more than noise since the last commit.
 """
 
 from __future__ import annotations
@@ -151,6 +151,22 @@ def growth_part(options: Options) -> Part:
     return Part("\n".join(lines), rows)
 
 
+def rendering_part(options: Options) -> Part:
+    """Conversations to tokens."""
+    from tests.benchmarks import rendering
+
+    rows = rendering.rows(options.seconds)
+    lines = [
+        "## Conversations to tokens",
+        "Processor time of all threads. Ours: tokens and weights of a batch; instead: what "
+        "transformers' `apply_chat_template` takes for each conversation, without weights, or the "
+        "time allowed.",
+        "",
+        table(rows),
+    ]
+    return Part("\n".join(lines), rows)
+
+
 def llama_part(options: Options) -> Part:
     """Decoding beside llama.cpp on the same weights."""
     from tests.benchmarks import llama
@@ -170,6 +186,7 @@ PARTS: dict[str, tuple[Callable[[Options], Part], float]] = {
     "engine": (engine_part, 0.55),
     "whole": (whole_part, 0.1),
     "growth": (growth_part, 0.15),
+    "rendering": (rendering_part, 0.1),
     "llama": (llama_part, 0.0),
     "gpu": (gpu_part, 0.0),
 }

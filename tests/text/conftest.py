@@ -14,6 +14,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from tests.support import mistral_vocabularies
 from tinkex.text.tokenizer import Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -107,14 +108,26 @@ def real_qwen(control=QWEN_CONTROL):
 
 
 def load_pair(name, is_sentencepiece=False, is_real=False):
-    """Our tokenizer for a template of tests/text/templates, and transformers' for the same."""
+    """
+    Our tokenizer for a template of tests/text/templates, and transformers' for the same.
+
+    Args:
+        is_real: with the vocabulary of Qwen or, in SentencePiece, of Mistral.
+    """
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     special = next(v for k, v in SPECIAL.items() if name.startswith(k))
     if is_real:
+        if is_sentencepiece:
+            made = mistral_vocabularies.sentencepiece(mistral_vocabularies.SENTENCEPIECE[name])
+            return _pair(made, template, special)
         more = {*_CONTROL.findall(template), *special.values()} - set(QWEN_CONTROL)
         made = real_qwen((*QWEN_CONTROL, *sorted(more)))
     else:
         made = backend(template, tuple(special.values()), is_sentencepiece)
+    return _pair(made, template, special)
+
+
+def _pair(made, template, special):
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, chat_template=template, **special
     )

@@ -97,6 +97,17 @@ def test_with_the_vocabulary_of_the_model_itself(load, kind):
     assert 151645 in tinkex.render_prompt([ASK], ours).stop
 
 
+@pytest.mark.parametrize("kind", ["llama2", "zephyr", "mistral_v01", "mistral_v02", "mistral_v03"])
+def test_with_a_real_vocabulary_of_sentencepiece(load, kind):
+    """32,000 pieces, of which many hold a space; no space appears between the turns."""
+    ours, reference = load(kind, is_sentencepiece=True, is_real=True)
+
+    rendered = tinkex.render(TURNS, ours)
+
+    assert theirs(reference, TURNS) == rendered.tokens.tolist()
+    assert rendered.text == ours.decode(rendered.tokens)
+
+
 def rendered_length(rendered):
     """Tokens from the beginning of the last turn to the end."""
     return len(rendered.tokens) - rendered.spans[-1].start
