@@ -29,7 +29,7 @@ FEW, MANY = 100, 10_000
 IN_A_FILE, ALLOWED = 100_000, 60.0
 WORDS = (
     "the capital of France is Paris and what weather in Berlin today was sunny with some clouds "
-    "over there because people said so about many things that are good"
+    "over there because people wrote much about many things that are good"
 ).split()
 #: Words of a question, and of an answer.
 QUESTION, ANSWER = 30, 60
