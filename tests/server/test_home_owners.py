@@ -135,3 +135,44 @@ def test_a_server_for_one_user_does_not_revoke_its_key(serve):
 
     assert 404 == single.client_with("only-key").refused("auth/apikey/me", method="DELETE")[0]
     assert 404 == serve().client.refused("auth/apikey/me", method="DELETE")[0]
+
+
+def test_adopting_changes_the_work_of_one_owner_alone(serve, tmp_path):
+    """The models that live on after a restart, too: bob's stay bob's."""
+    port = free_port()
+    first = serve(port=port, keys=users("alice=alice-key", "bob=bob-key-1"))
+    models = {}
+    for key in ("alice-key", "bob-key-1"):
+        client = first.client_with(key)
+        models[key] = client.model()
+        client.result(client.forward_backward(models[key], 1, [5]))
+    first.server.close()
+    adopt(tmp_path / "home", "alice", "carol")
+    second = serve(port=port, keys=users("carol=carol-key", "bob=bob-key-1"))
+    steps = [
+        second.client_with(key).result(second.client_with(key).optim_step(model, 2))
+        for key, model in (
+            ("carol-key", models["alice-key"]),
+            ("bob-key-1", models["bob-key-1"]),
+        )
+    ]
+
+    assert all("metrics" in step for step in steps), steps
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda home: adopt(home / "nowhere", "local", "alice"), "is not a home of tinkex"),
+        (lambda home: revoke(home / "nowhere", key="k"), "is not a home of tinkex"),
+        (lambda home: adopt(home, "zoe", "alice"), "belongs to 'zoe'"),
+        (lambda home: adopt(home, "local", "a b"), "a b"),
+        (lambda home: revoke(home, key_id="12"), "'12' is no id of a key"),
+        (lambda home: owners(home / "nowhere"), "is not a home of tinkex"),
+    ],
+)
+def test_a_change_that_cannot_be_made_gives_the_reason(serve, tmp_path, change, reason):
+    serve().server.close()
+
+    with pytest.raises(HomeError, match=reason):
+        change(tmp_path / "home")

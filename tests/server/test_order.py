@@ -339,3 +339,22 @@ def test_the_queue_of_a_model_is_bounded_but_never_stuck(serve):
     assert 429 == answer.status_code
     assert "1" == answer.headers["Retry-After"]
     assert "metrics" in client.result(first)
+
+
+def test_a_model_that_is_unloaded_twice_is_unloaded_once_and_takes_nothing_more(serve):
+    """The second request is a resend of the first: the same promise."""
+    gate = threading.Event()
+    served = serve(engine=FakeEngine(gate=gate))
+    client = served.client
+    model = client.model()
+    under_way = client.forward_backward(model, 1, [5])
+    promises = [client.post("unload_model", {"model_id": model}) for _ in range(2)]
+    status, sentence = client.refused(
+        "optim_step", {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": 0.1}}
+    )
+    gate.set()
+
+    assert promises[0]["request_id"] == promises[1]["request_id"]
+    assert (404, True) == (status, "is being unloaded" in sentence)
+    assert "metrics" in client.result(under_way)
+    assert model == client.result(promises[0])["model_id"]
