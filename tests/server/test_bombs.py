@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import coverage
 import pytest
 import requests
 import zstandard
@@ -130,8 +131,9 @@ def test_a_bomb_costs_a_second_and_200_megabytes_at_most(server, name, record_pr
 
     assert 413 == answer.status_code
     assert peak <= 200 * MIB
-    assert seconds <= 3  # 1 on a machine that does nothing else
-    assert watch.worst <= 0.5  # 0.1 on such a machine
+    if coverage.Coverage.current() is None:  # the server, too, takes several times as long with it
+        assert seconds <= 3  # 1 on a machine that does nothing else
+        assert watch.worst <= 0.5  # 0.1 on such a machine
 
 
 def test_the_largest_json_batch_that_is_taken_holds_nobody_up(server):
