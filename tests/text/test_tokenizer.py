@@ -195,6 +195,12 @@ def test_a_tokenizer_that_cannot_be_loaded_says_why_and_what_to_do(monkeypatch):
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("path", ["./models/none", "../none", "/no/such/model", "~/none"])
+def test_of_a_directory_that_is_not_there_the_hub_is_not_spoken_of(path):
+    with pytest.raises(errors.TokenizerError, match=f"there is no model directory {path}"):
+        tokenizer.load(path)
+
+
 # Of one's own.
 
 

@@ -385,6 +385,8 @@ def _from_hub_by_tokenizers(identifier: str, revision: str | None) -> Tokenizer:
 
 
 def _unloadable(identifier: str, exc: BaseException) -> errors.TokenizerError:
+    if identifier.startswith((".", "/", "~")):
+        return errors.TokenizerError(f"there is no model directory {identifier}.")
     reason = " ".join(str(exc).split())[:300]
     return errors.TokenizerError(
         f"Failed to load tokenizer {identifier} from the hub: {reason}. Is this machine online, "
