@@ -62,7 +62,7 @@ def _home() -> Iterator[Path]:
     os.environ["TINKEX_HOME"] = str(folder / "home")
     try:
         registry.folder().mkdir(parents=True)
-        shutil.copytree(model, registry.folder() / model.name, copy_function=os.link)
+        (registry.folder() / model.name).symlink_to(model, target_is_directory=True)
         yield folder
     finally:
         os.environ.pop("TINKEX_HOME")
