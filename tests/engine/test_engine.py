@@ -183,12 +183,13 @@ def test_workers_give_the_numbers_of_one_thread(loss_fn, train_unembed, monkeypa
         known["sequence_ratio_mask"] = np.ones(length, np.float32)
         given = {name: known[name] for name in types.LOSS_FUNCTIONS[loss_fn].inputs[1:]}
         data.append(hf.datum(rng.integers(0, 256, length + 1), **given))
+    config = {"num_total_datums": len(data)} if loss_fn == "trinity_ppo" else None
     found = []
     for threads in (1, 2, 3):
         engine = _engine("m", threads=threads, train_unembed=train_unembed)
         assert threads == len(engine._workers.share_out(lengths))
         engine._models["m"].weights.normal_(0, 0.05, generator=torch.manual_seed(1))
-        output = hf.drive(engine.forward_backward("m", data, loss_fn, None))
+        output = hf.drive(engine.forward_backward("m", data, loss_fn, config))
         found.append((output, engine._models["m"].gradient))
 
     (expected, gradient), *others = found

@@ -273,8 +273,8 @@ def test_a_model_that_fits_neither_in_memory_nor_on_disk_is_refused(base, tmp_pa
 
 
 def test_a_type_that_is_not_supported_is_refused():
-    with pytest.raises(ValueError, match="dtype 'int8' is not supported; choose auto, float32"):
-        Engine(device="cpu", threads=1, dtype="int8")
+    with pytest.raises(ValueError, match="dtype 'int4' is not supported; choose auto, float32"):
+        Engine(device="cpu", threads=1, dtype="int4")
 
 
 def _logprobs(directory, dtype, tokens):
