@@ -180,8 +180,12 @@ def test_workers_give_the_numbers_of_one_thread(loss_fn, train_unembed, monkeypa
     for length in lengths:
         noise = rng.normal(0, 0.1, (2, length)).astype(np.float32)
         known = {"logprobs": noise[0] - 6, "advantages": noise[1]}
-        known["sequence_ratio_mask"] = np.ones(length, np.float32)
-        given = {name: known[name] for name in types.LOSS_FUNCTIONS[loss_fn].inputs[1:]}
+        known["sequence_ratio_mask"] = known["mask"] = np.ones(length, np.float32)
+        names = [*types.LOSS_FUNCTIONS[loss_fn].inputs[1:]]
+        if loss_fn == "trinity_ppo":
+            known["ref_logprobs"] = known["logprobs"]
+            names += ["mask", "ref_logprobs"]
+        given = {name: known[name] for name in names}
         data.append(hf.datum(rng.integers(0, 256, length + 1), **given))
     config = {"num_total_datums": len(data)} if loss_fn == "trinity_ppo" else None
     found = []
