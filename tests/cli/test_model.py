@@ -43,8 +43,32 @@ def test_a_fetched_model_a_directory_and_a_gguf_file_are_described(tmp_path, cap
     assert status == 0
     assert str(place) == rows[0]["path"]
     assert ["LlamaForCausalLM", "Qwen3ForCausalLM", "qwen3"] == [r["architecture"] for r in rows]
+    assert ["fast path", "fast path", "fast path"] == [r["computed_by"] for r in rows]
     assert [256, 256, 256] == [row["context"] for row in rows]
     assert all(row["size"] > 10_000 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "generic path"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "-"),
+        (
+            {
+                "model_type": "t5",
+                "architectures": ["T5ForConditionalGeneration"],
+                "is_encoder_decoder": True,
+            },
+            "-",
+        ),
+    ],
+)
+def test_a_directory_says_which_path_computes_it(content, path, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+
+    cli.main(["model", "list", str(tmp_path), "-f", "json"])
+
+    assert path == json.loads(capsys.readouterr().out)["models"][-1]["computed_by"]
 
 
 def test_path_pull_and_rm_of_a_fetched_model(capsys):

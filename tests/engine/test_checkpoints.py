@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import checkpoints, lora
+from tinkex.engine import checkpoints, loading, lora
 from tinkex.engine.engine import Engine
 
 TOKENS = np.arange(40) * 7 % hf.VOCAB
@@ -95,7 +95,7 @@ def test_we_load_what_peft_saves_of_our_adapter(base, tmp_path):
     engine.create_model("m", str(base), types.LoraConfig(4), seed=0, adapter=tmp_path / "again")
 
     np.testing.assert_allclose(_logprobs(engine), _logprobs(ours), atol=2e-5)
-    merged = checkpoints.read_info(tmp_path / "again")
+    merged = checkpoints.read_info(tmp_path / "again", _linears(base))
     assert (4, True) == (merged.shape.rank, merged.shape.train_unembed)
 
 
@@ -270,13 +270,17 @@ def test_a_snapshot_brings_everything_back_bit_by_bit(tmp_path):
     assert np.array_equal(expected, _logprobs(again))
 
 
+def _linears(base):
+    return loading.load(str(base), torch.device("cpu")).base.linears
+
+
 def test_a_checkpoint_says_what_it_is_of(tmp_path):
     """checkpoint.json, for the store and for weights_info."""
     engine = _trained("tiny", types.LoraConfig(rank=4, train_unembed=False))
 
     directory = _saved(engine, tmp_path / "saved")
 
-    info = checkpoints.read_info(directory)
+    info = checkpoints.read_info(directory, _linears("tiny"))
     assert checkpoints.Info("tiny", lora.Shape(4, True, True, False)) == info
     written = json.loads((directory / "checkpoint.json").read_text())
     assert (1, 32, "tiny") == (written["format"], written["alpha"], written["base_model"])
@@ -286,7 +290,7 @@ def test_a_peft_adapter_says_what_it_is_of(base, tmp_path):
     """Without our file, from its own modules."""
     adapter = hf.make_adapter(base, tmp_path / "a", rank=4, target_modules=["q_proj", "down_proj"])
 
-    assert lora.Shape(4, True, True, False) == checkpoints.read_info(adapter).shape
+    assert lora.Shape(4, True, True, False) == checkpoints.read_info(adapter, _linears(base)).shape
 
 
 @pytest.mark.parametrize(

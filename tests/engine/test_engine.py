@@ -384,7 +384,7 @@ def _of_type(model_type):
         (_without("config.json"), r"lacks config\.json"),
         (_without("*.safetensors"), r"lacks weights \(\*\.safetensors\)"),
         (_without("tokenizer*"), "lacks a tokenizer"),
-        (_of_type("gpt2"), "has architecture 'gpt2'; this server computes .* llama, mistral"),
+        (_of_type("t5"), r"is an encoder-decoder \(t5\); this server trains decoders"),
         (_of_type("nonsense"), "cannot load the directory"),
     ],
 )

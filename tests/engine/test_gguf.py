@@ -156,7 +156,7 @@ def wide(tmp_path_factory):
     def make(family):
         if family not in made:
             folder = tmp_path_factory.mktemp("wide")
-            config = hf.CONFIGS[family]()
+            config = hf.config_of(family)
             sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
             config = type(config).from_dict({**config.to_dict(), **sizes})
             if family == "gemma3-of-gguf":

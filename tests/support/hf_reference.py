@@ -6,6 +6,7 @@ Made on the spot with random weights; what `tinkex.engine` computes is compared 
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support import unknown_model
 from tinkex import types
 from tinkex.engine import lm_head, lora, tiny
+from tinkex.engine.base_model import BaseModel
 from tinkex.engine.engine import Engine
-from tinkex.engine.model import Base, FrozenLinears
 
 VOCAB = 300
 
@@ -132,11 +134,76 @@ CONFIGS["gemma3-of-gguf"] = lambda: transformers.Gemma3TextConfig(
     },
 )
 
+#: Sizes of models with experts, with "linear attention", and with other names for their sizes.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LINEAR_ATTENTION = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_ENDS = {"bos_token_id": 256, "eos_token_id": 257}
+_GPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+#: Configurations that the generic path computes, by name.
+GENERIC: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **{**SIZES, "head_dim": 16, "sliding_window": 8},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=MIXED_LAYERS,
+        rope_parameters=YARN_ROPE,
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **_EXPERTS, head_dim=16),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(
+        **SIZES, **_EXPERTS, **_LINEAR_ATTENTION, shared_expert_intermediate_size=24
+    ),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**SIZES, **_LINEAR_ATTENTION),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=256, **_ENDS
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        **_GPT, **_ENDS, intermediate_size=48, max_position_embeddings=256
+    ),
+    "falcon": lambda: transformers.FalconConfig(**_GPT, **_ENDS),
+    "falcon-alibi": lambda: transformers.FalconConfig(
+        **_GPT, **_ENDS, alibi=True, new_decoder_architecture=True, num_kv_heads=2, bias=True
+    ),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **SIZES, sliding_window=8, layer_types=MIXED_LAYERS
+    ),
+    "stablelm": lambda: transformers.StableLmConfig(**SIZES, use_qkv_bias=True),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=2,
+        topk_group=1,
+        kv_lora_rank=8,
+        q_lora_rank=12,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "nemotron": lambda: transformers.NemotronConfig(**SIZES, head_dim=16),
+    "averaging": lambda: unknown_model.AveragingConfig(**_ENDS),
+}
+
+
+def config_of(kind: str) -> transformers.PretrainedConfig:
+    return {**GENERIC, **CONFIGS}[kind]()
+
 
 def make_base(directory: Path, kind: str = "llama") -> Path:
     """A model with random weights, norms and biases, saved in *directory*, with a tokenizer."""
     torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    model = transformers.AutoModelForCausalLM.from_config(config_of(kind))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
@@ -187,7 +254,9 @@ def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -
         "task_type": "CAUSAL_LM",
     }
     with _peft_warnings_ignored():
-        model = peft.get_peft_model(load_base(base), peft.LoraConfig(**{**settings, **config}))
+        module = load_base(base)
+        settings |= _with_experts(module, settings["target_modules"])
+        model = peft.get_peft_model(module, peft.LoraConfig(**{**settings, **config}))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(0, 0.05)
@@ -195,14 +264,38 @@ def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -
     return directory
 
 
+def _with_experts(module: Any, target_modules: Sequence[str]) -> dict[str, list[str]]:
+    """Settings for a model with stacked experts, whose dense layers PEFT cannot name otherwise."""
+    within = {re.sub(r"^.*?\.\d+\.", "", n): p for n, p in module.named_parameters() if ".0." in n}
+    within |= {re.sub(r"^.*?\.\d+\.", "", n): p for n, p in module.named_parameters() if ".1." in n}
+    experts = [name for name, p in within.items() if p.dim() == 3 and ".experts." in name]
+    if not experts:
+        return {}
+    dense = ("gate_proj", "up_proj", "down_proj")
+    experts += [name for name in within if name.endswith(tuple(f".{end}.weight" for end in dense))]
+    return {
+        "target_modules": [name for name in target_modules if name not in dense],
+        "target_parameters": experts,
+    }
+
+
+#: Linear layers of the models in `GENERIC`, as their authors have named them.
+_OTHER_ATTENTION = [
+    "c_attn", "c_proj", "query_key_value", "dense", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv",
+    "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+    "kv_b_proj", "mixer.into", "mixer.out",
+]  # fmt: skip
+_OTHER_MLP = ["c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "wide", "narrow"]
+
+
 def targets(config: types.LoraConfig) -> list[str]:
     """Names of the modules that a configuration trains."""
     names: list[str] = []
     if config.train_attn:
-        names += ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
+        names += ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", *_OTHER_ATTENTION]
     if config.train_mlp:
-        names += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
-    return [*names, "lm_head"] if config.train_unembed else names
+        names += ["gate_proj", "up_proj", "gate_up_proj", "down_proj", *_OTHER_MLP]
+    return [*names, "lm_head", "to_words"] if config.train_unembed else names
 
 
 def load_adapter(base: Path, directory: Path) -> Any:
@@ -220,9 +313,14 @@ def _peft_warnings_ignored() -> Iterator[None]:
         yield
 
 
-def logits(base: Base, hidden: Tensor) -> Tensor:
+def bare(base: BaseModel) -> lora.MixedLinears:
+    """The matrices of a base model without an adapter."""
+    return lora.MixedLinears(base.linears, lora.Stack([None]), np.zeros(1, np.int64))
+
+
+def logits(base: BaseModel, hidden: Tensor) -> Tensor:
     """Our logits (N, V) of hidden states (N, d)."""
-    return lm_head.head_logits(FrozenLinears(base), hidden, base.spec.logit_cap)
+    return lm_head.head_logits(bare(base), hidden, base.logit_cap)
 
 
 def logprobs(model: Any, tokens: Sequence[int], targets: np.ndarray) -> Tensor:

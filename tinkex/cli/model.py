@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,13 @@ from tinkex.cli.options import format_option
 
 if TYPE_CHECKING:
     from tinkex.engine.fetch import Progress
+
+
+#: What computes a model: the paths of docs/models.md.
+FAST, GENERIC = "fast path", "generic path"
+
+#: Ends of the names of classes that continue a text, or whose text part may.
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @attrs.frozen
@@ -184,7 +191,7 @@ def _local(name: str) -> Row:
         file = gguf.read(place)
         context = file.metadata.get(f"{file.architecture}.context_length")
         path = str(place.resolve())
-        return Row(name, path, place.stat().st_size, file.architecture, "tinkex", context, "GGUF")
+        return Row(name, path, place.stat().st_size, file.architecture, FAST, context, "GGUF")
     if not (place / "config.json").is_file():
         raise click.UsageError(
             f"{name} is neither a model directory (config.json) nor a GGUF file."
@@ -194,8 +201,6 @@ def _local(name: str) -> Row:
 
 def _directory(name: str, place: Path) -> Row:
     """What config.json and the files of a Hugging Face directory say."""
-    from tinkex.engine.families import FAMILIES
-
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         content = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -205,10 +210,21 @@ def _directory(name: str, place: Path) -> Row:
         str(place),
         size,
         (content.get("architectures") or [content.get("model_type")])[0],
-        "tinkex" if content.get("model_type") in FAMILIES else "-",
+        _computed_by(content),
         content.get("max_position_embeddings"),
         content.get("dtype") or content.get("torch_dtype"),
     )
+
+
+def _computed_by(content: Mapping[str, Any]) -> str:
+    """The path that computes a model with this config.json; "-" if it is no causal one."""
+    from tinkex.engine.families import FAMILIES
+
+    if content.get("model_type") in FAMILIES:
+        return FAST
+    names = map(str, content.get("architectures") or ())
+    is_causal = any(name.endswith(_CAUSAL) for name in names)
+    return GENERIC if is_causal and not content.get("is_encoder_decoder") else "-"
 
 
 def _in_hub_cache() -> list[Row]:

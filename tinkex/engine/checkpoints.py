@@ -24,8 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinkex.engine import tiny
-from tinkex.engine.lora import ALPHA, Layout, Shape
+from tinkex.engine import tiny, weights
+from tinkex.engine.families import FAMILIES
+from tinkex.engine.generic import merging
+from tinkex.engine.linears import Linear
+from tinkex.engine.lora import ALPHA, GROUPS, Layout, Shape
 
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,13 +46,6 @@ _BASE_COPIES = (".base_layer.weight", ".base_layer.bias", "embed_tokens.weight")
 
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight\Z")
 
-#: Modules of a Llama-style layer by the group that trains them, fused ones among them.
-_MODULES = {
-    "attn": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
-    "unembed": ("lm_head",),
-}
-
 #: Settings of a PEFT adapter that change what it computes in ways we do not, and their plain value.
 _PLAIN_PEFT: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -58,7 +54,6 @@ _PLAIN_PEFT: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
-    "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
 }
 
@@ -78,16 +73,14 @@ def write_adapter(directory: Path, info: Info, layout: Layout, flat: Tensor) -> 
         module, letter = name.rsplit(".lora_", 1)
         named[f"{_PREFIX}{module}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
     _write(directory / ADAPTER, named)
-    parts = [part for linear in layout.linears.values() for part in linear.parts]
-    targets = list(dict.fromkeys(part.name.rsplit(".", 1)[-1] for part in parts))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": info.base_model,
         "r": info.shape.rank,
         "lora_alpha": ALPHA,
         "lora_dropout": 0.0,
-        "target_modules": targets,
+        **_targets(layout),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -99,6 +92,45 @@ def write_adapter(directory: Path, info: Info, layout: Layout, flat: Tensor) -> 
     }
     _write_json(directory / ADAPTER_CONFIG, config)
     _write_info(directory, info)
+
+
+def _targets(layout: Layout) -> dict[str, list[str]]:
+    """What a layout adapts, in PEFT's settings: the ends of names, or whole names where an end is
+    also that of a module that is not adapted.
+
+    Beside stacked experts, PEFT takes the ends gate_proj, up_proj and down_proj for those of
+    experts. Dense layers of such a model are therefore named as parameters, too.
+    """
+    experts = _stacked(layout)
+    parameters = [
+        f"{_within_layer(part.name)}.weight"
+        for linear in layout.linears.values()
+        for part in linear.parts
+        if experts and linear.group == "mlp" and not linear.parameter
+    ]
+    modules = [
+        part.name
+        for linear in layout.linears.values()
+        for part in linear.parts
+        if not linear.parameter and not (experts and linear.group == "mlp")
+    ]
+    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)
+    others = {name.rsplit(".", 1)[-1] for name in layout.left_out}
+    found = {"target_modules": modules if others & ends.keys() else list(ends)}
+    if experts:
+        found["target_parameters"] = list(dict.fromkeys([*experts, *parameters]))
+    return found
+
+
+def _stacked(layout: Layout) -> list[str]:
+    """Names of parameters that hold experts, within their layer."""
+    names = [linear.parameter for linear in layout.linears.values() if linear.parameter]
+    return list(dict.fromkeys(map(_within_layer, names)))
+
+
+def _within_layer(name: str) -> str:
+    """A name from the number of its layer on."""
+    return re.sub(r".*?\.\d+\.", "", name, count=1)
 
 
 def write_optimizer(directory: Path, m: Tensor, v: Tensor, steps: int) -> None:
@@ -157,8 +189,11 @@ def check_base(info: Info, base_model: str, directory: Path) -> None:
         )
 
 
-def read_info(directory: Path) -> Info:
+def read_info(directory: Path, linears: Mapping[str, Linear]) -> Info:
     """Base model and shape of the adapter in *directory*: ours, or PEFT's (shape by its modules).
+
+    Args:
+        linears: the matrices of the base model that it is to be used with.
 
     Raises:
         ValueError: If there is no adapter, or it is not plain LoRA.
@@ -166,9 +201,13 @@ def read_info(directory: Path) -> Info:
     if (directory / CHECKPOINT).is_file():
         return _read_info(directory)
     config = _peft_config(directory)
-    modules = {name.rsplit(".", 1)[-1] for name in _names(directory)}
-    reach = {group: bool(modules & set(names)) for group, names in _MODULES.items()}
-    shape = Shape(config["r"], reach["attn"], reach["mlp"], reach["unembed"])
+    names = _names(directory)
+    reach = {
+        linear.group
+        for linear in linears.values()
+        if any(part.name in names for part in linear.parts)
+    }
+    shape = Shape(config["r"], *(group in reach for group in GROUPS))
     return Info(str(config.get("base_model_name_or_path") or ""), shape)
 
 
@@ -199,6 +238,13 @@ def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
         raise ValueError(
             f"the adapter {str(directory)!r} has rank {config['r']}, the model "
             f"{layout.shape.rank}; create the model with rank {config['r']}."
+        )
+    theirs = tuple(config.get("target_parameters") or ())
+    if theirs and not all(name.endswith(theirs) for name in _stacked(layout)):
+        raise ValueError(
+            f"the adapter {str(directory)!r} has target_parameters = {list(theirs)}, where the "
+            f"model has {_stacked(layout)}. PEFT names the matrices of one by how many others "
+            "there are; adapt all of them."
         )
     root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     factor = config.get("lora_alpha", config["r"]) / root / layout.shape.scale
@@ -318,6 +364,11 @@ def merge_adapter(base_model: str, adapter: Path, out: Path) -> None:
     else:
         source = Path(base_model).expanduser()
         config = _read_json(source / "config.json")
+        if config.get("model_type") not in FAMILIES:
+            _copy_small_files(source, out)
+            (out / weights.INDEX).unlink(missing_ok=True)
+            merging.merge(source, changes.tensors, changes.scale, out)
+            return
         files = sorted(source.glob("*.safetensors"))
         if not files:
             raise ValueError(f"base model directory {base_model!r} holds no *.safetensors weights.")
@@ -337,30 +388,36 @@ class _Reader:
 
 
 class _Changes:
-    """What an adapter adds to each weight matrix, by the matrix's name."""
+    """What an adapter adds to each weight matrix, by the matrix's name.
+
+    Attributes:
+        tensors: the matrices A and B by name of the module and letter.
+        scale: factor on B A.
+        left: names of weights that have not been changed yet.
+    """
 
     def __init__(self, directory: Path) -> None:
         config = _peft_config(directory)
         root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-        self._scale = config.get("lora_alpha", config["r"]) / root
-        self._tensors = {
+        self.scale = config.get("lora_alpha", config["r"]) / root
+        self.tensors = {
             _module(name, directory): tensor for name, tensor in _read_lora(directory).items()
         }
-        self.left = {f"{module}.weight" for module, _ in self._tensors}
+        self.left = {f"{module}.weight" for module, _ in self.tensors}
 
     def applied(self, name: str, weight: Tensor) -> Tensor:
         """*weight* with its change, computed in float32."""
         module = name.removesuffix(".weight")
-        if (module, "A") not in self._tensors:
+        if (module, "A") not in self.tensors:
             return weight
         self.left.discard(name)
-        a, b = self._tensors[module, "A"].float(), self._tensors[module, "B"].float()
+        a, b = self.tensors[module, "A"].float(), self.tensors[module, "B"].float()
         if weight.shape != (len(b), a.shape[1]):
             raise ValueError(
                 f"the adapter changes {name!r} by shape {[len(b), a.shape[1]]}, but the base "
                 f"model's has {list(weight.shape)}; it belongs to another base model."
             )
-        return torch.addmm(weight.float(), b, a, alpha=self._scale).to(weight.dtype)
+        return torch.addmm(weight.float(), b, a, alpha=self.scale).to(weight.dtype)
 
 
 def _write_merged(

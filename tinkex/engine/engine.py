@@ -244,7 +244,10 @@ class Engine:
         attn, mlp = lora_config.train_attn, lora_config.train_mlp
         unembed = lora_config.train_unembed
         if unembed is None:
-            is_adapted = adapter is not None and checkpoints.read_info(adapter).shape.train_unembed
+            is_adapted = (
+                adapter is not None
+                and checkpoints.read_info(adapter, loaded.base.linears).shape.train_unembed
+            )
             unembed = is_adapted or not (loaded.base.has_tied_head and (attn or mlp))
         shape = lora.Shape(lora_config.rank, attn, mlp, unembed)
         if shape.train_unembed and loaded.base.has_tied_head:
@@ -380,7 +383,7 @@ class Engine:
             ValueError: If it does not fit the model, or holds no optimizer state.
         """
         model = self._model(model_id)
-        info = checkpoints.read_info(directory)
+        info = checkpoints.read_info(directory, model.loaded.base.linears)
         if info.shape != model.layout.shape:
             raise ValueError(
                 f"the checkpoint {str(directory)!r} is of {info.shape.words}, the model of "
@@ -450,7 +453,7 @@ class Engine:
 
     def _finished(self, loaded: _Loaded, directory: Path) -> lora.Finished:
         """The adapter in *directory*; one copy for all samplers of it."""
-        info = checkpoints.read_info(directory)
+        info = checkpoints.read_info(directory, loaded.base.linears)
         checkpoints.check_base(info, loaded.info.name, directory)
         file = (directory / checkpoints.ADAPTER).resolve()
         key = (loaded.info.name, str(file), file.stat().st_mtime_ns)

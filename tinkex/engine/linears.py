@@ -19,10 +19,13 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Linear:
-    """A frozen matrix (out, in) of one or several modules; *group* is attn, mlp or unembed.
+    """A frozen matrix of one or several modules, or those of all experts.
 
     Attributes:
+        weight: (out, in), or of experts (experts, out, in).
+        group: attn, mlp or unembed.
         scales: (out,) where *weight* is int8: factors of its rows.
+        parameter: name of the parameter that holds the matrices of experts.
     """
 
     weight: Tensor
@@ -30,6 +33,12 @@ class Linear:
     parts: tuple[Part, ...]
     group: str
     scales: Tensor | None = None
+    parameter: str = ""
+
+    @property
+    def experts(self) -> int:
+        """How many matrices it has."""
+        return len(self.weight) if self.weight.dim() == 3 else 1
 
 
 class Linears(Protocol):

@@ -18,7 +18,10 @@ import torch
 from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.families import FAMILIES, build
+from tinkex.engine.families.family import Family
+from tinkex.engine.generic import loading as generic
 from tinkex.engine.model import Rope
+from tinkex.engine.spec import Spec
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore, free_disk
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
@@ -29,6 +32,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 #: Files of a hub repository that are downloaded.
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+
+logger = logging.getLogger("tinkex.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: bfloat16, but for matrices, which `int8.quantized` rounds once they are loaded.
@@ -220,43 +225,112 @@ def _load_hf(
 ) -> Loaded:
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
     model_files.check_config_file(name, directory / "config.json")
-    config, module = _describe_hf(name, source, directory)
-    family = FAMILIES[config.model_type]
-    rotary = type(module.model.rotary_emb)(config=config)
+    config = _read_config(name, source, directory)
+    plan = _fast_plan(config, directory, device)
+    if plan is not None:
+        return _load_fast(name, source, directory, plan, device, dtype, on_progress, folder)
+    return _load_generic(name, source, directory, config, device, dtype, on_progress)
+
+
+def _read_config(name: str, source: str, directory: Path) -> Any:
+    """The configuration of a model, as transformers reads it."""
+    import transformers  # imported here because it takes seconds, and "tiny" does not need it
+
+    content = model_files.read_json(directory / "config.json")
+    if "auto_map" in content and content.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"base model {name!r} is computed by code of its own (auto_map in config.json), which "
+            "this server does not run. Use a model that transformers computes itself."
+        )
     try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except Exception as exc:  # whatever a damaged or hostile file makes transformers do
+        raise _cannot_load(name, source, exc) from exc
+    weights.check_not_quantized(name, getattr(config, "quantization_config", None))
+    return config
+
+
+@attrs.frozen(eq=False)
+class _FastPlan:
+    """What the fast path computes of a model; *module* has no memory for its weights."""
+
+    family: Family
+    module: Any
+    spec: Spec
+    ropes: tuple[Rope | None, ...]
+
+
+def _fast_plan(config: Any, directory: Path, device: torch.device) -> _FastPlan | None:
+    """How the fast path computes a model; None if it does not compute it."""
+    import transformers
+
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return None
+    try:
+        build.check_config(family, config)
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(config)
+        if (directory / "generation_config.json").is_file():
+            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
         spec = build.spec_of(family, config, module.generation_config)
+        rotary = type(module.model.rotary_emb)(config=config)
         ropes = build.ropes_of(family, config, rotary, device)
-    except ValueError as exc:
-        raise ValueError(f"base model {name!r} {exc}.") from exc
+    except Exception as exc:  # the generic path may compute it, or gives the reason
+        logger.info("The fast path does not compute %s: %s", directory, exc)
+        return None
+    return _FastPlan(family, module, spec, ropes)
+
+
+def _load_fast(
+    name: str,
+    source: str,
+    directory: Path,
+    plan: _FastPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+    folder: Path | None,
+) -> Loaded:
+    module = plan.module
     tensors = weights.Weights(name, directory, dtype, device, on_progress)
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    head = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    head = ("lm_head.weight",) if module.config.tie_word_embeddings else ()
     tensors.check(name, expected, head)
     for key in head:
         tensors.pop(key, None)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     store = _store(name, parameters, device, dtype, folder)
-    base = build.assemble(family, spec, tensors, ropes, store)
+    base = build.assemble(plan.family, plan.spec, tensors, plan.ropes, store)
     return Loaded(name, base, source, type(module).__name__, lambda: _decoder(directory))
 
 
-def _describe_hf(name: str, source: str, directory: Path) -> tuple[Any, Any]:
-    """The configuration of a model, and its module without memory for the weights."""
-    import transformers  # imported here because it takes seconds, and "tiny" does not need it
-
+def _load_generic(
+    name: str,
+    source: str,
+    directory: Path,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Progress,
+) -> Loaded:
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except Exception as exc:  # whatever a damaged or hostile file makes transformers do
-        raise _cannot_load(name, source, exc) from exc
-    _check_config(name, config)
-    try:
-        with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(config)
-        if (directory / "generation_config.json").is_file():
-            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        kind, parameters = generic.describe(config)
+    except generic.Unsupported as exc:
+        raise ValueError(f"base model {name!r} {exc}.") from exc
     except Exception as exc:
         raise _cannot_load(name, source, exc) from exc
-    return config, module
+    _store(name, parameters, device, dtype, None)  # only checks: transformers loads into memory
+    size = parameters * dtype.itemsize
+    on_progress(0, size)
+    try:
+        base = generic.load(config, directory, device, dtype)
+    except generic.Unsupported as exc:
+        raise ValueError(f"base model {name!r} {exc}.") from exc
+    except Exception as exc:  # whatever damaged files make transformers do
+        raise _cannot_load(name, source, exc) from exc
+    on_progress(size, size)
+    return Loaded(name, base, source, kind.__name__, lambda: _decoder(directory))
 
 
 def _store(
@@ -320,20 +394,6 @@ def _cannot_load(name: str, source: str, exc: Exception) -> ValueError:
         f"hub failed: {reason.rstrip('.')}. Without a network, download the model on another "
         'machine and give the path of its directory; the built-in model "tiny" needs no download.'
     )
-
-
-def _check_config(name: str, config: Any) -> None:
-    weights.check_not_quantized(name, getattr(config, "quantization_config", None))
-    supported = f"this server computes models of the architectures {', '.join(FAMILIES)}"
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"base model {name!r} has architecture {config.model_type!r}; {supported} "
-            '(config.json, "model_type").'
-        )
-    try:
-        build.check_config(FAMILIES[config.model_type], config)
-    except ValueError as exc:
-        raise ValueError(f"base model {name!r} {exc}.") from exc
 
 
 def _decoder(source: Path | str) -> Decode:

@@ -63,6 +63,9 @@ class Pair:
     Attributes:
         a: (parts * rank, in) view; the A of the parts, stacked.
         b: for each part its (out, rank) view.
+
+    Of experts, a is (experts * rank, in), expert by expert, and b (out, rank * experts), rank by
+    rank, as in PEFT.
     """
 
     a: Tensor
@@ -70,13 +73,25 @@ class Pair:
 
 
 class Layout:
-    """Where each adapter matrix lies in the flat vector."""
+    """Where each adapter matrix lies in the flat vector.
+
+    Attributes:
+        linears: the matrices that are adapted, by key.
+        left_out: names of modules that could be adapted, and are not.
+    """
 
     def __init__(self, linears: Mapping[str, Linear], shape: Shape) -> None:
         self.shape = shape
+        self.left_out = [
+            part.name
+            for linear in linears.values()
+            if linear.group not in shape.groups
+            for part in linear.parts
+        ]
         self.linears = {k: linear for k, linear in linears.items() if linear.group in shape.groups}
         self.size = sum(
-            shape.rank * (len(linear.parts) * linear.weight.shape[1] + linear.weight.shape[0])
+            shape.rank * linear.experts * (len(linear.parts) * linear.weight.shape[-1])
+            + shape.rank * linear.experts * linear.weight.shape[-2]
             for linear in self.linears.values()
         )
 
@@ -90,14 +105,16 @@ class Layout:
             return flat[offset - rows * columns : offset].view(rows, columns)
 
         for key, linear in self.linears.items():
-            a = view(len(linear.parts) * rank, linear.weight.shape[1])
-            pairs[key] = Pair(a, tuple(view(p.stop - p.start, rank) for p in linear.parts))
+            each = rank * linear.experts
+            a = view(len(linear.parts) * each, linear.weight.shape[-1])
+            pairs[key] = Pair(a, tuple(view(p.stop - p.start, each) for p in linear.parts))
         return pairs
 
     def tensors(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of *flat* by name: "model.layers.0.self_attn.q_proj.lora_A", ..."""
-        rank, named = self.shape.rank, {}
+        named = {}
         for key, pair in self.pairs(flat).items():
+            rank = pair.b[0].shape[1]
             for i, part in enumerate(self.linears[key].parts):
                 named[f"{part.name}.lora_A"] = pair.a[i * rank : (i + 1) * rank]
                 named[f"{part.name}.lora_B"] = pair.b[i]
@@ -117,8 +134,18 @@ def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
     return flat.to(device)
 
 
+def of_experts(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Views (experts, rank, in) and (experts, out, rank) of a `Pair` of experts."""
+    a = a.view(experts, -1, a.shape[1])
+    return a, b.view(len(b), -1, experts).permute(2, 0, 1)
+
+
 def merge_into(out: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
-    """Write W + scale B A into *out* (out, in)."""
+    """Write W + scale B A into *out*, of the shape of W."""
+    if linear.weight.dim() == 3:
+        a, b = of_experts(pair.a, pair.b[0], linear.experts)
+        torch.baddbmm(linear.weight, b, a, alpha=scale, out=out)
+        return
     for i, part in enumerate(linear.parts):
         rank = pair.b[i].shape[1]
         a, rows = pair.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
@@ -229,6 +256,25 @@ class TrainedLinears:
             self._owner, key, linear.weight, lambda out: merge_into(out, linear, pair, scale)
         )
 
+    def stacked(self, key: str) -> Tensor:
+        """W + scale B A (experts, out, in) of experts."""
+        weight = self._weight(key)
+        if key in self._pairs and self._workspace is None:
+            weight = torch.empty_like(weight)
+            pair = _cast(self._pairs[key], weight.dtype)
+            merge_into(weight, self._linears[key], pair, self._scale)
+        return weight
+
+    def stacked_backward(self, key: str, dweight: Tensor) -> None:
+        """Take the adapter's gradients of dweight (experts, out, in)."""
+        if key not in self._pairs or self._gradients is None:
+            return
+        pair, gradient, experts = self._pairs[key], self._gradients[key], len(dweight)
+        a, b = of_experts(pair.a, pair.b[0], experts)
+        da, db = of_experts(gradient.a, gradient.b[0], experts)
+        da.add_(torch.bmm(b.transpose(1, 2).to(dweight.dtype), dweight), alpha=self._scale)
+        db.add_(torch.bmm(dweight, a.transpose(1, 2).to(dweight.dtype)), alpha=self._scale)
+
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self._linears[key]
         y = matmul.linear(x, self._weight(key), linear.bias)
@@ -263,6 +309,10 @@ class TrainedLinears:
         return self._weight(key)
 
 
+def _cast(pair: Pair, dtype: torch.dtype) -> Pair:
+    return Pair(pair.a.to(dtype), tuple(b.to(dtype) for b in pair.b))
+
+
 def add_low_rank(y: Tensor, x: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
     """y (N, out) += scale B A x (N, in)."""
     inner = matmul.linear(x, pair.a.to(x.dtype))
@@ -295,8 +345,12 @@ class Finished:
             y[:, part.start : part.stop].addmm_(columns, b)
 
     def merge_into(self, out: Tensor, key: str, linear: Linear) -> None:
-        """Write W + scale B A into *out* (out, in)."""
+        """Write W + scale B A into *out*, of the shape of W."""
         pair = self.thin[key]
+        if linear.weight.dim() == 3:
+            a, b = of_experts(pair.a.T, pair.b[0].T, linear.experts)
+            torch.baddbmm(linear.weight, b, a, out=out)
+            return
         for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
             rows = slice(part.start, part.stop)
             torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
@@ -433,6 +487,16 @@ class MixedLinears:
         elif self._single is not None:
             self._single.add(key, y, x, linear)
         return y
+
+    def stacked(self, key: str) -> Tensor:
+        """W + scale B A (experts, out, in) of experts, where all rows have the same adapter."""
+        whole = self._whole(key)
+        if whole is None:
+            if self._single is None:
+                raise RuntimeError("experts are computed for one adapter at a time.")
+            whole = torch.empty_like(self._linears[key].weight)
+            self._single.merge_into(whole, key, self._linears[key])
+        return whole
 
     def prepare(self) -> None:
         """Merge or stack now what several threads would otherwise compute at the same time."""

@@ -1,0 +1,1 @@
+"""The generic path: any causal language model of transformers, computed by its own modules."""
