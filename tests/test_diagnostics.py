@@ -465,9 +465,66 @@ def test_the_engine_is_checked_like_any_server_and_released(home, served, monkey
     monkeypatch.setattr(embedded, "release", released.append)
     findings = found()
 
-    assert ["python", "extras", "home", "disk", "engine", *STEPS] == list(findings)
+    assert ["python", "extras", "home", "disk", "device", "engine", *STEPS] == list(findings)
     assert {"ok"} == {f.status for f in findings.values() if f.step != "disk"}
     assert [running] == released
+
+
+def test_the_device_is_what_the_engine_computes_with(home, monkeypatch):
+    monkeypatch.setattr(embedded, "acquire", no_engine)
+    monkeypatch.setenv("TINKEX_DTYPE", "bfloat16")
+    device = found()["device"]
+
+    assert "ok" == device.status
+    assert ("cpu", "bfloat16") == (device.details["name"], device.details["dtype"])
+    assert 0 < device.details["free"] <= device.details["total"]
+
+
+def test_a_device_that_is_not_here_ends_the_diagnosis(home, monkeypatch):
+    monkeypatch.setenv("TINKEX_DEVICE", "nonsense")
+    [*_, device, left] = diagnostics.examine()
+
+    assert ("device", "failed") == (device.step, device.status)
+    assert "device 'nonsense' cannot be used here" in device.text
+    assert "engine" == left.text
+
+
+def test_what_a_base_model_needs_is_said_before_the_engine_starts(home, monkeypatch):
+    monkeypatch.setattr(embedded, "acquire", no_engine)
+    findings = {one.step: one for one in diagnostics.examine(base_model="tiny")}
+    model = findings["base model"]
+
+    assert ["base model", "engine"] == list(findings)[-2:]
+    assert "ok" == model.status
+    assert "tiny: LlamaForCausalLM on the fast path in float32" in model.text
+
+
+def test_a_base_model_that_does_not_fit_is_a_warning_with_advice(home, monkeypatch, tmp_path):
+    """Of 70,000 million parameters; its weights are never read."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(embedded, "acquire", no_engine)
+    model = {one.step: one for one in diagnostics.examine(base_model=str(tmp_path))}["base model"]
+
+    assert "warning" == model.status
+    assert "70,554 million parameters. Weights need 282.2 GB" in model.text
+    assert "use --dtype bfloat16 (weights of 141.1 GB)" in model.advice
+
+
+def test_a_base_model_is_examined_on_this_machine_only(served):
+    with pytest.raises(ValueError, match="on this machine only, but a server is named"):
+        list(diagnostics.examine(served().url, base_model="tiny"))
 
 
 # How it is shown

@@ -385,6 +385,12 @@ def set_engine_dtype(dtype: str) -> None:
     _for_engine["TINKEX_DTYPE"] = dtype
 
 
+def engine_settings() -> tuple[str, str]:
+    """Device and dtype of the embedded engines that this process starts, as `Engine` takes them."""
+    device = variable("TINKEX_DEVICE") or "auto"
+    return device, _for_engine.get("TINKEX_DTYPE") or variable("TINKEX_DTYPE") or "auto"
+
+
 def engine_environment(token: str) -> dict[str, str]:
     """The environment of an embedded engine: ours, with the secret and without our keys."""
     ours = {k: v for k, v in os.environ.items() if k not in ("TINKER_API_KEY", "TINKER_BASE_URL")}

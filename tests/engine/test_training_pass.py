@@ -58,7 +58,8 @@ def _base(layers, width, mlp, heads, kv_heads):
 )
 def test_micro_batches_of_any_model_are_large_enough_for_all_workers(sizes):
     """A deep model keeps more per token; that must not lead to tiny micro-batches."""
-    tokens = training_pass.tokens_per_batch(_base(*sizes))
+    base = _base(*sizes)
+    tokens = training_pass.tokens_per_batch(base.device, base.activation_bytes)
 
     assert cpu_parallel.MAX_WORKERS * cpu_parallel.MIN_SHARE <= tokens <= 2048
 
@@ -69,5 +70,8 @@ def test_activations_are_kept_while_they_take_an_eighth_of_the_memory(monkeypatc
     deep, huge = _base(30, 576, 1536, 9, 3), _base(80, 8192, 28672, 64, 8)
 
     assert training_pass.tokens_to_keep(deep) == 2**30 // deep.activation_bytes
-    assert training_pass.tokens_to_keep(deep) >= training_pass.tokens_per_batch(deep)
-    assert training_pass.tokens_to_keep(huge) < training_pass.tokens_per_batch(huge)
+    deep_batch, huge_batch = (
+        training_pass.tokens_per_batch(base.device, base.activation_bytes) for base in (deep, huge)
+    )
+    assert training_pass.tokens_to_keep(deep) >= deep_batch
+    assert training_pass.tokens_to_keep(huge) < huge_batch

@@ -24,9 +24,14 @@ _METHOD = re.compile(r"\b(GET|PUT|POST|DELETE) ")
 
 @click.command()
 @click.argument("url", required=False)
+@click.option(
+    "--base-model",
+    help="Find out what this model would need on this machine, without loading it: which path "
+    "computes it, in which number type, and its memory.",
+)
 @format_option
 @key_option
-def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
+def doctor(url: str | None, base_model: str | None, as_json: bool, api_key: str | None) -> int:
     """Find out what works and what does not, here or at URL, and how to fix it.
 
     Without URL it checks the server in TINKER_BASE_URL, or this machine and the embedded engine.
@@ -36,7 +41,7 @@ def doctor(url: str | None, as_json: bool, api_key: str | None) -> int:
     from tinkex import diagnostics
 
     findings = []
-    for finding in diagnostics.examine(url, api_key):
+    for finding in diagnostics.examine(url, api_key, base_model=base_model):
         findings.append(finding)
         if not as_json:
             formatting.say(_shown(finding))

@@ -18,23 +18,38 @@ _DEFAULT = Limits()
 
 
 def examine(
-    base_url: str | None = None, api_key: str | None = None, limits: Limits = _DEFAULT
+    base_url: str | None = None,
+    api_key: str | None = None,
+    limits: Limits = _DEFAULT,
+    *,
+    base_model: str | None = None,
 ) -> Iterator[Finding]:
     """Examine the server named here or in the environment, or else this machine and the engine.
 
     Yields a finding for each step, until a step fails that the others depend on.
+
+    Args:
+        base_model: find out, too, what this model would need on this machine. Nothing is loaded.
+
+    Raises:
+        ValueError: If a base model is given for a server.
     """
     if config.wants_embedded(base_url, api_key):
-        yield from _examine_machine(limits)
+        yield from _examine_machine(limits, base_model)
+    elif base_model is not None:
+        raise ValueError(
+            f"base_model={base_model!r} is examined on this machine only, but a server is named; "
+            "leave out its URL (TINKER_BASE_URL) and key, or run this on the server's machine."
+        )
     else:
         yield from _examine_server(base_url, api_key, limits)
 
 
-def _examine_machine(limits: Limits) -> Iterator[Finding]:
+def _examine_machine(limits: Limits, base_model: str | None) -> Iterator[Finding]:
     engine = machine.Engine()
     sound = True
     try:
-        for finding in steps.run(machine.steps(engine, limits)):
+        for finding in steps.run(machine.steps(engine, limits, base_model)):
             sound = sound and finding.status != "failed"
             yield finding
         if sound and engine.running is not None:

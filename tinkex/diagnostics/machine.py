@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from functools import partial
+from typing import Any
 
 from tinkex import config, wire
 from tinkex._version import __version__
 from tinkex.conformance.client import said
 from tinkex.diagnostics.exchange import ask
-from tinkex.diagnostics.steps import Failed, Finding, Limits, Step
+from tinkex.diagnostics.steps import Failed, Finding, Limits, Status, Step
 from tinkex.runtime import embedded
 from tinkex.runtime.transport import Transport
 
@@ -21,15 +26,19 @@ from tinkex.runtime.transport import Transport
 LITTLE_SPACE, NO_SPACE = 2 << 30, 50 << 20
 
 
-def steps(engine: Engine, limits: Limits) -> list[Step]:
-    """The steps that examine this machine; the last one starts *engine*."""
-    return [
+def steps(engine: Engine, limits: Limits, base_model: str | None) -> list[Step]:
+    """The steps that examine this machine, and what *base_model* needs if one is given; the last
+    one starts *engine*."""
+    found = [
         Step("python", limits.step, _python),
         Step("extras", limits.step, _extras),
         Step("home", limits.step, _home),
         Step("disk", limits.step, _disk),
-        Step("engine", limits.engine, engine.start),
+        Step("device", limits.engine, _device),
     ]
+    if base_model is not None:
+        found.append(Step("base model", limits.engine, partial(_base_model, base_model)))
+    return [*found, Step("engine", limits.engine, engine.start)]
 
 
 def _python() -> Finding:
@@ -85,6 +94,35 @@ def _disk() -> Finding:
     if free < LITTLE_SPACE:
         return Finding("disk", "warning", text, advice, details)
     return Finding("disk", "ok", text, details=details)
+
+
+def _device() -> Finding:
+    found = _ask_engine()
+    return Finding("device", "ok", found["text"], details=found["details"])
+
+
+def _base_model(name: str) -> Finding:
+    found = _ask_engine(name)
+    advice = found["advice"]
+    status: Status = "warning" if advice else "ok"
+    return Finding("base model", status, found["text"], advice, found["details"])
+
+
+def _ask_engine(*arguments: str) -> dict[str, Any]:
+    """What `tinkex.engine.requirements` prints, in a process of its own: it imports torch, and a
+    model's files come from strangers."""
+    command = [sys.executable, "-m", "tinkex.engine.requirements", *config.engine_settings()]
+    try:
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=Limits().engine
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise Failed(f"not finished within {exc.timeout:.0f} s") from exc
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise Failed(lines[-1])
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 class Engine:

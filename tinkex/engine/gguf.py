@@ -305,6 +305,8 @@ class Tensors(MutableMapping[str, Tensor]):
         self._on_progress(self._done, self._total)
         heads = self._heads.get(info.name.split(".")[-2])
         out = torch.empty(info.shape, dtype=self._dtype, device=self._device)
+        if out.is_meta:
+            return out
         # A head's rows are reordered together; they are few, so all rows are taken at once.
         per_row = int(np.prod(info.shape[1:])) if len(info.shape) > 1 else 1
         step = info.shape[0] if heads else max(1, BLOCK // per_row)

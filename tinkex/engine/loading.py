@@ -5,21 +5,24 @@ The only module that uses transformers. Errors name what was tried and what to d
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import attrs
 import torch
+from torch import Tensor
 
 from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.families import FAMILIES, build
 from tinkex.engine.families.family import Family
 from tinkex.engine.generic import loading as generic
+from tinkex.engine.linears import Linear
 from tinkex.engine.model import Rope
 from tinkex.engine.spec import Spec
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore, free_disk
@@ -27,6 +30,9 @@ from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
 
 logger = logging.getLogger("tinkex.engine")
+
+#: Where tensors have sizes and no content.
+_META = torch.device("meta")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -99,6 +105,83 @@ def load(
     on_progress(0, 0)
     source = _check_source(str(fetch.ensure(name)) if name in registry.KNOWN else name)
     return _load_hf(name, source, device, dtype, on_progress, folder)
+
+
+@attrs.frozen(eq=False)
+class Outline:
+    """What is known of a base model before its weights are read.
+
+    Attributes:
+        architecture: its class in transformers.
+        path: "fast" or "generic".
+        parameters: how many; tied ones count once.
+        linears: its matrices, which may have no memory.
+        activations: numbers that all layers keep of a token for the backward pass; None on the
+            generic path, where they are measured.
+    """
+
+    architecture: str
+    path: str
+    parameters: int
+    linears: Mapping[str, Linear]
+    has_tied_head: bool
+    activations: int | None = None
+
+
+def outline(name: str) -> Outline:
+    """What is known of a model that `load` would load. Reads no weights, and downloads nothing.
+
+    Raises:
+        ValueError: As `load`, or if the model is not on this machine.
+    """
+    if name == tiny.NAME:
+        base, parameters = _load_tiny(_META, torch.float32).base, _parameters(tiny.weights())
+        return _fast_outline(tiny.CONFIG["architectures"][0], base, parameters)
+    if gguf_file.is_gguf(name):
+        loaded = _load_gguf(name, _META, torch.float32, no_progress, None)
+        shapes = (info.shape for info in gguf_file.read(Path(loaded.name)).tensors.values())
+        return _fast_outline(loaded.architecture, loaded.base, sum(map(math.prod, shapes)))
+    source, directory = _on_this_machine(name)
+    config = _read_config(name, source, directory)
+    plan = _fast_plan(config, directory, _META)
+    if plan is None:
+        with _errors_naming(name, source):
+            found = generic.describe(config)
+        return Outline(
+            found.kind.__name__, "generic", found.parameters, found.linears, found.has_tied_head
+        )
+    tensors = dict(plan.module.state_dict())
+    if plan.module.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    base = build.assemble(plan.family, plan.spec, tensors, plan.ropes)
+    count = sum(parameter.numel() for parameter in plan.module.parameters())
+    return _fast_outline(type(plan.module).__name__, base, count)
+
+
+def _fast_outline(architecture: str, base: BaseModel, parameters: int) -> Outline:
+    kept = base.activation_bytes // base.dtype.itemsize
+    return Outline(architecture, "fast", parameters, base.linears, base.has_tied_head, kept)
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _on_this_machine(name: str) -> tuple[str, Path]:
+    """What a name stands for, and the directory of its files.
+
+    Raises:
+        ValueError: If they would have to be downloaded; the message has the command.
+    """
+    found = registry.find(name) if name in registry.KNOWN else None
+    source = name if name in registry.KNOWN and found is None else _check_source(str(found or name))
+    if Path(source).is_dir():
+        return source, Path(source)
+    if name in registry.KNOWN or not hub.is_cached(name, "config.json"):
+        raise ValueError(f"{name!r} is not on this machine; fetch it: tinkex model pull {name}")
+    import huggingface_hub
+
+    return source, Path(huggingface_hub.snapshot_download(name, local_files_only=True))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -314,23 +397,27 @@ def _load_generic(
     dtype: torch.dtype,
     on_progress: Progress,
 ) -> Loaded:
+    with _errors_naming(name, source):
+        found = generic.describe(config)
+    # Only a check: transformers loads into memory.
+    _store(name, found.parameters, device, dtype, None)
+    size = found.parameters * dtype.itemsize
+    on_progress(0, size)
+    with _errors_naming(name, source):
+        base = generic.load(config, directory, device, dtype)
+    on_progress(size, size)
+    return Loaded(name, base, source, found.kind.__name__, lambda: _decoder(directory))
+
+
+@contextlib.contextmanager
+def _errors_naming(name: str, source: str) -> Iterator[None]:
+    """Whatever transformers raises of unusual or damaged files, with the name of the model."""
     try:
-        kind, parameters = generic.describe(config)
+        yield
     except generic.Unsupported as exc:
         raise ValueError(f"base model {name!r} {exc}.") from exc
     except Exception as exc:
         raise _cannot_load(name, source, exc) from exc
-    _store(name, parameters, device, dtype, None)  # only checks: transformers loads into memory
-    size = parameters * dtype.itemsize
-    on_progress(0, size)
-    try:
-        base = generic.load(config, directory, device, dtype)
-    except generic.Unsupported as exc:
-        raise ValueError(f"base model {name!r} {exc}.") from exc
-    except Exception as exc:  # whatever damaged files make transformers do
-        raise _cannot_load(name, source, exc) from exc
-    on_progress(size, size)
-    return Loaded(name, base, source, kind.__name__, lambda: _decoder(directory))
 
 
 def _store(
@@ -345,7 +432,7 @@ def _store(
         ValueError: With the sizes, if they fit in neither.
     """
     needed, free = parameters * dtype.itemsize, memory.available_memory(device)
-    if needed <= free:
+    if needed <= free or device == _META:
         return IN_MEMORY
     size, total = memory.gigabytes(needed), memory.total_memory(device)
     too_large = (

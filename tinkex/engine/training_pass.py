@@ -119,10 +119,14 @@ def _prepare_one(
     return Prepared(datum.model_input.tokens, targets, arrays, shape)
 
 
-def tokens_per_batch(base: BaseModel) -> int:
-    """Tokens of a micro-batch; depends on the model alone."""
-    kind = kind_of(base.device)
-    comfortable = COMFORTABLE_ACTIVATIONS[kind] // base.activation_bytes
+def tokens_per_batch(device: torch.device, activation_bytes: int) -> int:
+    """Tokens of a micro-batch; depends on the model and the kind of device alone.
+
+    Args:
+        activation_bytes: that a token needs.
+    """
+    kind = kind_of(device)
+    comfortable = COMFORTABLE_ACTIVATIONS[kind] // activation_bytes
     return max(MIN_TOKENS[kind], min(MAX_TOKENS[kind], comfortable))
 
 
@@ -198,7 +202,8 @@ class Pass:
         self._most_kept = tokens_to_keep(base)
         widths = [datum.targets.shape[1] for datum in data]
         lengths = [len(datum) for datum in data]
-        self.batches = micro_batches(lengths, widths, tokens_per_batch(base))
+        most = tokens_per_batch(base.device, base.activation_bytes)
+        self.batches = micro_batches(lengths, widths, most)
         self._metrics = {"loss:sum": 0.0}
         self._outputs: list[dict[str, types.TensorData]] = [{} for _ in data]
 

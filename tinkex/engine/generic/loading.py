@@ -22,6 +22,7 @@ from tinkex.engine.base_model import Prompt
 from tinkex.engine.generic.adapted import HEAD, Adapted
 from tinkex.engine.generic.model import GenericModel
 from tinkex.engine.generic.sampling import GenericSampling
+from tinkex.engine.linears import Linear
 
 logger = logging.getLogger("tinkex.engine")
 
@@ -121,16 +122,41 @@ def read(directory: Path, config: Any = None, dtype: Any = "auto") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def describe(config: Any) -> tuple[type, int]:
-    """The class of a model, and its parameters; tied ones count once.
+@attrs.frozen(eq=False)
+class Description:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        kind: the class of its module.
+        parameters: how many; tied ones count once.
+        linears: the matrices that can be adapted, without memory.
+    """
+
+    kind: type
+    parameters: int
+    linears: Mapping[str, Linear]
+    has_tied_head: bool
+
+
+def describe(config: Any) -> Description:
+    """What is known of a model by its configuration alone.
 
     Raises:
-        Unsupported: As `text_model`.
+        Unsupported: As `text_model`, or if it has layers that cannot be adapted.
     """
     text, kind = text_model(config)
     with torch.device("meta"):
         module = kind(text)
-    return kind, sum(parameter.numel() for parameter in module.parameters())
+    count = sum(parameter.numel() for parameter in module.parameters())
+    is_tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
+    return Description(kind, count, _adapted(module).linears, is_tied)
+
+
+def _adapted(model: Any) -> Adapted:
+    try:
+        return Adapted(model)
+    except ValueError as exc:
+        raise Unsupported(str(exc)) from exc
 
 
 def load(config: Any, directory: Path, device: torch.device, dtype: torch.dtype) -> GenericModel:
@@ -149,12 +175,8 @@ def prepare(model: Any) -> GenericModel:
         Unsupported: As `load`.
     """
     model.config.output_router_logits = False
-    try:
-        adapted = Adapted(model)
-    except ValueError as exc:
-        raise Unsupported(str(exc)) from exc
     base = GenericModel(
-        adapted,
+        _adapted(model),
         vocab=model.get_output_embeddings().weight.shape[0],
         context=_context(model.config),
         eos_tokens=_eos(model),
