@@ -37,6 +37,7 @@ from tests.benchmarks.rows import Row
 from tinkex import types
 from tinkex.engine.engine import Engine
 from tinkex.engine.fetch import ensure
+from tinkex.text.registry import KNOWN
 
 RANK = 32
 FLAGS = {"train_unembed": False}
@@ -63,14 +64,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 #: What is measured, the most important first: models, and how many parts of the time each gets.
-MODELS = {"smollm2": 4, "small": 2, "tiny": 1}
+MODELS = {"smollm2": 4, "small": 2, "gpt2": 1, "tiny": 1}
+
+#: The model of the generic path, as large as *small*.
+GPT2 = {"n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 32768, "n_positions": 4096}
 DTYPES = ("float32", "bfloat16")
 
 #: How exactly the two losses have to agree.
 LOSSES_DIFFER = {"float32": 1e-4, "bfloat16": 2e-2}
 
 #: What is wanted: parts of the limit in training, and of chats the ratio.
-TRAINING_SHARE = {"tiny": 0.4, "small": 0.6, "smollm2": 0.6}
+TRAINING_SHARE: dict[str, float | None] = {
+    "tiny": 0.4, "small": 0.6, "smollm2": 0.6, "gpt2": None
+}  # fmt: skip
 READING_SHARE = 0.75
 #: By streams: the share of the bandwidth, then of the smaller of the two limits.
 DECODING_SHARE = {1: 0.7, 16: 0.6, 64: 0.6}
@@ -83,13 +89,13 @@ class Bench:
         self, name: str, folder: Path, dtype: str = "float32", device: str = "cpu"
     ) -> None:
         self.name, self.dtype, self.folder, self.device = name, dtype, folder, device
-        self.base = ensure(name) if name not in SIZES else folder / name
+        self.base = ensure(name) if name in KNOWN else folder / name
         self.engine = Engine(device=device, dtype=dtype)
         if not self.base.exists():
             _make_model(name, self.base)
         self.engine.load_base(str(self.base))
         base = self.engine._base(str(self.base)).base
-        self.vocab = base.spec.vocab
+        self.vocab = base.vocab
         matrices = [linear.weight for linear in base.linears.values()]
         self._numbers = sum(weight.numel() for weight in matrices)
         self._bytes = sum(weight.numel() * weight.element_size() for weight in matrices)
@@ -153,9 +159,12 @@ class Bench:
 
 def _make_model(name: str, directory: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        **SIZES[name], max_position_embeddings=4096, bos_token_id=256, eos_token_id=257
-    )
+    ends = {"bos_token_id": 256, "eos_token_id": 257}
+    config: transformers.PretrainedConfig
+    if name == "gpt2":
+        config = transformers.GPT2Config(**GPT2, **ends)
+    else:
+        config = transformers.LlamaConfig(**SIZES[name], max_position_embeddings=4096, **ends)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tiny.write_tokenizer(directory)
 
@@ -198,7 +207,7 @@ def speeds(amount: float, seconds: Sequence[float]) -> list[float]:
 def training(bench: Bench, seconds: float) -> list[Row]:
     """Real tokens a second of a step over chats, which the other side pads."""
     count = 32 if bench.name == "tiny" else 16
-    target = 2.0 if bench.name == "smollm2" else 3.0
+    target = {"smollm2": 2.0, "gpt2": 1.0}.get(bench.name, 3.0)
     texts = chats(count, bench.vocab)
     return [_training(bench, "training, chats of 16 to 512 tokens", texts, target, seconds)]
 
@@ -206,7 +215,8 @@ def training(bench: Bench, seconds: float) -> list[Row]:
 def training_equal(bench: Bench, seconds: float) -> list[Row]:
     """The same of texts of 256 tokens: no padding to save."""
     texts = prompts_of([257] * (8 if bench.name == "tiny" else 4), bench.vocab)
-    return [_training(bench, "training, equal lengths", texts, 1.2, seconds)]
+    target = 1.0 if bench.name == "gpt2" else 1.2
+    return [_training(bench, "training, equal lengths", texts, target, seconds)]
 
 
 def _training(
