@@ -1,5 +1,7 @@
 """Distillation: a small model learns from one five times its size, on its own answers."""
 
+from pathlib import Path
+
 import torch
 import transformers
 
@@ -14,7 +16,7 @@ larger = transformers.LlamaForCausalLM(
 )
 torch.nn.init.normal_(larger.model.embed_tokens.weight)
 larger.save_pretrained("larger")
-tiny.write_tokenizer("larger")
+tiny.write_tokenizer(Path("larger"))
 
 rows = [{"prompt": f"{n} is ", "completion": "even." if n % 2 == 0 else "odd."} for n in range(24)]
 lessons = {"learning_rate": 5e-3, "batch_size": 6}

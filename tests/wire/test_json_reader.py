@@ -16,6 +16,8 @@ from tinkex import types, wire
 
 EXAMPLES = {
     "points": [{"step": 1.0, "loss": 2.5}],
+    "step": 1,
+    "text": "4.",
     "session_id": "s",
     "sampling_session_id": "s",
     "model_id": "m",
@@ -49,6 +51,9 @@ EXAMPLES = {
     "chunks": (types.EncodedTextChunk([1]),),
 }
 
+#: Where a field of that name is of another type.
+EXAMPLES_OF = {types.RunSample: {"prompt": "2 + 2?"}}
+
 #: Sent only inside of other types, compared by arrays (test_wire), or never sent.
 NOT_ALONE = {
     types.EncodedTextChunk,
@@ -80,7 +85,8 @@ def travelling_types() -> list[type]:
 def test_every_type_round_trips(cls):
     """New types are included automatically."""
     required = [a.name for a in attrs.fields(cls) if a.default is attrs.NOTHING]
-    expected = cls(**{name: EXAMPLES[name] for name in required})
+    examples = {**EXAMPLES, **EXAMPLES_OF.get(cls, {})}
+    expected = cls(**{name: examples[name] for name in required})
 
     actual = wire.from_json(cls, wire.loads(wire.dumps(wire.to_json(expected, "tag"))))
 
