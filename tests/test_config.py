@@ -228,10 +228,12 @@ def test_the_key_of_an_embedded_engine_is_found_by_its_address(tmp_path):
 def test_the_engine_is_started_without_our_keys(monkeypatch):
     monkeypatch.setenv("TINKER_API_KEY", "tml-secret")
     monkeypatch.setenv("TINKER_BASE_URL", LOCAL)
+    monkeypatch.setenv("TINKEX_SERVE_SSL_CERTFILE", "/of/another/server.pem")
     environment = config.engine_environment("token")
 
     assert "token" == environment["TINKEX_ENGINE_TOKEN"]
-    assert not {"TINKER_API_KEY", "TINKER_BASE_URL"} & set(environment)
+    ours = {"TINKER_API_KEY", "TINKER_BASE_URL", "TINKEX_SERVE_SSL_CERTFILE"}
+    assert not ours & set(environment)
 
 
 def test_the_number_type_of_the_engine_is_for_the_engine_alone(monkeypatch):

@@ -392,8 +392,14 @@ def engine_settings() -> tuple[str, str]:
 
 
 def engine_environment(token: str) -> dict[str, str]:
-    """The environment of an embedded engine: ours, with the secret and without our keys."""
-    ours = {k: v for k, v in os.environ.items() if k not in ("TINKER_API_KEY", "TINKER_BASE_URL")}
+    """The environment of an embedded engine: ours, with the secret, but without our keys and what
+    is meant for `tinkex serve`."""
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TINKER_API_KEY", "TINKER_BASE_URL")
+        and not name.startswith("TINKEX_SERVE_")
+    }
     return {**ours, **_for_engine, "TINKEX_ENGINE_TOKEN": token, "PYTHONUNBUFFERED": "1"}
 
 

@@ -13,13 +13,14 @@ import click
 from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": "TINKEX_SERVE"})
 @option("--host", None, "127.0.0.1", "Address to listen on.")
 @option("--port", click.IntRange(0, 65535), 0, "Port; 0 picks a free one.")
 @click.option(
     "--base-model",
     "base_models",
     multiple=True,
+    envvar="TINKEX_SERVE_BASE_MODEL",
     help="Load this model at the start: a name, a directory, or NAME=DIRECTORY, which serves the "
     "directory under the name (org/model). May be repeated; other models are loaded when first "
     "used.",
@@ -27,6 +28,7 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
 @click.option(
     "--tiny/--no-tiny",
     "with_tiny",
+    envvar="TINKEX_SERVE_TINY",
     default=True,
     help="Offer the built-in model 'tiny', too. Default: it is offered, after the others.",
 )
@@ -118,6 +120,9 @@ def serve(**options: Any) -> int:
 
     Serves the Tinker API to other processes, other machines (with --api-key) and the official SDK
     until it is stopped. Prints its address.
+
+    Options without a variable of their own can be set in the environment as TINKEX_SERVE_ and
+    their name: TINKEX_SERVE_PORT=8000, TINKEX_SERVE_BASE_MODEL="smollm2 org/model=/models/x".
     """
     from tinkex import errors
 
