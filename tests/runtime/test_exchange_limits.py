@@ -200,6 +200,21 @@ def test_a_name_that_is_not_resolved_is_left_in_time(scheme, session, way, monke
     assert taken < 3
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_whose_name_is_not_resolved_is_left_in_time(scheme, way, monkeypatch):
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(30))
+    session = requests.Session()
+    session.proxies = {scheme: "http://slow-proxy.test:3128"}
+    started = time.monotonic()
+    with pytest.raises(errors.APIConnectionError, match=r"slow-proxy\.test"):
+        ask(way(Nowhere(f"{scheme}://server.test"), session=session))
+    taken = time.monotonic() - started
+    over.set()
+
+    assert taken < 3
+
+
 def test_a_host_of_many_addresses_that_do_not_answer_is_left_in_time(way, monkeypatch):
     """Each of them alone would get the whole time."""
     many = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{i}", 80)) for i in range(40)]

@@ -23,7 +23,7 @@ import ssl
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import attrs
@@ -218,11 +218,13 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
 
     def _validate_conn(self, conn: Any) -> None:
         """What urllib3 calls before it uses a connection, which may not be open yet."""
-        limits = _this_thread.limits
-        is_own = type(conn).__module__ == "urllib3.connection"
-        if limits is not None and is_own and conn.sock is None and self.proxy is None:
-            _connect(conn, limits.left())
+        if conn.sock is None:
+            _within_limits(conn, conn.connect)
         super()._validate_conn(conn)
+
+    def _prepare_proxy(self, conn: Any) -> None:
+        """What urllib3 calls to open a connection through a proxy."""
+        _within_limits(conn, functools.partial(super()._prepare_proxy, conn))
 
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:  # urllib3 puts None for a connection that it has dropped
@@ -230,8 +232,17 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
         super()._put_conn(conn)
 
 
-def _connect(conn: Any, seconds: float) -> None:
-    """Open a connection within *seconds* in all.
+def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
+    """Open a connection of urllib3's own by *connect* within the limits of the exchange."""
+    limits = _this_thread.limits
+    if limits is None or type(conn).__module__ != "urllib3.connection":
+        connect()
+    else:
+        _connect(conn, connect, limits.left())
+
+
+def _connect(conn: Any, connect: Callable[[], object], seconds: float) -> None:
+    """Open a connection by *connect* within *seconds* in all.
 
     Resolving a name has no time limit of its own, and each address of a host would get the whole
     time. So this happens on a thread, which is left alone when the time is over.
@@ -243,9 +254,9 @@ def _connect(conn: Any, seconds: float) -> None:
     failures: list[BaseException] = []
     is_left = False
 
-    def connect() -> None:
+    def run() -> None:
         try:
-            conn.connect()
+            connect()
         except BaseException as exc:
             failures.append(exc)
         with lock:
@@ -254,9 +265,9 @@ def _connect(conn: Any, seconds: float) -> None:
             conn.close()
 
     try:
-        threading.Thread(target=connect, name="tinkex-connect", daemon=True).start()
+        threading.Thread(target=run, name="tinkex-connect", daemon=True).start()
     except RuntimeError:  # no thread can be started any more: the program ends
-        conn.connect()
+        connect()
         return
     ended.wait(seconds)
     with lock:
@@ -333,12 +344,9 @@ class _Pool(_InterruptiblePool):
             return None
         if conn.sock is not None:
             return conn
-        conn.timeout, connected, limits = timeout, False, _this_thread.limits
+        conn.timeout, connected = timeout, False
         try:
-            if limits is None:
-                conn.connect()
-            else:
-                _connect(conn, limits.left())
+            _within_limits(conn, conn.connect)
             if self.scheme == "https" and not conn.is_verified:
                 warning = f"{self.host} is not verified: its certificate is not checked."
                 warnings.warn(warning, urllib3.exceptions.InsecureRequestWarning, stacklevel=2)
