@@ -70,7 +70,7 @@ ROWS = (
     Row("sl_basic", "batch_size=8"),
     Row("chat_sl", "batch_size=8"),
     Row("prompt_distillation", "batch_size=8 num_epochs=1"),
-    Row("preference.dpo", "batch_size=8 max_length=256"),
+    Row("preference.dpo", "batch_size=8 max_length=256", "DPO training completed"),
     Row("preference.shorter", "batch_size=2 group_size=4 max_tokens=16 max_steps=2"),
     Row(
         "multiplayer_rl.guess_number",
@@ -195,7 +195,7 @@ def _name(row: Row) -> str:
     return row.recipe if row.model == "tiny" else f"{row.recipe}, SmolLM2"
 
 
-_ENDS = {"Training completed", "adapter_model.safetensors"}
+_ENDS = {"Training completed", "DPO training completed", "adapter_model.safetensors"}
 
 
 def section(cells: dict[Row, list[str]]) -> str:

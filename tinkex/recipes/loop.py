@@ -413,10 +413,11 @@ class Loop:
                     in_flight.append(self._save(self.trained))
                 self._settle(in_flight)
         except Stopped:
-            self.report.say(
-                f"The server did not save step {self.trained} within {STOP_SECONDS} s; "
-                f"the last checkpoint is of step {self.state.step}."
-            )
+            if self.state.step < self.trained:
+                self.report.say(
+                    f"The server did not save step {self.trained} within {STOP_SECONDS} s; "
+                    f"the last checkpoint is of step {self.state.step}."
+                )
 
     # Samples
 
