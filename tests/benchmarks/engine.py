@@ -67,7 +67,10 @@ SIZES: dict[str, dict[str, Any]] = {
 MODELS = {"smollm2": 4, "small": 2, "gpt2": 1, "tiny": 1}
 
 #: The model of the generic path, as large as *small*.
-GPT2 = {"n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 32768, "n_positions": 4096}
+GPT2 = {
+    "n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 32768, "n_positions": 4096,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,  # ours has no dropout
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 #: How exactly the two losses have to agree.
