@@ -34,10 +34,11 @@ def steps(engine: Engine, limits: Limits, base_model: str | None) -> list[Step]:
         Step("extras", limits.step, _extras),
         Step("home", limits.step, _home),
         Step("disk", limits.step, _disk),
-        Step("device", limits.engine, _device),
+        Step("device", limits.engine, partial(_device, limits.engine)),
     ]
     if base_model is not None:
-        found.append(Step("base model", limits.engine, partial(_base_model, base_model)))
+        examine = partial(_base_model, base_model, limits.engine)
+        found.append(Step("base model", limits.engine, examine))
     return [*found, Step("engine", limits.engine, engine.start)]
 
 
@@ -96,25 +97,25 @@ def _disk() -> Finding:
     return Finding("disk", "ok", text, details=details)
 
 
-def _device() -> Finding:
-    found = _ask_engine()
+def _device(seconds: float) -> Finding:
+    found = _ask_engine(seconds)
     return Finding("device", "ok", found["text"], details=found["details"])
 
 
-def _base_model(name: str) -> Finding:
-    found = _ask_engine(name)
+def _base_model(name: str, seconds: float) -> Finding:
+    found = _ask_engine(seconds, name)
     advice = found["advice"]
     status: Status = "warning" if advice else "ok"
     return Finding("base model", status, found["text"], advice, found["details"])
 
 
-def _ask_engine(*arguments: str) -> dict[str, Any]:
+def _ask_engine(seconds: float, *arguments: str) -> dict[str, Any]:
     """What `tinkex.engine.requirements` prints, in a process of its own: it imports torch, and a
     model's files come from strangers."""
     command = [sys.executable, "-m", "tinkex.engine.requirements", *config.engine_settings()]
     try:
         done = subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=Limits().engine
+            [*command, *arguments], capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired as exc:
         raise Failed(f"not finished within {exc.timeout:.0f} s") from exc

@@ -56,7 +56,8 @@ class PageMetrics:
 
     def add_samples(self, samples: Sequence[types.RunSample]) -> None:
         """Note what the model has said; it is sent with the next row."""
-        self._samples += samples
+        if self._is_on:
+            self._samples += samples
 
     def flush(self) -> None:
         """Send what is left."""

@@ -97,11 +97,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = _open_locked(folder / LOCK)
-    before = _files(folder)
+    before = None if _has_begun(folder) else _files(folder)
     try:
         yield
     except (ValueError, TypeError):
-        if not _has_begun(folder):
+        if before is not None and not _has_begun(folder):
             _restore(folder, before)
         raise
     finally:

@@ -212,13 +212,13 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
         conn = super()._get_conn(timeout)
         _in_use.add(conn)
         limits = _this_thread.limits
-        if type(conn).__module__ == "urllib3.connection":
+        if _is_own(conn):
             conn.response_class = functools.partial(_Answer, limits=limits)  # type: ignore[attr-defined]
         return conn
 
     def _validate_conn(self, conn: Any) -> None:
         """What urllib3 calls before it uses a connection, which may not be open yet."""
-        if conn.sock is None:
+        if _is_own(conn) and conn.sock is None:
             _within_limits(conn, conn.connect)
         super()._validate_conn(conn)
 
@@ -232,10 +232,15 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
         super()._put_conn(conn)
 
 
+def _is_own(conn: Any) -> bool:
+    """True for a connection of urllib3's own, not of a mock."""
+    return type(conn).__module__ == "urllib3.connection"
+
+
 def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
     """Open a connection of urllib3's own by *connect* within the limits of the exchange."""
     limits = _this_thread.limits
-    if limits is None or type(conn).__module__ != "urllib3.connection":
+    if limits is None or not _is_own(conn):
         connect()
     else:
         _connect(conn, connect, limits.left())
@@ -339,7 +344,7 @@ class _Pool(_InterruptiblePool):
         """An open connection, or None where urllib3 must open it: for connection classes that are
         not its own (a mock may not have a socket)."""
         conn: Any = self._get_conn()
-        if type(conn).__module__ != "urllib3.connection":
+        if not _is_own(conn):
             self._put_conn(conn)
             return None
         if conn.sock is not None:

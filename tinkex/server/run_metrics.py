@@ -222,7 +222,10 @@ class RunMetrics:
             text = self._samples_path(run_id).read_text()
         except OSError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError:  # cut short when the machine lost power
+            return []
 
     def _warn_once(self, exc: OSError) -> None:
         if not self._failed:
