@@ -13,12 +13,13 @@ import torch
 import transformers
 
 from tests.support import hf_reference as hf
+from tests.support.frozen_linears import FrozenLinears
 from tinkex import types
 from tinkex.engine import gguf as reading
 from tinkex.engine import gguf_writer, loading
 from tinkex.engine.attention import Packing
 from tinkex.engine.engine import Engine
-from tinkex.engine.model import FrozenLinears, Training
+from tinkex.engine.model import Training
 from tinkex.text import gguf as header
 from tinkex.text import tokenizer
 

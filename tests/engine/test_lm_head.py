@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.frozen_linears import FrozenLinears
 from tinkex.engine import lm_head, lora
 from tinkex.engine.linears import Linear, Part
-from tinkex.engine.model import FrozenLinears
 
 VOCAB, WIDTH, COUNT = 45, 16, 37
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.frozen_linears import FrozenLinears
 from tinkex.engine import loading, lora
 from tinkex.engine.attention import Packing
-from tinkex.engine.model import FrozenLinears, Training
+from tinkex.engine.model import Training
 
 
 def _hidden(base, lengths, tokens):

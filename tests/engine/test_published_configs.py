@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from tests.support import hf_reference as hf
+from tests.support.frozen_linears import FrozenLinears
 from tinkex.engine import loading
 from tinkex.engine.attention import Packing
-from tinkex.engine.model import FrozenLinears, Training
+from tinkex.engine.model import Training
 
 #: Names that are written today, and not in any of these files.
 NEW_NAMES = ("rope_parameters", "layer_types", "no_rope_layers", "dtype")

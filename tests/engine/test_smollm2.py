@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.frozen_linears import FrozenLinears
 from tinkex.engine import fetch, loading
-from tinkex.engine.model import FrozenLinears, Packing, Training
+from tinkex.engine.model import Packing, Training
 from tinkex.text import registry, tokenizer
 from tinkex.text.renderer import render_prompt
 

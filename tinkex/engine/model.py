@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkex.engine import matmul
 from tinkex.engine.attention import PackedAttention, Packing
 from tinkex.engine.linears import Linear, Linears, given
 from tinkex.engine.spec import Spec
@@ -105,24 +104,6 @@ class Base:
     def has_tied_head(self) -> bool:
         """True if the head's matrix is the embedding."""
         return self.linears["head"].weight is self.embedding
-
-
-@attrs.frozen(eq=False)
-class FrozenLinears:
-    """The base model's own matrices, without any adapter."""
-
-    base: Base
-
-    def forward(self, key: str, x: Tensor) -> Tensor:
-        linear = self.base.linears[key]
-        return matmul.linear(x, linear.weight, linear.bias, linear.scales)
-
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
-        return matmul.product(dy, self.base.linears[key].weight) if wants_dx else None
-
-    def matrix(self, key: str) -> Tensor | None:
-        linear = self.base.linears[key]
-        return linear.weight if linear.bias is None and linear.scales is None else None
 
 
 class Rope:
