@@ -137,10 +137,6 @@ class BaseModel(Protocol):
     def is_shared(self) -> bool:
         """True if several threads may compute batches at the same time."""
 
-    @property
-    def can_merge(self) -> bool:
-        """True if a training batch may fold adapters into copies of the matrices."""
-
     def training_batch(
         self, linears: Linears, lengths: Sequence[int], *, recompute: bool
     ) -> TrainingBatch:

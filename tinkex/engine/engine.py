@@ -266,7 +266,7 @@ class Engine:
 
     def _new_model(self, loaded: _Loaded, layout: lora.Layout, weights: Tensor) -> _Model:
         optimizer = optim.AdamW(layout.size, self._device)
-        can_merge = loaded.base.can_merge and lora.can_merge(layout.linears)
+        can_merge = lora.can_merge(layout.linears)
         return _Model(loaded, layout, weights, torch.zeros_like(weights), optimizer, can_merge)
 
     def lora_config(self, model_id: str) -> types.LoraConfig:

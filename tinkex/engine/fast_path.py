@@ -70,10 +70,6 @@ class FastModel(Base):
     def is_shared(self) -> bool:
         return True
 
-    @property
-    def can_merge(self) -> bool:
-        return True
-
     def training_batch(
         self, linears: Linears, lengths: Sequence[int], *, recompute: bool
     ) -> Training:

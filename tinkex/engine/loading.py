@@ -1,6 +1,6 @@
 """Base models: make a `BaseModel` of the built-in model, a Hugging Face directory or a hub id.
 
-The only module that uses transformers. Errors name what was tried and what to do.
+Errors name what was tried and what to do.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.base_model import BaseModel
+from tinkex.engine.configuration import Unsupported
 from tinkex.engine.families import FAMILIES, build
 from tinkex.engine.families.family import Family
 from tinkex.engine.generic import loading as generic
@@ -38,8 +38,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 #: Files of a hub repository that are downloaded.
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
-
-logger = logging.getLogger("tinkex.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: bfloat16, but for matrices, which `int8.quantized` rounds once they are loaded.
@@ -94,8 +92,8 @@ def load(
         folder: where weights that do not fit in memory may stay on disk; None refuses them.
 
     Raises:
-        ValueError: If there is no such model, it is of none of `FAMILIES`, its files are
-            damaged or incomplete, or it does not fit in memory.
+        ValueError: If there is no such model, it is no causal language model, its
+            files are damaged or incomplete, or it does not fit in memory.
     """
     dtype = dtype or default_dtype(device)
     if name == tiny.NAME:
@@ -135,15 +133,16 @@ def outline(name: str) -> Outline:
         ValueError: As `load`, or if the model is not on this machine.
     """
     if name == tiny.NAME:
-        base, parameters = _load_tiny(_META, torch.float32).base, _parameters(tiny.weights())
-        return _fast_outline(tiny.CONFIG["architectures"][0], base, parameters)
+        loaded = _load_tiny(_META, torch.float32)
+        parameters = sum(tensor.numel() for tensor in tiny.weights().values())
+        return _fast_outline(loaded.architecture, loaded.base, parameters)
     if gguf_file.is_gguf(name):
         loaded = _load_gguf(name, _META, torch.float32, no_progress, None)
         shapes = (info.shape for info in gguf_file.read(Path(loaded.name)).tensors.values())
         return _fast_outline(loaded.architecture, loaded.base, sum(map(math.prod, shapes)))
     source, directory = _on_this_machine(name)
     config = _read_config(name, source, directory)
-    plan = _fast_plan(config, directory, _META)
+    plan = _fast_plan(name, source, config, directory, _META)
     if plan is None:
         with _errors_naming(name, source):
             found = generic.describe(config)
@@ -161,10 +160,6 @@ def outline(name: str) -> Outline:
 def _fast_outline(architecture: str, base: BaseModel, parameters: int) -> Outline:
     kept = base.activation_bytes // base.dtype.itemsize
     return Outline(architecture, "fast", parameters, base.linears, base.has_tied_head, kept)
-
-
-def _parameters(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _on_this_machine(name: str) -> tuple[str, Path]:
@@ -307,9 +302,8 @@ def _load_hf(
     folder: Path | None,
 ) -> Loaded:
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
-    model_files.check_config_file(name, directory / "config.json")
     config = _read_config(name, source, directory)
-    plan = _fast_plan(config, directory, device)
+    plan = _fast_plan(name, source, config, directory, device)
     if plan is not None:
         return _load_fast(name, source, directory, plan, device, dtype, on_progress, folder)
     return _load_generic(name, source, directory, config, device, dtype, on_progress)
@@ -319,6 +313,7 @@ def _read_config(name: str, source: str, directory: Path) -> Any:
     """The configuration of a model, as transformers reads it."""
     import transformers  # imported here because it takes seconds, and "tiny" does not need it
 
+    model_files.check_config_file(name, directory / "config.json")
     content = model_files.read_json(directory / "config.json")
     if "auto_map" in content and content.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -343,7 +338,9 @@ class _FastPlan:
     ropes: tuple[Rope | None, ...]
 
 
-def _fast_plan(config: Any, directory: Path, device: torch.device) -> _FastPlan | None:
+def _fast_plan(
+    name: str, source: str, config: Any, directory: Path, device: torch.device
+) -> _FastPlan | None:
     """How the fast path computes a model; None if it does not compute it."""
     import transformers
 
@@ -352,14 +349,15 @@ def _fast_plan(config: Any, directory: Path, device: torch.device) -> _FastPlan 
         return None
     try:
         build.check_config(family, config)
-        with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(config)
-        if (directory / "generation_config.json").is_file():
-            module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        with _errors_naming(name, source):
+            with torch.device("meta"):
+                module = transformers.AutoModelForCausalLM.from_config(config)
+            if (directory / "generation_config.json").is_file():
+                module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+            rotary = type(module.model.rotary_emb)(config=config)
         spec = build.spec_of(family, config, module.generation_config)
-        rotary = type(module.model.rotary_emb)(config=config)
         ropes = build.ropes_of(family, config, rotary, device)
-    except Exception as exc:  # the generic path may compute it, or gives the reason
+    except Unsupported as exc:  # the generic path may compute it, or gives the reason
         logger.info("The fast path does not compute %s: %s", directory, exc)
         return None
     return _FastPlan(family, module, spec, ropes)
@@ -414,7 +412,7 @@ def _errors_naming(name: str, source: str) -> Iterator[None]:
     """Whatever transformers raises of unusual or damaged files, with the name of the model."""
     try:
         yield
-    except generic.Unsupported as exc:
+    except Unsupported as exc:
         raise ValueError(f"base model {name!r} {exc}.") from exc
     except Exception as exc:
         raise _cannot_load(name, source, exc) from exc

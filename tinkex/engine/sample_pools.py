@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tinkex.engine.kv_cache import SharedPool, SinglePool
+from tinkex.engine.memory import kind_of
 from tinkex.engine.spec import Spec
 
 Pool = Union[SinglePool, SharedPool]
@@ -46,7 +47,7 @@ class Pools:
         self, spec: Spec, device: torch.device, dtype: torch.dtype, step_bytes: int
     ) -> None:
         self._made_of = spec, device, dtype
-        self._most_rows = POOL_ROWS.get(device.type, POOL_ROWS["cuda"])
+        self._most_rows = POOL_ROWS[kind_of(device)]
         numbers = 2 * spec.layers * spec.kv_heads * spec.head_dim
         self._step_positions = step_bytes // (numbers * dtype.itemsize)
         self._slots: list[_Slot] = []
@@ -87,11 +88,6 @@ class Pools:
         if pool is not None:
             pool.remove(row)
             self._slots = [slot for slot in self._slots if slot.pool.rows]
-
-    def clear(self) -> None:
-        self._slots.clear()
-        self._of.clear()
-        self._tokens.clear()
 
     def choose(self, shares: Mapping[int, Hashable], *, in_turn: bool) -> list[Pool]:
         """The pools that a step advances: all, or *in_turn* as many as it has time for.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from tinkex.engine import configuration
 from tinkex.engine.families.family import Family
 from tinkex.engine.fast_path import FastModel
 from tinkex.engine.linears import Linear, Part
@@ -26,16 +27,16 @@ def check_config(family: Family, config: Any) -> None:
     """Check that the fast path computes what a configuration of *family* asks for.
 
     Raises:
-        ValueError: With the reason, to be put after the name of the model.
+        Unsupported: With the reason.
     """
     if _activation(config) not in ACTIVATIONS:
-        raise ValueError(
+        raise configuration.Unsupported(
             f"has the activation {_activation(config)!r}; supported are {', '.join(ACTIVATIONS)}"
         )
-    for own in _rope_parameters(config):
+    for own in configuration.rope_parameters(config):
         rope_type = own.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
-            raise ValueError(
+            raise configuration.Unsupported(
                 f"has position embeddings of type {rope_type!r}; supported are "
                 f"{', '.join(ROPE_TYPES)}"
             )
@@ -51,32 +52,12 @@ def _head_dim(config: Any) -> int:
     return size or config.hidden_size // config.num_attention_heads
 
 
-def _rope_parameters(config: Any) -> Iterable[Mapping[str, Any]]:
-    """Of the only position embedding, or of each of several."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return [own for own in parameters.values() if isinstance(own, Mapping)] or [parameters]
-
-
-def _context(config: Any) -> int:
-    """Longest text, in tokens."""
-    longest: int = config.max_position_embeddings
-    for own in _rope_parameters(config):
-        if own.get("rope_type") == "longrope":
-            longest = min(longest, own["original_max_position_embeddings"])
-    return longest
-
-
 def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
     """Sizes and settings of a model, from its configuration.
 
     Raises:
-        ValueError: If the family is not computed so; to be put after the name of the model.
+        Unsupported: If the family is not computed so.
     """
-    eos = getattr(generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = config.eos_token_id
-    if eos is None:
-        eos = ()
     return Spec(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -85,9 +66,9 @@ def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
         head_dim=_head_dim(config),
         mlp=config.intermediate_size,
         vocab=config.vocab_size,
-        context=_context(config),
+        context=configuration.context(config),
         norm_eps=config.rms_norm_eps,
-        eos_tokens=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_tokens=configuration.eos_tokens(config, generation_config),
         activation=_activation(config),
         **family.settings(config),
     )
@@ -102,7 +83,7 @@ def ropes_of(
         rotary: transformers' module that holds the angles.
 
     Raises:
-        ValueError: If it rotates less of each head than the family can.
+        Unsupported: If it rotates less of each head than the family can.
     """
     ropes: dict[str | None, Rope | None] = {None: None}
     head_dim, kinds = _head_dim(config), family.ropes(config)
@@ -110,7 +91,7 @@ def ropes_of(
         prefix = f"{kind}_" if kind else ""
         frequencies = getattr(rotary, f"{prefix}inv_freq")
         if 2 * len(frequencies) != head_dim and not family.partial_rotary:
-            raise ValueError(
+            raise configuration.Unsupported(
                 f"rotates {2 * len(frequencies)} of the {head_dim} numbers of a head by position; "
                 f"models of the family {family.model_type} rotate all of them"
             )

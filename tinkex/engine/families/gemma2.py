@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinkex.engine.configuration import Unsupported
 from tinkex.engine.families.family import Family, NormNames, windows
 from tinkex.engine.families.gemma import scaled_embedding
 
@@ -19,7 +20,7 @@ NORMS = NormNames(
 def settings(config: Any) -> Mapping[str, Any]:
     """What Gemma 2 and 3 have in common."""
     if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError("attends to later tokens, too; only causal models can be trained here")
+        raise Unsupported("attends to later tokens, too; only causal models can be trained here")
     return {
         **scaled_embedding(config),
         "attention_scale": config.query_pre_attn_scalar**-0.5,

@@ -16,19 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinkex.engine import lora
+from tinkex.engine import configuration, lora
 from tinkex.engine.attention import Packing, soft_cap_
 from tinkex.engine.base_model import Prompt
+from tinkex.engine.configuration import Unsupported
 from tinkex.engine.generic.adapted import HEAD, Adapted
 from tinkex.engine.generic.model import GenericModel
 from tinkex.engine.generic.sampling import GenericSampling
 from tinkex.engine.linears import Linear
 
 logger = logging.getLogger("tinkex.engine")
-
-#: Settings that give the longest text, first found first; and what is assumed without any.
-_CONTEXT = ("max_position_embeddings", "max_sequence_length", "seq_length", "context_length")
-_ANY_CONTEXT = 32768
 
 #: Settings that are, or may be, a factor on logits or a cap of them.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -45,10 +42,6 @@ _TEXT_PART = {
 
 #: What of a checkpoint its text model does not read, if it is a vision-language model.
 _OTHER_PARTS = ("vis", "image", "audio", "projector", "merger", "mtp", "speech", "embed_")
-
-
-class Unsupported(ValueError):
-    """Why a model cannot be computed; to be put after "base model 'x'"."""
 
 
 def text_model(config: Any) -> tuple[Any, type]:
@@ -85,9 +78,7 @@ def _check_positions(config: Any) -> None:
     Raises:
         Unsupported: If it is not.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    several = [own for own in parameters.values() if isinstance(own, Mapping)]
-    for own in several or [parameters]:
+    for own in configuration.rope_parameters(config):
         if own.get("rope_type") == "dynamic":
             raise Unsupported(
                 "has position embeddings of type 'dynamic', which change with the length of the "
@@ -147,9 +138,10 @@ def describe(config: Any) -> Description:
     text, kind = text_model(config)
     with torch.device("meta"):
         module = kind(text)
+    linears = _adapted(module).linears
     count = sum(parameter.numel() for parameter in module.parameters())
     is_tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
-    return Description(kind, count, _adapted(module).linears, is_tied)
+    return Description(kind, count, linears, is_tied)
 
 
 def _adapted(model: Any) -> Adapted:
@@ -178,8 +170,8 @@ def prepare(model: Any) -> GenericModel:
     base = GenericModel(
         _adapted(model),
         vocab=model.get_output_embeddings().weight.shape[0],
-        context=_context(model.config),
-        eos_tokens=_eos(model),
+        context=configuration.context(model.config),
+        eos_tokens=configuration.eos_tokens(model.config, model.generation_config),
     )
     with torch.no_grad():
         base = _with_head(base)
@@ -208,23 +200,6 @@ def _check_report(report: Any, *, is_part: bool) -> None:
                 f"does not have the tensors that its config.json describes: it {label} {shown}. "
                 "Give a directory written by save_pretrained() of the whole model"
             )
-
-
-def _context(config: Any) -> int:
-    """Longest text. Of longrope, the original context: beyond it, all angles are others."""
-    known = (getattr(config, name, None) for name in _CONTEXT)
-    context: int = next(filter(None, known), _ANY_CONTEXT)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        context = min(context, rope.get("original_max_position_embeddings") or context)
-    return context
-
-
-def _eos(model: Any) -> tuple[int, ...]:
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config, "eos_token_id", None)
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 # -- what the model does --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tinkex.engine.configuration import Unsupported
 from tinkex.engine.generic import loading
 from tinkex.engine.generic.adapted import adaptable, head_linear, head_of
 from tinkex.engine.linears import Linear
@@ -27,7 +28,7 @@ def merge(source: Path, tensors: Mapping[tuple[str, str], Tensor], scale: float,
     """
     try:
         model = loading.read(source)
-    except loading.Unsupported as exc:
+    except Unsupported as exc:
         raise ValueError(f"base model {str(source)!r} {exc}.") from exc
     left = {module for module, _ in tensors}
     name, head = head_of(model)

@@ -74,10 +74,6 @@ class GenericModel:
     def is_shared(self) -> bool:
         return False
 
-    @property
-    def can_merge(self) -> bool:
-        return True
-
     def training_batch(
         self, linears: Any, lengths: Sequence[int], *, recompute: bool
     ) -> GenericBatch:

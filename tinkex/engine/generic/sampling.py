@@ -8,7 +8,7 @@ whole text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkex.engine.attention import Packing
+from tinkex.engine.attention import LEAST_FILL, Packing
 from tinkex.engine.base_model import Ints, OnHidden, Prompt
 from tinkex.engine.generic.adapted import Adapted
 from tinkex.engine.linears import Linear
@@ -55,15 +55,16 @@ class Model(Protocol):
 
 
 class _Matrices:
-    """The matrices with one adapter at a time, merged where there is room."""
+    """The matrices with one adapter at a time, merged where there is room and no other runs: a
+    step of several would merge each of them again."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._workspace = Workspace() if can_merge(model.linears) else None
 
-    def of(self, adapter: Finished | None) -> MixedLinears:
-        stack = Stack([adapter])
-        return MixedLinears(self._model.linears, stack, np.zeros(1, np.int64), self._workspace)
+    def of(self, adapter: Finished | None, running: Iterable[Finished | None]) -> MixedLinears:
+        room = self._workspace if {adapter, *running} == {adapter} else None
+        return MixedLinears(self._model.linears, Stack([adapter]), np.zeros(1, np.int64), room)
 
 
 class Recomputing:
@@ -79,7 +80,7 @@ class Recomputing:
         return samples * (prompt + limit) * self._model.width * self._model.dtype.itemsize
 
     def head(self, adapter: Finished | None, rows: int) -> MixedLinears:
-        return self._matrices.of(adapter)
+        return self._matrices.of(adapter, self._adapter.values())
 
     def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
         for prompt in prompts:
@@ -107,8 +108,9 @@ class Recomputing:
     ) -> Tensor:
         """(texts, V) of what follows each."""
         found: dict[int, Tensor] = {}
+        running = {*adapters, *self._adapter.values()}
         for some in in_batches([len(text) for text in texts], adapters):
-            linears = self._matrices.of(adapters[some[0]])
+            linears = self._matrices.of(adapters[some[0]], running)
             packing = Packing([len(texts[i]) for i in some], self._model.device)
             flat = torch.tensor([t for i in some for t in texts[i]], device=self._model.device)
             with self._model.adapted.using(linears):
@@ -176,15 +178,17 @@ class GenericSampling:
         return samples * each
 
     def head(self, adapter: Finished | None, rows: int) -> MixedLinears:
-        return self._matrices.of(adapter)
+        return self._matrices.of(adapter, self._batches)
 
     # -- prompts -----------------------------------------------------------------------------
 
     def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
         found: dict[int, Tensor] = {}
         lengths = [len(prompt.tokens) for prompt in prompts]
-        for some in in_batches(lengths, [prompt.adapter for prompt in prompts]):
-            linears = self._matrices.of(prompts[some[0]].adapter)
+        adapters = [prompt.adapter for prompt in prompts]
+        running = {*adapters, *self._batches}
+        for some in in_batches(lengths, adapters):
+            linears = self._matrices.of(adapters[some[0]], running)
             for alike in self._alike(some, lengths):
                 with self._model.adapted.using(linears):
                     states = self._prefill([prompts[i] for i in alike])
@@ -196,7 +200,7 @@ class GenericSampling:
 
     def _alike(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         """*numbers*, longest first, in groups whose prompts are computed together."""
-        least = 1.0 if self._model.needs_equal_lengths else 0.85
+        least = 1.0 if self._model.needs_equal_lengths else LEAST_FILL
         groups: list[list[int]] = []
         for i in numbers:
             if not groups or lengths[i] < least * lengths[groups[-1][0]]:
@@ -254,7 +258,7 @@ class GenericSampling:
             inputs["attention_mask"] = (at >= longest - lengths[:, None]).long()
         if self._model.adapted.takes_positions:
             inputs["position_ids"] = lengths[:, None]
-        linears = self._matrices.of(adapter)
+        linears = self._matrices.of(adapter, self._batches)
         with self._model.adapted.using(linears):
             hidden = self._model.hidden(ids, **inputs)
         batch.lengths = [length + 1 for length in batch.lengths]

@@ -1,0 +1,38 @@
+"""What transformers' configuration of a model says, wherever a family writes it: for both paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+#: Settings that give the longest text, first found first; and what is assumed without any.
+_CONTEXT = ("max_position_embeddings", "max_sequence_length", "seq_length", "context_length")
+_ANY_CONTEXT = 32768
+
+
+class Unsupported(ValueError):
+    """Why a model cannot be computed; to be put after "base model 'x'"."""
+
+
+def rope_parameters(config: Any) -> Iterable[Mapping[str, Any]]:
+    """Settings of the only rotary embedding, or of each of several; empty ones if there is none."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [own for own in parameters.values() if isinstance(own, Mapping)] or [parameters]
+
+
+def context(config: Any) -> int:
+    """Longest text, in tokens. Of LongRoPE, the original context: beyond it all angles differ."""
+    known = (getattr(config, name, None) for name in _CONTEXT)
+    longest: int = next(filter(None, known), _ANY_CONTEXT)
+    for own in rope_parameters(config):
+        if own.get("rope_type") == "longrope":
+            longest = min(longest, own.get("original_max_position_embeddings") or longest)
+    return longest
+
+
+def eos_tokens(config: Any, generation_config: Any = None) -> tuple[int, ...]:
+    """Tokens that end a text: by the configuration of generation, or else the model's."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(config, "eos_token_id", None)
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
