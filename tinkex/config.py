@@ -29,12 +29,22 @@ PROTOCOL_VERSION = "0.38.0"
 CREDENTIALS_FILE = Path("~/.tinker/credentials.json")
 
 
-def _check_seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    text = f"{attribute.name} must be a positive number of seconds, got {value!r}."
+def check_seconds(
+    name: str, value: object, *, or_zero: bool = False, or_none: bool = False
+) -> None:
+    """ValueError or TypeError unless *value* is a positive, finite number of seconds."""
+    if or_none and value is None:
+        return
+    wanted = "seconds of at least 0" if or_zero else "a positive number of seconds"
+    text = f"{name} must be {wanted}{' or None' if or_none else ''}, got {value!r}."
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(text)
-    if not 0 < value < math.inf:
+    if not 0 <= value < math.inf or not (value or or_zero):
         raise ValueError(text)
+
+
+def _check_seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    check_seconds(attribute.name, value)
 
 
 def _check_count(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:

@@ -41,6 +41,10 @@ Category = Literal["user", "server", "unknown"]
 RETRYABLE_STATUSES = frozenset({408, 425, 429, *range(500, 600)} - {501})
 
 
+def _as_category(value: object) -> Category:
+    return value if value in ("user", "server") else "unknown"
+
+
 class TinkexError(Exception):
     """Base of every exception raised by tinkex."""
 
@@ -136,9 +140,9 @@ class APIStatusError(APIError):
 
     @property
     def category(self) -> Category:
-        if isinstance(self.body, dict) and self.body.get("category") in ("user", "server"):
-            category: Category = self.body["category"]
-            return category
+        said = _as_category(self.body.get("category") if isinstance(self.body, dict) else None)
+        if said != "unknown":
+            return said
         if self.status in RETRYABLE_STATUSES:
             return "server"
         return "user"
@@ -220,12 +224,10 @@ class RequestFailedError(TinkexError):
         category: "user", "server" or "unknown".
     """
 
-    def __init__(
-        self, message: str, *, request_id: str = "", category: Category = "unknown"
-    ) -> None:
+    def __init__(self, message: str, *, request_id: str = "", category: object = None) -> None:
         super().__init__(message)
         self.request_id = request_id
-        self.category = category
+        self.category = _as_category(category)
 
 
 class PriorOperationFailedError(TinkexError):

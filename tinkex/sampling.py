@@ -21,11 +21,10 @@ import attrs
 import numpy as np
 
 from tinkex import errors, types, wire
-from tinkex.config import Config
+from tinkex.config import Config, check_seconds
 from tinkex.futures import OperationFuture, awaits_result, awaits_value, gather
 from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import is_normal_end
-from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import PauseWarning
 from tinkex.runtime.responses import is_missing_route, not_offered
 from tinkex.runtime.retry import ONCE, Retry, check_retry
@@ -189,7 +188,7 @@ class SamplingClient(types.Ready):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
             record_stability_info=self._record_stability_info,
         )
-        check_timeout(poll_timeout)
+        check_seconds("poll_timeout", poll_timeout, or_none=True)
         return self._queue.submit(request, poll_timeout, self._show_text)
 
     def compute_logprobs(

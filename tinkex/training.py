@@ -31,7 +31,6 @@ from tinkex.runtime.connection import connect
 from tinkex.runtime.ending import exit_timeout, is_normal_end
 from tinkex.runtime.model_queue import ModelQueue
 from tinkex.runtime.new_model import check_base_model, create_model
-from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import PauseWarning, QueueStateObserver, check_observer
 from tinkex.runtime.retry import Retry, check_retry
 from tinkex.runtime.session import Session
@@ -322,7 +321,7 @@ class TrainingClient(types.Ready):
                     "with the ServiceClient of this client."
                 )
         chosen = custom_loss.check(data, framework)
-        check_timeout(poll_timeout)
+        config.check_seconds("poll_timeout", poll_timeout, or_none=True)
         data = list(data)
         forward_data = custom_loss.forward_data(data)
         what = f"forward_backward_custom on {self.model_id}"
@@ -568,7 +567,7 @@ class TrainingClient(types.Ready):
             raise ValueError(f'kind must be "snapshot" or "inflight", got {kind!r}.')
         ttl_seconds = types.check_ttl(ttl_seconds)
         check_retry(retry_config)
-        check_timeout(poll_timeout)
+        config.check_seconds("poll_timeout", poll_timeout, or_none=True)
         what = f"save_weights_and_get_sampling_client of {self.model_id}"
         options = {"retry_config": retry_config, "record_stability_info": record_stability_info}
 
@@ -814,7 +813,7 @@ class TrainingClient(types.Ready):
         poll_timeout: float | None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         data, settings = self._checked(data, loss_fn, loss_fn_config)
-        check_timeout(poll_timeout)
+        config.check_seconds("poll_timeout", poll_timeout, or_none=True)
         what = f"{operation.path} on {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[types.ForwardBackwardOutput]) -> None:

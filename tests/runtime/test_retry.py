@@ -339,10 +339,10 @@ def test_a_refused_resend_is_called_outcome_unknown_rather_than_guessed(establis
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"budget": -1}, "budget must be seconds of at least 0, got -1"),
-        ({"budget": float("nan")}, "budget must be seconds of at least 0, got nan"),
-        ({"budget": "10"}, "budget must be seconds, got '10'"),
-        ({"first": True}, "first must be seconds, got True"),
+        ({"budget": -1}, "budget must be seconds of at least 0 or None, got -1"),
+        ({"budget": float("nan")}, "budget must be seconds of at least 0 or None, got nan"),
+        ({"budget": "10"}, "budget must be seconds of at least 0 or None, got '10'"),
+        ({"first": True}, "first must be seconds of at least 0, got True"),
         ({"longest": -0.5}, "longest must be seconds of at least 0, got -0.5"),
         ({"pass_on": {200}}, "pass_on must be a set of error statuses"),
         ({"pass_on": 429}, "pass_on must be a set of error statuses"),

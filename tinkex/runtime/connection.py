@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import attrs
@@ -16,7 +15,6 @@ import attrs
 from tinkex import config, errors, types, wire
 from tinkex.runtime import auth, embedded, log_setup
 from tinkex.runtime.responses import is_missing_route, not_offered
-from tinkex.runtime.retry import Retry
 from tinkex.runtime.transport import Transport
 
 T = TypeVar("T")
@@ -61,33 +59,15 @@ class Connection:
         self.protobuf: bool | None = self.features.proto_write_fwdbwd
         auth.install(self.transport, self.features)
 
-    def call(
-        self,
-        endpoint: wire.Endpoint[T],
-        request: Any = None,
-        *,
-        retry: Retry | None = None,
-        timeout: float | None = None,
-        query: dict[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        **parameters: str,
-    ) -> T:
-        """Ask an endpoint that answers at once.
+    def call(self, endpoint: wire.Endpoint[T], request: Any = None, **options: Any) -> T:
+        """Ask an endpoint that answers at once; *options* as for `Transport.call`.
 
         Raises:
             NotOfferedError: If this server does not have the endpoint.
         """
         self.check_usable()
         try:
-            return self.transport.call(
-                endpoint,
-                request,
-                retry=retry,
-                timeout=timeout,
-                query=query,
-                headers=headers,
-                **parameters,
-            )
+            return self.transport.call(endpoint, request, **options)
         except errors.APIStatusError as exc:
             if is_missing_route(exc):
                 raise not_offered(exc, endpoint.path) from exc

@@ -5,7 +5,6 @@ Importing this module registers what runs when the main thread is done.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 
@@ -13,17 +12,6 @@ from tinkex.runtime import http_session, interpreter_exit
 from tinkex.runtime.connection import HURRIED_TIMEOUT
 from tinkex.runtime.executor import end_all
 from tinkex.runtime.session import open_sessions
-
-
-def check_close_timeout(timeout: object, default: float) -> float:
-    """*timeout* in seconds, *default* for None. ValueError or TypeError if it is neither."""
-    if timeout is None:
-        return default
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool):
-        raise TypeError(f"timeout must be seconds or None, got {timeout!r}.")
-    if not 0 <= timeout < math.inf:
-        raise ValueError(f"timeout must be seconds of at least 0 or None, got {timeout!r}.")
-    return timeout
 
 
 def is_normal_end(exc: BaseException | None) -> bool:

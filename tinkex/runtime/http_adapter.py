@@ -13,9 +13,11 @@ the two ways, which must not differ in what they return, stand beside each other
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import http.client
+import ipaddress
 import logging
 import re
 import socket
@@ -33,6 +35,7 @@ from requests.structures import CaseInsensitiveDict
 from urllib3.util.ssl_match_hostname import CertificateError
 
 from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError, reader
+from tinkex.runtime.executor import on_daemon_thread
 
 logger = logging.getLogger("tinkex")
 
@@ -60,35 +63,22 @@ class Reply:
     content: bytes
 
 
-class _Interruptible(requests.adapters.HTTPAdapter):
-    """The adapter of requests, on connections that keep to limits and can be interrupted."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        if quick_path_works():
-            self.poolmanager.pool_classes_by_scheme = self._pool_classes()
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **options)
-        if quick_path_works():
-            manager.pool_classes_by_scheme = _Interruptible._pool_classes(self)
-        return manager
-
-    def _pool_classes(self) -> dict[str, Any]:
-        return {"http": _InterruptiblePool, "https": _InterruptiblePoolTLS}
-
-
-class KeptConnections(_Interruptible):
-    """The adapter of requests, with a quick path."""
+class KeptConnections(requests.adapters.HTTPAdapter):
+    """The adapter of requests, with a quick path, on connections that keep to limits and can be
+    interrupted."""
 
     def __init__(self, **options: Any) -> None:
         self._pools: dict[tuple[Any, ...], Any] = {}
         super().__init__(**options)
-        #: For answers that are read piece by piece: the quick path reads them whole.
-        self._streams = _Interruptible()
 
-    def _pool_classes(self) -> dict[str, Any]:
-        return {"http": _Pool, "https": _PoolTLS}
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        _use_own_pools(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        _use_own_pools(manager)
+        return manager
 
     def send(
         self,
@@ -98,18 +88,15 @@ class KeptConnections(_Interruptible):
         *args: Any,
         **kwargs: Any,
     ) -> requests.Response:
-        if not isinstance(timeout, ExchangeLimits):
-            send = self._streams.send if stream else super().send
-            return send(request, stream, timeout, *args, **kwargs)
-        _this_thread.limits = timeout
+        limits = timeout if isinstance(timeout, ExchangeLimits) else None
+        _this_thread.limits, _this_thread.is_stream = limits, stream
         try:
-            if stream:
-                return self._streams.send(request, True, timeout, *args, **kwargs)
-            response = super().send(request, False, timeout, *args, **kwargs)
-            read_within(response, timeout)
+            response = super().send(request, stream, timeout, *args, **kwargs)
+            if limits is not None and not stream:
+                read_within(response, limits)
             return response
         finally:
-            _this_thread.limits = None
+            _this_thread.limits, _this_thread.is_stream = None, False
 
     def get_connection_with_tls_context(
         self,
@@ -148,18 +135,22 @@ class KeptConnections(_Interruptible):
 
     def close(self) -> None:
         self._pools.clear()
-        self._streams.close()
         super().close()
 
 
-def read_within(response: requests.Response, limits: ExchangeLimits) -> None:
-    """Read the body of *response*, and decompress it, as far as *limits* allow.
+def _use_own_pools(manager: Any) -> None:
+    if quick_path_works():
+        manager.pool_classes_by_scheme = {"http": _Pool, "https": _PoolTLS}
+
+
+def read_within(response: requests.Response, limits: ExchangeLimits) -> requests.Response:
+    """*response*, whose body has been read and decompressed, as far as *limits* allow.
 
     Raises:
         requests.RequestException: If it breaks off, takes too long or is too large.
     """
     if response._content is not False:  # type: ignore[comparison-overlap]  # read already
-        return
+        return response
     pieces, size = [], 0
     try:
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
@@ -176,14 +167,18 @@ def read_within(response: requests.Response, limits: ExchangeLimits) -> None:
             raise requests.ConnectionError(exc, request=response.request) from exc
         raise
     response._content = b"".join(pieces)
+    return response
 
 
 _EXPECTED_ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 
 
-#: What pools cannot be given by urllib3's own signatures: the limits of this thread's exchange.
 class _ThisThread(threading.local):
+    """What pools cannot be given by urllib3's own signatures: the limits of this thread's exchange,
+    and whether its answer is read piece by piece."""
+
     limits: ExchangeLimits | None = None
+    is_stream = False
 
 
 _this_thread = _ThisThread()
@@ -205,8 +200,69 @@ def interrupt_all() -> None:
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-class _InterruptiblePool(urllib3.HTTPConnectionPool):
-    """A pool that notes which of its connections are in use."""
+def _is_own(conn: Any) -> bool:
+    """True for a connection of urllib3's own, not of a mock."""
+    return type(conn).__module__ == "urllib3.connection"
+
+
+def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
+    """Open a connection of urllib3's own by *connect* within the limits of the exchange."""
+    limits = _this_thread.limits
+    if limits is None or not _is_own(conn) or _is_one_step(conn):
+        connect()
+    else:
+        _connect(conn, connect, limits.left())
+
+
+def _is_one_step(conn: Any) -> bool:
+    """True if the timeout of *conn* bounds all of connecting: one address, and no TLS."""
+    try:
+        ipaddress.ip_address(conn.host)
+    except ValueError:
+        return False
+    return not (conn.proxy or isinstance(conn, urllib3.connection.HTTPSConnection))
+
+
+def _connect(conn: Any, connect: Callable[[], object], seconds: float) -> None:
+    """Open a connection by *connect* within *seconds* in all.
+
+    Resolving a name has no time limit of its own, and each address of a host would get the whole
+    time. So this happens on a thread, which is left alone when the time is over.
+
+    Raises:
+        urllib3.exceptions.ConnectTimeoutError: If it takes longer.
+    """
+    try:
+        connected = on_daemon_thread(connect, "tinkex-connect")
+    except RuntimeError:  # no thread can be started any more: the program ends
+        connect()
+        return
+    if not concurrent.futures.wait([connected], seconds).done:
+        connected.add_done_callback(lambda _: conn.close())
+        raise urllib3.exceptions.ConnectTimeoutError(
+            conn, f"{conn.host} could not be resolved and connected to within {seconds:.1f} s"
+        )
+    connected.result()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that keeps to limits, and is never one of the 1xx that may come before it."""
+
+    def __init__(
+        self, sock: Any, *args: Any, limits: ExchangeLimits | None = None, **kwargs: Any
+    ) -> None:
+        opened: Any = sock if limits is None else _Opened(reader(sock, limits))
+        super().__init__(opened, *args, **kwargs)
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = self.msg = None  # type: ignore[assignment]  # begin() reads the next
+            super().begin()
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    """Notes which of its connections are in use, and takes the quick path where it can."""
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         conn = super()._get_conn(timeout)
@@ -231,83 +287,6 @@ class _InterruptiblePool(urllib3.HTTPConnectionPool):
             _in_use.discard(conn)
         super()._put_conn(conn)
 
-
-def _is_own(conn: Any) -> bool:
-    """True for a connection of urllib3's own, not of a mock."""
-    return type(conn).__module__ == "urllib3.connection"
-
-
-def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
-    """Open a connection of urllib3's own by *connect* within the limits of the exchange."""
-    limits = _this_thread.limits
-    if limits is None or not _is_own(conn):
-        connect()
-    else:
-        _connect(conn, connect, limits.left())
-
-
-def _connect(conn: Any, connect: Callable[[], object], seconds: float) -> None:
-    """Open a connection by *connect* within *seconds* in all.
-
-    Resolving a name has no time limit of its own, and each address of a host would get the whole
-    time. So this happens on a thread, which is left alone when the time is over.
-
-    Raises:
-        urllib3.exceptions.ConnectTimeoutError: If it takes longer.
-    """
-    ended, lock = threading.Event(), threading.Lock()
-    failures: list[BaseException] = []
-    is_left = False
-
-    def run() -> None:
-        try:
-            connect()
-        except BaseException as exc:
-            failures.append(exc)
-        with lock:
-            ended.set()
-        if is_left:
-            conn.close()
-
-    try:
-        threading.Thread(target=run, name="tinkex-connect", daemon=True).start()
-    except RuntimeError:  # no thread can be started any more: the program ends
-        connect()
-        return
-    ended.wait(seconds)
-    with lock:
-        is_left = not ended.is_set()
-    if is_left:
-        raise urllib3.exceptions.ConnectTimeoutError(
-            conn, f"{conn.host} could not be resolved and connected to within {seconds:.1f} s"
-        )
-    if failures:
-        raise failures[0]
-
-
-class _InterruptiblePoolTLS(_InterruptiblePool, urllib3.HTTPSConnectionPool):
-    """The same over TLS."""
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer that keeps to limits, and is never one of the 1xx that may come before it."""
-
-    def __init__(
-        self, sock: Any, *args: Any, limits: ExchangeLimits | None = None, **kwargs: Any
-    ) -> None:
-        opened: Any = sock if limits is None else _Opened(reader(sock, limits))
-        super().__init__(opened, *args, **kwargs)
-
-    def begin(self) -> None:
-        super().begin()
-        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
-            self.headers = self.msg = None  # type: ignore[assignment]  # begin() reads the next
-            super().begin()
-
-
-class _Pool(_InterruptiblePool):
-    """A pool whose connections take the quick path where they can."""
-
     def urlopen(  # type: ignore[override]
         self,
         method: str,
@@ -316,7 +295,8 @@ class _Pool(_InterruptiblePool):
         headers: Mapping[str, str] | None = None,
         **how: Any,
     ) -> Any:
-        head = self._head(method, url, headers or {})
+        is_usual = _this_thread.is_stream or self.proxy is not None
+        head = b"" if is_usual else self._head(method, url, headers or {})
         conn = self._open_connection(url, how["timeout"].connect_timeout) if head else None
         if conn is None:
             return super().urlopen(method, url, body, headers, **how)

@@ -69,71 +69,46 @@ class HttpSession:
         headers: Mapping[str, str],
         body: bytes | None,
         limits: ExchangeLimits,
+        *,
+        stream: bool = False,
+        with_auth: bool = True,
     ) -> requests.Response:
-        """Make one exchange, without following redirects, and read the answer.
+        """Make one exchange, without following redirects.
 
         Args:
             headers: win over those of the user's session, but for its User-Agent.
             limits: of the whole exchange.
+            stream: the body is still to be read: by the caller, who begins a new part of *limits*
+                as often as they are to hold again.
+            with_auth: apply the `auth` of the user's session.
 
         Raises:
             requests.RequestException: If no answer came back.
         """
-        exchange = partial(self._exchange, method, url, headers, body, limits, False, True)
-        if self._owns_session or self._adapter is not None:
-            return exchange()
-        limits.sent = len(body or b"")  # its progress is not known
-        return _on_thread(exchange, limits)
-
-    def open(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        limits: ExchangeLimits,
-        *,
-        with_auth: bool = True,
-    ) -> requests.Response:
-        """The same, but the body is still to be read: by the caller, who begins a new part of
-        *limits* as often as they are to hold again.
-
-        Args:
-            with_auth: apply the `auth` of the user's session.
-        """
-        return self._exchange(method, url, headers, body, limits, True, with_auth)
-
-    def _exchange(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        limits: ExchangeLimits,
-        stream: bool,
-        with_auth: bool,
-    ) -> requests.Response:
-        session = self._session
         request = prepared_request(method, url, body)
         request.hooks = self._hooks
         request.headers = requests.structures.CaseInsensitiveDict(headers)
         if not self._owns_session:
             self._apply(request, with_auth)
-        if session.cookies:
-            request.prepare_cookies(session.cookies)
-        # Our own adapter reads whole answers within the limits, others read without any.
-        later = stream or not (self._owns_session or self._adapter is not None)
+        if self._session.cookies:
+            request.prepare_cookies(self._session.cookies)
+        if stream or self._owns_session or self._adapter is not None:
+            return self._exchange(request, limits, stream)
+        limits.sent = len(body or b"")  # its progress is not known
+        exchange = partial(self._exchange, request, limits, True)
+        return _on_thread(lambda: read_within(exchange(), limits), limits)
+
+    def _exchange(
+        self, request: requests.PreparedRequest, limits: ExchangeLimits, stream: bool
+    ) -> requests.Response:
         try:
-            response = session.send(
-                request, stream=later, timeout=limits, allow_redirects=False, **self._options
+            return self._session.send(
+                request, stream=stream, timeout=limits, allow_redirects=False, **self._options
             )
         except requests.HTTPError as exc:  # a hook has called raise_for_status()
             if exc.response is None:
                 raise
-            response = exc.response
-        if not stream:
-            read_within(response, limits)
-        return response
+            return exc.response
 
     def _apply(self, request: requests.PreparedRequest, with_auth: bool) -> None:
         """What the user's session adds to a request; read each time, since it may change."""

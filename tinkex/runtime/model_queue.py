@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tinkex import errors, types, wire
+from tinkex.config import check_seconds
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
-from tinkex.runtime.ending import check_close_timeout
 from tinkex.runtime.pending import drop
-from tinkex.runtime.polling import check_timeout
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.responses import is_missing_route, not_offered
 from tinkex.runtime.session import Session
@@ -110,7 +109,7 @@ class ModelQueue:
         saves: str = "",
     ) -> OperationFuture[T]:
         """Queue an operation of one request, which is made when its number is known."""
-        check_timeout(poll_timeout)
+        check_seconds("poll_timeout", poll_timeout, or_none=True)
 
         def run(turn: Turn, future: OperationFuture[T]) -> None:
             turn.send(lambda seq_id: self.start(operation, request(seq_id), future, poll_timeout))
@@ -214,7 +213,8 @@ class ModelQueue:
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
         """Wait for what was submitted, or cancel it; see `TrainingClient.close`."""
-        patience = check_close_timeout(timeout, self._session.config.patience.close)
+        check_seconds("timeout", timeout, or_zero=True, or_none=True)
+        patience = self._session.config.patience.close if timeout is None else timeout
         with self._lock:
             self._ended = self._ended or f"the client of model {self.model_id} is closed"
         started = time.monotonic()

@@ -16,6 +16,7 @@ from typing import Any
 
 from tinkex.futures import OperationFuture, Progress
 from tinkex.runtime import tracing
+from tinkex.runtime.wait_log import one_line
 
 logger = logging.getLogger("tinkex")
 
@@ -100,7 +101,7 @@ def _ended(what: str, progress: Progress, result: Any, exc: BaseException | None
     if progress.sent or progress.received:
         parts.append(f"{progress.sent:,} bytes sent, {progress.received:,} received")
     if exc is not None:
-        parts.append(f"{type(exc).__name__}: {_one_line(exc)}")
+        parts.append(f"{type(exc).__name__}: {one_line(exc)}")
     elif path := getattr(result, "path", None):
         parts.append(path)
     logger.log(level, "%s: %s", what, "; ".join(parts))
@@ -117,8 +118,3 @@ def _name(what: str) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f} ms"
-
-
-def _one_line(exc: BaseException) -> str:
-    text = " ".join(str(exc).split())
-    return text if len(text) <= 160 else text[:157] + "..."

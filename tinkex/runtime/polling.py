@@ -1,15 +1,13 @@
 """Asking the server "done yet?" and resolving futures with what it answers.
 
 Polling means: again, because the answer was "not yet". Again because a request failed is retry, and
-lives in transport.py. Does not know about models or the order of operations. One subject in one
-module: its queues, promises and threads share their states and one lock.
+lives in transport.py. Does not know about models or the order of operations.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -24,26 +22,14 @@ from tinkex.futures import fail, succeed
 from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.queue_state import queue_state, tell
-from tinkex.runtime.responses import Answer, error_detail
-from tinkex.runtime.retry import (
-    LOST,
-    NOT_YET,
-    ONCE,
-    PAUSED,
-    POLL_FAILED,
-    Backoff,
-    Strays,
-    seconds,
-)
+from tinkex.runtime.responses import Answer, error_detail, retold
+from tinkex.runtime.retry import LOST, NOT_YET, ONCE, PAUSED, Polls, is_stray
 from tinkex.runtime.transport import Transport
 from tinkex.runtime.wait_log import Wait
 
 T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
-
-#: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
-LONG_POLL = 1.0  # seconds
 
 #: How often a promise that the server has lost is asked for again under the same number.
 MAX_RESUBMITS = 3
@@ -77,10 +63,7 @@ class Promise(Generic[T]):
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
-    strays: Strays = attrs.field(factory=Strays)
-    pauses: int = 0  # since something last changed
-    failing_since: float | None = None
-    last_error: BaseException | None = None
+    polls: Polls = attrs.field(factory=Polls)
     queue_state: tuple[str, str | None] = ("active", None)
     reserved_bytes: int = 0
 
@@ -113,7 +96,7 @@ class Poller:
         *,
         max_workers: int = 256,
         max_response_bytes: int = 50 * 1024 * 1024,
-        sleep: Callable[[float], None] | None = None,
+        sleep: Callable[[float], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -121,7 +104,7 @@ class Poller:
         self._bytes = ByteBudget(max_response_bytes)
         self._clock = clock
         self._closed = threading.Event()
-        self._sleep = sleep or (lambda seconds: _void(self._closed.wait(seconds)))
+        self._sleep = sleep or self._closed.wait
         self._lock = threading.Lock()  # guards _queues, _asked and _open
         self._queues: dict[str, deque[Promise[Any]]] = {}
         self._asked: dict[str, int] = {}
@@ -161,17 +144,16 @@ class Poller:
 
     def in_flight(self, queue: str) -> int:
         """How many promises of *queue* are not resolved yet."""
+        return len(self._of(queue))
+
+    def _of(self, queue: str) -> list[Promise[Any]]:
         with self._lock:
-            return sum(p.queue == queue for p in self._open)
+            return [promise for promise in self._open if promise.queue == queue]
 
     def abandon(self, queue: str, exc: BaseException) -> None:
         """Fail what of *queue* is not resolved, and ask for it no more."""
         for promise in self._of(queue):
             self._resolve_error(promise, exc)
-
-    def _of(self, queue: str) -> list[Promise[Any]]:
-        with self._lock:
-            return [promise for promise in self._open if promise.queue == queue]
 
     def close(self) -> None:
         """Fail what is not resolved, and take nothing more."""
@@ -270,14 +252,13 @@ class Poller:
         """What to raise after a question that was answered with an error, or not at all."""
         if isinstance(exc, errors.PromiseExpiredError):
             return self._lost(promise, exc)
-        if isinstance(exc, errors.BadRequestError):
-            return self._bad_request(promise, exc)
-        if isinstance(exc, errors.APIResponseValidationError) or _is_bare_conflict(exc):
-            return self._stray(promise, exc)
+        if isinstance(exc, errors.BadRequestError) and not is_stray(exc):
+            category = exc.body.get("category") if isinstance(exc.body, dict) else None
+            return _failed(promise, exc.detail, "status 400", category)  # some servers say it so
         body = getattr(exc, "body", None)
         if isinstance(body, dict) and body.get("queue_state"):
             self._note_queue_state(promise, body)
-        return self._failed_once(promise, exc) if exc.retryable else exc
+        return self._failed_once(promise, exc) if promise.polls.may_pass(exc) else exc
 
     def _post(self, promise: Promise[Any]) -> Answer:
         binary = promise.operation in _IN_PROTOBUF
@@ -296,7 +277,7 @@ class Poller:
             most_bytes=wire.RETRIEVE_FUTURE.most_bytes,
             retry=ONCE,
             accept=frozenset({408}),
-            parse=_itself,
+            parse=lambda answer: answer,
             wait=promise.wait,
         )
 
@@ -340,33 +321,24 @@ class Poller:
 
     def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         now = queue_state(payload)
-        promise.failing_since = None
+        promise.polls.answered()
         if promise.wait is not None:
             promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
         if now == promise.queue_state:
             return
-        promise.queue_state, promise.pauses = now, 0  # something has changed: ask sooner again
+        promise.queue_state = now
+        promise.polls.changed()
         if promise.on_queue_state is not None:
             tell(promise.on_queue_state, *now)
 
     def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
-        """Seconds until the next question: none after a long poll, growing after short ones."""
-        promise.failing_since, promise.last_error = None, None
-        promise.strays.clear()
+        """Seconds until the next question."""
+        promise.polls.answered()
         asked = payload.get("retry_after_ms")
         if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
             return self._clipped(promise, min(asked / 1000, 300.0))
-        if took >= LONG_POLL:
-            promise.pauses = 0
-            return 0.0
         paused = promise.queue_state[0] in ("paused_rate_limit", "paused_capacity")
-        return self._backoff(promise, PAUSED if paused else NOT_YET)
-
-    def _backoff(
-        self, promise: Promise[Any], wait: Backoff, exc: BaseException | None = None
-    ) -> float:
-        promise.pauses += 1
-        return self._clipped(promise, seconds(wait, promise.pauses, exc))
+        return self._clipped(promise, promise.polls.not_yet(took, PAUSED if paused else NOT_YET))
 
     def _clipped(self, promise: Promise[Any], pause: float) -> float:
         """No pause goes beyond the deadline."""
@@ -395,103 +367,63 @@ class Poller:
         nested = error if isinstance(error, dict) else {}
         category = str(payload.get("category") or nested.get("category") or "unknown").lower()
         told = error if isinstance(error, str) else error_detail(error)
-        detail = told or "the server gives no reason"
-        failure = errors.RequestFailedError(
-            f"{_what(promise)} failed on the server: {detail} (request {promise.request_id}, "
-            f"category {category})",
-            request_id=promise.request_id,
-            category=category if category in ("user", "server") else "unknown",  # type: ignore[arg-type]
-        )
+        failure = _failed(promise, told, f"category {category}", category)
         if payload.get("status") == "failed" and category != "user":
             # This older form says that the server may still bring it off.
             return self._failed_once(promise, failure)
         return failure
 
-    def _failed_once(self, promise: Promise[Any], exc: Exception) -> Exception:
+    def _failed_once(self, promise: Promise[Any], exc: errors.TinkexError) -> Exception:
         """A question failed in a way that may pass: NotYet, or *exc* when patience is over."""
-        now = self._clock()
-        promise.last_error = exc
-        if promise.failing_since is None:
-            promise.failing_since, promise.pauses = now, 0
         if promise.wait is not None:
             promise.wait.failed_once(exc)
-        pause = self._backoff(promise, POLL_FAILED, exc)
-        if now + pause - promise.failing_since >= self._transport.config.patience.no_answer:
-            return exc
-        return NotYet(pause)
-
-    def _bad_request(self, promise: Promise[Any], exc: errors.BadRequestError) -> Exception:
-        """A 400 with a sentence is a failure (some servers say it so); an empty one a glitch."""
-        if isinstance(exc.body, dict) and exc.detail:
-            category = exc.body.get("category", "unknown")
-            return errors.RequestFailedError(
-                f"{_what(promise)} failed on the server: {exc.detail} (request "
-                f"{promise.request_id}, status 400)",
-                request_id=promise.request_id,
-                category=category if category in ("user", "server") else "unknown",
-            )
-        return self._stray(promise, exc)
-
-    def _stray(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
-        """An answer that makes no sense: a proxy's, or a piece of one; but not time after time."""
-        return self._failed_once(promise, exc) if promise.strays.may_pass(exc) else exc
+        patience = self._transport.config.patience.no_answer
+        pause = promise.polls.failed(exc, self._clock(), patience)
+        return exc if pause is None else NotYet(self._clipped(promise, pause))
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
         """410: the same request under the same number brings the promise back, or nothing does."""
         if promise.resubmit is None or promise.resubmits >= MAX_RESUBMITS:
-            return errors.PromiseExpiredError(
+            return retold(
+                exc,
+                errors.PromiseExpiredError,
                 f"Promise expired for request {promise.request_id}; submit a new request. "
                 f"({_what(promise)}: {exc.detail or 'the server gives no reason'})",
-                status=410,
-                detail=exc.detail,
-                body=exc.body,
-                method=exc.method,
-                url=exc.url,
             )
         promise.resubmits += 1
         self._release(promise)
         promise.request_id = promise.resubmit()
         promise.metadata_only = True
-        return NotYet(self._backoff(promise, LOST))
+        return NotYet(self._clipped(promise, promise.polls.pause(LOST)))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
         if promise.deadline is None or self._clock() < promise.deadline:
             return
-        if promise.last_error is not None:
-            raise promise.last_error
+        if promise.polls.last_error is not None:
+            raise promise.polls.last_error
         raise errors.APITimeoutError(
             f"Timed out while polling future {promise.request_id} of {_what(promise)} (queue state "
             f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."
         )
 
 
-def check_timeout(poll_timeout: object) -> None:
-    """ValueError or TypeError unless it is None or so many seconds."""
-    if poll_timeout is None:
-        return
-    if not isinstance(poll_timeout, (int, float)) or isinstance(poll_timeout, bool):
-        raise TypeError(f"poll_timeout must be seconds or None, got {poll_timeout!r}.")
-    if not 0 < poll_timeout < math.inf:
-        raise ValueError(f"poll_timeout must be positive seconds or None, got {poll_timeout!r}.")
-
-
 #: Operations whose results may come as protobuf.
 _IN_PROTOBUF = (wire.FORWARD, wire.FORWARD_BACKWARD, wire.SAMPLE)
 
 
-def _is_bare_conflict(exc: errors.APIError) -> bool:
-    """A 409 without a sentence, which no server has a reason to answer a question with."""
-    if not isinstance(exc, errors.ConflictError):
-        return False
-    return not (isinstance(exc.body, dict) and exc.detail)
+def _failed(
+    promise: Promise[Any], detail: str, how: str, category: object
+) -> errors.RequestFailedError:
+    return errors.RequestFailedError(
+        f"{_what(promise)} failed on the server: {detail or 'the server gives no reason'} (request "
+        f"{promise.request_id}, {how})",
+        request_id=promise.request_id,
+        category=category,
+    )
 
 
 def _what(promise: Promise[Any]) -> str:
     return getattr(promise.future, "what", None) or promise.operation.path
-
-
-def _itself(answer: Answer) -> Answer:
-    return answer
 
 
 def _as_object(answer: Answer) -> dict[str, Any]:
@@ -520,7 +452,3 @@ def _with_sequence_ids(result: T, ids: list[str] | None) -> T:
         return result
     named = [attrs.evolve(s, sequence_id=i) for s, i in zip(result.sequences, ids)]
     return attrs.evolve(result, sequences=named + result.sequences[len(named) :])
-
-
-def _void(value: object) -> None:
-    """Drop *value*."""

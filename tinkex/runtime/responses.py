@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import requests
@@ -22,6 +22,8 @@ from requests.structures import CaseInsensitiveDict
 from tinkex import errors, wire
 from tinkex.runtime.exchange_limits import ExchangeLimits, UnusableAnswerError
 from tinkex.runtime.wait_log import one_line
+
+S = TypeVar("S", bound=errors.APIStatusError)
 
 #: Longest Retry-After that is believed, in seconds.
 MAX_RETRY_AFTER = 300.0
@@ -333,13 +335,21 @@ def is_missing_route(exc: errors.APIStatusError) -> bool:
 
 def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError:
     """The error that names the feature a server lacks."""
-    error = errors.NotOfferedError(
-        f"this server does not offer {path} ({exc.status} on {exc.url.split('?')[0]})",
+    place = exc.url.split("?")[0]
+    message = f"this server does not offer {path} ({exc.status} on {place})"
+    return retold(exc, errors.NotOfferedError, message)
+
+
+def retold(exc: errors.APIStatusError, kind: type[S], message: str) -> S:
+    """The same failure as a *kind*, which says more of what it means."""
+    told = kind(
+        message,
         status=exc.status,
         detail=exc.detail,
         body=exc.body,
         method=exc.method,
         url=exc.url,
+        attempts=exc.attempts,
     )
-    error.outcome_unknown = exc.outcome_unknown
-    return error
+    told.outcome_unknown = exc.outcome_unknown
+    return told

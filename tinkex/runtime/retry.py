@@ -6,17 +6,17 @@ A retry sends the same request again because it failed. A poll asks again becaus
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Protocol, TypeVar
 
 import attrs
 import tenacity
 
 from tinkex import errors
-from tinkex.config import Config
+from tinkex.config import Config, check_seconds
+from tinkex.runtime.responses import retold
 from tinkex.runtime.wait_log import Wait
 
 R = TypeVar("R")
@@ -66,7 +66,7 @@ PAUSED = Backoff(1.0, 1.0)
 #: After a poll that failed; after a promise that the server has lost.
 POLL_FAILED, LOST = Backoff(0.1, 10.0), Backoff(0.05, 1.0)
 #: After the one poll for all samples failed: everybody waits for it.
-WATCH_FAILED = tenacity.wait_fixed(0.5)
+WATCH_FAILED = Backoff(0.5, 0.5, least=1.0)
 #: While a server packs an archive.
 PACKING: dict[str, Any] = {
     "stop": tenacity.stop_after_attempt(6),
@@ -76,6 +76,9 @@ PACKING: dict[str, Any] = {
 #: After a download that broke off; `CUT_TRIES` of these in a row without progress end it.
 CUT = Backoff(0.2, 5.0, least=1.0)
 CUT_TRIES = 8
+
+#: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
+LONG_POLL = 1.0  # seconds
 
 #: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
 #: that means it should be heard soon. By status; 0 is a success that cannot be read.
@@ -99,13 +102,55 @@ class Strays:
         self._seen.clear()
 
 
+class Polls:
+    """How the polls for one thing have gone, and how long to pause before the next one."""
+
+    def __init__(self) -> None:
+        self._strays = Strays()
+        self._pauses = 0  # since something last changed
+        self._failing_since: float | None = None
+        #: Of the last poll; None after one that was answered.
+        self.last_error: BaseException | None = None
+
+    def changed(self) -> None:
+        """There is news: ask sooner again."""
+        self._pauses = 0
+
+    def answered(self) -> None:
+        """A poll was answered, if only with "not yet"."""
+        self._strays.clear()
+        self._failing_since = self.last_error = None
+
+    def not_yet(self, took: float, wait: Backoff = NOT_YET) -> float:
+        """Seconds to pause after a "not yet" that took *took* seconds: none after a long poll."""
+        if took >= LONG_POLL:
+            self._pauses = 0
+            return 0.0
+        return self.pause(wait)
+
+    def may_pass(self, exc: errors.APIError) -> bool:
+        """Note that a poll failed with *exc*; True if the next one may not."""
+        return self._strays.may_pass(exc) if is_stray(exc) else exc.retryable
+
+    def failed(
+        self, exc: errors.TinkexError, now: float, patience: float, wait: Backoff = POLL_FAILED
+    ) -> float | None:
+        """Seconds to pause after *exc*; None if polls have failed for *patience* seconds."""
+        self.last_error = exc
+        if self._failing_since is None:
+            self._failing_since, self._pauses = now, 0
+        pause = self.pause(wait, exc)
+        return pause if now + pause - self._failing_since < patience else None
+
+    def pause(self, wait: Backoff, exc: BaseException | None = None) -> float:
+        """Seconds of the next pause, longer than the one before it."""
+        self._pauses += 1
+        return seconds(wait, self._pauses, exc)
+
+
 def _seconds(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None and attribute.name == "budget":
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"Retry: {attribute.name} must be seconds, got {value!r}.")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"Retry: {attribute.name} must be seconds of at least 0, got {value!r}.")
+    or_none = attribute.name == "budget"
+    check_seconds(f"Retry: {attribute.name}", value, or_zero=True, or_none=or_none)
 
 
 def _statuses(value: object) -> frozenset[int]:
@@ -200,8 +245,10 @@ class Tries:
             exc.attempts = self._number
             if isinstance(exc, errors.APIConnectionError) and (died := self._server.obituary()):
                 raise errors.EngineError(died) from exc
-            if getattr(exc, "status", None) == 409 and self._seen:
-                raise _outcome_unknown(exc) from exc
+            if isinstance(exc, errors.ConflictError) and self._seen:
+                unknown = retold(exc, errors.OutcomeUnknownError, _OUTCOME_UNKNOWN.format(exc))
+                unknown.outcome_unknown = True
+                raise unknown from exc
             self._seen = self._seen or _may_have_been_seen(exc)
             exc.outcome_unknown = self._seen
             raise
@@ -213,7 +260,7 @@ class Tries:
         status = getattr(exc, "status", 0)
         if status in self.policy.pass_on:
             return False
-        if status in FEW_TRIES and _may_be_stray(exc):
+        if is_stray(exc, may_explain=(409,)):
             return self._strays.may_pass(exc)
         if not self._server.established and _is_hopeless(exc, self._elapsed()):
             return False
@@ -236,29 +283,20 @@ class Tries:
         return patience.no_answer if self._server.established else patience.first_contact
 
 
-def _may_be_stray(exc: errors.APIError) -> bool:
-    """An unreadable success, a 409, or a 400 without the server's own sentence: a proxy between may
-    have made it."""
+def is_stray(exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
+    """True for an answer that a proxy between may have made: a success that cannot be read, or a
+    400 or 409 without the server's own sentence (which statuses in *may_explain* may have)."""
     if not isinstance(exc, errors.APIStatusError):
         return isinstance(exc, errors.APIResponseValidationError)
-    if exc.should_retry is False:
+    if exc.status not in FEW_TRIES or exc.should_retry is False:
         return False
-    return exc.status == 409 or not (isinstance(exc.body, dict) and exc.detail)
+    return exc.status in may_explain or not (isinstance(exc.body, dict) and exc.detail)
 
 
-def _outcome_unknown(exc: errors.APIError) -> errors.OutcomeUnknownError:
-    unknown = errors.OutcomeUnknownError(
-        f"outcome unknown: an earlier try got no answer, and the resend was refused ({exc}). "
-        "It may or may not have run; load the last checkpoint into a new client to continue.",
-        status=409,
-        detail=getattr(exc, "detail", ""),
-        body=getattr(exc, "body", None),
-        method=exc.method,
-        url=exc.url,
-        attempts=exc.attempts,
-    )
-    unknown.outcome_unknown = True
-    return unknown
+_OUTCOME_UNKNOWN = (
+    "outcome unknown: an earlier try got no answer, and the resend was refused ({}). It may or may "
+    "not have run; load the last checkpoint into a new client to continue."
+)
 
 
 def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:

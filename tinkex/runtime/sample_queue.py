@@ -16,10 +16,10 @@ import numpy as np
 import tenacity
 
 from tinkex import errors, types, wire
+from tinkex.config import check_seconds
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
-from tinkex.runtime.ending import check_close_timeout
 from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.retry import Retry
@@ -128,7 +128,8 @@ class SampleQueue:
 
     def close(self, *, cancel: bool, timeout: float | None) -> None:
         """Wait for what was submitted, or fail it; see `SamplingClient.close`."""
-        patience = check_close_timeout(timeout, self.session.config.patience.close)
+        check_seconds("timeout", timeout, or_zero=True, or_none=True)
+        patience = self.session.config.patience.close if timeout is None else timeout
         self._closing.set()
         owner = self.sampling_session_id
         try:
@@ -153,6 +154,7 @@ class SampleQueue:
             self.session.close(timeout=timeout)
 
 
+@attrs.define(eq=False)
 class _Sample:
     """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
 
@@ -161,23 +163,14 @@ class _Sample:
     fails does the sample get a new number.
     """
 
-    def __init__(
-        self,
-        queue: SampleQueue,
-        request: types.SampleRequest,
-        future: OperationFuture[types.SampleResponse],
-        nbytes: int,
-        poll_timeout: float | None,
-        on_response: Callable[[types.SampleResponse], None],
-    ) -> None:
-        self._queue = queue
-        self._request = request
-        self._future = future
-        self._nbytes = nbytes
-        self._poll_timeout = poll_timeout
-        self._on_response = on_response
-        self._lost = 0
-        self._give_up_at = math.inf
+    _queue: SampleQueue
+    _request: types.SampleRequest
+    _future: OperationFuture[types.SampleResponse]
+    _nbytes: int
+    _poll_timeout: float | None
+    _on_response: Callable[[types.SampleResponse], None]
+    _lost: int = 0
+    _give_up_at: float = math.inf
 
     def take_place(self) -> None:
         """Start; at the end, leave the place to another sample."""

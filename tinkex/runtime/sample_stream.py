@@ -39,8 +39,7 @@ def _read_event(event: bytes) -> types.SampleStreamChunk:
         raise errors.APIResponseValidationError(
             f"the server sent something unreadable in a stream of samples: {exc}"
         ) from exc
-    category = payload.get("category")
     raise errors.RequestFailedError(
         f"streaming failed on the server: {error_detail(payload)}",
-        category=category if category in ("user", "server") else "unknown",
+        category=payload.get("category"),
     )

@@ -12,8 +12,8 @@ from typing import Any
 
 from tinkex import errors, types, wire
 from tinkex.futures import fail
-from tinkex.runtime.polling import LONG_POLL, Promise
-from tinkex.runtime.retry import NOT_YET, ONCE, WATCH_FAILED, Strays, seconds
+from tinkex.runtime.polling import Promise
+from tinkex.runtime.retry import ONCE, WATCH_FAILED, Polls
 from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
@@ -46,9 +46,8 @@ class CompletionWatch:
         self._offered = True
         self._closed = False
         # The thread's own:
-        self._in_vain = 0
         self._news_at = 0.0
-        self._strays = Strays()
+        self._polls = Polls()
         session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
@@ -75,11 +74,8 @@ class CompletionWatch:
         """Fail what is waited for, and take nothing more. Safe to call twice."""
         with self._changed:
             self._closed = True
-            waiting = list(self._waiting.values())
-            self._waiting.clear()
             self._changed.notify_all()
-        for promise in waiting:
-            fail(promise.future, errors.ClientClosedError("The sampling client was closed."))
+        self._fail_all(errors.ClientClosedError("The sampling client was closed."))
 
     def _done(self, promise: Promise[Any]) -> None:
         """Its future is resolved. Unless it is called lost, the server may forget it."""
@@ -97,8 +93,8 @@ class CompletionWatch:
 
     def _run(self) -> None:
         """Runs on the watch's thread."""
-        cursor, failing_since = 0, None
-        now, pause = self._session.poller.now, self._session.transport.sleep
+        cursor, now = 0, self._session.poller.now
+        patience = self._session.config.patience.no_answer
         self._news_at = now()
         while True:
             with self._changed:
@@ -106,30 +102,27 @@ class CompletionWatch:
                     self._changed.wait(LINGER)
                 if not self._waiting or self._session.is_closed:
                     self._thread = None
-                    left = list(self._waiting.values())
                     break
                 timeout = self._expire()
             try:
                 cursor = self._ask(cursor, timeout)
-                failing_since = None
-                self._strays.clear()
             except (errors.ClientClosedError, errors.EngineError) as exc:
                 self._fail_all(exc)
             except errors.APIError as exc:
-                cursor, failing_since = 0, now() if failing_since is None else failing_since
+                cursor = 0
                 self._note(exc)
-                if not (exc.retryable or self._strays.may_pass(exc)):
+                if not self._polls.may_pass(exc):
                     self._offered = False
                     self._poll_each()
-                elif now() - failing_since >= self._session.config.patience.no_answer:
+                elif (pause := self._polls.failed(exc, now(), patience, WATCH_FAILED)) is None:
                     self._fail_all(exc)
                 else:
-                    pause(seconds(WATCH_FAILED))
+                    self._session.transport.sleep(pause)
             except BaseException as exc:  # whatever it is, no sample may wait forever
                 logger.exception("waiting for samples failed")
                 self._fail_all(exc)
-        for promise in left:
-            fail(promise.future, errors.ClientClosedError("The session was closed."))
+        if self._session.is_closed:
+            self._fail_all(errors.ClientClosedError("The session was closed."))
 
     def _expire(self) -> float:
         """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
@@ -154,15 +147,16 @@ class CompletionWatch:
             with self._changed:
                 self._fetched += fetched
             raise
+        self._polls.answered()
         now = self._session.poller.now()
         if self._take([completion.request_id for completion in answer.completions], fetched):
-            self._in_vain, self._news_at = 0, now
+            self._news_at = now
+            self._polls.changed()
         elif now - self._news_at > DOUBT:
             self._news_at = now
             self._poll_each()
-        elif now - began < LONG_POLL:
-            self._in_vain += 1
-            self._session.transport.sleep(seconds(NOT_YET, self._in_vain))
+        elif pause := self._polls.not_yet(now - began):
+            self._session.transport.sleep(pause)
         return answer.cursor
 
     def _note(self, exc: errors.APIError) -> None:
@@ -187,15 +181,15 @@ class CompletionWatch:
         return bool(new)
 
     def _poll_each(self) -> None:
-        with self._changed:
-            waiting = list(self._waiting.values())
-            self._waiting.clear()
-        for promise in waiting:
+        for promise in self._take_all():
             self._session.poller.watch(promise, ordered=False)
 
     def _fail_all(self, exc: BaseException) -> None:
+        for promise in self._take_all():
+            fail(promise.future, exc)
+
+    def _take_all(self) -> list[Promise[Any]]:
         with self._changed:
             waiting = list(self._waiting.values())
             self._waiting.clear()
-        for promise in waiting:
-            fail(promise.future, exc)
+        return waiting

@@ -37,10 +37,9 @@ class Reporter:
         self._transport = transport
         self._session_id = session_id
         self._started = time.monotonic()
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards both below
         self._events: deque[dict[str, Any]] = deque()
         self._index = 0
-        self._dropped = 0
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tinkex-telemetry", daemon=True)
@@ -51,7 +50,6 @@ class Reporter:
         """Queue one event. Returns False if the queue is full and the event is dropped."""
         with self._lock:
             if len(self._events) >= QUEUE_LIMIT:
-                self._dropped += 1
                 return False
             now = datetime.datetime.now(datetime.timezone.utc).isoformat()
             self._events.append(

@@ -15,9 +15,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
+import attrs
 import requests
 import tenacity
 
@@ -45,6 +46,21 @@ SECRET_HEADERS = ("auth", "cookie", "key", "secret", "token")
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@attrs.define(eq=False)
+class _Request(Generic[R]):
+    """What `Transport.send` was asked for."""
+
+    method: str
+    url: str
+    body: bytes
+    headers: Mapping[str, str]
+    timeout: float
+    most_bytes: int
+    accept: frozenset[int]
+    parse: Callable[[Answer], R]
+    progress: Progress | None
 
 
 class Transport:
@@ -184,27 +200,25 @@ class Transport:
         if query:
             given = {k: v for k, v in query.items() if v is not None}
             url += "?" + urlencode(given, doseq=False) if given else ""
-        once = partial(
-            self._once,
+        request = _Request(
             method,
             url,
             body,
-            {**(headers or {}), **_own_headers(method, body, headers)},
-            timeout,
+            {**self._headers, **(headers or {}), **_own_headers(method, body, headers)},
+            timeout or self.config.patience.request,
             most_bytes,
             accept,
             parse,
             wait.progress if wait is not None else None,
         )
         if wait is not None:
-            return self._with_retries(once, retry, wait)
+            return self._with_retries(request, retry, wait)
         with self.waits.begin(f"{method} {url.split('?')[0]}") as own:
-            return self._with_retries(once, retry, own)
+            return self._with_retries(request, retry, own)
 
-    def _with_retries(
-        self, once: Callable[[int, float | None], R], retry: Retry | None, wait: Wait
-    ) -> R:
+    def _with_retries(self, request: _Request[R], retry: Retry | None, wait: Wait) -> R:
         tries = Tries(self, retry or Retry(), wait)
+        once = partial(self._once, request)
         try:
             return tries.run(once)  # nearly always the only one, and cheaper without the machinery
         except errors.APIError as exc:
@@ -220,83 +234,52 @@ class Transport:
         result: R = retrying(tries.run, once)
         return result
 
-    def _once(
-        self,
-        method: str,
-        url: str,
-        body: bytes,
-        headers: dict[str, str],
-        timeout: float | None,
-        most_bytes: int,
-        accept: frozenset[int],
-        parse: Callable[[Answer], R],
-        progress: Progress | None,
-        number: int,
-        left: float | None,
-    ) -> R:
-        timeout = timeout or self.config.patience.request
-        if left is not None:
-            timeout = min(timeout, left)
-        send = partial(self._traced, progress) if progress is not None else self._exchange
-        connect = self.config.patience.connect
-        limits = ExchangeLimits(connect, timeout, most_bytes)
-        answer = send(method, url, body, headers, limits, number)
+    def _once(self, request: _Request[R], number: int, left: float | None) -> R:
+        timeout = request.timeout if left is None else min(request.timeout, left)
+        answer = self._exchange(request, timeout, number)
         invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
         if answer.status == 401 and invalid and self.refresh_key():
-            limits = ExchangeLimits(connect, timeout, most_bytes)
-            answer = send(method, url, body, headers, limits, number)
+            answer = self._exchange(request, timeout, number)
         self.waits.heard()
-        is_answer = 200 <= answer.status < 300 or answer.status in accept
+        is_answer = 200 <= answer.status < 300 or answer.status in request.accept
         if is_answer:
             check_whole(answer)
         answer = without_secrets(answer, self._secrets())
         if is_answer:
-            parsed = parse(answer)
+            parsed = request.parse(answer)
             self.established = True
             return parsed
-        raise status_error(answer, method)
+        raise status_error(answer, request.method)
 
     def _secrets(self) -> set[str]:
         """What we send and nothing that is shown may hold."""
         return {self.config.api_key, self.get_key(), *self._secret_headers}
 
-    def _traced(
-        self,
-        progress: Progress,
-        method: str,
-        url: str,
-        body: bytes,
-        headers: dict[str, str],
-        limits: ExchangeLimits,
-        number: int,
-    ) -> Answer:
-        """An exchange that belongs to an operation."""
-        progress.sent += len(body)
+    def _exchange(self, request: _Request[Any], timeout: float, number: int) -> Answer:
+        headers = {**request.headers, "x-stainless-retry-count": str(number)}
+        key = self.get_key()
+        if key:
+            headers["X-API-Key"] = key
+        limits = ExchangeLimits(self.config.patience.connect, timeout, request.most_bytes)
+        progress = request.progress
+        if progress is None:
+            return self._send(request, headers, limits)
+        progress.sent += len(request.body)
         if progress.span is None:
-            answer = self._exchange(method, url, body, headers, limits, number)
+            answer = self._send(request, headers, limits)
         else:
-            headers = dict(headers)
-            with tracing.exchange(progress, method, url, headers) as note_status:
-                answer = self._exchange(method, url, body, headers, limits, number)
+            with tracing.exchange(progress, request.method, request.url, headers) as note_status:
+                answer = self._send(request, headers, limits)
                 note_status(answer.status)
         progress.received += len(answer.content)
         return answer
 
-    def _exchange(
-        self,
-        method: str,
-        url: str,
-        body: bytes,
-        headers: dict[str, str],
-        limits: ExchangeLimits,
-        number: int,
+    def _send(
+        self, request: _Request[Any], headers: dict[str, str], limits: ExchangeLimits
     ) -> Answer:
-        headers = {**self._headers, **headers, "x-stainless-retry-count": str(number)}
-        key = self.get_key()
-        if key:
-            headers["X-API-Key"] = key
+        method, url = request.method, request.url
         try:
-            response = self._http.send(method, url, headers, body or None, limits)
+            response = self._http.send(method, url, headers, request.body or None, limits)
         except requests.RequestException as exc:
             raise exchange_error(exc, method, url, limits) from exc
         return Answer(response.status_code, response.headers, response.content, url)
@@ -323,7 +306,9 @@ class Transport:
         patience = self.config.patience
         limits = ExchangeLimits(patience.connect, patience.request, wire.SMALL_ANSWER)
         try:
-            response = self._http.open(method, url, sent, body or None, limits, with_auth=is_ours)
+            response = self._http.send(
+                method, url, sent, body or None, limits, stream=True, with_auth=is_ours
+            )
             if response.status_code < 300:
                 return Stream(response, method, limits)
             read_within(response, limits)

@@ -11,40 +11,33 @@ import threading
 import time
 from collections.abc import Callable
 
+import attrs
+
 from tinkex.futures import Progress
 
 logger = logging.getLogger("tinkex")
 
 
+@attrs.define(eq=False)
 class Wait:
-    """One thing that is waited for. The waiting thread writes its fields, the log reads them."""
+    """One thing that is waited for. The waiting thread writes its fields, the log reads them.
 
-    __slots__ = (
-        "detail",
-        "last_error",
-        "log",
-        "on_failure",
-        "progress",
-        "report_at",
-        "retries",
-        "since",
-        "state",
-        "what",
-    )
+    Attributes:
+        report_at: when to report it, on the log's clock.
+        progress: of the operation that waits, or None.
+        on_failure: called with each failure.
+    """
 
-    def __init__(self, log: WaitLog, what: str, detail: str, since: float) -> None:
-        self.log = log
-        self.what = what
-        self.detail = detail
-        self.since = since
-        self.report_at = since + log.report_after
-        self.retries = 0
-        self.last_error = ""
-        self.state = ""
-        #: Of the operation that waits, or None.
-        self.progress: Progress | None = None
-        #: Called with each failure.
-        self.on_failure: Callable[[object], None] | None = None
+    log: WaitLog
+    what: str
+    detail: str
+    since: float
+    report_at: float
+    retries: int = 0
+    last_error: str = ""
+    state: str = ""
+    progress: Progress | None = None
+    on_failure: Callable[[object], None] | None = None
 
     def failed_once(self, error: object) -> None:
         """Note a failure that will be tried again."""
@@ -114,7 +107,8 @@ class WaitLog:
 
         *detail* says which of many; waits that differ in that alone are reported as one.
         """
-        wait = Wait(self, what, detail, self._clock())
+        now = self._clock()
+        wait = Wait(self, what, detail, now, now + self.report_after)
         with self._lock:
             self._waits[id(wait)] = wait
             if self._thread is None and not self._closed.is_set():
