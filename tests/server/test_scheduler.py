@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
+from concurrent.futures import Future
 
 import pytest
 
-from tinkex.server.scheduler import Cancelled, Job, LineClosed, SampleJob, Scheduler
+from tinkex.server.scheduler import Cancelled, Job, LineClosed, SampleJob, Scheduler, Wait
 
 
 class Engine:
@@ -219,6 +220,25 @@ def test_a_sample_can_be_cancelled_before_the_engine_has_it(scheduler, story):
     story.wait("s")
 
     assert isinstance(story.outcomes["s"], Cancelled)
+
+
+def test_a_sample_can_be_cancelled_just_when_what_it_waited_for_has_come(scheduler, story, engine):
+    """It is not with the engine then, and does not wait any more either."""
+    here, left = Future(), []
+    here.set_result(None)
+
+    def submit(engine):
+        yield Wait(here, lambda: "its base model", lambda: left.append("s"))
+        engine.waiting["s"] = 10**9
+
+    scheduler.put_sample(SampleJob("s", submit, story.finish("s"), lambda engine: None))
+    scheduler.cancel_sample("s")
+    scheduler.start()
+    story.wait("s")
+
+    assert isinstance(story.outcomes["s"], Cancelled)
+    assert (["s"], {}) == (left, engine.waiting)
+    assert scheduler.is_settled
 
 
 def test_a_broken_sampling_step_fails_what_runs_and_nothing_else(scheduler, story, engine):

@@ -280,11 +280,9 @@ class Scheduler:
             if not self.ready.is_set():
                 return "the engine is starting"
             parked = self._parked.get(ticket)
-            return (
-                "the sample request is waiting or running"
-                if parked is None
-                else parked[1].describe()
-            )
+            if parked is None:
+                return "the sample request is waiting or running"
+            return parked[1].describe()
 
     def _unpark(self, line_id: str, line: _Line, wait: Wait, *, cancelled: bool = False) -> None:
         """Let a parked job run again. Called from any thread, without the lock."""
@@ -468,9 +466,11 @@ class Scheduler:
         for ticket in cancelled:
             with self._changed:
                 parked, wait = self._parked.pop(ticket, (None, None))
-            if parked is not None and wait is not None:
+                waiting = parked or self._new_samples.pop(ticket, None)  # unparked just now
+            if wait is not None:
                 wait.leave()
-                parked.finish(Cancelled("the request was cancelled."))
+            if waiting is not None:
+                waiting.finish(Cancelled("the request was cancelled."))
             elif ticket in self._samples:
                 self._forget_at_engine([ticket])
                 self._end_sample(ticket, Cancelled("the request was cancelled."))
