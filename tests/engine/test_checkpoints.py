@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support import hf_reference as hf
 from tinkex import types
@@ -343,3 +343,155 @@ def test_a_checkpoint_of_another_base_is_refused(base, tmp_path):
 
     with pytest.raises(ValueError, match=r"is of the base model .*, not of 'tiny'"):
         engine.load("m", directory, optimizer=False)
+
+
+# Files that are damaged, or belong to something else: the model keeps what it has.
+
+
+def _change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _change_json(path, **settings):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+LAST = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({LAST: torch.ones(3, 4)}),
+            r"shape \[3, 4\], where the model has shape",
+        ),
+        (
+            lambda t: t.update({LAST.replace("v_proj", "x_proj"): torch.ones(3, 4)}),
+            "where the model has nothing; it belongs to another base model",
+        ),
+        (lambda t: t.update({"bias": torch.ones(2)}), "holds 'bias', which is not a LoRA matrix"),
+    ],
+)
+def test_an_adapter_with_one_wrong_matrix_changes_nothing(change, message, tmp_path):
+    """The right matrices before it are read first, but not into the model."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved")
+    hf.drive(engine.forward_backward("m", [hf.datum(TOKENS)], "cross_entropy", None))
+    engine.optim_step("m", types.AdamParams(learning_rate=1e-2))
+    before = _logprobs(engine)
+    _change_tensors(directory / "adapter_model.safetensors", change)
+
+    with pytest.raises(ValueError, match=message):
+        engine.load("m", directory, optimizer=False)
+
+    assert np.array_equal(before, _logprobs(engine))
+
+
+def test_an_optimizer_state_of_another_model_changes_nothing(tmp_path):
+    """Weights are not loaded without the optimizer state that was asked for."""
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    directory = _saved(engine, tmp_path / "saved", optimizer=True)
+    hf.drive(engine.forward_backward("m", [hf.datum(TOKENS)], "cross_entropy", None))
+    engine.optim_step("m", types.AdamParams(learning_rate=1e-2))
+    before = _logprobs(engine)
+    _change_tensors(directory / checkpoints.OPTIMIZER, lambda t: t.update(m=torch.zeros(7)))
+
+    with pytest.raises(ValueError, match="is of 7 parameters, the model has"):
+        engine.load("m", directory, optimizer=True)
+
+    assert np.array_equal(before, _logprobs(engine))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(weights=torch.zeros(7)), "is of another base model"),
+        (lambda t: t.pop("gradient"), "lacks gradient; it is incomplete"),
+    ],
+)
+def test_a_damaged_snapshot_leaves_the_model_as_it_is(change, message, tmp_path):
+    engine = _trained("tiny", types.LoraConfig(rank=4))
+    (tmp_path / "snapshot").mkdir()
+    engine.snapshot("m", tmp_path / "snapshot")
+    before = _logprobs(engine)
+    [file] = (tmp_path / "snapshot").glob("*.safetensors")
+    _change_tensors(file, change)
+
+    with pytest.raises(ValueError, match=message):
+        engine.restore("m", tmp_path / "snapshot")
+
+    assert np.array_equal(before, _logprobs(engine))
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
+    """Its numbers may mean something else."""
+    engine = _trained("tiny", types.LoraConfig(rank=4), steps=0)
+    directory = _saved(engine, tmp_path / "saved")
+    _change_json(directory / "checkpoint.json", format=2)
+
+    with pytest.raises(ValueError, match="has format 2; this version of tinkex reads format 1"):
+        engine.load("m", directory, optimizer=False)
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    directory = _saved(_trained("tiny", types.LoraConfig(rank=4), steps=0), tmp_path / "saved")
+    (directory / "adapter_config.json").write_text("[]")
+
+    with pytest.raises(ValueError, match=r"adapter_config\.json' does not hold a JSON object"):
+        checkpoints.merge_adapter("tiny", directory, tmp_path / "out")
+
+
+def _move_to_layer_7(name, tensors):
+    for one in (name, name.replace("lora_B", "lora_A")):
+        tensors[one.replace(".1.", ".7.")] = tensors.pop(one)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, t: t.update({name: torch.ones(3, 4)}), r"by shape \[3, \d+\], but the base"),
+        (_move_to_layer_7, "which the base model does not have; it belongs to another base model"),
+    ],
+    ids=["shape", "absent"],
+)
+def test_an_adapter_of_another_model_is_not_merged(kind, change, message, tmp_path):
+    """On both paths, and no configuration is written that would make the rest look whole."""
+    base = hf.make_base(tmp_path / "base", kind)
+    adapter = hf.make_adapter(base, tmp_path / "adapter", rank=4)
+    path = adapter / "adapter_model.safetensors"
+    name = next(n for n in sorted(load_file(path)) if ".1." in n and n.endswith("lora_B.weight"))
+    _change_tensors(path, lambda tensors: change(name, tensors))
+
+    with pytest.raises(ValueError, match=message):
+        checkpoints.merge_adapter(str(base), adapter, tmp_path / "out")
+
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_base_model_without_weights_is_not_merged(tmp_path):
+    base = hf.make_base(tmp_path / "base", "llama")
+    adapter = hf.make_adapter(base, tmp_path / "adapter", rank=4)
+    (base / "model.safetensors").unlink()
+
+    with pytest.raises(ValueError, match=r"holds no \*\.safetensors weights"):
+        checkpoints.merge_adapter(str(base), adapter, tmp_path / "out")
+
+
+def test_a_head_that_is_untied_is_listed_with_the_other_parts(tmp_path):
+    """A model of several files is read by its index: without an entry, the head would be lost."""
+    whole = hf.make_base(tmp_path / "whole", "qwen3")
+    parts = tmp_path / "parts"
+    hf.load_base(whole).save_pretrained(parts, max_shard_size="20KB")
+    adapter = hf.make_adapter(whole, tmp_path / "adapter", rank=4)
+    ids = torch.from_numpy(TOKENS)[None]
+
+    checkpoints.merge_adapter(str(parts), adapter, tmp_path / "merged")
+
+    with torch.no_grad():
+        expected = hf.load_adapter(whole, adapter)(ids).logits
+        actual = hf.load_base(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)

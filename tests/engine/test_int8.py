@@ -3,10 +3,13 @@ such an engine refuses."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from tests.support import hf_reference as hf
 from tinkex import types
 from tinkex.engine import int8
 from tinkex.engine.engine import Engine
@@ -141,3 +144,28 @@ def test_prompts_are_not_scored_with_rounded_weights(engines, asked):
 def test_other_devices_are_refused_with_what_to_choose():
     with pytest.raises(ValueError, match="'int8' is for a CPU; on meta choose auto or bfloat16"):
         Engine(device="meta", dtype="int8")
+
+
+def test_a_model_of_the_generic_path_is_not_rounded(tmp_path):
+    """transformers' modules multiply by matrices of their own."""
+    directory = hf.make_base(tmp_path / "base", "gpt2")
+
+    with pytest.raises(ValueError, match="cannot be rounded to int8: its family is computed by"):
+        Engine(device="cpu", dtype="int8").load_base(str(directory))
+
+
+def test_a_product_of_torch_that_is_wrong_is_not_used(monkeypatch):
+    """It is no public part of torch: another version may mean something else by it."""
+    right = int8._find_few_rows()
+    wrong = types_of_product(lambda x, weight, scales: torch.zeros(len(x), len(weight)))
+    absent = SimpleNamespace()
+
+    assert right is None or callable(right)
+    for operations in (wrong, absent):
+        monkeypatch.setattr(torch.ops, "aten", operations)
+        assert int8._find_few_rows() is None
+
+
+def types_of_product(function):
+    """What torch.ops.aten offers, with this as its product of few rows."""
+    return SimpleNamespace(_weight_int8pack_mm=SimpleNamespace(default=function))

@@ -19,6 +19,7 @@ from tinkex import types
 from tinkex.engine import loading, memory, weight_store
 from tinkex.engine.engine import Engine
 from tinkex.server import app
+from tinkex.text import hub
 
 CPU = torch.device("cpu")
 
@@ -364,3 +365,55 @@ def test_the_server_makes_an_engine_of_the_wanted_type():
     engine.load_base("tiny")
 
     assert torch.bfloat16 == engine._bases["tiny"].base.dtype
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_named(base):
+    """Half a matrix of an earlier one would be in the model."""
+    file = base / "model.safetensors"
+
+    def cut(done, total):
+        if done:
+            os.truncate(file, file.stat().st_size // 2)
+
+    with pytest.raises(ValueError, match="became shorter while it was read"):
+        loading.load(str(base), CPU, on_progress=cut)
+
+
+@pytest.fixture
+def cached(base, monkeypatch):
+    """A copy of the hub's model org/m in its library's cache; the network is not there."""
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot(name, **options):
+        calls.append((name, options))
+        return str(base)
+
+    def no_network(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "is_cached", lambda name, file, revision=None: name == "org/m")
+    monkeypatch.setattr(hub, "check_file", no_network)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return calls
+
+
+def test_a_complete_copy_in_the_hub_s_cache_is_used_without_a_network(cached, base):
+    loaded = loading.load("org/m", CPU)
+
+    assert "LlamaForCausalLM" == loaded.architecture
+    assert [("org/m", {"local_files_only": True})] == cached
+
+
+def test_a_half_copy_in_the_hub_s_cache_is_not_taken_for_the_model(cached, base):
+    """It is completed from the hub, or the error names the hub's reason."""
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(ValueError, match="downloading it from the Hugging Face hub failed: no net"):
+        loading.load("org/m", CPU)
+
+
+def test_what_a_cached_model_would_need_is_known_without_a_network(cached, base):
+    assert loading.outline(str(base)).parameters == loading.outline("org/m").parameters

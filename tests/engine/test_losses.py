@@ -241,6 +241,7 @@ def test_clip_bounds_may_come_token_by_token(trained):
         ("stable_reinforce", None, "its formula is not published; choose one of cross_entropy"),
         ("rl", None, "loss_fn 'rl' is not known"),
         ("ppo", {"clip_low_threshold": 2.0}, "is above clip_high_threshold 1.2"),
+        ("cispo", {"clip_high_threshold": 1e39}, "= 1e\\+39 is too large for float32"),
     ],
 )
 def test_wrong_settings_are_named(name, config, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -131,3 +132,13 @@ def test_products_of_ever_new_shapes_do_not_fill_the_memory(library):
         matmul.linear(x[:rows], weight)
 
     assert psutil.Process().memory_info().rss - before < 300 * 2**20
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_onednn_is_used_where_it_is_quicker_and_right(capability, monkeypatch):
+    """Its product is no public part of torch: it is tried first, and left alone if it is wrong."""
+    wrong = SimpleNamespace(_linear_pointwise=SimpleNamespace(default=lambda x, *_: x[:, :2] + 9))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.ops, "mkldnn", wrong)
+
+    assert matmul._find_onednn() is None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import hf_reference as hf
 from tests.support.frozen_linears import FrozenLinears
 from tinkex.engine import loading, lora
 from tinkex.engine.attention import Packing
@@ -60,3 +61,17 @@ def test_no_packing_pads_much():
 
     assert packing.padded_rows < 1.15 * packing.rows
     assert sum(count for _, count, _ in packing.buckets) == len(lengths)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_backward_pass_needs_a_forward_pass_that_kept_something(kind, tmp_path):
+    """On both paths: a gradient of nothing would be zero, and the step would change nothing."""
+    base = loading.load(str(hf.make_base(tmp_path, kind)), torch.device("cpu")).base
+    layout = lora.Layout(base.linears, lora.Shape(4))
+    flat = lora.initialise(layout, 0, base.device)
+    linears = lora.TrainedLinears(base.linears, layout, flat, torch.zeros_like(flat))
+    batch = base.training_batch(linears, [5], recompute=False)
+    hidden = batch.forward(torch.arange(5), save=False)
+
+    with pytest.raises(RuntimeError, match=r"needs forward\(save=True\) before it"):
+        batch.backward(torch.ones_like(hidden))

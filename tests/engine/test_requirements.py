@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import attrs
 import pytest
 import torch
@@ -65,3 +67,30 @@ def test_the_device_is_described():
 
     assert ("cpu", "bfloat16") == (device.name, device.dtype)
     assert device.total == memory.total_memory(torch.device("cpu"))
+
+
+def test_advice_for_the_smallest_type_names_a_smaller_model():
+    """bfloat16 is not advised to who has it."""
+    assert (
+        "Free memory, choose a smaller model." == requirements.of("tiny", "cpu", "bfloat16").advice
+    )
+
+
+@pytest.mark.parametrize("name", [None, "tiny"])
+def test_the_program_prints_one_object(name, capsys):
+    """`tinkex doctor` reads it."""
+    assert 0 == requirements.main("cpu", "float32", name)
+
+    answer = json.loads(capsys.readouterr().out)
+    assert {"text", "advice", "details"} == set(answer)
+    assert "float32" in answer["text"]
+    assert "" == answer["advice"]
+
+
+def test_the_program_says_in_one_line_why_it_cannot_answer(capsys):
+    assert 1 == requirements.main("cpu", "auto", "org/absent")
+
+    said = capsys.readouterr()
+    assert "" == said.out
+    assert 1 == said.err.count("\n")
+    assert "is not on this machine" in said.err

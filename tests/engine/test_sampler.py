@@ -10,6 +10,7 @@ import torch
 
 from tests.support import hf_reference as hf
 from tinkex import types
+from tinkex.engine import sampler as sampling
 from tinkex.engine import tiny
 from tinkex.engine.engine import Engine
 from tinkex.engine.sample_requests import make_job
@@ -532,6 +533,11 @@ def test_a_failure_in_a_step_answers_all_who_wait(engine, monkeypatch):
             {"target_prompt_logprobs": types.TensorData(np.zeros((2, 1), np.int64))},
             r"shape \[2, 1\]; for a prompt of 2 tokens it must be \[1, K\]",
         ),
+        (
+            [1, 2],
+            {"target_prompt_logprobs": types.TensorData(np.array([[512]]))},
+            "must hold token ids below 512",
+        ),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(engine, tokens, more, message):
@@ -600,3 +606,89 @@ def test_idle_memory_is_freed_and_the_next_answers_are_the_same(engine):
 
     assert tokens_of(before[0]) == tokens_of(running)
     assert tokens_of(before[0]) == tokens_of(after[0])
+
+
+def _failing_for(monkeypatch, culprits):
+    """Every step in which one of the requests *culprits* gets a token fails."""
+    record = sampling.Sampler._record_topk
+
+    def fail(self, rows, logits):
+        tickets = {self._rows.job[row].ticket for row in rows}
+        if tickets & culprits:
+            raise RuntimeError(f"of {sorted(tickets & culprits)}")
+        record(self, rows, logits)
+
+    monkeypatch.setattr(sampling.Sampler, "_record_topk", fail)
+
+
+@pytest.mark.parametrize("culprits", [{"q3"}, {"q0", "q5"}, {f"q{i}" for i in range(6)}])
+def test_those_that_fail_are_found_by_halving_and_the_others_get_their_answers(
+    engine, monkeypatch, culprits
+):
+    """Also what had tokens before the step failed: it is computed again, to the same tokens."""
+    requests = {f"q{i}": request(PROMPTS[i % 3], seed=i, num_samples=2) for i in range(6)}
+    alone = {
+        ticket: tokens_of(ask(engine, ("a", one))[0])
+        for ticket, one in requests.items()
+        if ticket not in culprits
+    }
+    for ticket, one in requests.items():
+        engine.submit_sample(ticket, "a", one)
+    engine.sample_step()
+    _failing_for(monkeypatch, culprits)
+
+    results = hf.sample_all(engine)
+
+    failed = {ticket for ticket, result in results.items() if isinstance(result, Exception)}
+    assert culprits == failed
+    assert alone == {t: tokens_of(r) for t, r in results.items() if t not in failed}
+    assert not engine.has_samples
+
+
+def test_a_suspect_that_is_cancelled_is_not_computed_again(engine, monkeypatch):
+    """Between the failed step and its turn in a smaller group."""
+    for i in range(4):
+        engine.submit_sample(f"q{i}", "a", request(PROMPTS[1], seed=i))
+    engine.sample_step()
+    with monkeypatch.context() as patch:
+        _failing_for(patch, {"q0"})
+        engine.sample_step()
+        for i in (1, 2, 3):
+            engine.cancel_sample(f"q{i}")
+        results = hf.sample_all(engine)
+
+    assert ["q0"] == list(results)
+    assert isinstance(results["q0"], RuntimeError)
+    assert not engine.has_samples
+
+
+def test_a_callback_that_fails_ends_all_samples_of_its_request_and_no_other(engine):
+    """The second sample of it gets its token in the same step, after the first has failed."""
+
+    def refuse(index, token, logprob):
+        raise OSError("the reader is gone")
+
+    mine = request(PROMPTS[1], num_samples=2)
+    alone = tokens_of(ask(engine, ("a", mine))[0])
+    engine.submit_sample("bad", "a", request(PROMPTS[1], num_samples=3), on_token=refuse)
+    engine.submit_sample("good", "a", mine)
+
+    results = hf.sample_all(engine)
+
+    assert isinstance(results["bad"], OSError)
+    assert alone == tokens_of(results["good"])
+
+
+def test_the_likeliest_tokens_are_of_the_last_positions_where_random_ones_are_of_all(engine):
+    """Both in one request: random tokens need every position, the others only the last two."""
+    more = {"topk_prompt_logprobs": 2, "prompt_logprobs_last_n": 2, "prompt_alt_tokens_k": 3}
+
+    [response] = ask(engine, ("a", request(PROMPTS[1], more=more)))
+    [whole] = ask(engine, ("a", request(PROMPTS[1], more={"topk_prompt_logprobs": 2})))
+
+    count = len(PROMPTS[1])
+    assert [False] * (count - 2) + [True] * 2 == [
+        r is not None for r in response.topk_prompt_logprobs
+    ]
+    assert whole.topk_prompt_logprobs[-2:] == response.topk_prompt_logprobs[-2:]
+    assert (count - 1, 3) == response.prompt_alt_tokens.tokens.to_numpy().shape

@@ -63,10 +63,12 @@ def write(directory: Path, path: Path, kind: str = "F16") -> None:
         values = tensor if isinstance(tensor, np.ndarray) else tensor.float().numpy()
         _add_tensor(writer, name, values.astype(np.float32), content, model_type, kind)
     _add_rope_factors(writer, content)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def _names(file: Path) -> list[str]:
@@ -243,17 +245,15 @@ def _add_special(writer: Any, directory: Path, tokenizer: Any, content: dict[str
     if (directory / "tokenizer_config.json").is_file():
         text = (directory / "tokenizer_config.json").read_text(encoding="utf-8")
         settings = json.loads(text)
-    numbers = {}
-    for name in ("bos", "eos", "unk", "pad"):
-        value = settings.get(f"{name}_token")
-        special = value["content"] if isinstance(value, dict) else value
-        numbers[name] = (
-            tokenizer.token_to_id(special) if special else content.get(f"{name}_token_id")
-        )
     eos = content.get("eos_token_id")
     stops = eos if isinstance(eos, list) else [eos]
-    if numbers["eos"] is None:
-        numbers["eos"] = stops[0]
+    numbers = {name: content.get(f"{name}_token_id") for name in ("bos", "unk", "pad")}
+    numbers["eos"] = stops[0]
+    for name in numbers:
+        value = settings.get(f"{name}_token")
+        special = value["content"] if isinstance(value, dict) else value
+        if special and tokenizer.token_to_id(special) is not None:
+            numbers[name] = tokenizer.token_to_id(special)
     for name, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),

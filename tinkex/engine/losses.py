@@ -217,6 +217,11 @@ def complete_config(
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"{loss_fn} has no setting {key!r}; {takes}.")
+        if abs(given[key]) > torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"{loss_fn}: {key} = {given[key]:g} is too large for float32, in which losses are "
+                "computed; choose a smaller number."
+            )
         if accepted[key] is None and not (given[key] >= 1 and given[key].is_integer()):
             raise ValueError(f"{loss_fn}: {key} must be a whole number from 1, got {given[key]}.")
     missing = [key for key, value in accepted.items() if value is None and key not in given]

@@ -167,9 +167,9 @@ def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) 
             f"tokens it must be [{length - 1}, K]."
         )
     values = targets.values
-    if values.dtype.kind == "f" or (values.size and not -1 <= values.min() <= values.max() < vocab):
+    if values.size and not -1 <= values.min() <= values.max() < vocab:
         raise ValueError(
-            f"target_prompt_logprobs must hold token ids below {vocab} (int64), or -1 to skip."
+            f"target_prompt_logprobs must hold token ids below {vocab}, or -1 to skip."
         )
 
 

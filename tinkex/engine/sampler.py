@@ -398,14 +398,11 @@ class Sampler:
                 self._finish(job)
 
     def _record_topk(self, rows: Ints, logits: Tensor) -> None:
-        jobs = [self._rows.job[row] for row in rows]
-        wanted = [i for i, job in enumerate(jobs) if job and job.request.topk_sample_logprobs]
-        for i in wanted:
-            job = jobs[i]
-            if job is not None:
-                k = job.request.topk_sample_logprobs
-                ids, logprobs = topk_of(logits[i : i + 1], k)
-                self._rows.topk[int(rows[i])].append((ids, logprobs))
+        for i, row in enumerate(rows.tolist()):
+            job = self._rows.job[row]
+            if job is not None and job.request.topk_sample_logprobs:
+                found = topk_of(logits[i : i + 1], job.request.topk_sample_logprobs)
+                self._rows.topk[row].append(found)
 
     def _completes_stop(self, row: int, job: Job) -> bool:
         """True if the last token has completed a stop string."""
