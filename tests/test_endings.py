@@ -282,6 +282,15 @@ def test_ctrl_c_ends_the_wait_at_the_end_of_the_script(server):
     assert 9 > end.seconds
 
 
+def test_ctrl_c_ends_the_wait_of_close_and_says_what_is_dropped(server):
+    """Not only how far close() had come, which is all that Python's traceback shows."""
+    now = "interrupt_after(1.5)"
+    for end in run_frozen(server, f"{now}; s.close()", f"{now}; t.close()", f"with s: {now}"):
+        assert -signal.SIGINT == end.status
+        assert "was closed before" in end.stderr and "operations (" in end.stderr
+        assert 9 > end.seconds
+
+
 def test_sigterm_can_be_made_an_end_like_ctrl_c(server):
     """The line of docs/reliability.md; `sys.exit` in a handler would wait for the frozen server."""
     [end] = run_frozen(

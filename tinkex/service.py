@@ -21,7 +21,6 @@ from tinkex.runtime.connection import HURRIED_TIMEOUT, connect
 from tinkex.runtime.custom_loss import LossHandle, make_handle
 from tinkex.runtime.ending import is_normal_end
 from tinkex.runtime.new_model import check_base_model
-from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import QueueStateObserver, check_observer
 from tinkex.runtime.restore import check_restore, copy_headers, restore
 from tinkex.runtime.retry import Retry
@@ -456,9 +455,8 @@ class ServiceClient(types.Ready):
             ClientClosedError: If something was not done in time; says how much. Only logged while
                 another exception is being handled.
         """
-        wait = self._session.config.patience.close if status == "success" else 0.0
-        left = self._session.finish(status, detail, wait=wait)
-        drop(left, whose=f"session {self.session_id}", normal_end=wait > 0, seconds=wait)
+        wait = self._session.config.patience.close if status == "success" else None
+        self._session.finish(status, detail, wait=wait)
         return types.Done()
 
     def __enter__(self) -> ServiceClient:
@@ -475,8 +473,7 @@ class ServiceClient(types.Ready):
         elif isinstance(exc, Exception):
             self.close("errored")
         else:
-            left = self._session.finish("interrupted", timeout=HURRIED_TIMEOUT)
-            drop(left, whose=f"session {self.session_id}", normal_end=False)
+            self._session.finish("interrupted", timeout=HURRIED_TIMEOUT)
 
     def __repr__(self) -> str:
         state = "closed" if self._session.is_closed else "open"

@@ -125,12 +125,11 @@ def install(transport: Transport, features: types.ClientConfig) -> None:
     settings = transport.config
 
     def credential() -> str:
-        if features.credential_default_source == "credential_cmd" and settings.credential_cmd:
+        wants_command = features.credential_default_source == "credential_cmd"
+        if settings.credential_cmd and (wants_command or not settings.api_key):
             return config.run_credential_cmd(settings.credential_cmd)
         if settings.api_key:
             return settings.api_key
-        if settings.credential_cmd:
-            return config.run_credential_cmd(settings.credential_cmd)
         raise ValueError(
             "the server wants a credential: set TINKER_API_KEY or TINKER_CREDENTIAL_CMD."
         )

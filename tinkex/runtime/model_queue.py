@@ -18,7 +18,6 @@ from tinkex.config import check_seconds
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
-from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.responses import is_missing_route, not_offered
 from tinkex.runtime.session import Session
@@ -217,24 +216,17 @@ class ModelQueue:
         patience = self._session.config.patience.close if timeout is None else timeout
         with self._lock:
             self._ended = self._ended or f"the client of model {self.model_id} is closed"
-        started = time.monotonic()
-        left = ""
-        if not self._worker.is_current_thread:
-            self._worker.end()
-            try:
-                left = self._session.wait_for_pending(self.model_id, 0.0 if cancel else patience)
-            except BaseException:  # Ctrl-C: the user does not want to wait
-                self._end(cancel=True, timeout=HURRIED_TIMEOUT)
-                raise
-        left_over = CLOSE_TIMEOUT if cancel or left else patience - (time.monotonic() - started)
-        self._end(cancel=cancel, timeout=min(max(left_over, 0.0), patience))
-        self._session.pending.report(self.model_id)
-        drop(
-            left,
-            whose=f"the client of model {self.model_id}",
-            normal_end=not cancel,
-            seconds=patience,
-        )
+        if self._worker.is_current_thread:  # in a callback: what waits could not be waited for
+            self._end(cancel=cancel, timeout=CLOSE_TIMEOUT)
+            return
+        self._worker.end()
+
+        def end(hurried: bool) -> None:
+            seconds = HURRIED_TIMEOUT if hurried else min(CLOSE_TIMEOUT, patience)
+            self._end(cancel=cancel or hurried, timeout=seconds)
+
+        whose, wait = f"the client of model {self.model_id}", None if cancel else patience
+        self._session.end_after_pending(self.model_id, whose, wait, end)
 
     def _end(self, *, cancel: bool, timeout: float) -> None:
         """End the worker thread and, if it is this queue's own, the session."""

@@ -53,11 +53,9 @@ def submitted(
     future.on_end = partial(_ended, future.what, progress)
 
 
-def accepted(future: Any, seq_id: int | None, request_id: str) -> None:
+def accepted(future: OperationFuture[Any], seq_id: int | None, request_id: str) -> None:
     """The server has accepted one request of an operation."""
-    progress = _progress(future)
-    if progress is None:
-        return
+    progress = future.progress
     progress.accepted = time.monotonic()
     progress.request_ids += (request_id,)
     if seq_id is not None:
@@ -72,11 +70,9 @@ def accepted(future: Any, seq_id: int | None, request_id: str) -> None:
         )
 
 
-def not_yet(future: Any, state: str, reason: str | None) -> None:
+def not_yet(future: OperationFuture[Any], state: str, reason: str | None) -> None:
     """A poll was answered with "not yet"."""
-    progress = _progress(future)
-    if progress is None:
-        return
+    progress = future.progress
     progress.polls += 1
     if state != progress.queue_state:
         progress.queue_state = state
@@ -105,10 +101,6 @@ def _ended(what: str, progress: Progress, result: Any, exc: BaseException | None
     elif path := getattr(result, "path", None):
         parts.append(path)
     logger.log(level, "%s: %s", what, "; ".join(parts))
-
-
-def _progress(future: Any) -> Progress | None:
-    return getattr(future, "progress", None)
 
 
 def _name(what: str) -> str:

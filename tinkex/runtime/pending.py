@@ -149,24 +149,24 @@ def _failure_of(future: OperationFuture[Any]) -> BaseException | None:
     return None if isinstance(exc, consequences) else exc
 
 
-def drop(left: str, *, whose: str, normal_end: bool, seconds: float = 0.0) -> None:
+def drop(left: str, whose: str, seconds: float | None) -> None:
     """Report that a client ended before what it had submitted.
 
     Args:
         left: what was not done, as `describe` says it; "" is nothing.
         whose: the client that ended, for the message.
-        normal_end: True if the caller expects its work to be done: then this raises, like close()
-            of a file that cannot be written. While another exception is on its way it only logs.
-        seconds: how long the client waited.
+        seconds: how long it waited, since the caller expects its work to be done: then this raises,
+            like close() of a file that cannot be written. None, or while another exception is on
+            its way: it only logs.
 
     Raises:
-        ClientClosedError: After a normal end with work left.
+        ClientClosedError: If work is left that was waited for.
     """
     if not left:
         return
-    waited = f" after waiting {seconds:.0f} s" if normal_end else ""
+    waited = "" if seconds is None else f" after waiting {seconds:.0f} s"
     message = f"{whose} was closed{waited} before {left}. What was not sent is dropped."
-    if normal_end and sys.exc_info()[0] is None:
+    if seconds is not None and sys.exc_info()[0] is None:
         raise errors.ClientClosedError(f"{message} To wait longer, set patience.close.")
     logger.warning(message)
 

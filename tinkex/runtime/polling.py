@@ -12,13 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 import attrs
 
 from tinkex import errors, types, wire
-from tinkex.futures import fail, succeed
+from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.queue_state import queue_state, tell
@@ -52,7 +51,7 @@ class Promise(Generic[T]):
 
     request_id: str
     operation: wire.Operation[T]
-    future: Future[T]
+    future: OperationFuture[T]
     queue: str = ""
     deadline: float | None = None
     resubmit: Callable[[], str] | None = None
@@ -66,6 +65,11 @@ class Promise(Generic[T]):
     polls: Polls = attrs.field(factory=Polls)
     queue_state: tuple[str, str | None] = ("active", None)
     reserved_bytes: int = 0
+
+    @property
+    def what(self) -> str:
+        """The operation, for messages."""
+        return self.future.what
 
 
 class NotYet(Exception):
@@ -102,7 +106,8 @@ class Poller:
         self._transport = transport
         self._pool = Pool(max_workers, "tinkex-poll")
         self._bytes = ByteBudget(max_response_bytes)
-        self._clock = clock
+        #: The time by the clock of deadlines, in seconds.
+        self.now = clock
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
         self._lock = threading.Lock()  # guards _queues, _asked and _open
@@ -117,30 +122,23 @@ class Poller:
             promise.wait = self.begin_wait(promise)
         width = self.ORDERED_WIDTH if ordered else self._width
         with self._lock:
-            if self._closed.is_set():
-                refused = True
-            else:
-                refused = False
+            closed, asked = self._closed.is_set(), self._asked.get(promise.queue, 0)
+            start = not closed and asked < width
+            if not closed:
                 self._open.add(promise)
                 self._queues.setdefault(promise.queue, deque()).append(promise)
-                asked = self._asked.get(promise.queue, 0)
-                start = asked < width
-                if start:
-                    self._asked[promise.queue] = asked + 1
-        if refused:
+            if start:
+                self._asked[promise.queue] = asked + 1
+        if closed:
             self._resolve_error(promise, errors.ClientClosedError("The session is closed."))
-        elif start:
+        if start:
             self._pool.start(self._run_queue, promise.queue, ordered)
 
     def begin_wait(self, promise: Promise[Any]) -> Wait:
         """Report the wait for *promise* from now on."""
-        wait = self._transport.waits.begin(_what(promise), promise.request_id)
-        wait.progress = getattr(promise.future, "progress", None)
+        wait = self._transport.waits.begin(promise.what, promise.request_id)
+        wait.progress = promise.future.progress
         return wait
-
-    def now(self) -> float:
-        """The time by the clock of deadlines, in seconds."""
-        return self._clock()
 
     def in_flight(self, queue: str) -> int:
         """How many promises of *queue* are not resolved yet."""
@@ -164,7 +162,7 @@ class Poller:
             self._resolve_error(
                 promise,
                 errors.ClientClosedError(
-                    f"{_what(promise)} {promise.request_id} was not done when its session closed."
+                    f"{promise.what} {promise.request_id} was not done when its session closed."
                 ),
             )
         self._pool.shutdown()
@@ -234,11 +232,11 @@ class Poller:
             TinkexError: If it failed, is lost, or the deadline has passed.
         """
         self._check_deadline(promise)
-        started = self._clock()
+        started = self.now()
         try:
             answer = self._post(promise)
             promise.iteration += 1
-            return self._read(promise, answer, self._clock() - started)
+            return self._read(promise, answer, self.now() - started)
         except NotYet:
             operation_log.not_yet(promise.future, *promise.queue_state)
             raise
@@ -284,7 +282,7 @@ class Poller:
     def _poll_timeout(self, promise: Promise[Any]) -> float:
         timeout = self._transport.config.patience.poll
         if promise.deadline is not None:
-            timeout = min(timeout, max(0.05, promise.deadline - self._clock()))
+            timeout = min(timeout, max(0.05, promise.deadline - self.now()))
         return timeout
 
     def _read(self, promise: Promise[T], answer: Answer, took: float) -> T:
@@ -314,7 +312,7 @@ class Poller:
             result = wire.decode_result(promise.operation.result, answer.content)  # type: ignore[type-var]
         except ValueError as exc:
             raise errors.APIResponseValidationError(
-                f"{answer.url} answered {_what(promise)} with an unreadable protobuf: {exc}",
+                f"{answer.url} answered {promise.what} with an unreadable protobuf: {exc}",
                 url=answer.url,
             ) from exc
         return _with_sequence_ids(result, promise.sequence_ids)
@@ -344,13 +342,13 @@ class Poller:
         """No pause goes beyond the deadline."""
         if promise.deadline is None:
             return pause
-        return max(0.0, min(pause, promise.deadline - self._clock()))
+        return max(0.0, min(pause, promise.deadline - self.now()))
 
     def _reserve(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         """A large result is ready: wait for room, then ask for all of it."""
         if not promise.metadata_only:
             raise errors.APIResponseValidationError(
-                f"the server answered {_what(promise)} {promise.request_id} with the size of its "
+                f"the server answered {promise.what} {promise.request_id} with the size of its "
                 "result again, though the result itself was asked for."
             )
         size = payload.get("response_payload_size")
@@ -378,7 +376,7 @@ class Poller:
         if promise.wait is not None:
             promise.wait.failed_once(exc)
         patience = self._transport.config.patience.no_answer
-        pause = promise.polls.failed(exc, self._clock(), patience)
+        pause = promise.polls.failed(exc, self.now(), patience)
         return exc if pause is None else NotYet(self._clipped(promise, pause))
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
@@ -388,7 +386,7 @@ class Poller:
                 exc,
                 errors.PromiseExpiredError,
                 f"Promise expired for request {promise.request_id}; submit a new request. "
-                f"({_what(promise)}: {exc.detail or 'the server gives no reason'})",
+                f"({promise.what}: {exc.detail or 'the server gives no reason'})",
             )
         promise.resubmits += 1
         self._release(promise)
@@ -397,12 +395,12 @@ class Poller:
         return NotYet(self._clipped(promise, promise.polls.pause(LOST)))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
-        if promise.deadline is None or self._clock() < promise.deadline:
+        if promise.deadline is None or self.now() < promise.deadline:
             return
         if promise.polls.last_error is not None:
             raise promise.polls.last_error
         raise errors.APITimeoutError(
-            f"Timed out while polling future {promise.request_id} of {_what(promise)} (queue state "
+            f"Timed out while polling future {promise.request_id} of {promise.what} (queue state "
             f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."
         )
 
@@ -415,15 +413,11 @@ def _failed(
     promise: Promise[Any], detail: str, how: str, category: object
 ) -> errors.RequestFailedError:
     return errors.RequestFailedError(
-        f"{_what(promise)} failed on the server: {detail or 'the server gives no reason'} (request "
-        f"{promise.request_id}, {how})",
+        f"{promise.what} failed on the server: {detail or 'the server gives no reason'} "
+        f"(request {promise.request_id}, {how})",
         request_id=promise.request_id,
         category=category,
     )
-
-
-def _what(promise: Promise[Any]) -> str:
-    return getattr(promise.future, "what", None) or promise.operation.path
 
 
 def _as_object(answer: Answer) -> dict[str, Any]:

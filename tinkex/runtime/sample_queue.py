@@ -20,7 +20,6 @@ from tinkex.config import check_seconds
 from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
-from tinkex.runtime.pending import drop
 from tinkex.runtime.queue_state import Observer
 from tinkex.runtime.retry import Retry
 from tinkex.runtime.sample_watch import CompletionWatch
@@ -132,14 +131,12 @@ class SampleQueue:
         patience = self.session.config.patience.close if timeout is None else timeout
         self._closing.set()
         owner = self.sampling_session_id
-        try:
-            left = self.session.wait_for_pending(owner, 0.0 if cancel else patience)
-        except BaseException:  # Ctrl-C: the user does not want to wait
-            self._end(HURRIED_TIMEOUT)
-            raise
-        self._end(CLOSE_TIMEOUT)
-        self.session.pending.report(owner)
-        drop(left, whose=f"the sampling client {owner}", normal_end=not cancel, seconds=patience)
+        self.session.end_after_pending(
+            owner,
+            f"the sampling client {owner}",
+            None if cancel else patience,
+            lambda hurried: self._end(HURRIED_TIMEOUT if hurried else CLOSE_TIMEOUT),
+        )
 
     def _end(self, timeout: float) -> None:
         if self._closed.is_set():

@@ -27,7 +27,7 @@ from tinkex.runtime import (
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Connection
 from tinkex.runtime.executor import Pool
 from tinkex.runtime.heartbeat import Heartbeat
-from tinkex.runtime.pending import PendingOperations, describe
+from tinkex.runtime.pending import PendingOperations, describe, drop
 from tinkex.runtime.polling import Poller, Promise
 from tinkex.runtime.queue_state import tell_of_refusal
 from tinkex.runtime.responses import Answer, is_missing_route, not_offered
@@ -152,7 +152,7 @@ class Session(Connection):
         self,
         operation: wire.Operation[T],
         send: Callable[[Wait], T | types.Promise],
-        future: Any,
+        future: OperationFuture[T],
         *,
         queue: str,
         ordered: bool = True,
@@ -172,7 +172,7 @@ class Session(Connection):
         self.check_usable()
         own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
         with nullcontext(own) if wait else own as wait:
-            wait.progress = getattr(future, "progress", None)
+            wait.progress = future.progress
             if on_queue_state is not None:
                 wait.on_failure = partial(tell_of_refusal, on_queue_state)
             try:
@@ -326,11 +326,30 @@ class Session(Connection):
         with waits.begin("what was submitted to be done before closing"):
             return describe(self.pending.wait(owner, seconds, is_hopeless))
 
-    def close(
-        self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
+    def end_after_pending(
+        self, owner: str | None, whose: str, seconds: float | None, end: Callable[[bool], object]
     ) -> None:
-        """`finish` without waiting for what was submitted."""
-        self.finish(reason, detail, timeout)
+        """Wait until what *owner* has submitted is done, call *end*, and report what is dropped.
+
+        Args:
+            owner: as for `wait_for_pending`.
+            whose: the client that ends, for messages.
+            seconds: to wait at most; None does not wait, and only logs what is dropped.
+            end: called with True if it must be quick: after Ctrl-C.
+
+        Raises:
+            ClientClosedError: If something was waited for, and is dropped.
+        """
+        try:
+            left = self.wait_for_pending(owner, seconds or 0.0)
+        except BaseException:  # Ctrl-C: the user does not want to wait
+            left = describe(self.pending.open(owner))
+            end(True)
+            drop(left, whose, None)
+            raise
+        end(False)
+        self.pending.report(owner)
+        drop(left, whose, seconds)
 
     def finish(
         self,
@@ -338,30 +357,29 @@ class Session(Connection):
         detail: str | None = None,
         timeout: float = CLOSE_TIMEOUT,
         *,
-        wait: float = 0.0,
-    ) -> str:
+        wait: float | None = None,
+    ) -> None:
         """End the session: tell the server (once), stop the threads. Safe to call twice.
 
         Args:
             reason: "success", "errored" or "interrupted".
             timeout: seconds that telling the server takes at most.
-            wait: seconds to wait before that, at most, for what was submitted.
-
-        Returns in words what was not done by then, and is dropped.
+            wait: seconds to wait before that; see `end_after_pending`.
         """
         if self.is_closed:
-            return ""
+            return
         self._closing.set()  # or the wait might never end
-        try:
-            left = self.wait_for_pending(None, wait)
-        except BaseException:  # Ctrl-C: the user does not want to wait
-            self._shut_down("interrupted", detail, HURRIED_TIMEOUT)
-            raise
-        self._shut_down(reason, detail, timeout)
-        self.pending.report()
-        return left
 
-    def _shut_down(self, reason: str, detail: str | None, timeout: float) -> None:
+        def end(hurried: bool) -> None:
+            why, seconds = ("interrupted", HURRIED_TIMEOUT) if hurried else (reason, timeout)
+            self.close(why, detail, seconds)
+
+        self.end_after_pending(None, f"session {self.session_id}", wait, end)
+
+    def close(
+        self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
+    ) -> None:
+        """`finish` without a look at what was submitted."""
         self._closing.set()
         if not self.begin_closing():
             return
@@ -371,6 +389,7 @@ class Session(Connection):
             self._say_goodbye(reason, detail, timeout)
         left = timeout - (time.monotonic() - started)
         self.let_go(min(max(left, HURRIED_TIMEOUT), CLOSE_TIMEOUT))
+        self.pending.report()
 
     def _stop_threads(self) -> None:
         for dependent in list(self.dependents):
@@ -405,24 +424,21 @@ class Session(Connection):
             if self.telemetry is not None:
                 self.telemetry.close()
             if self._owns_session:
-                self._finish(reason, detail)
+                request = types.FinishSessionRequest({"type": reason}, detail)
+                try:
+                    self.transport.call(
+                        wire.FINISH_SESSION,
+                        request,
+                        retry=ONCE,
+                        timeout=2.0,
+                        session_id=self.session_id,
+                    )
+                except errors.TinkexError as exc:
+                    logger.debug("the end of session %s was not reported: %s", self.session_id, exc)
 
         last = threading.Thread(target=run, name="tinkex-goodbye", daemon=True)
         last.start()
         last.join(max(timeout, 0))
-
-    def _finish(self, reason: str, detail: str | None) -> None:
-        request = types.FinishSessionRequest({"type": reason}, detail)
-        try:
-            self.transport.call(
-                wire.FINISH_SESSION, request, retry=ONCE, timeout=2.0, session_id=self.session_id
-            )
-        except errors.TinkexError as exc:
-            logger.debug(
-                "the end of session %s could not be reported to the server: %s",
-                self.session_id,
-                exc,
-            )
 
 
 def _note_dropped(dropped: threading.Event, closed: threading.Event) -> None:

@@ -95,7 +95,8 @@ class WaitLog:
         self.report_every = report_every
         #: When the server was last heard of, by this log's clock; None if never.
         self.last_heard: float | None = None
-        self._clock = clock
+        #: The time by this log's clock, in seconds.
+        self.now = clock
         self._lock = threading.Lock()  # guards the three below
         self._waits: dict[int, Wait] = {}
         self._reported: dict[str, float] = {}  # what was waited for, and when that was reported
@@ -107,7 +108,7 @@ class WaitLog:
 
         *detail* says which of many; waits that differ in that alone are reported as one.
         """
-        now = self._clock()
+        now = self.now()
         wait = Wait(self, what, detail, now, now + self.report_after)
         with self._lock:
             self._waits[id(wait)] = wait
@@ -116,13 +117,9 @@ class WaitLog:
                 self._thread.start()
         return wait
 
-    def now(self) -> float:
-        """The time by this log's clock, in seconds."""
-        return self._clock()
-
     def heard(self) -> None:
         """The server has just said something."""
-        self.last_heard = self._clock()
+        self.last_heard = self.now()
 
     def close(self) -> None:
         """Report nothing any more."""
@@ -130,7 +127,7 @@ class WaitLog:
 
     def report(self) -> str | None:
         """One line on what has waited too long, if anything has; it is then not due for a while."""
-        now = self._clock()
+        now = self.now()
         with self._lock:
             recent = {k: at for k, at in self._reported.items() if now - at < self.report_every}
             waits = self._waits.values()
