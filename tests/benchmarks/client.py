@@ -55,6 +55,7 @@ NAMES = {
 }
 #: Seconds that no client can be quicker than, where they are much of the whole.
 LATENCY = {"samples_200": 1.0, "samples_200_polled": 1.0}
+OF_SESSION = "against the adapter without requests.Session"
 GROWTH = (10, 100, 1000, 10_000)
 
 #: Cost against numbers, by what is counted.
@@ -102,7 +103,7 @@ def run_all(seconds: float) -> tuple[list[Row], Curves]:
             for row in found:
                 print(f"{row.key:70} ratio {row.ratio}", flush=True)
             made += found
-        made += closed_port_rows(url)
+        made += [session_row(url), *closed_port_rows(url)]
         return made, growth(url)
 
 
@@ -193,6 +194,17 @@ def closed_port_rows(url: str) -> list[Row]:
     if not theirs["said"]:
         case += " (official: none in 30 s)"
     return [Row(case, "s", [ours["wall"]], [theirs["wall"]], target=10 / 30)]
+
+
+def session_row(url: str) -> Row:
+    """What `requests.Session` costs in each exchange: without it stands as the other's figure."""
+    rounds = [run("tinkex", "session_price", url) for _ in range(LEAST)]
+    return Row(
+        f"one exchange, {OF_SESSION}: cpu",
+        "us",
+        [one["with"] * 1e6 for one in rounds],
+        [one["without"] * 1e6 for one in rounds],
+    )
 
 
 def growth(url: str) -> Curves:

@@ -183,6 +183,32 @@ def samples(count: int, latency: float, retrieve_futures: bool = True) -> dict[s
     }
 
 
+def session_price() -> dict[str, float]:
+    """Processor time of one exchange, as it is and with the adapter called without the Session."""
+    import requests
+
+    from tinkex import config, types, wire
+    from tinkex.runtime.transport import Transport
+
+    def adapter_alone(
+        self: requests.Session, request: Any, *, allow_redirects: bool, **options: Any
+    ) -> requests.Response:
+        return self.get_adapter(request.url).send(request, **options)
+
+    transport = Transport(config.load(URL, "tml-null"))
+    request = types.SessionHeartbeatRequest("null-session")
+    ways: dict[str, Callable[..., Any]] = {"with": requests.Session.send, "without": adapter_alone}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(30):
+        for name, way in ways.items():
+            requests.Session.send = way  # type: ignore[method-assign]
+            started = time.process_time()
+            for _ in range(50):
+                transport.call(wire.SESSION_HEARTBEAT, request)
+            spent[name].append((time.process_time() - started) / 50)
+    return {name: statistics.median(seconds) for name, seconds in spent.items()}
+
+
 def closed_port() -> dict[str, float]:
     started = time.perf_counter()
 
@@ -260,6 +286,7 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
     "samples_2000_polled": lambda: samples(2000, 0.05, retrieve_futures=False),
     "samples_200": lambda: samples(200, 1.0),
     "samples_200_polled": lambda: samples(200, 1.0, retrieve_futures=False),
+    "session_price": session_price,
     "closed_port": closed_port,
     "floor_cold_start": floor_cold_start,
     "floor_small_operation": floor_small_operation,
