@@ -13,16 +13,30 @@ from tinkex import types
 from tinkex.engine import (
     fast_path,
     kv_cache,
+    long_prompts,
     lora,
     prompt_logprobs,
+    sample_pools,
     sample_requests,
+    sample_turns,
     sampler,
     token_sampling,
 )
 from tinkex.engine.engine import Engine
 
 #: Where faults are injected: every line of these that a step executes.
-MODULES = (sampler, fast_path, sample_requests, token_sampling, kv_cache, prompt_logprobs, lora)
+MODULES = (
+    sampler,
+    fast_path,
+    long_prompts,
+    sample_requests,
+    sample_pools,
+    sample_turns,
+    token_sampling,
+    kv_cache,
+    prompt_logprobs,
+    lora,
+)
 FILES = {str(Path(module.__file__)): Path(module.__file__).stem for module in MODULES}
 #: The code that handles a failure. A fault in it, on top of another one, is not injected.
 HANDLERS = {"step", "is_busy", "_isolate", "_forget_state", "_fail", "_drop", "cancel"}
@@ -33,6 +47,13 @@ PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8)
 
 class Injected(Exception):
     pass
+
+
+@pytest.fixture(autouse=True)
+def prompts_of_some_steps(monkeypatch):
+    """A step has time for a part of the longest prompts only."""
+    monkeypatch.setitem(long_prompts.PREFILL_TOKENS, "cpu", 16)
+    monkeypatch.setattr(long_prompts, "LEAST_PIECE", 8)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +87,7 @@ REQUESTS = {
     "scores": ("a", request([9, 8, 7], more={"prompt_logprobs": True, "topk_prompt_logprobs": 2})),
     "stops": ("base", request([4, 4], stop=["zzzz"], more={"topk_sample_logprobs": 2})),
     "one token": ("base", request([3] * 150, max_tokens=1)),
+    "long": ("a", request([5, 3] * 50, num_samples=2, more={"prompt_logprobs": True})),
 }
 
 

@@ -110,7 +110,9 @@ def _heads_first(qkv: Tensor, bucket: tuple[int, int, int], spec: Spec) -> list[
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float = 0.0, window: int = 0
 ) -> Tensor:
-    """Causal attention of (B, H, T, D) queries over (B, G, T, D) keys and values.
+    """Causal attention of (B, H, n, D) queries over (B, G, T, D) keys and values.
+
+    Queries are of the last n of T positions. There is a derivative where n is T.
 
     Args:
         scale: factor on products of queries and keys.
@@ -123,11 +125,11 @@ def attention(
     kernel = partial(
         F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    if not 0 < window < q.shape[2]:
+    if q.shape[2] == k.shape[2] and not 0 < window < k.shape[2]:
         return kernel(q, k, v, is_causal=True)
     outs = [
-        kernel(q[:, :, own], k[:, :, keys], v[:, :, keys], attn_mask=_seen(own, keys, window, q))
-        for own, keys in _blocks(q, window)
+        kernel(q[:, :, own], k[:, :, keys], v[:, :, keys], attn_mask=_seen(at, keys, window, q))
+        for own, at, keys in _blocks(q, k, window)
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
@@ -148,8 +150,9 @@ class _Capped(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int
     ) -> Tensor:
         out = torch.empty_like(q)
-        for queries, keys in _blocks(q, window):
-            weights = _weights(q, k, queries, keys, scale, cap, window)[0]
+        for queries, at, keys in _blocks(q, k, window):
+            seen = _seen(at, keys, window, q)
+            weights = _weights(q, k, queries, keys, scale, cap, seen)[0]
             out[:, :, queries] = _by_head(weights @ v[:, :, keys], q.shape[1])
         ctx.save_for_backward(q, k, v, out)
         ctx.settings = scale, cap, window
@@ -161,8 +164,9 @@ class _Capped(torch.autograd.Function):
         scale, cap, window = ctx.settings
         groups = k.shape[1]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys in _blocks(q, window):
-            weights, products = _weights(q, k, queries, keys, scale, cap, window)
+        for queries, at, keys in _blocks(q, k, window):
+            seen = _seen(at, keys, window, q)
+            weights, products = _weights(q, k, queries, keys, scale, cap, seen)
             dout = _by_group(grads[0][:, :, queries], groups)
             dv[:, :, keys] += weights.transpose(2, 3) @ dout
             dot = (dout * _by_group(out[:, :, queries], groups)).sum(dim=3, keepdim=True)
@@ -174,13 +178,18 @@ class _Capped(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-def _blocks(q: Tensor, window: int) -> list[tuple[slice, slice]]:
-    """Queries of each block, and the keys that they may attend to."""
-    count, heads, length, _ = q.shape
+def _blocks(q: Tensor, k: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
+    """Queries of each block, their positions, and the keys that they may attend to."""
+    count, heads, queries, _ = q.shape
+    length = k.shape[2]
     step = max(LEAST_QUERIES, BLOCK_PRODUCTS[kind_of(q.device)] // (count * heads * length))
-    bounds = [(start, min(start + step, length)) for start in range(0, length, step)]
-    first = [max(0, start - window + 1) if window else 0 for start, _ in bounds]
-    return [(slice(*pair), slice(low, pair[1])) for pair, low in zip(bounds, first)]
+    blocks = []
+    for start in range(0, queries, step):
+        own = slice(start, min(start + step, queries))
+        at = slice(own.start + length - queries, own.stop + length - queries)
+        first = max(0, at.start - window + 1) if window else 0
+        blocks.append((own, at, slice(first, at.stop)))
+    return blocks
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -195,19 +204,20 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _weights(
-    q: Tensor, k: Tensor, queries: slice, keys: slice, scale: float, cap: float, window: int
+    q: Tensor, k: Tensor, queries: slice, keys: slice, scale: float, cap: float, seen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A block's weights (B, G, H / G n, m) after softmax, and its products, capped."""
+    """A block's weights (B, G, H / G n, m) after softmax, and its products, capped; of what is
+    *seen* (n, m)."""
     own = _by_group(q[:, :, queries], k.shape[1])
     products = soft_cap_((own @ k[:, :, keys].transpose(2, 3)).mul_(scale), cap)
-    seen = _seen(queries, keys, window, q).repeat(q.shape[1] // k.shape[1], 1)
-    masked = products.masked_fill(~seen, -torch.inf)
+    unseen = ~seen.repeat(q.shape[1] // k.shape[1], 1)
+    masked = products.masked_fill(unseen, -torch.inf)
     return torch.softmax(masked, dim=3, dtype=torch.float32).to(q.dtype), products
 
 
-def _seen(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
-    """(n, m): True where a query of a block attends to a key."""
-    asking = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
+def _seen(at: slice, keys: slice, window: int, like: Tensor) -> Tensor:
+    """(n, m): True where a query at one of these positions attends to a key."""
+    asking = torch.arange(at.start, at.stop, device=like.device)[:, None]
     asked = torch.arange(keys.start, keys.stop, device=like.device)
     seen = asked <= asking
     return seen & (asked > asking - window) if window else seen

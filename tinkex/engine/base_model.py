@@ -44,15 +44,34 @@ class Prompt:
         adapter: None for the bare base model.
         rows: numbers of the sequences that continue it, in groups that may share its keys and
             values. Empty if its next token is all that is wanted.
+        share: whose samples they are; those of different shares take turns.
     """
 
     tokens: npt.NDArray[np.int32]
     adapter: Finished | None
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[Sequence[int]] = ()
+    share: Hashable = None
 
 
 #: (numbers of prompts, what the head reads (T, d) at each of their tokens)
 OnHidden = Callable[[Sequence[int], Sequence[Tensor]], None]
+
+
+class PromptReader(Protocol):
+    """A long prompt that is computed a piece at a time, so that others need not wait for all of it.
+
+    If a method fails, neither it nor its `SamplingState` is used any more.
+    """
+
+    def read(self, count: int) -> Tensor:
+        """The next *count* tokens -> (count, d) what the head reads at each."""
+
+    def finish(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """After the last token: its sequences, in groups as in `Prompt`, join those that run.
+
+        Returns:
+            (V,) float32 logits of the token after the prompt.
+        """
 
 
 class SamplingState(Protocol):
@@ -70,6 +89,16 @@ class SamplingState(Protocol):
         Args:
             on_hidden: called for some prompts at a time, of all; None if it is not wanted.
         """
+
+    def operations(self, start: int, stop: int) -> float:
+        """Floating-point operations, about, to compute tokens start..stop of a prompt."""
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """False if a prompt, however long, can only be computed whole, by `begin`."""
+
+    def read(self, prompt: Prompt) -> PromptReader:
+        """What computes a prompt in pieces; its sequences are named at the end only."""
 
     def advance(
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool

@@ -6,7 +6,7 @@ tokens together. Does not know about requests.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 
 import attrs
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.attention import PackedAttention, Packing, attention
 from tinkex.engine.base_model import Ints, OnHidden, Prompt
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.linears import Linears
@@ -23,14 +23,10 @@ from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_mer
 from tinkex.engine.memory import kind_of
 from tinkex.engine.model import Base, Forward, Training
 from tinkex.engine.sample_pools import Pool, Pools
+from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 
 #: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
 MERGE_ROWS = 16
-
-#: Keys and values that a step reads at most, if there are several pools of them: what a request
-#: that has just arrived may have to wait for. Not less than twice the base model, which is read in
-#: every step.
-STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
 
 
 @attrs.frozen(eq=False)
@@ -86,6 +82,7 @@ class FastSampling:
         self._base = base
         self._workers = workers
         step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
+        self._token_operations = matrix_operations(base.linears)
         self._pools = Pools(base.spec, base.device, base.dtype, step_bytes)
         self._adapter: dict[int, Finished | None] = {}  # of each sequence
         self._stack = Stack([None])
@@ -168,7 +165,7 @@ class FastSampling:
     ) -> Tensor:
         """Hidden states (N, d) of prompts; their keys and values go to their places."""
         base = self._base
-        attention = PackedAttention(packing, base.spec)
+        packed = PackedAttention(packing, base.spec)
         keys = base.spec.heads * base.spec.head_dim
         values = keys + base.spec.kv_heads * base.spec.head_dim
 
@@ -179,7 +176,7 @@ class FastSampling:
                 v = own[:, values:].view(len(own), -1, base.spec.head_dim)
                 for pool, place in places[i]:
                     pool.fill(layer, place, k, v)
-            return attention.forward(layer, qkv)
+            return packed.forward(layer, qkv)
 
         tokens = torch.from_numpy(np.concatenate(prompts)).to(base.device)
         x = base.embed(tokens)
@@ -187,6 +184,33 @@ class FastSampling:
         for i in range(base.spec.layers):
             x, _ = forward.layer(i, x)
         return base.finish(x)[0]
+
+    def operations(self, start: int, stop: int) -> float:
+        spec = self._base.spec
+        of_products = 2.0 * spec.layers * spec.heads * spec.head_dim * (start + stop)
+        return (stop - start) * (self._token_operations + of_products)
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        return True
+
+    def read(self, prompt: Prompt) -> FastReader:
+        return FastReader(self._base, prompt, self._linears_of, self._keep)
+
+    def _linears_of(self, prompt: Prompt, count: int) -> MixedLinears:
+        """The matrices for *count* tokens of a prompt that is read in pieces."""
+        adapter = prompt.adapter
+        # Merging takes as long as computing some hundreds of tokens, and those who run merge again.
+        is_alone = {adapter} == {adapter, *self._adapter.values()}
+        is_worth = is_alone and len(prompt.tokens) >= self._base.spec.width // 2
+        room = self._room(adapter, is_worth)
+        return MixedLinears(self._base.linears, Stack([adapter]), np.zeros(count, np.int64), room)
+
+    def _keep(self, prompt: Prompt, k: Tensor, v: Tensor) -> None:
+        """Keys and values (layers, G, T, D) of a prompt go to the places of its sequences."""
+        for pool, place in self._places(prompt):
+            for layer in range(len(k)):
+                pool.fill(layer, place, k[layer].transpose(0, 1), v[layer].transpose(0, 1))
 
     # -- tokens ------------------------------------------------------------------------------
 
@@ -247,3 +271,59 @@ class FastSampling:
     def remove(self, row: int) -> None:
         self._adapter.pop(row, None)
         self._pools.remove(row)
+
+
+class FastReader:
+    """A prompt computed in pieces; has its keys and values so far. Implements `PromptReader`.
+
+    Args:
+        linears: (the prompt, tokens of a piece) -> the matrices with its adapter.
+        keep: takes the prompt with its sequences, and its keys and values (layers, G, T, D).
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        prompt: Prompt,
+        linears: Callable[[Prompt, int], MixedLinears],
+        keep: Callable[[Prompt, Tensor, Tensor], None],
+    ) -> None:
+        self._base = base
+        self._prompt = prompt
+        self._linears = linears
+        self._keep = keep
+        spec, self._done = base.spec, 0
+        size = spec.layers, spec.kv_heads, len(prompt.tokens), spec.head_dim
+        self._k, self._v = (torch.empty(size, dtype=base.dtype, device=base.device) for _ in "kv")
+
+    def read(self, count: int) -> Tensor:
+        base, start = self._base, self._done
+        stop = start + count
+        ids = torch.from_numpy(self._prompt.tokens[start:stop]).to(base.device)
+        positions = torch.arange(start, stop, device=base.device)
+        forward = Forward(base, self._linears(self._prompt, count), positions, stop, self._attend)
+        x = base.embed(ids)
+        for i in range(base.spec.layers):
+            x, _ = forward.layer(i, x)
+        self._done = stop
+        hidden = base.finish(x)[0]
+        self._last = hidden[-1:]
+        return hidden
+
+    def _attend(self, layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+        """Keep the keys and values of a piece, and attend to all so far."""
+        spec, own = self._base.spec, slice(self._done, self._done + len(qkv))
+        heads = qkv.view(len(qkv), -1, spec.head_dim).transpose(0, 1)
+        q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads])
+        self._k[layer, :, own], self._v[layer, :, own] = k, v
+        k, v = (kept[layer : layer + 1, :, : own.stop] for kept in (self._k, self._v))
+        settings = spec.scale, spec.attention_cap, spec.window(layer)
+        out = attention(q.unsqueeze(0), k, v, *settings)
+        return out[0].transpose(0, 1).reshape(len(qkv), -1), None
+
+    def finish(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        if rows:
+            self._keep(attrs.evolve(self._prompt, rows=rows), self._k, self._v)
+        stack = Stack([self._prompt.adapter])
+        head = MixedLinears(self._base.linears, stack, np.zeros(1, np.int64))
+        return head_logits(head, self._last, self._base.spec.logit_cap)[0]

@@ -30,7 +30,9 @@ def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, base: Ba
         wanted = _wanted(job)
         states = states[len(states) - 1 - len(wanted) : -1]  # position t - 1 predicts token t
         if job.request.topk_prompt_logprobs or job.request.prompt_alt_tokens_k:
-            _set_scores(job, *_score_rows(states, wanted, linears, job, base))
+            rows = _RowScores(job, wanted, base)
+            rows.add(states, linears)
+            _set_scores(job, *rows.result())
         else:
             by_width.setdefault(wanted.shape[1], []).append((job, states, wanted))
     for alike in by_width.values():
@@ -56,31 +58,92 @@ def _wanted(job: Job) -> npt.NDArray[np.int64]:
     return wanted[max(0, len(wanted) - last) :]
 
 
-def _score_rows(
-    states: Tensor, wanted: npt.NDArray[np.int64], linears: Linears, job: Job, base: BaseModel
-) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs | None, types.PromptAltTokens | None]:
-    """Log-probabilities of *wanted*, the k likeliest tokens, and random tokens: they need whole
-    rows of logits."""
-    k, draws = job.request.topk_prompt_logprobs, job.request.prompt_alt_tokens_k
-    scores = np.empty(wanted.shape, np.float32)
-    topk = types.TopkLogprobs(
-        np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
-    )
-    alternatives = np.empty((len(wanted), draws), np.int64)
-    of_alternatives = np.empty((len(wanted), draws), np.float32)
-    draw = _Draw(job, states.device)
-    step = lm_head.row_count(base.vocab)
-    for start in range(0, len(wanted), step):
-        rows = slice(start, start + step)
-        logits = lm_head.head_logits(linears, states[rows], base.logit_cap)
-        if k:
-            topk.token_ids[rows], topk.logprobs[rows] = topk_of(logits, k)
-        if draws:
-            alternatives[rows], of_alternatives[rows] = draw(logits, draws)
-        chosen = torch.from_numpy(wanted[rows]).to(logits.device)
-        scores[rows] = lm_head.softmax_(logits, chosen).cpu().numpy()
-    found = types.PromptAltTokens(types.TensorData(alternatives), types.TensorData(of_alternatives))
-    return scores, topk if k else None, found if draws else None
+class PieceScores:
+    """The scores of one job, from the hidden states of its prompt a piece at a time."""
+
+    def __init__(self, job: Job, base: BaseModel) -> None:
+        self.job = job
+        self._base = base
+        self._wanted = _wanted(job)
+        self._unscored = len(job.prompt) - 1 - len(self._wanted)  # positions that are passed over
+        self._scores = np.empty(self._wanted.shape, np.float32)
+        self._done = 0
+        self._rows: _RowScores | None = None
+        if job.request.topk_prompt_logprobs or job.request.prompt_alt_tokens_k:
+            self._rows = _RowScores(job, self._wanted, base)
+
+    def add(self, states: Tensor, linears: Linears) -> None:
+        """Score what the states (n, d) of the next n tokens predict."""
+        passed = min(self._unscored, len(states))
+        self._unscored -= passed
+        states = states[passed : passed + len(self._wanted) - self._done]
+        if not len(states):
+            return
+        rows = slice(self._done, self._done + len(states))
+        self._done = rows.stop
+        if self._rows is not None:
+            self._rows.add(states, linears)
+            return
+        targets = torch.from_numpy(self._wanted[rows]).to(states.device)
+        found, _ = lm_head.target_logprobs(
+            linears, states, targets, self._base.vocab, cap=self._base.logit_cap
+        )
+        self._scores[rows] = found.cpu().numpy()
+
+    def finish(self) -> None:
+        """After the last piece: the job has its scores."""
+        if self._rows is not None:
+            _set_scores(self.job, *self._rows.result())
+        else:
+            _set_scores(self.job, self._scores)
+
+
+class _RowScores:
+    """Log-probabilities of *wanted* (n, K), the k likeliest tokens, and random tokens: they need
+    whole rows of logits."""
+
+    def __init__(self, job: Job, wanted: npt.NDArray[np.int64], base: BaseModel) -> None:
+        self._base = base
+        self._wanted = wanted
+        k, draws = job.request.topk_prompt_logprobs, job.request.prompt_alt_tokens_k
+        self._scores = np.empty(wanted.shape, np.float32)
+        self._topk = types.TopkLogprobs(
+            np.empty((len(wanted), k), np.int32), np.empty((len(wanted), k), np.float32)
+        )
+        self._alternatives = np.empty((len(wanted), draws), np.int64)
+        self._of_alternatives = np.empty((len(wanted), draws), np.float32)
+        self._draw = _Draw(job, base.device)
+        self._done = 0
+
+    def add(self, states: Tensor, linears: Linears) -> None:
+        """Score the next positions, from what the head reads (m, d) at those before them."""
+        k, draws = self._topk.token_ids.shape[1], self._alternatives.shape[1]
+        step = lm_head.row_count(self._base.vocab)
+        for start in range(0, len(states), step):
+            logits = lm_head.head_logits(
+                linears, states[start : start + step], self._base.logit_cap
+            )
+            rows = slice(self._done, self._done + len(logits))
+            if k:
+                self._topk.token_ids[rows], self._topk.logprobs[rows] = topk_of(logits, k)
+            if draws:
+                drawn = self._draw(logits, draws)
+                self._alternatives[rows], self._of_alternatives[rows] = drawn
+            chosen = torch.from_numpy(self._wanted[rows]).to(logits.device)
+            self._scores[rows] = lm_head.softmax_(logits, chosen).cpu().numpy()
+            self._done = rows.stop
+
+    def result(
+        self,
+    ) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs | None, types.PromptAltTokens | None]:
+        """The scores, and what else was asked for."""
+        tokens, scores = map(types.TensorData, (self._alternatives, self._of_alternatives))
+        has_topk, has_draws = self._topk.token_ids.shape[1], self._alternatives.shape[1]
+        return (
+            self._scores,
+            self._topk if has_topk else None,
+            types.PromptAltTokens(tokens, scores) if has_draws else None,
+        )
 
 
 class _Draw:

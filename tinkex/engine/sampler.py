@@ -1,10 +1,10 @@
 """Sampling with continuous batching: requests join and leave the running batch at every step.
 
 A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
-once), then gives every running sequence one more token; where that would take long, some of the
-sequences in turn. One `Sampler` serves one base model and any number of adapters over it; numbers
-are computed by the base model's `SamplingState`. Does not know about HTTP, users, or where adapters
-come from.
+once; of long ones only a piece), then gives every running sequence one more token; where that would
+take long, some of the sequences in turn. One `Sampler` serves one base model and any number of
+adapters over it; numbers are computed by the base model's `SamplingState`. Does not know about
+HTTP, users, or where adapters come from.
 """
 
 from __future__ import annotations
@@ -22,19 +22,14 @@ from tinkex import types
 from tinkex.engine import token_sampling
 from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.long_prompts import LongPrompts
 from tinkex.engine.lora import Finished
-from tinkex.engine.memory import kind_of
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
 from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job, PromptScores
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
 
 logger = logging.getLogger(__name__)
-
-#: Prompt tokens computed in one step (more only for a single longer prompt): what the sequences
-#: that are running have to wait for. Where none are running it may be as many times more.
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
-ALONE = 4
 
 #: Samples of one prompt that share its keys and values; more form further groups.
 GROUP_WIDTH = 16
@@ -68,6 +63,7 @@ class Sampler:
         self._waiting = SampleQueue()
         self._rows = Rows()
         self._state = base.sampling_state(workers)
+        self._prompts = LongPrompts(base, self._state)
         self._reserved: dict[int, int] = {}
         self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
         self._finished: list[Outcome] = []
@@ -130,11 +126,14 @@ class Sampler:
         would have got: their tokens depend on their seeds only.
         """
         try:
-            self._admit()
+            self._prompts.begin_step(is_alone=not self._is_shared)
+            spent = self._admit()
+            for rows, logits in self._prompts.read(spent):
+                self._take_tokens(np.array(rows), logits.repeat(len(rows), 1))
             # What has ended with its first token is answered before the others get their next one,
             # but not twice in a row: they are not to wait for ever.
             self._answers_first = bool(self._finished) and not self._answers_first
-            if self._unit and not self._answers_first:
+            if len(self._unit) > self._prompts.waiting and not self._answers_first:
                 self._advance()
         except Exception as exc:  # handed to whoever waits for the job that caused it
             self._isolate(exc)
@@ -173,6 +172,7 @@ class Sampler:
         self._unit.clear()
         self._begun = {}
         self._state = self._base.sampling_state(self._workers)
+        self._prompts = LongPrompts(self._base, self._state)
 
     def _line(self) -> SampleQueue:
         """The units that may start now: after a failure, those of one group of suspects."""
@@ -189,16 +189,30 @@ class Sampler:
 
     # -- prompts -----------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Start waiting units, as many as there is room for."""
+    @property
+    def _is_shared(self) -> bool:
+        """True if several shares have had something to do a short time ago."""
+        return time.monotonic() < self._shared_until
+
+    def _admit(self) -> float:
+        """Start waiting units, as many as there is room for; give the operations of their prompts,
+        but for long ones."""
         queue = self._line()
         if not queue:
-            return
+            return 0.0
         self._make_room(queue)
         units = self._choose_units(queue)
-        if units:
-            self._begun |= dict.fromkeys(unit.job for unit in units)
-            self._begin(units)
+        self._begun |= dict.fromkeys(unit.job for unit in units)
+        short = [unit for unit in units if not self._prompts.is_long(unit.job)]
+        for unit in units:
+            if unit not in short:
+                self._prompts.begin(unit, self._start(unit))
+        begun = set(units)
+        self._waiting.remove(begun)
+        self._trial.remove(begun)
+        if short:
+            self._begin(short)
+        return sum(self._prompts.operations(job) for job in {unit.job for unit in short})
 
     def _begin(self, units: Sequence[Unit]) -> None:
         """Compute the prompts of units, and give each sample its first token."""
@@ -207,14 +221,11 @@ class Sampler:
             prompts.setdefault((unit.job.adapter, unit.job.prompt.tobytes()), []).append(unit)
         groups = list(prompts.values())
         started = [[self._start(unit) for unit in group] for group in groups]
-        begun = set(units)
-        self._waiting.remove(begun)
-        self._trial.remove(begun)
         asked = []
         for group, rows in zip(groups, started):
             job = group[0].job
             kept = [own for unit, own in zip(group, rows) if unit.job.limit > 1]
-            asked.append(Prompt(job.prompt, job.adapter, kept))
+            asked.append(Prompt(job.prompt, job.adapter, kept, job.share))
         logits = self._state.begin(asked, self._scorer(groups))
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
@@ -239,12 +250,11 @@ class Sampler:
         """
         chosen: list[Unit] = []
         used, reserved = self._usage()
-        lines = {share: iter(queue.line(share)) for share in queue.shares()}
-        heads = {share: next(line) for share, line in lines.items()}
-        parts = len(used.keys() | heads.keys())
-        tokens, rows = 0, len(self._rows.free)
-        most = PREFILL_TOKENS[kind_of(self._base.device)]
-        most *= 1 if self._unit else ALONE
+        lines = {share: self._prompts.ready(queue.line(share)) for share in queue.shares()}
+        heads = {share: unit for share, line in lines.items() if (unit := next(line, None))}
+        parts = len(used.keys() | lines.keys())
+        spent, rows = 0.0, len(self._rows.free)
+        counted: set[Job] = set()  # jobs whose prompt is in what is spent
         while heads:
             share = min(heads, key=lambda share: used.get(share, 0))
             unit, needed = heads[share], self._bytes(heads[share])
@@ -258,8 +268,10 @@ class Sampler:
             if unit.count > rows or not fits or not (is_fair or parts == 1):
                 del heads[share]  # what is behind it in its line waits for it
                 continue
-            tokens += len(unit.job.prompt)
-            if chosen and tokens > most:
+            if unit.job not in counted and not self._prompts.is_long(unit.job):
+                counted.add(unit.job)
+                spent += self._prompts.operations(unit.job)
+            if chosen and spent > self._prompts.most:
                 break
             rows -= unit.count
             used[share], reserved[share] = mine[0] + unit.count, mine[1] + needed
@@ -365,7 +377,7 @@ class Sampler:
             state.last,
             state.prompt_length + state.length - 1,
             {row: unit.job.share for row, unit in self._unit.items()},
-            in_turn=time.monotonic() < self._shared_until,
+            in_turn=self._is_shared,
         )
         self._take_tokens(rows, logits)
 
@@ -439,5 +451,6 @@ class Sampler:
 
     def _release(self, row: int) -> None:
         del self._unit[row], self._reserved[row]
+        self._prompts.remove(row)
         self._state.remove(row)
         self._rows.release(row)

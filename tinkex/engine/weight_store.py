@@ -56,6 +56,11 @@ class WeightStore:
 IN_MEMORY = WeightStore()
 
 
+def is_in_file(tensor: Tensor) -> bool:
+    """True if a tensor's numbers are read from a file when they are needed."""
+    return tensor.untyped_storage().filename is not None
+
+
 def free_disk(folder: Path) -> int:
     """Bytes that are free where *folder* is."""
     return shutil.disk_usage(folder).free

@@ -36,6 +36,7 @@ class GenericModel:
             sequences can join and leave, so that every token is computed from the whole text.
         sequence_bytes: what it takes for a sequence of any length.
         needs_equal_lengths: True if padding would change what the cache holds.
+        reads_in_pieces: True if a prompt may be computed a piece at a time.
     """
 
     adapted: Adapted
@@ -48,6 +49,7 @@ class GenericModel:
     position_bytes: int | None = None
     sequence_bytes: int = 0
     needs_equal_lengths: bool = False
+    reads_in_pieces: bool = False
 
     @property
     def width(self) -> int:

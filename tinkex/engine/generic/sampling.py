@@ -1,13 +1,14 @@
 """Sampling with transformers' modules: continuous batching with their cache, or without one.
 
-The sequences of one adapter form a batch. Its cache is padded on the left, so that all of them
-continue at the same place: a sequence joins with its prompt's entries moved to the right, and
+Sequences of one adapter and share form a batch. Its cache is padded on the left, so that all of
+them continue at the same place: a sequence joins with its prompt's entries moved to the right, and
 leaves with its row. Where a model's cache does not allow that, every token is computed from the
-whole text.
+whole text. Batches take turns where a step would take long.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,14 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine.attention import LEAST_FILL, Packing
-from tinkex.engine.base_model import Ints, OnHidden, Prompt
+from tinkex.engine.base_model import Ints, OnHidden, Prompt, PromptReader
 from tinkex.engine.generic.adapted import Adapted
 from tinkex.engine.linears import Linear
 from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
+from tinkex.engine.memory import kind_of
+from tinkex.engine.sample_turns import STEP_BYTES, STEP_OPERATIONS, Turns, matrix_operations
 
 #: Tokens of prompts, padding among them, that are computed together.
 MOST_TOKENS = 4096
+
+#: Sequences of one batch; more form further ones.
+BATCH_ROWS = {"cpu": 64, "cuda": 256}
 
 
 class Model(Protocol):
@@ -49,6 +55,8 @@ class Model(Protocol):
     def sequence_bytes(self) -> int: ...
     @property
     def needs_equal_lengths(self) -> bool: ...
+    @property
+    def reads_in_pieces(self) -> bool: ...
 
     def hidden(self, ids: Tensor, **inputs: Any) -> Tensor: ...
     def hidden_rows(self, tokens: Tensor, packing: Packing) -> Tensor: ...
@@ -73,11 +81,23 @@ class Recomputing:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._matrices = _Matrices(model)
+        self._token_operations = matrix_operations(model.linears)
+        self._turns: Turns[int] = Turns()
         self._texts: dict[int, list[int]] = {}
         self._adapter: dict[int, Finished | None] = {}
 
     def bytes_needed(self, prompt: int, samples: int, limit: int) -> int:
         return samples * (prompt + limit) * self._model.width * self._model.dtype.itemsize
+
+    def operations(self, start: int, stop: int) -> float:
+        return (stop - start) * self._token_operations
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        return False
+
+    def read(self, prompt: Prompt) -> PromptReader:
+        raise RuntimeError("without a cache, a prompt is computed whole.")
 
     def head(self, adapter: Finished | None, rows: int) -> MixedLinears:
         return self._matrices.of(adapter, self._adapter.values())
@@ -93,7 +113,9 @@ class Recomputing:
     def advance(
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
-        rows = list(self._texts)
+        costs = {row: self.operations(0, len(text) + 1) for row, text in self._texts.items()}
+        most = STEP_OPERATIONS[kind_of(self._model.device)] if in_turn else None
+        rows = self._turns.choose({row: [row] for row in costs}, shares, costs, most)
         for row in rows:
             self._texts[row].append(int(tokens[row]))
         adapters = [self._adapter[row] for row in rows]
@@ -147,17 +169,23 @@ class CacheError(Exception):
 
 @attrs.define(eq=False)
 class _Batch:
-    """The sequences of one adapter.
+    """Sequences of one adapter and share.
 
     Attributes:
+        owner: adapter and share.
         cache: transformers' `DynamicCache` of all of them.
         rows: their numbers.
         lengths: of the text of each that is in the cache.
     """
 
+    owner: tuple[Finished | None, Hashable]
     cache: Any
     rows: list[int]
     lengths: list[int]
+
+    @property
+    def adapter(self) -> Finished | None:
+        return self.owner[0]
 
 
 class GenericSampling:
@@ -166,19 +194,26 @@ class GenericSampling:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._matrices = _Matrices(model)
-        self._batches: dict[Finished | None, _Batch] = {}
+        self._batches: list[_Batch] = []
+        self._turns: Turns[_Batch] = Turns()
+        self._token_operations = matrix_operations(model.linears)
+        self._nbytes = sum(linear.weight.nbytes for linear in model.linears.values())
 
     @property
     def caches(self) -> list[Any]:
         """The cache of each batch."""
-        return [batch.cache for batch in self._batches.values()]
+        return [batch.cache for batch in self._batches]
+
+    @property
+    def _adapters(self) -> list[Finished | None]:
+        return [batch.adapter for batch in self._batches]
 
     def bytes_needed(self, prompt: int, samples: int, limit: int) -> int:
         each = (prompt + limit) * (self._model.position_bytes or 0) + self._model.sequence_bytes
         return samples * each
 
     def head(self, adapter: Finished | None, rows: int) -> MixedLinears:
-        return self._matrices.of(adapter, self._batches)
+        return self._matrices.of(adapter, self._adapters)
 
     # -- prompts -----------------------------------------------------------------------------
 
@@ -186,7 +221,7 @@ class GenericSampling:
         found: dict[int, Tensor] = {}
         lengths = [len(prompt.tokens) for prompt in prompts]
         adapters = [prompt.adapter for prompt in prompts]
-        running = {*adapters, *self._batches}
+        running = {*adapters, *self._adapters}
         for some in in_batches(lengths, adapters):
             linears = self._matrices.of(adapters[some[0]], running)
             for alike in self._alike(some, lengths):
@@ -218,35 +253,71 @@ class GenericSampling:
         hidden = self._model.hidden(
             ids.to(self._model.device), past_key_values=cache, use_cache=True
         )
-        rows = [[row for group in prompt.rows for row in group] for prompt in prompts]
-        which = [i for i, own in enumerate(rows) for _ in own]
-        if which:
-            select(cache, which, self._model.device)
-            joining = [lengths[i] for i in which]
-            flush_right(cache, joining, max(lengths))
-            own = _Batch(cache, [row for group in rows for row in group], joining)
-            self._join(prompts[0].adapter, own)
+        self._start(prompts, cache)
         return [own[:length] for own, length in zip(hidden, lengths)]
 
-    def _join(self, adapter: Finished | None, new: _Batch) -> None:
-        batch = self._batches.get(adapter)
-        if batch is None:
-            self._batches[adapter] = new
-            return
-        join(batch.cache, new.cache)
-        batch.rows += new.rows
-        batch.lengths += new.lengths
+    def _start(self, prompts: Sequence[Prompt], cache: Any) -> None:
+        """The sequences of prompts of one adapter join; a row of *cache* is of a prompt."""
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        most = BATCH_ROWS[kind_of(self._model.device)]
+        of_share: dict[Hashable, list[tuple[int, int]]] = {}  # (number of the prompt, row)
+        for i, prompt in enumerate(prompts):
+            rows = [row for group in prompt.rows for row in group]
+            of_share.setdefault(prompt.share, []).extend((i, row) for row in rows)
+        parts = [
+            (share, pairs[first : first + most])
+            for share, pairs in of_share.items()
+            for first in range(0, len(pairs), most)
+        ]
+        for left, (share, pairs) in zip(reversed(range(len(parts))), parts):
+            own = copy.deepcopy(cache) if left else cache
+            which = [i for i, _ in pairs]
+            select(own, which, self._model.device)
+            joining = [lengths[i] for i in which]
+            flush_right(own, joining, max(lengths))
+            owner = prompts[0].adapter, share
+            self._join(_Batch(owner, own, [row for _, row in pairs], joining), most)
+
+    def _join(self, new: _Batch, most: int) -> None:
+        """Join a batch of the same owner that has room, of *most* rows, or be one more."""
+        for batch in self._batches:
+            if batch.owner == new.owner and len(batch.rows) + len(new.rows) <= most:
+                join(batch.cache, new.cache)
+                batch.rows += new.rows
+                batch.lengths += new.lengths
+                return
+        self._batches.append(new)
+
+    def operations(self, start: int, stop: int) -> float:
+        numbers = (self._model.position_bytes or 0) / self._model.dtype.itemsize
+        of_products = 2.0 * numbers * (start + stop) / 2  # more, if heads share keys
+        return (stop - start) * (self._token_operations + of_products)
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        return self._model.reads_in_pieces
+
+    def read(self, prompt: Prompt) -> GenericReader:
+        return GenericReader(self._model, prompt, self.head, self._start)
 
     # -- tokens ------------------------------------------------------------------------------
 
     def advance(
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
-        found = [self._step(adapter, batch, tokens) for adapter, batch in self._batches.items()]
-        rows = [row for batch in self._batches.values() for row in batch.rows]
-        return np.array(rows, np.int64), torch.cat(found)
+        position, most = self._model.position_bytes or 0, None
+        if in_turn:
+            most = max(STEP_BYTES[kind_of(self._model.device)], 2 * self._nbytes)
+        costs = {
+            batch: self._nbytes + len(batch.rows) * (max(batch.lengths) + 1) * position
+            for batch in self._batches
+        }
+        rows = {batch: batch.rows for batch in self._batches}
+        chosen = self._turns.choose(rows, shares, costs, most)
+        found = [self._step(batch, tokens) for batch in chosen]
+        return np.array([row for batch in chosen for row in batch.rows], np.int64), torch.cat(found)
 
-    def _step(self, adapter: Finished | None, batch: _Batch, tokens: Ints) -> Tensor:
+    def _step(self, batch: _Batch, tokens: Ints) -> Tensor:
         """(n, V) logits after one more token of each sequence of a batch."""
         device = self._model.device
         ids = torch.from_numpy(tokens[batch.rows])[:, None].to(device)
@@ -258,25 +329,64 @@ class GenericSampling:
             inputs["attention_mask"] = (at >= longest - lengths[:, None]).long()
         if self._model.adapted.takes_positions:
             inputs["position_ids"] = lengths[:, None]
-        linears = self._matrices.of(adapter, self._batches)
+        linears = self.head(batch.adapter, len(batch.rows))
         with self._model.adapted.using(linears):
             hidden = self._model.hidden(ids, **inputs)
         batch.lengths = [length + 1 for length in batch.lengths]
         return head_logits(linears, hidden[:, -1], self._model.logit_cap)
 
     def remove(self, row: int) -> None:
-        for adapter, batch in self._batches.items():
+        for batch in self._batches:
             if row not in batch.rows:
                 continue
             kept = [i for i, other in enumerate(batch.rows) if other != row]
             if not kept:
-                del self._batches[adapter]
+                self._batches.remove(batch)
                 return
             before = max(batch.lengths)
             batch.rows = [batch.rows[i] for i in kept]
             batch.lengths = [batch.lengths[i] for i in kept]
             select(batch.cache, kept, self._model.device, unused=before - max(batch.lengths))
             return
+
+
+class GenericReader:
+    """A prompt computed in pieces, with its cache so far. Implements `PromptReader`.
+
+    Args:
+        linears: (adapter, rows) -> the matrices with it.
+        start: makes the sequences of prompts join those that run, with a cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        linears: Callable[[Finished | None, int], MixedLinears],
+        start: Callable[[Sequence[Prompt], Any], None],
+    ) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._linears = linears
+        self._start = start
+        self._cache = new_cache(model.adapted.model)
+        self._done = 0
+
+    def read(self, count: int) -> Tensor:
+        stop = self._done + count
+        ids = torch.from_numpy(self._prompt.tokens[self._done : stop]).long()[None]
+        inputs: dict[str, Any] = {"past_key_values": self._cache, "use_cache": True}
+        if self._model.adapted.takes_positions:
+            inputs["position_ids"] = torch.arange(self._done, stop, device=self._model.device)[None]
+        with self._model.adapted.using(self._linears(self._prompt.adapter, count)):
+            hidden = self._model.hidden(ids.to(self._model.device), **inputs)[0]
+        self._done, self._last = stop, hidden[-1:]
+        return hidden
+
+    def finish(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        self._start([attrs.evolve(self._prompt, rows=rows)], self._cache)
+        head = self._linears(self._prompt.adapter, 1)
+        return head_logits(head, self._last, self._model.logit_cap)[0]
 
 
 # -- the cache of transformers --------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""How much one sampling step does, and whose turn it is where there is more to do.
+
+Whoever asks for something waits for the step that is running, so steps are kept short. Does not
+know what is computed; a share is whatever users share by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import attrs
+
+from tinkex.engine.linears import Linear
+
+#: Keys and values, in bytes, that a step reads at most where samples take turns. Not less than
+#: twice the base model, which is read in every step.
+STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
+
+#: Floating-point operations of a step: a tenth of a second of two CPU cores.
+STEP_OPERATIONS = {"cpu": 16e9, "cuda": 8e12}
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+def matrix_operations(linears: Mapping[str, Linear]) -> float:
+    """Floating-point operations of one token in a model's matrices, the head's left out."""
+    sizes = {key: linear.weight.numel() for key, linear in linears.items()}
+    return 2.0 * (sum(sizes.values()) - sizes["head"])
+
+
+@attrs.define
+class Turns(Generic[Item]):
+    """Takes turns among items, each of which has samples that advance together."""
+
+    _last: dict[Item, int] = attrs.field(factory=dict, init=False)  # step that advanced each
+    _tokens: dict[Hashable, int] = attrs.field(factory=dict, init=False)  # of each share, so far
+    _step: int = attrs.field(default=0, init=False)
+
+    def choose(
+        self,
+        rows: Mapping[Item, Sequence[int]],
+        shares: Mapping[int, Hashable],
+        costs: Mapping[Item, float],
+        most: float | None,
+    ) -> list[Item]:
+        """The items that a step advances: all, or as many as may cost *most*.
+
+        First comes the one with samples of the share that has got the fewest tokens, and among
+        these the one that has waited longest. The one that has waited longest of all is never left
+        out.
+
+        Args:
+            rows: the samples of each item, one at least.
+            shares: of each sample.
+            most: None if all are to advance.
+        """
+        self._last = {item: self._last.get(item, 0) for item in rows}
+        self._forget_shares({shares[row] for own in rows.values() for row in own})
+        chosen = list(rows)
+        if most is not None and sum(costs.values()) > most:
+            tokens = {item: min(self._tokens[shares[row]] for row in rows[item]) for item in rows}
+            chosen = self._in_turn(tokens, costs, most)
+        self._step += 1
+        for item in chosen:
+            self._last[item] = self._step
+            for row in rows[item]:
+                self._tokens[shares[row]] += 1
+        return chosen
+
+    def _in_turn(
+        self, tokens: Mapping[Item, int], costs: Mapping[Item, float], most: float
+    ) -> list[Item]:
+        """Items for *most*, the one with the fewest *tokens* first."""
+        first, *others = sorted(tokens, key=lambda item: (tokens[item], self._last[item]))
+        oldest = min(tokens, key=lambda item: self._last[item])
+        chosen = list(dict.fromkeys([first, oldest]))
+        room = most - sum(costs[item] for item in chosen)
+        for item in others:
+            room -= 0 if item in chosen else costs[item]
+            if room < 0:
+                break
+            if item not in chosen:
+                chosen.append(item)
+        return chosen
+
+    def _forget_shares(self, present: set[Hashable]) -> None:
+        """Count for *present* alone; who joins starts with the count of the one with the fewest."""
+        kept = {share: count for share, count in self._tokens.items() if share in present}
+        fewest = min(kept.values(), default=0)
+        self._tokens = {share: kept.get(share, fewest) for share in present}
