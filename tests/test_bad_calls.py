@@ -640,7 +640,7 @@ START = [
     (lambda: TrainingClient.start("tiny", base_url="x"), ValueError, "'x'", "http://127.0.0.1"),
     (lambda: TrainingClient.spec(), ValueError, "base_model is required"),
     (lambda: TrainingClient.spec("m", api_key="k"), ValueError, "api_key", "TINKER_API_KEY"),
-    (lambda: TrainingClient.spec("m", rank=8), TypeError, "rank is no option"),
+    (lambda: TrainingClient.spec("m", rank=8), TypeError, "rank is not an option"),
     (lambda: tinkex.ServiceClient("nowhere"), ValueError, "'nowhere'", "http://127.0.0.1"),
     (lambda: tinkex.ServiceClient(user_metadata=5), TypeError, "user_metadata", "5"),
     (lambda: tinkex.ServiceClient(user_metadata={"a": {1}}), ValueError, "user_metadata", "JSON"),

@@ -1156,7 +1156,7 @@ def test_a_spec_is_a_recipe_for_a_supervisor(server, monkeypatch):
 def test_a_spec_holds_no_secret_and_nothing_that_cannot_travel():
     with pytest.raises(ValueError, match="takes no api_key; set TINKER_API_KEY where"):
         TrainingClient.spec("tiny", api_key="tml-secret")
-    with pytest.raises(TypeError, match="learning_rate is no option of"):
+    with pytest.raises(TypeError, match="learning_rate is not an option of"):
         TrainingClient.spec("tiny", learning_rate=1)
     with pytest.raises(ValueError, match="cannot be pickled"):
         TrainingClient.spec("tiny", queue_state_observer=lambda *state: None)
@@ -1544,7 +1544,7 @@ def test_after_a_fork_the_child_does_not_wait_for_its_parent_s_results():
                     try:
                         wait()
                     except RuntimeError as exc:
-                        print("is a fork: its result arrives there alone" in str(exc))
+                        print("is a fork of it and cannot receive the result" in str(exc))
                 sys.stdout.flush()
                 os._exit(0)
             print(os.waitpid(pid, 0)[1])

@@ -422,7 +422,7 @@ def run_credential_cmd(command: str) -> str:
     try:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as exc:
-        raise ValueError("TINKER_CREDENTIAL_CMD did not end within 60 s.") from exc
+        raise ValueError("TINKER_CREDENTIAL_CMD did not finish within 60 s.") from exc
     if done.returncode != 0 or not done.stdout.strip():
         raise ValueError(
             f"TINKER_CREDENTIAL_CMD ended with status {done.returncode} and "

@@ -232,9 +232,9 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         """In a forked child nothing resolves the futures of its parent: waiting would not end."""
         if not self.done() and os.getpid() != self._pid:
             raise RuntimeError(
-                f"{self.what} was started by process {self._pid}, of which this one "
-                f"({os.getpid()}) is a fork: its result arrives there alone. Call result() before "
-                "the fork, or submit the operation with a new client here."
+                f"{self.what} was submitted by process {self._pid}; this process ({os.getpid()}) "
+                "is a fork of it and cannot receive the result. Call result() before the fork, or "
+                "submit the operation with a new client here."
             )
 
     def _not_done(self, timeout: float | None) -> TimeoutError:

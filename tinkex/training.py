@@ -199,7 +199,7 @@ class TrainingClient(types.Ready):
         for name, value in options.items():
             if name not in known:
                 raise TypeError(
-                    f"{name} is no option of TrainingClient.start ({', '.join(known)})."
+                    f"{name} is not an option of TrainingClient.start ({', '.join(known)})."
                 )
             _check_picklable(name, value)
         return ClientSpec({"base_model": base_model, **options})
@@ -712,7 +712,7 @@ class TrainingClient(types.Ready):
             load_fun, info_fun: other names of the two.
 
         Raises:
-            TypeError: If one of them is no function, or is given under both names.
+            TypeError: If one of them is not a function, or is given under both names.
             TokenizerError: If it cannot be loaded; says what was tried.
         """
         from tinkex.text import tokenizer  # only here: many scripts send tokens

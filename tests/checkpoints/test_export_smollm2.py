@@ -33,7 +33,7 @@ for text in json.load(sys.stdin):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A run that learnt to write sentences as JSON; prompts; its answers; the right ones."""
+    """A run that learned to write sentences as JSON; prompts; its answers; the right ones."""
     folder = tmp_path_factory.mktemp("tuned")
     pairs = list(people(TRAINED + ASKED, seed=0))
     with pytest.MonkeyPatch.context() as patch:

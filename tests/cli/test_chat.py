@@ -111,8 +111,8 @@ def test_compare_asks_both_models_the_same(chat, service):
     "line, said",
     [
         ("/nothing", "there is no command /nothing"),
-        ("/temperature hot", "must be a number from 0, got 'hot'"),
-        ("/temperature -1", "must be a number from 0"),
+        ("/temperature hot", "must be a number of at least 0, got 'hot'"),
+        ("/temperature -1", "must be a number of at least 0"),
         ("/save", "name a file"),
         ("/save x", "nothing was said yet"),
         ("/compare", "nothing was asked yet"),

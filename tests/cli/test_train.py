@@ -60,7 +60,7 @@ def test_bad_lines_can_be_skipped_and_are_counted(train, data, capsys):
     data.write_text(data.read_text() + '\n{"text": ""}')
 
     assert 0 == train("--skip-bad-lines")
-    assert "1 bad lines left out" in capsys.readouterr().err
+    assert "1 bad lines omitted" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_an_error(service, tmp_path, capsys):

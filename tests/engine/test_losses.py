@@ -236,7 +236,7 @@ def test_clip_bounds_may_come_token_by_token(trained):
         ("ppo", {"clip_low": 0.8}, "ppo has no setting 'clip_low'; it takes clip_low_threshold"),
         ("cross_entropy", {"beta": 1.0}, "it takes none"),
         ("trinity_ppo", None, "trinity_ppo needs the setting 'num_total_datums': how many datums"),
-        ("trinity_ppo", {"num_total_datums": 1.5}, "must be a whole number from 1, got 1.5"),
+        ("trinity_ppo", {"num_total_datums": 1.5}, "must be a whole number of at least 1, got 1.5"),
         ("trinity_ppo", {"num_total_datums": 2, "clip_range": 1}, "clip_range must be from 0 to"),
         ("stable_reinforce", None, "its formula is not published; choose one of cross_entropy"),
         ("rl", None, "loss_fn 'rl' is not known"),

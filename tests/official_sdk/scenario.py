@@ -230,7 +230,7 @@ def forward(world):
     done(looked.forward_backward([example()], "cross_entropy"))
     score(looked, other())
     done(looked.optim_step(ADAM))
-    check((score(plain) == score(looked)).all(), "a forward pass changed what was learnt")
+    check((score(plain) == score(looked)).all(), "a forward pass changed what was learned")
 
 
 @feature("forward_backward: one datum")
@@ -274,7 +274,7 @@ def policy_loss(world, name, formula, **config):
     close(expected, output.metrics["loss:sum"], f"{name}: numpy's loss and the server's")
     close(lp, logprobs(output), "log-probabilities")
     done(training.optim_step(ADAM))
-    check(abs(score(training) - lp).max() > 1e-4, "nothing was learnt")
+    check(abs(score(training) - lp).max() > 1e-4, "nothing was learned")
 
 
 @feature("loss cross_entropy, several targets per position")
@@ -346,7 +346,7 @@ def custom_loss(world):
     done(ours.optim_step(ADAM))
     step(theirs)
     check("mine" in output.metrics, f"the user's metric is missing: {output.metrics}")
-    close(score(theirs), score(ours), "weights learnt by the two ways", 1e-3)
+    close(score(theirs), score(ours), "weights learned by the two ways", 1e-3)
 
 
 @feature("create_custom_loss (traced, run by the client)")
@@ -392,7 +392,7 @@ def accumulation(world):
     done(apart.optim_step(ADAM))
     done(together.forward_backward([example(), other()], "cross_entropy"))
     done(together.optim_step(ADAM))
-    close(score(together), score(apart), "weights learnt by the two ways", 1e-3)
+    close(score(together), score(apart), "weights learned by the two ways", 1e-3)
 
 
 @feature("pipelined steps")

@@ -94,7 +94,9 @@ def test_what_is_no_callback_is_named():
     class Typo:
         def on_stpe(self, run, row): ...
 
-    with pytest.raises(TypeError, match="Typo has on_stpe, which is no event; did you mean on_st"):
+    with pytest.raises(
+        TypeError, match="Typo has on_stpe, which is not an event; did you mean on_st"
+    ):
         Callbacks([Typo()])
     with pytest.raises(TypeError, match="got the class Recording; write Recording"):
         Callbacks([Recording])

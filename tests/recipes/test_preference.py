@@ -58,6 +58,6 @@ def test_settings_that_make_no_sense_are_refused(options, given, problem):
 
 
 def test_data_of_another_method_is_refused_and_nothing_is_trained(options):
-    with pytest.raises(ValueError, match=r"row 1 of the data is no preference pair|line 1 of"):
+    with pytest.raises(ValueError, match=r"row 1 of the data is not a preference pair|line 1 of"):
         tinkex.preference.dpo([{"prompt": "a", "completion": "b"}], "fake", **options)
     assert not options["service"].created

@@ -240,8 +240,8 @@ def test_callbacks_see_saves_and_restarts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be a whole number from 1, got 0"),
-        ({"restarts": True}, "restarts must be a whole number from 1"),
+        ({"every": 0}, "every must be a whole number of at least 1, got 0"),
+        ({"restarts": True}, "restarts must be a whole number of at least 1"),
         ({"callbacks": [tinkex.Callback()]}, "callbacks need a run to report"),
     ],
 )

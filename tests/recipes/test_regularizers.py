@@ -189,7 +189,7 @@ def test_a_sum_has_metrics_of_each_part():
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (lambda: regularizers.l1(-1.0), "weight of 'l1' must be a number from 0, got -1.0"),
+        (lambda: regularizers.l1(-1.0), "weight of 'l1' must be a number of at least 0, got -1.0"),
         (lambda: regularizers.l1(name=""), "name must be a text that is not empty"),
         (lambda: regularizers.kl(direction="up"), 'direction must be "forward" or "reverse"'),
         (lambda: regularizers.entropy(mode="x"), 'mode must be "maximize" or "minimize"'),
@@ -200,7 +200,7 @@ def test_a_sum_has_metrics_of_each_part():
         ),
         (
             lambda: regularizers.of_model(None)(datums(), []),
-            r"targets of data\[0\] are not its tokens moved by one",
+            r"targets of data\[0\] are not its tokens shifted by one",
         ),
         (lambda: regularizers.elastic_net(l1_ratio=2), "l1_ratio must be from 0 to 1"),
         (

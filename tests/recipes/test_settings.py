@@ -10,16 +10,16 @@ from tinkex.recipes.settings import Settings
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rank": 0}, "rank must be a whole number from 1, got 0"),
-        ({"batch_size": "8"}, "batch_size must be a whole number from 1, got '8'"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"batch_size": "8"}, "batch_size must be a whole number of at least 1, got '8'"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"eval_fraction": 1}, "eval_fraction must be from 0 to below 1"),
         ({"beta2": 1.0}, "beta2 must be from 0 to below 1, got 1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, got nan"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0, got nan"),
         ({"learning_rate": "1e-4"}, "learning_rate must be above 0 and at most 1, got '1e-4'"),
         ({"schedule": "cosin"}, "schedule must be constant or linear or cosine, got 'cosin'"),
-        ({"patience": 0}, "patience must be a whole number from 1, got 0"),
-        ({"keep": 1.5}, "keep must be a whole number from 1"),
+        ({"patience": 0}, "patience must be a whole number of at least 1, got 0"),
+        ({"keep": 1.5}, "keep must be a whole number of at least 1"),
         ({"prompts": "text"}, "prompts must be a list of texts"),
     ],
 )

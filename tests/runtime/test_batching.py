@@ -125,7 +125,9 @@ def test_outputs_of_different_types_are_joined_with_a_warning(caplog):
     joined = join([output({}, 1, kind="A"), output({}, 2, kind="B"), output({}, 3, kind="A")])
 
     assert "A" == joined.loss_fn_output_type
-    assert ["the batches came back as different types, ['A', 'B']; using A"] == caplog.messages
+    assert [
+        "the parts of a batch have different loss_fn_output_type: ['A', 'B']; using A"
+    ] == caplog.messages
 
 
 @pytest.mark.parametrize(

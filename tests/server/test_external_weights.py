@@ -113,7 +113,7 @@ def test_an_ssh_key_is_a_reader_too():
 @pytest.mark.parametrize("key", ["age1nokey", "ssh-ed25519 AAAA", "age1" + "q" * 58])
 def test_a_wrong_key_is_refused_before_anything_is_saved(training, rest, key):
     """The number of the refused operation is used up, and the model trains on."""
-    with pytest.raises(errors.TinkexError, match="is no public key of age or SSH"):
+    with pytest.raises(errors.TinkexError, match="is not a public key of age or SSH"):
         training.save_weights_external("never", None, [key]).result()
     with pytest.raises(errors.NotFoundError):
         rest.get_external_weights_urls(f"tinker://{training.model_id}/external_weights/never")
@@ -126,8 +126,8 @@ def test_a_wrong_key_is_refused_before_anything_is_saved(training, rest, key):
         ([], "1 to 10"),
         (["age1x"] * 11, "got 11"),
         ("age1x", "a list of str"),
-        (["pgp"], "'pgp', which is no public key"),
-        ([5], "5, which is no public key"),
+        (["pgp"], "'pgp', which is not a public key"),
+        ([5], "5, which is not a public key"),
     ],
 )
 def test_recipients_that_cannot_be_are_refused_by_the_call(training, recipients, match):

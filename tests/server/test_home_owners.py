@@ -79,7 +79,7 @@ def test_work_of_a_key_without_a_name_can_be_adopted_on_the_command_line(serve, 
 @pytest.mark.parametrize("name", ["key-0123", "a/b", "", "-x", "a" * 65, "ä", "a b"])
 def test_names_that_could_be_taken_for_something_else_are_refused(serve, tmp_path, name):
     serve().client.session()
-    with pytest.raises(HomeError, match="is no name of a user"):
+    with pytest.raises(HomeError, match="is not a valid user name"):
         adopt(tmp_path / "home", "local", name)
     with pytest.raises(HomeError, match="12 hexadecimal digits"):
         revoke(tmp_path / "home", key_id=name or "x")

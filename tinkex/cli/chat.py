@@ -223,7 +223,7 @@ def _temperature(conversation: Conversation, text: str) -> None:
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
-            raise ValueError(f"the temperature must be a number from 0, got {text!r}.")
+            raise ValueError(f"the temperature must be a number of at least 0, got {text!r}.")
         conversation.settings.temperature = value
     click.echo(f"The temperature is {conversation.settings.temperature:g}.", err=True)
 

@@ -64,7 +64,7 @@ def check(sources: tuple[str, ...], **options: Any) -> int:
     formatting.say(f"examples      {len(rendered.examples)}")
     if rendered.split:
         formatting.say(f"              {rendered.split} conversations became several")
-    formatting.say(f"left out      {rendered.dropped} of which nothing is learned")
+    formatting.say(f"omitted       {rendered.dropped} of which nothing is learned")
     same = len(file.records) - len({repr(record) for record in file.records})
     formatting.say(f"duplicates    {same}")
     formatting.say(f"cut off       {rendered.truncated} at {options['max_length']} tokens")
@@ -73,7 +73,7 @@ def check(sources: tuple[str, ...], **options: Any) -> int:
     share = f" ({counted / total:.0%})" if total else ""
     formatting.say(f"tokens        {total:,}, of which {counted:,.0f} are learned{share}")
     if rendered.examples:
-        formatting.say("\nTokens an example")
+        formatting.say("\nTokens per example")
         for line in histogram([len(example.tokens) for example in rendered.examples]):
             formatting.say(line)
     if bad:

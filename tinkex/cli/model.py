@@ -217,7 +217,7 @@ def _directory(name: str, place: Path) -> Row:
 
 
 def _computed_by(content: Mapping[str, Any]) -> str:
-    """The path that computes a model with this config.json; "-" if it is no causal one."""
+    """The path that computes a model with this config.json; "-" if it is not a causal model."""
     from tinkex.engine.families import FAMILIES
 
     if content.get("model_type") in FAMILIES:

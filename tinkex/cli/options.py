@@ -215,7 +215,7 @@ data_options = together(
         "--train-on",
         click.Choice(["assistant", "last", "all"]),
         "assistant",
-        "What is learnt of a conversation: all messages of the assistant, the last one, or every "
+        "What is learned of a conversation: all messages of the assistant, the last one, or every "
         "token.",
     ),
     option(
@@ -232,7 +232,7 @@ data_options = together(
     ),
 )
 
-#: What is learnt: the method, and the settings of preference methods.
+#: What is learned: the method, and the settings of preference methods.
 method_options = together(
     option(
         "--method",

@@ -56,8 +56,8 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
     show_default=True,
     envvar="TINKEX_DEVICE",
     show_envvar=True,
-    help="What computes: auto (an NVIDIA GPU if there is one, else the CPU), cpu, cuda, cuda:1 or "
-    "mps. Only the CPU has been measured.",
+    help="Device that computes: auto (an NVIDIA GPU if there is one, else the CPU), cpu, cuda, "
+    "cuda:1 or mps. Only the CPU has been measured.",
 )
 @dtype_option(
     "Number type of base weights. auto is float32 on a CPU and bfloat16 on an accelerator; "
@@ -93,8 +93,8 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
     "--drain",
     type=click.FloatRange(0),
     metavar="SECONDS",
-    help="After SIGTERM, finish what was accepted for so long, and accept nothing new. Default: 0; "
-    "with a fixed port, what is left continues after a restart.",
+    help="After SIGTERM, accept nothing new and work for up to this time on what was accepted. "
+    "Default: 0; with a fixed port, what is left continues after a restart.",
 )
 @click.option(
     "--ssl-certfile",
@@ -110,7 +110,7 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
     "--session-timeout",
     type=click.FloatRange(min=1),
     metavar="SECONDS",
-    help="End a session from which nothing was heard for this time, and free its models. Default: "
+    help="End a session whose client has been silent for this time, and free its models. Default: "
     "900; clients send a heartbeat every 10 seconds.",
 )
 @click.option("--announce", type=click.Path(path_type=Path), hidden=True)

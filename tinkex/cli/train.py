@@ -176,7 +176,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
     "--prompts",
     type=Prompts(),
     metavar="FILE",
-    help="Sample from the model as training goes: a prompt a line, or JSON lines with prompt.",
+    help="Sample from the model during training: one prompt per line, or JSON lines with prompt.",
 )
 @click.option(
     "--generate-every",

@@ -179,7 +179,7 @@ def bad_names(ctx: Context) -> None:
                 raise Broken(f"{name!r} returned {ended.failure}")
 
 
-@CHECKS.rule("weights_info tells what a checkpoint is of")
+@CHECKS.rule("weights_info describes the checkpoint")
 def weights_info(ctx: Context) -> None:
     """weights_info returns base model and rank, from which clients create the model to load
     into."""

@@ -39,7 +39,7 @@ def model_ids(ctx: Context) -> None:
             raise Broken(f"it is {made.model_id!r}")
 
 
-@CHECKS.rule("chunks that arrive 2, 3, 4, 1 all count")
+@CHECKS.rule("requests that arrive 2, 3, 4, 1 all count")
 def chunks_out_of_order(ctx: Context) -> None:
     """The official SDK sends the chunks of a large batch concurrently and the first one last; the
     server holds those that arrive early. TuFT 0.2.2 refuses these with 409."""

@@ -145,7 +145,7 @@ def greedy(ctx: Context) -> None:
                      f"({first.logprobs[0]:.3f})")  # fmt: skip
 
 
-@CHECKS.rule("senseless arguments are refused")
+@CHECKS.rule("invalid arguments are refused")
 def senseless(ctx: Context) -> None:
     """num_samples 0, a negative temperature and the like fail with a message, at once or later, and
     an adapter of rank one billion is refused."""
@@ -173,7 +173,7 @@ def _continuation(ctx: Context, **params: Any) -> types.SampledSequence:
     return sequence
 
 
-@CHECKS.rule("a token ends a sample")
+@CHECKS.rule("a stop token ends a sample")
 def stop_token(ctx: Context) -> None:
     """stop may be a list of token ids; the stop token is the last one of the sample."""
     free = [int(t) for t in _continuation(ctx).tokens]
@@ -189,7 +189,7 @@ def stop_token(ctx: Context) -> None:
         raise Broken(f"stop_reason is {stopped.stop_reason!r}")
 
 
-@CHECKS.rule("a text ends a sample")
+@CHECKS.rule("a stop string ends a sample")
 def stop_text(ctx: Context) -> str:
     """stop may be a string or a list of strings. SkyRL accepts only the list."""
     for form in ("no such text \u2603", ["no such text \u2603"]):
@@ -225,7 +225,7 @@ def _tokenizer_of_model(ctx: Context) -> str | None:
         return wire.from_json(types.GetInfoResponse, answer.json()).model_data.tokenizer_id
 
 
-@CHECKS.rule("stop=null and stop=[] are taken")
+@CHECKS.rule("stop=null and stop=[] are accepted")
 def stop_nothing(ctx: Context) -> None:
     """null: only the end of text stops a sample. []: nothing does, so it reaches max_tokens."""
     forms: tuple[list[str] | None, ...] = (None, [])
@@ -311,7 +311,7 @@ def unnamed(ctx: Context) -> None:
         Sampler(ctx.client, saved.sampling_session_id).sample(TOKENS)
 
 
-@CHECKS.rule("clones of a sampler get numbers of their own")
+@CHECKS.rule("clones of a sampler are numbered separately")
 def join(ctx: Context) -> None:
     """join_sampling_session gives each clone of a sampling client its own number, from 1."""
     payload = {"sampling_session_id": ctx.sampler.sampler_id, "type": "join_sampling_session"}

@@ -96,7 +96,7 @@ def accumulation(ctx: Context) -> str:
         return f"{first:.2f}, {last:.2f}, {both:.2f}"
 
 
-@CHECKS.rule("a step uses its gradients up")
+@CHECKS.rule("a step clears the gradients")
 def step_clears(ctx: Context) -> None:
     """A step clears the gradients, so that the next step does not apply them again."""
     with ctx.model() as model:
@@ -197,7 +197,7 @@ def too_large(ctx: Context) -> str:
     return str(answer.status)
 
 
-@CHECKS.rule("log-probabilities come for weight 0, too")
+@CHECKS.rule("log-probabilities are returned for weight 0, too")
 def masked(ctx: Context) -> None:
     """A custom loss computes its forward pass with weights of 0 and needs every log-probability."""
     with ctx.model() as model:

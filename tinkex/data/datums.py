@@ -52,7 +52,7 @@ class Example:
         return types.ModelInput.from_ints(self.tokens[: self.prompt_length])
 
     def datum(self, scale: float = 1.0) -> types.Datum:
-        """Targets are the tokens moved by one; each counted one weighs *scale*."""
+        """Targets are the tokens shifted by one; each counted one weighs *scale*."""
         return types.Datum(
             model_input=types.ModelInput.from_ints(self.tokens[:-1]),
             loss_fn_inputs={

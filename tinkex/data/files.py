@@ -39,7 +39,7 @@ _Rows = Iterator[tuple[str, Union[dict[str, Any], ValueError]]]
 
 @attrs.frozen
 class BadLine:
-    """A row that is no record: where it stands ("line 3"), and the reason."""
+    """A row that is not a record: where it stands ("line 3"), and the reason."""
 
     where: str
     reason: str

@@ -67,7 +67,7 @@ class Tokens:
 
     Attributes:
         tokens: at least two.
-        weights: of the loss, one a token; the first does not count: nothing comes before it.
+        weights: of the loss, one per token; the first does not count: nothing comes before it.
     """
 
     tokens: tuple[int, ...]
@@ -280,9 +280,9 @@ def _parse_completion(row: Mapping[str, Any]) -> Chat | Completion:
         before = _messages(_as_turns(prompt, "user"), "prompt")
         after = _messages(_as_turns(completion, "assistant"), "completion")
         # Only the completion counts, whoever spoke in the prompt.
-        unlearnt = tuple({**message, "trainable": False} for message in before)
+        not_learned = tuple({**message, "trainable": False} for message in before)
         _check_something_is_said(after)
-        return Chat((*unlearnt, *after), _tools(row.get("tools")))
+        return Chat((*not_learned, *after), _tools(row.get("tools")))
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
             raise ValueError(f"{key} must be a string, got {kind_of(row[key])}")
@@ -312,7 +312,7 @@ def _parse_tokens(row: Mapping[str, Any]) -> Tokens:
         or len(weights) != len(tokens)
         or not all(type(w) in (int, float) and math.isfinite(w) for w in weights)
     ):
-        raise ValueError(f"weights must be a list of {len(tokens)} numbers, one a token")
+        raise ValueError(f"weights must be a list of {len(tokens)} numbers, one per token")
     return Tokens(tuple(tokens), (0.0, *map(float, weights[1:])))
 
 

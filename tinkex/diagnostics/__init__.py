@@ -39,7 +39,7 @@ def examine(
     elif base_model is not None:
         raise ValueError(
             f"base_model={base_model!r} is examined on this machine only, but a server is named; "
-            "leave out its URL (TINKER_BASE_URL) and key, or run this on the server's machine."
+            "omit its URL (TINKER_BASE_URL) and key, or run this on the server's machine."
         )
     else:
         yield from _examine_server(base_url, api_key, limits)

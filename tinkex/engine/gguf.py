@@ -84,7 +84,7 @@ GEMMA3_LARGEST = 62
 #: A failure of the system in an error message of safetensors.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
-#: Factors on the rotary frequencies (Llama 3's), which are no weights of the model.
+#: Factors on the rotary frequencies (Llama 3's), which are not weights of the model.
 _ROPE_FACTORS = "rope_freqs.weight"
 
 

@@ -188,7 +188,7 @@ def _add_tensor(
     elif kind == "Q8_0" and values.shape[-1] % 32 == 0:
         number = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(theirs, gguf.quantize(values, number), raw_dtype=number)
-    else:  # a row that is no multiple of a block stays F16
+    else:  # a row that is not a multiple of a block stays F16
         writer.add_tensor(theirs, values.astype(np.float16))
 
 

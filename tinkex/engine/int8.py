@@ -59,8 +59,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None
 
 
 def _find_few_rows() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """torch's product of a few bfloat16 rows; None where it is missing, as it is no public part of
-    torch, or wrong."""
+    """torch's product of a few bfloat16 rows; None where it is missing (not public) or wrong."""
     try:
         multiply: Callable[[Tensor, Tensor, Tensor], Tensor]
         multiply = torch.ops.aten._weight_int8pack_mm.default

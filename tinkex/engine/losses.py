@@ -223,7 +223,9 @@ def complete_config(
                 "computed; choose a smaller number."
             )
         if accepted[key] is None and not (given[key] >= 1 and given[key].is_integer()):
-            raise ValueError(f"{loss_fn}: {key} must be a whole number from 1, got {given[key]}.")
+            raise ValueError(
+                f"{loss_fn}: {key} must be a whole number of at least 1, got {given[key]}."
+            )
     missing = [key for key, value in accepted.items() if value is None and key not in given]
     if missing:
         raise ValueError(

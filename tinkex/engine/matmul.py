@@ -44,7 +44,7 @@ def _find_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
         x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 1, 8).view(2, 4)
         if not torch.allclose(linear(x, weight, None, "none", [], ""), x @ weight.T):
             return None
-    except (AttributeError, RuntimeError, TypeError):  # it is no public part of torch
+    except (AttributeError, RuntimeError, TypeError):  # it is not a public part of torch
         return None
     return lambda x, weight, bias: linear(x, weight, bias, "none", [], "")
 

@@ -71,7 +71,7 @@ def check_sizes(name: str, config: Mapping[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ValueError(
                 f"base model {name!r} has {field} = {str(value)[:40]} in its configuration; it "
-                f"must be an integer from 1 to {most}. The file is damaged, or no model."
+                f"must be an integer from 1 to {most}. Is the file damaged, or not that of a model?"
             )
 
 
@@ -82,7 +82,7 @@ def check_header(path: Path, size: int) -> None:
         ValueError: If it is beyond the end of the file, or larger than any known model needs.
     """
     if size > min(MOST_HEADER, path.stat().st_size - 8):
-        raise ValueError(f"its header is said to have {size:,} bytes")
+        raise ValueError(f"its header claims {size:,} bytes")
 
 
 def check_names(index: Path, names: Iterable[object]) -> None:

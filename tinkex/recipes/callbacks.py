@@ -169,7 +169,7 @@ def check(callback: Any) -> None:
         if name not in EVENTS and callable(getattr(callback, name)):
             near = difflib.get_close_matches(name, EVENTS, 1)
             hint = f"; did you mean {near[0]}?" if near else f". Events: {', '.join(EVENTS)}."
-            raise TypeError(f"{type(callback).__name__} has {name}, which is no event{hint}")
+            raise TypeError(f"{type(callback).__name__} has {name}, which is not an event{hint}")
     if not named:
         raise TypeError(
             f"a callback needs at least one of {', '.join(EVENTS)}; {callback!r} has none."

@@ -55,7 +55,7 @@ class Recipe:
         function: of the function in Python.
         settings: the class of its settings.
         run: trains; arguments as `supervised.run`.
-        unused: settings that mean nothing to it, and are no options of the command.
+        unused: settings that mean nothing to it, and are not options of the command.
     """
 
     name: str
@@ -298,8 +298,8 @@ def _wanted(
     if state is not None:
         if not isinstance(state.settings, recipe.settings):
             raise UsageError(
-                f"the run to resume has method {state.settings.method}, which is not of "
-                f"tinkex {recipe.name}; start a new run with another --output."
+                f"the run to resume has method {state.settings.method}, which `tinkex "
+                f"{recipe.name}` does not offer; start a new run with a different --output."
             )
         given = {key: value for key, value in given.items() if value is not None}
         return attrs.evolve(state.settings, **given)

@@ -63,8 +63,8 @@ def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
     if is_resumed:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             raise ValueError(
-                f"the data is not that of the run to resume ({path}); give that, or start a new "
-                "run with another --output."
+                f"the data differs from that of the run to resume ({path}); give the same data, or "
+                "start a new run with a different --output."
             )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _row(datum: types.Datum, number: int) -> dict[str, Any]:
     targets = [int(token) for token in inputs["target_tokens"].to_numpy()]
     if len(tokens) != len(targets) or tokens[1:] != targets[:-1]:
         raise ValueError(
-            f"the target_tokens of datum {number} are not its tokens moved by one; train it with "
+            f"the target_tokens of datum {number} are not its tokens shifted by one; train it with "
             "TrainingClient.forward_backward."
         )
     weights = [1.0] * len(targets)
@@ -135,5 +135,5 @@ def read_prompts(path: Path) -> list[str]:
             raise ValueError(f'{path} line {number} has no "prompt" that is a string.')
         found.append(value["prompt"])
     if not found:
-        raise ValueError(f"{path} has no prompts; write one a line.")
+        raise ValueError(f"{path} has no prompts; write one per line.")
     return found

@@ -452,7 +452,9 @@ class Loop:
             self.training.load_state(best["path"]).result()
         saved = self.training.save_weights_for_sampler("final").result()
         if saved.path is None:
-            raise errors.APIResponseValidationError("the server did not say where it saved to.")
+            raise errors.APIResponseValidationError(
+                "the server's answer to a save contains no path."
+            )
         after: list[str] = []
         if self.objective.shown:
             sampler = self.service.create_sampling_client(model_path=saved.path)

@@ -72,7 +72,7 @@ class _Part:
     gap: Floats | None
 
     def datum(self, loss: str) -> types.Datum:
-        """Inputs and targets moved by one, for the policy losses."""
+        """Inputs and targets shifted by one, for the policy losses."""
         inputs: dict[str, Any] = {
             "target_tokens": self.trace.tokens[1:],
             "logprobs": self.trace.logprobs[1:],

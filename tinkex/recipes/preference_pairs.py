@@ -48,14 +48,14 @@ def as_conversations(data: files.DataFile, method: str) -> files.DataFile:
     """Each pair as two conversations, the chosen one first, of which only the answers count.
 
     Raises:
-        ValueError: If a record is no preference pair; names the record and the method.
+        ValueError: If a record is not a preference pair; names the record and the method.
     """
     chats: list[records.Record] = []
     for number, record in enumerate(data.records):
         if not isinstance(record, records.Preference):
             where = record.where or f"record {number}"
             raise ValueError(
-                f"{where} of {data.name} is no preference pair, and --method {method} learns from "
+                f"{where} of {data.name} is not a preference pair; --method {method} learns from "
                 'rows with "chosen" and "rejected" (and "prompt"); for other data use --method sft.'
             )
         # Only the answer counts, whoever speaks in the prompt.

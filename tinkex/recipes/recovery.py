@@ -125,7 +125,7 @@ def keep_alive(
     """
     for name, value in (("every", every), ("restarts", restarts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     if callbacks and run is None:
         raise ValueError("callbacks need a run to report; give its folder as run.")
     folder = None if run is None else run.folder if isinstance(run, Run) else Path(run)

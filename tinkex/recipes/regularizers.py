@@ -54,7 +54,7 @@ class Regularizer:
             raise TypeError(f"penalty must be a function (data, logprobs), got {self.penalty!r}.")
         if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < math.inf:
             raise ValueError(
-                f"weight of {self.name!r} must be a number from 0, got {self.weight!r}."
+                f"weight of {self.name!r} must be a number of at least 0, got {self.weight!r}."
             )
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name must be a text that is not empty, got {self.name!r}.")
@@ -354,7 +354,7 @@ def of_model(sampler: SamplingClient) -> Callable[..., list[Any]]:
 
     Returns:
         A function of (data, logprobs) that returns log-probabilities of the targets of each datum.
-        It raises ValueError if targets are not the tokens moved by one.
+        It raises ValueError if targets are not the tokens shifted by one.
     """
     known: WeakKeyDictionary[types.Datum, Any] = WeakKeyDictionary()
 
@@ -377,8 +377,8 @@ def _sequence(datum: types.Datum, number: int) -> list[int]:
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
     if targets.shape != (len(tokens),) or targets[:-1].tolist() != tokens[1:]:
         raise ValueError(
-            f"the targets of data[{number}] are not its tokens moved by one, so that another model "
-            "cannot be asked about them; give reference log-probabilities as arrays."
+            f"the targets of data[{number}] are not its tokens shifted by one, so another model "
+            "cannot score them; give reference log-probabilities as arrays."
         )
     return [*tokens, int(targets[-1])]
 

@@ -233,7 +233,7 @@ def run(
     state = supervised.begun(settings, state, data, eval_data)
     complete = state.settings
     if not isinstance(complete, RewardSettings):
-        raise ValueError(f"the run to resume has method {complete.method}.")
+        raise ValueError(f"the run to resume has method {complete.method}, not rl or distill.")
     tasks, held_out = _tasks(data, eval_data, complete)
     folder.mkdir(parents=True, exist_ok=True)
     save_state(folder, state)

@@ -39,10 +39,12 @@ def load(spec: str) -> Callable[..., Any]:
     if not colon or not path or not name.isidentifier():
         raise ValueError(f"{spec!r} names no function; write it like my_rewards.py:score.")
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there; {spec!r} must name a Python file and a function.")
+        raise ValueError(
+            f"there is no file {path}; {spec!r} must name a Python file and a function."
+        )
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"{path} is no Python file: its name must end in .py.")
+        raise ValueError(f"{path} is not a Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
     sys.path.insert(0, str(Path(path).resolve().parent))  # so that it can import its neighbours
     try:
@@ -87,7 +89,7 @@ def as_score(value: Any) -> Score:
     for key, number in values.items():
         if not isinstance(number, numbers.Real) or not math.isfinite(number):
             what = "" if key == "reward" else f" for {key!r}"
-            raise ValueError(f"{number!r}{what}, which is no finite number")
+            raise ValueError(f"{number!r}{what}, which is not a finite number")
     found = {str(key): float(number) for key, number in values.items()}
     return Score(found.pop("reward"), found)
 

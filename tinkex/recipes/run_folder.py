@@ -203,7 +203,7 @@ def load_state(folder: Path) -> State | None:
     except (ValueError, TypeError, KeyError) as exc:
         raise ValueError(
             f"{path} is not a run's state that this version of tinkex can read ({exc}); "
-            "use another --output, or remove it to start again."
+            "use a different --output, or remove it to start again."
         ) from exc
 
 
@@ -244,7 +244,7 @@ def check_same(
             flag = f"--{field.name.replace('_', '-')}"
             raise ValueError(
                 f"{_FLAGS.get(field.name, flag)} is {now}, but the run to resume has {was}; "
-                f"omit it, {more}or start a new run with another --output."
+                f"omit it, {more}or start a new run with a different --output."
             )
     for file, path, digest in (
         (data, state.data, state.data_sha256),
@@ -253,7 +253,8 @@ def check_same(
         if (file.sha256 if file else None) != digest:
             raise ValueError(
                 f"{file.name if file else 'nothing'} is not the data that the run to resume was "
-                f"started with ({path}); bring that back, or start a new run with another --output."
+                f"started with ({path}); give the same data, or start a new run with a different "
+                "--output."
             )
 
 

@@ -14,7 +14,7 @@ from tinkex.data import datums
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
-#: What is learnt from: examples to imitate ("sft"), or pairs of a better and a worse answer.
+#: What is learned from: examples to imitate ("sft"), or pairs of a better and a worse answer.
 Method = Literal["sft", "dpo", "ipo", "simpo", "orpo"]
 RewardLoss = Literal["importance_sampling", "ppo", "cispo", "gspo"]
 
@@ -50,7 +50,7 @@ def _whole(least: int) -> Callable[[object, Any, Any], None]:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(
-                f"{attribute.name} must be a whole number from {least}, got {value!r}."
+                f"{attribute.name} must be a whole number of at least {least}, got {value!r}."
             )
 
     return check
@@ -58,7 +58,7 @@ def _whole(least: int) -> Callable[[object, Any, Any], None]:
 
 def _not_negative(instance: object, attribute: Any, value: Any) -> None:
     if not _is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{attribute.name} must be a number from 0, got {value!r}.")
+        raise ValueError(f"{attribute.name} must be a number of at least 0, got {value!r}.")
 
 
 def _positive(instance: object, attribute: Any, value: Any) -> None:
@@ -217,7 +217,7 @@ class Settings:
 
 def _clip(instance: object, attribute: Any, value: Any) -> None:
     if value is not None and (not _is_number(value) or not 0 <= value < math.inf):
-        raise ValueError(f"{attribute.name} must be a number from 0 or None, got {value!r}.")
+        raise ValueError(f"{attribute.name} must be a number of at least 0 or None, got {value!r}.")
 
 
 @attrs.frozen

@@ -289,12 +289,12 @@ def _prepare(
     ]
     if of_pair == 2 and not pairs:
         raise ValueError(
-            "no pair is left to train on: of each, one answer was left out; raise --max-length."
+            "no pair is left to train on: in each, --max-length cuts one answer off; raise it."
         )
     counts = [
-        (len(data.bad) + len(rendered.bad), "bad lines left out"),
+        (len(data.bad) + len(rendered.bad), "bad lines omitted"),
         (rendered.truncated, f"cut to --max-length {settings.max_length} tokens"),
-        (rendered.dropped, "left out: no token of theirs counts"),
+        (rendered.dropped, "omitted, because none of their tokens counts"),
         (rendered.split, "conversations became several examples (see docs/train.md)"),
     ]
     notes = "".join(f"; {count} {what}" for count, what in counts if count)

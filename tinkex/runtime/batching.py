@@ -72,7 +72,9 @@ def join(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
         return outputs[0]
     kinds = list(dict.fromkeys(output.loss_fn_output_type for output in outputs))
     if len(kinds) > 1:
-        logger.warning("the batches came back as different types, %s; using %s", kinds, kinds[0])
+        logger.warning(
+            "the parts of a batch have different loss_fn_output_type: %s; using %s", kinds, kinds[0]
+        )
     return ForwardBackwardOutput(
         loss_fn_outputs=[one for output in outputs for one in output.loss_fn_outputs],
         metrics=join_metrics(

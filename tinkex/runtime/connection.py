@@ -79,8 +79,8 @@ class Connection:
             raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
         if os.getpid() != self.pid:
             raise errors.ClientClosedError(
-                f"This client belongs to process {self.pid}, of which this one ({os.getpid()}) is "
-                "a fork: its threads and connections are not here. Make a new client here."
+                f"This client belongs to process {self.pid}; this process ({os.getpid()}) is a "
+                "fork, which has no copy of its threads. Create a new client here."
             )
 
     @property

@@ -90,7 +90,7 @@ def make_handle(function: Any, input_ranks: Mapping[str, int], session_id: str) 
     """A handle of *function*, which takes log-probabilities and then loss inputs by their names.
 
     Raises:
-        TypeError, ValueError: If it is no such function, or a rank is missing or not 0, 1 or 2.
+        TypeError, ValueError: If it is not such a function, or a rank is missing or not 0, 1 or 2.
     """
     if not callable(function):
         raise TypeError(f"fn must be a function (logprobs, *loss inputs), got {function!r}.")

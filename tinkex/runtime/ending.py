@@ -15,7 +15,7 @@ from tinkex.runtime.session import open_sessions
 
 
 def is_normal_end(exc: BaseException | None) -> bool:
-    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is no failure."""
+    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is not a failure."""
     return exc is None or (isinstance(exc, SystemExit) and exc.code in (None, 0))
 
 
@@ -57,7 +57,7 @@ def _end_program() -> None:
 
 
 def _join_threads_of_program() -> None:
-    """Python waits for threads that are no daemons; while they run, they may submit more."""
+    """Python waits for threads that are not daemons; while they run, they may submit more."""
     for thread in threading.enumerate():
         is_ours = thread is threading.main_thread() or interpreter_exit.belongs_to_executor(thread)
         if not thread.daemon and not is_ours:

@@ -41,7 +41,7 @@ def from_environment() -> None:
     if name is None:
         return
     if name not in LEVELS:
-        raise ValueError(f"TINKEX_LOG is {name!r}; set it to {', '.join(LEVELS)} or nothing.")
+        raise ValueError(f"TINKEX_LOG is {name!r}; set it to {', '.join(LEVELS)}, or unset it.")
     set_level(LEVELS[name])
 
 

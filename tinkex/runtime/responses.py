@@ -182,8 +182,8 @@ def check_whole(answer: Answer) -> None:
         return
     if told.strip(":") != base64.b64encode(hashlib.sha256(answer.content).digest()).decode():
         raise errors.APIResponseValidationError(
-            f"{answer.url} answered with {len(answer.content)} bytes that are not those it says "
-            "they are (Content-Digest): they were cut or changed on the way.",
+            f"{answer.url} answered with {len(answer.content)} bytes that do not match their "
+            "Content-Digest: they were cut or changed on the way.",
             url=answer.url,
         )
 
@@ -210,7 +210,7 @@ def exchange_error(
         message = f"{shown}: {part} answer within {limits.seconds:.0f} s."
         return errors.APITimeoutError(message, method=method, url=url)
     elif isinstance(exc, requests.exceptions.SSLError):
-        message = f"{shown}: the TLS certificate or handshake is not good: {_innermost(exc)}"
+        message = f"{shown}: the TLS handshake failed: {_innermost(exc)}"
     elif "refused" in str(exc):
         message = f"{shown}: connection refused; is the server running, on this port?"
     elif "NameResolution" in str(exc) or "getaddrinfo" in str(exc):

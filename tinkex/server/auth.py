@@ -39,7 +39,7 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name) or name == LOCAL or name.startswith("key-"):
         raise ValueError(
-            f"{shown(name)} is no name of a user: it must begin with a letter, have up to 64 "
+            f"{shown(name)} is not a valid user name: it must begin with a letter, have up to 64 "
             'letters, digits, "_", "." or "-", not begin with "key-", and not be "local".'
         )
 
@@ -192,8 +192,8 @@ class Keys:
         except Refusal:
             raise Refusal(
                 403,
-                "weights_access_token is no valid key of this server; give the key of a user who "
-                "may read the checkpoint.",
+                "weights_access_token is not a valid key of this server; give the key of a user "
+                "who may read the checkpoint.",
             ) from None
 
     def id_of(self, key: str | None) -> str | None:

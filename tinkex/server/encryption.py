@@ -29,8 +29,8 @@ def recipients_of(keys: Sequence[str]) -> list[Any]:
             recipients.append(kind.Recipient.from_str(key))
         except pyrage.RecipientError as exc:
             raise ValueError(
-                f"age_encryption_recipients holds {key[:80]!r}, which is no public key of age or "
-                f"SSH ({exc}); copy the whole line that begins with 'age1' or 'ssh-'."
+                f"age_encryption_recipients holds {key[:80]!r}, which is not a public key of age "
+                f"or SSH ({exc}); copy the whole line that begins with 'age1' or 'ssh-'."
             ) from exc
     return recipients
 

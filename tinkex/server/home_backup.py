@@ -50,7 +50,7 @@ def backup(home: Path, out: Path) -> Backup:
     while it is copied is left out as a whole.
 
     Raises:
-        HomeError: If *home* is no home, *out* exists, or a file cannot be read or written.
+        HomeError: If *home* is not a home, *out* exists, or a file cannot be read or written.
     """
     home = home.expanduser().absolute()
     if not (home / "tinkex.sqlite").is_file():
@@ -130,7 +130,7 @@ def restore(path: Path, home: Path) -> int:
     """Make a home of a backup: an empty or a new folder. Returns the number of checkpoints.
 
     Raises:
-        HomeError: If *path* is no backup, the folder is not empty, or a checkpoint is damaged.
+        HomeError: If *path* is not a backup, the folder is not empty, or a checkpoint is damaged.
     """
     home = home.expanduser().absolute()
     if home.exists() and any(home.iterdir()):
@@ -180,7 +180,7 @@ def collect_garbage(home: Path) -> int:
         How many checkpoints and folders are gone.
 
     Raises:
-        HomeError: If *home* is no home.
+        HomeError: If *home* is not a home.
     """
     home = home.expanduser().absolute()
     if not (home / "tinkex.sqlite").is_file():

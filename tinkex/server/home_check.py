@@ -30,7 +30,7 @@ def check_home(path: Path) -> list[CheckedCheckpoint]:
     """Compare every checkpoint's files with the hashes made at saving. Servers may be running.
 
     Raises:
-        HomeError: If *path* is no home or cannot be read.
+        HomeError: If *path* is not a home or cannot be read.
     """
     path = path.expanduser().absolute()
     if not (path / "tinkex.sqlite").is_file():

@@ -41,7 +41,7 @@ def owners(path: Path) -> list[Owner]:
     """The owners in a home, by name. Servers may be running.
 
     Raises:
-        HomeError: If *path* is no home or cannot be read.
+        HomeError: If *path* is not a home or cannot be read.
     """
     store = _open(path)
     try:
@@ -57,8 +57,8 @@ def adopt(path: Path, old: str, new: str) -> int:
         How many objects the home's index has of it.
 
     Raises:
-        HomeError: If *path* is no home, a server runs on it, *old* owns nothing, or *new* is no
-            name of a user.
+        HomeError: If *path* is not a home, a server runs on it, *old* owns nothing, or *new* is not
+            a user name.
     """
     if new != auth.LOCAL:
         try:
@@ -81,7 +81,7 @@ def revoke(path: Path, *, key_id: str | None = None, key: str | None = None) -> 
     """Revoke a key by its id, or the key itself; servers notice at once. Returns its id.
 
     Raises:
-        HomeError: If *path* is no home, or the id has not the form of one.
+        HomeError: If *path* is not a home, or the id has not the form of one.
     """
     home = Home(path.expanduser().absolute())
     if not home.database.is_file():
@@ -89,7 +89,7 @@ def revoke(path: Path, *, key_id: str | None = None, key: str | None = None) -> 
     if key_id is None:
         key_id = auth.key_id(key or "", home.secret())
     elif not re.fullmatch("[0-9a-f]{12}", key_id):
-        raise HomeError(f"{key_id!r} is no id of a key; it has 12 hexadecimal digits.")
+        raise HomeError(f"{key_id!r} is not the id of a key; an id has 12 hexadecimal digits.")
     auth.Revoked(home.revoked).add(key_id)
     return key_id
 

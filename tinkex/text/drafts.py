@@ -301,7 +301,7 @@ def completion_draft(prompt: str, completion: str) -> Draft:
     """A prompt and what follows it as one text; the completion counts.
 
     Raises:
-        TypeError, ValueError: If these are no texts.
+        TypeError, ValueError: If these are not texts.
     """
     for name, part in (("prompt", prompt), ("completion", completion)):
         if not isinstance(part, str):

@@ -161,7 +161,7 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
         value: such a list; a DataFrame or a `datasets.Dataset` of such rows.
 
     Raises:
-        TypeError, ValueError: If these are no messages, with the number of the first that is none.
+        TypeError, ValueError: If these are not messages; names the first that is not one.
     """
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a DataFrame
         value = [{k: v for k, v in row.items() if v == v} for row in value.to_dict("records")]

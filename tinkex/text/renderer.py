@@ -66,7 +66,7 @@ class Rendered:
         return max(1, self.spans[-1].start if self.spans else 1)
 
     def datum(self) -> types.Datum:
-        """The tokens without the last as input; targets and weights moved by one.
+        """The tokens without the last as input; targets and weights shifted by one.
 
         Raises:
             ValueError: If there are fewer than two tokens.

@@ -171,7 +171,7 @@ def check_recipients(recipients: object) -> list[str] | None:
     for key in recipients:
         if not isinstance(key, str) or not key.startswith(("age1", "ssh-")):
             raise ValueError(
-                f"age_encryption_recipients holds {key!r}, which is no public key: one begins "
+                f"age_encryption_recipients holds {key!r}, which is not a public key: one begins "
                 "with 'age1', 'ssh-ed25519' or 'ssh-rsa'."
             )
     return list(recipients)

@@ -129,7 +129,7 @@ def optimizer_config(optimizer: OptimizerConfig | None) -> dict[str, Any] | None
     """What a request says of the optimizer: nothing for AdamW, which all servers use by default.
 
     Raises:
-        TypeError: If it is no optimizer's configuration.
+        TypeError: If it is not the configuration of an optimizer.
     """
     if optimizer is None or isinstance(optimizer, AdamOptimizerConfig):
         return None

@@ -221,7 +221,7 @@ def head_of(model: Any) -> tuple[str, nn.Linear]:
     """Name and module of what computes the logits.
 
     Raises:
-        ValueError: If that is no linear layer.
+        ValueError: If that is not a linear layer.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):

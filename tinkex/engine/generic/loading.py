@@ -48,7 +48,7 @@ def text_model(config: Any) -> tuple[Any, type]:
     """The configuration of the text that a model computes, and the class of its module.
 
     Raises:
-        Unsupported: If it is no causal language model.
+        Unsupported: If it is not a causal language model.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 
@@ -257,9 +257,7 @@ def _check_causal(base: GenericModel) -> None:
         whole = base.hidden(ids, use_cache=False)[0, :7].float()
         part = base.hidden(ids[:, :7], use_cache=False)[0].float()
     if not _is_close(part, whole, base.dtype):
-        raise Unsupported(
-            "attends to later tokens, too: it is no model that continues a text token by token"
-        )
+        raise Unsupported("attends to later tokens, too; only causal models can be trained here")
 
 
 def _heads(base: GenericModel, product: Tensor, expected: Tensor) -> list[GenericModel]:

@@ -175,7 +175,7 @@ async def chat_completions(call: Call) -> Response:
     if top_logprobs and not wants_logprobs:
         raise Refusal(400, "top_logprobs needs logprobs: true.")
     if stream and top_logprobs:
-        raise Refusal(400, "stream does not go with top_logprobs; leave one of them out.")
+        raise Refusal(400, "stream does not go with top_logprobs; omit one of them.")
     limits = call.site.limits
     tools = [] if fields.get("tool_choice") == "none" else fields.objects("tools")
     longest = fields.integer("max_tokens", None, 1, limits.max_tokens)
@@ -214,9 +214,9 @@ async def chat_completions(call: Call) -> Response:
 
 
 def _refuse_what_is_not_there(fields: Fields) -> None:
-    fields.refuse_unless("logit_bias", ({},), "leave it out.")
+    fields.refuse_unless("logit_bias", ({},), "omit it.")
     for name in ("presence_penalty", "frequency_penalty"):
-        fields.refuse_unless(name, (0,), "leave it out.")
+        fields.refuse_unless(name, (0,), "omit it.")
     fields.refuse_unless("tool_choice", ("auto", "none"), 'use "auto" or "none".')
     fields.refuse_unless("modalities", (["text"],), "this model writes text alone.")
     kind = Fields(fields.get("response_format", {})).get("type", "text")

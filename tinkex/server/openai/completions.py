@@ -95,18 +95,18 @@ async def completions(call: Call) -> Response:
 
 
 async def _checked(call: Call, fields: Fields) -> CompletionRequest:
-    fields.refuse_unless("logit_bias", ({},), "leave it out.")
-    fields.refuse_unless("suffix", ("",), "leave it out.")
+    fields.refuse_unless("logit_bias", ({},), "omit it.")
+    fields.refuse_unless("suffix", ("",), "omit it.")
     for name in ("presence_penalty", "frequency_penalty"):
-        fields.refuse_unless(name, (0,), "leave it out.")
+        fields.refuse_unless(name, (0,), "omit it.")
     limits = call.site.limits
     count = fields.integer("n", 1, 1, limits.num_samples) or 1
-    fields.refuse_unless("best_of", (count,), "leave it out; use n.")
+    fields.refuse_unless("best_of", (count,), "omit it; use n.")
     echo = fields.flag("echo")
     max_tokens = fields.integer("max_tokens", DEFAULT_TOKENS, 0 if echo else 1, limits.max_tokens)
     logprobs = fields.integer("logprobs", None, 0, MOST_LOGPROBS)
     if fields.flag("stream") and (echo or logprobs):
-        raise Refusal(400, "stream does not go with echo or logprobs > 0; leave one of them out.")
+        raise Refusal(400, "stream does not go with echo or logprobs > 0; omit one of them.")
     stops = tuple(fields.strings("stop", MOST_STOPS))
     model = await find_model(call, fields.text("model"))
     prompts = await call.site.in_pool(_prompts, fields.needed("prompt"), model.tokenizer)
