@@ -81,8 +81,13 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 FLOOR = {name: number for number, row in enumerate(FLOORS) for name in row.split()}
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    """What the file of *module* says."""
+    return ast.parse(FILES[module].read_text())
 
 
 def place(module: str) -> str:
@@ -98,7 +103,7 @@ def place(module: str) -> str:
 def imports(module: str) -> frozenset[str]:
     """The modules of tinkex that *module* imports, anywhere in its file."""
     found = set()
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {a.name.removeprefix("tinkex.") for a in node.names if "tinkex." in a.name}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tinkex":
@@ -126,7 +131,7 @@ def in_every_module(faults_of: Callable[[str], object]) -> Callable[[], None]:
 @in_every_module
 def test_every_module_has_its_floor(module):
     """An empty package file (a docstring alone) stands on no floor."""
-    is_marker = FILES[module].name == "__init__.py" and len(TREES[module].body) <= 1
+    is_marker = FILES[module].name == "__init__.py" and len(tree_of(module).body) <= 1
     return not (place(module) or is_marker)
 
 
@@ -186,7 +191,7 @@ def test_nothing_heavy_is_imported_at_the_top(module):
     if module.split(".")[0] in ("engine", "server"):
         return set()
     found = set()
-    for node in run_at_import(TREES[module]):
+    for node in run_at_import(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -211,7 +216,7 @@ def test_no_module_touches_the_private_names_of_another(module):
     `x._name` is allowed where this module itself defines `_name`: on `self`, in another instance of
     its own class, in its own subclass.
     """
-    tree = TREES[module]
+    tree = tree_of(module)
     own = {
         node.attr
         for node in ast.walk(tree)
@@ -269,7 +274,7 @@ LONGEST_MODULE = 500
 @in_every_module
 def test_a_long_module_says_why_it_is_one(module):
     lines = FILES[module].read_text().count("\n")
-    reason = " ".join((ast.get_docstring(TREES[module]) or "").split())
+    reason = " ".join((ast.get_docstring(tree_of(module)) or "").split())
     if lines <= LONGEST_MODULE or re.search(
         r"Long, because|One subject in one module|One long module", reason
     ):
@@ -280,7 +285,7 @@ def test_a_long_module_says_why_it_is_one(module):
 @in_every_module
 def test_functions_are_short(module):
     long = {}
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = (node.end_lineno - body[0].lineno + 1) if body else 0

@@ -90,6 +90,9 @@ def test_without_a_network_the_built_in_model_is_trained(tmp_path, monkeypatch, 
         return 1
 
     monkeypatch.setattr(demo.cli, "main", main)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "module.py").write_text(MODULE)
+    monkeypatch.setattr(demo.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
     for name, value in (("TINKEX_HOME", tmp_path / "home"), ("PIP_NO_INDEX", 1)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

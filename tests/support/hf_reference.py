@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -254,6 +253,8 @@ def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -
         "task_type": "CAUSAL_LM",
     }
     with _peft_warnings_ignored():
+        import peft  # seconds of processor time, which few tests need
+
         module = load_base(base)
         settings |= _with_experts(module, settings["target_modules"])
         model = peft.get_peft_model(module, peft.LoraConfig(**{**settings, **config}))
@@ -301,6 +302,8 @@ def targets(config: types.LoraConfig) -> list[str]:
 def load_adapter(base: Path, directory: Path) -> Any:
     """PEFT's model of an adapter directory, its LoRA matrices trainable."""
     with _peft_warnings_ignored():
+        import peft
+
         model = peft.PeftModel.from_pretrained(load_base(base), directory, is_trainable=True)
     return model.eval()
 
