@@ -1,4 +1,4 @@
-"""What holds for all tests: signals, the processes that run them, and the order in which they run."""
+"""What holds for all tests: signals, the processes that run them, and their order."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from email.utils import formatdate
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from tests.support.fake_engine import FakeEngine
 from tinkex import cli, diagnostics, errors
-from tinkex.diagnostics import network
+from tinkex.diagnostics import machine, network
 from tinkex.runtime import embedded
 from tinkex.server.app import LocalServer
 from tinkex.server.auth import Keys
@@ -415,6 +416,24 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+ask_engine = machine._ask_engine
+
+
+@cache
+def answer_on_the_device():
+    return ask_engine(60.0)
+
+
+@pytest.fixture
+def device_known(monkeypatch):
+    """The engine is asked for its device only once: each time, a process imports torch."""
+
+    def ask(seconds, *base_model):
+        return ask_engine(seconds, *base_model) if base_model else answer_on_the_device()
+
+    monkeypatch.setattr(machine, "_ask_engine", ask)
+
+
 def test_extras_that_are_not_installed(home, monkeypatch):
     monkeypatch.setattr(embedded, "NEEDED", ("attrs", "no_such_package"))
     [python, extras, _] = diagnostics.examine()
@@ -436,7 +455,7 @@ def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("free, status", [(1 << 30, "warning"), (1 << 20, "failed")])
-def test_a_disk_that_is_nearly_full(home, monkeypatch, free, status):
+def test_a_disk_that_is_nearly_full(home, device_known, monkeypatch, free, status):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
     monkeypatch.setattr(embedded, "acquire", lambda: pytest.fail("not on a full disk"))
     if status == "warning":
@@ -449,7 +468,7 @@ def no_engine():
     raise errors.EngineError("the embedded engine ended with status 1 before it was ready")
 
 
-def test_an_engine_that_does_not_start(home, monkeypatch):
+def test_an_engine_that_does_not_start(home, device_known, monkeypatch):
     monkeypatch.setattr(embedded, "acquire", no_engine)
     engine = found()["engine"]
 
@@ -457,7 +476,9 @@ def test_an_engine_that_does_not_start(home, monkeypatch):
     assert "ended with status 1" in engine.text
 
 
-def test_the_engine_is_checked_like_any_server_and_released(home, served, monkeypatch):
+def test_the_engine_is_checked_like_any_server_and_released(
+    home, device_known, served, monkeypatch
+):
     server = served()
     running = type("Running", (), {"base_url": server.url, "api_key": ""})
     released = []
@@ -489,7 +510,7 @@ def test_a_device_that_is_not_here_ends_the_diagnosis(home, monkeypatch):
     assert "engine" == left.text
 
 
-def test_what_a_base_model_needs_is_said_before_the_engine_starts(home, monkeypatch):
+def test_what_a_base_model_needs_is_said_before_the_engine_starts(home, device_known, monkeypatch):
     monkeypatch.setattr(embedded, "acquire", no_engine)
     findings = {one.step: one for one in diagnostics.examine(base_model="tiny")}
     model = findings["base model"]
@@ -499,7 +520,9 @@ def test_what_a_base_model_needs_is_said_before_the_engine_starts(home, monkeypa
     assert "tiny: LlamaForCausalLM on the fast path in float32" in model.text
 
 
-def test_a_base_model_that_does_not_fit_is_a_warning_with_advice(home, monkeypatch, tmp_path):
+def test_a_base_model_that_does_not_fit_is_a_warning_with_advice(
+    home, device_known, monkeypatch, tmp_path
+):
     """Of 70,000 million parameters; its weights are never read."""
     config = {
         "model_type": "llama",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 
 import attrs
 import pytest
@@ -15,6 +16,8 @@ from tests.chaos.proxy import FAULTS, Proxy
 from tests.chaos.servers import RECORDED, Server
 
 RATE = 0.32
+#: Steps of the run of `make test`: enough for all kinds of operations.
+QUICK = 20
 PATIENCE = tinkex.Patience(first_contact=60, no_answer=120, report_after=30)
 
 
@@ -50,27 +53,38 @@ def record(server):
 
 @pytest.fixture(scope="module")
 def undisturbed(server, record):
-    """(outcome, executed) of a run over a network without faults."""
-    with tinkex.ServiceClient(server.url, "tml-any") as service:
-        outcome = scenario.run(service, server.home)
-    return outcome, record.next_run()
+    """(outcome, executed) of a run of so many steps over a network without faults."""
+
+    @cache
+    def run(steps):
+        with tinkex.ServiceClient(server.url, "tml-any") as service:
+            outcome = scenario.run(service, server.home, steps)
+        return outcome, record.next_run()
+
+    return run
 
 
 @pytest.mark.parametrize(
-    "seed",
-    [pytest.param(seed, marks=[pytest.mark.slow] if seed else []) for seed in range(SEEDS)],
+    "seed, steps",
+    [
+        pytest.param(0, QUICK, id="quick"),
+        *(
+            pytest.param(seed, scenario.FULL, id=str(seed), marks=pytest.mark.slow)
+            for seed in range(SEEDS)
+        ),
+    ],
 )
 def test_over_a_broken_network_a_run_ends_as_an_undisturbed_one(
-    server, record, undisturbed, seed, quick_retries, report
+    server, record, undisturbed, seed, steps, quick_retries, report
 ):
     """Each operation ran once, in its order; all futures resolved; the weights are the same."""
-    expected, (operations, samples) = undisturbed
+    expected, (operations, samples) = undisturbed(steps)
 
     with (
         Proxy(server.port, seed, RATE) as proxy,
         tinkex.ServiceClient(proxy.url, "tml-any", patience=PATIENCE) as service,
     ):
-        outcome = scenario.run(service, server.home)
+        outcome = scenario.run(service, server.home, steps)
     executed, sampled = record.next_run()
     lost = sum((_counts(operations) - _counts(executed)).values())
     twice = sum((_counts(executed) - _counts(operations)).values())
@@ -91,7 +105,7 @@ def test_over_a_broken_network_a_run_ends_as_an_undisturbed_one(
     assert operations == executed
     assert _by_prompt(samples) == _by_prompt(sampled)
     assert (0, 0) == (lost, twice)
-    assert 300 <= outcome.operations
+    assert 300 * steps // scenario.FULL <= outcome.operations
     assert hit >= proxy.requests / 4
 
 

@@ -101,7 +101,14 @@ def test_the_adapter_is_one_that_peft_reads(undisturbed):
     assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in tensors)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+        # In `make test`, tests/chaos/test_client_kill.py kills a run.
+        pytest.param(signal.SIGKILL, id="kill -9", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_goes_on_ends_in_the_same_bits(tinkex, undisturbed, how):
     """Same order, same optimizer: nothing shows that it was ever stopped."""
     folder = tinkex.folder / how.name

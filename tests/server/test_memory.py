@@ -59,8 +59,17 @@ def test_other_failures_are_not(exc):
     assert out_of_memory(exc) is None
 
 
-def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(tmp_path):
-    """60 models of rank 32 with a sampler each, and 12 batches of 30 MB that wait.
+@pytest.mark.parametrize(
+    "models, bodies",
+    [
+        pytest.param(20, 12, id="quick"),
+        pytest.param(60, 12, id="long", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(
+    tmp_path, models, bodies
+):
+    """Models of rank 32 with a sampler each, and batches of 30 MB that wait.
 
     200 models used to leave 3 GB, 40 bodies of 40 MB 1.9 GB.
     """
@@ -81,9 +90,8 @@ def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(tmp
             client.result(client.sample(sampler, 0))
             peak = max(peak, process.memory_info().rss)
         # Operation 4 never comes, so all these wait.
-        _, kind, _, body = wire.encode_request(batch(model, 5, *[[5] * 2000] * 1000), True)
         for seq in range(5, 5 + bodies):
-            body = wire.encode_request(batch(model, seq, *[[5] * 2000] * 1000), True)[3]
+            _, kind, _, body = wire.encode_request(batch(model, seq, *[[5] * 2000] * 1000), True)
             client.send_batch("forward_backward", kind, body)
             peak = max(peak, process.memory_info().rss)
         waiting = process.memory_info().rss
@@ -102,7 +110,7 @@ def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(tmp
 
     storm(2, 1)
     start = settled()
-    peak, waiting, size = storm(60, 12)
+    peak, waiting, size = storm(models, bodies)
     end = settled()
     server.close()
     print(f"start {start >> 20} MiB, peak {peak >> 20} MiB, end {end >> 20} MiB; {size} bytes each")
