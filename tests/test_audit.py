@@ -69,6 +69,27 @@ def test_advisories_and_packages_that_were_not_looked_up_are_told_apart():
     assert (["unknown"], ["bad 2: CVE-1, fixed in 3"]) == audit.sorted_out(report)
 
 
+@pytest.mark.parametrize(
+    ("skipped", "vulnerable", "status", "said"),
+    [
+        ([], [], 0, "pip-audit: 0 advisories, 2 packages\n"),
+        (["a"], [], 0, "pip-audit: 0 advisories, 1 packages; could NOT be looked up: a\n"),
+        ([], ["bad 2: CVE-1"], 1, "bad 2: CVE-1\npip-audit: 1 advisories, 2 packages\n"),
+    ],
+)
+def test_the_last_line_counts_only_what_was_looked_up(skipped, vulnerable, status, said, capsys):
+    assert status == audit.verdict(skipped, vulnerable, 2)
+    assert said == capsys.readouterr().out
+
+
+def test_an_audit_that_could_look_up_nothing_fails_and_does_not_speak_of_advisories(capsys):
+    """Without network access, "0 advisories" would read as good news."""
+    assert 1 == audit.verdict(["a", "b"], [], 2)
+    said = capsys.readouterr().out
+    assert "NOT DONE" in said
+    assert "0 advisories" not in said
+
+
 def test_local_versions_are_looked_up_as_what_they_are_a_build_of():
     assert "torch==2.13.0" == audit.pinned("torch==2.13.0+cpu")
 

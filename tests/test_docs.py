@@ -21,6 +21,8 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HELP = re.compile(r"^\$ (tinkex .*--help)\n(.*)\Z", re.DOTALL)
 GPU = re.compile(r"\bGPUs?\b|\bCUDA\b")
+TEST = re.compile(r"`(tests/[\w/]+\.py)`(?:: `(test_\w+)`)?")
+TARGET = re.compile(r"`make ([a-z][a-z-]*)[^`]*`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -104,6 +106,36 @@ def test_links_lead_somewhere(page):
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
 
     assert [] == missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_tests_and_targets_that_a_page_names_exist(page):
+    """A promise whose test was renamed would be held by nothing."""
+    text = page.read_text()
+    targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    missing = [target for target in TARGET.findall(text) if target not in targets]
+    for file, test in TEST.findall(text):
+        path = ROOT / file
+        if not path.is_file() or (test and f"def {test}(" not in path.read_text()):
+            missing.append(f"{file}: {test}")
+
+    assert [] == missing
+
+
+def test_every_promise_and_every_attack_has_a_test():
+    """In docs/reliability.md, each row of a table whose last column is "Test"."""
+    without, rows, is_promise = [], 0, False
+    for line in (ROOT / "docs" / "reliability.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or cells[-1] == "Test":
+            is_promise = line.startswith("|")
+        elif is_promise and not line.startswith("|---"):
+            rows += 1
+            if not (TEST.search(cells[-1]) or TARGET.search(cells[-1])):
+                without.append(cells[0])
+
+    assert rows > 80
+    assert [] == without
 
 
 @pytest.mark.parametrize("index", ["docs/index.md", "docs/decisions/README.md"])
