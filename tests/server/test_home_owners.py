@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.processes import free_port
 from tinkex.cli import main
-from tinkex.server.auth import Keys, Revoked, key_id
+from tinkex.server.auth import LOCAL, Keys, Revoked, key_id
 from tinkex.server.home import HomeError
 from tinkex.server.home_owners import adopt, owners, revoke
 
@@ -176,3 +176,23 @@ def test_a_change_that_cannot_be_made_gives_the_reason(serve, tmp_path, change, 
 
     with pytest.raises(HomeError, match=reason):
         change(tmp_path / "home")
+
+
+def test_the_work_of_a_user_can_become_that_of_a_server_without_keys(serve, tmp_path):
+    """Back to one user, who is called "local"."""
+    first = serve(keys=users("alice=alice-key"))
+    session = first.client_with("alice-key").session()
+    first.server.close()
+
+    assert 1 == adopt(tmp_path / "home", "alice", LOCAL)
+    assert [session] == serve().client.get("sessions")["sessions"]
+
+
+def test_a_key_is_revoked_by_itself_where_its_id_is_not_known(serve, tmp_path):
+    """Only the id is stored and returned."""
+    running = serve(keys=users("alice=alice-key"))
+
+    revoked = revoke(tmp_path / "home", key="alice-key")
+
+    assert key_id("alice-key", (tmp_path / "home" / "secret").read_bytes()) == revoked
+    assert 401 == running.client_with("alice-key").refused("sessions", method="GET")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 
 import attrs
 import pytest
@@ -151,3 +152,33 @@ def test_a_journal_of_another_version_is_not_touched(path):
 
     with pytest.raises(HomeError, match="another version"):
         Journal(path)
+
+
+def test_a_result_that_cannot_be_written_is_written_later(path, monkeypatch, caplog):
+    """No request waits for it, so it is tried again until there is room, in its order."""
+    monkeypatch.setattr("tinkex.server.journal._RETRY_SECONDS", 0.01)
+    journal = Journal(path)
+    journal.accept(row(0), new_model="{}").result(5)
+    pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
+    journal._db.execute(f"PRAGMA max_page_count={pages + 2}")
+    journal.finish("m:0", Answer("json", b"y" * 100_000))
+    while "The journal cannot be written" not in caplog.text:
+        time.sleep(0.005)
+    journal._db.execute("PRAGMA max_page_count=100000")
+    journal.accept(row(1)).result(5)
+    journal = reopened(journal, path)
+    first, _ = journal.operations()
+    journal.close()
+
+    assert b"y" * 100_000 == first.answer.body
+
+
+def test_a_body_that_is_not_there_is_an_error_of_the_disk(path):
+    """Not None, which would be taken for an operation without a body."""
+    journal = Journal(path)
+    journal.accept(row(0), new_model="{}").result(5)
+
+    assert b"{}" == journal.body("m:0")
+    with pytest.raises(OSError, match="the journal has no body of m:7"):
+        journal.body("m:7")
+    journal.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 
 import attrs
@@ -167,3 +168,42 @@ def test_names_that_are_paths_are_refused(store):
         with pytest.raises(Refusal) as refused:
             store.checkpoints.find(path, "local")
         assert 400 == refused.value.status
+
+
+def test_a_transaction_that_fails_in_the_middle_has_changed_nothing(store, folder):
+    """And the next one works: no lock is left behind."""
+    store.checkpoints.add(draft(folder), ROW)
+    database = store._db
+    with pytest.raises(RuntimeError, match="in the middle"), database.transaction() as db:
+        db.execute("DELETE FROM checkpoints")
+        raise RuntimeError("in the middle")
+
+    assert store.checkpoints.find(PATH, ROW.owner)
+    store.checkpoints.publish(PATH, ROW.owner, True)
+    assert store.checkpoints.find(PATH, ROW.owner).public
+
+
+@pytest.mark.parametrize("sentence", ["database or disk is full", "database is locked"])
+def test_a_full_disk_can_be_cleaned_up_with_the_space_of_the_reserve(
+    store, folder, home, monkeypatch, sentence
+):
+    """SQLite needs space to delete a row. Another failure does not cost the reserve."""
+    store.checkpoints.add(draft(folder), ROW)
+    change = store._db.change
+
+    def full(sql, *values):
+        if home.reserve.path.exists():
+            raise sqlite3.OperationalError(sentence)
+        return change(sql, *values)
+
+    monkeypatch.setattr(store._db, "change", full)
+    if "full" not in sentence:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            store.checkpoints.delete(ROW.path, ROW.owner)
+        assert store.checkpoints.find(ROW.path, ROW.owner)
+        return
+    store.checkpoints.delete(ROW.path, ROW.owner)
+
+    with pytest.raises(Refusal):
+        store.checkpoints.find(ROW.path, ROW.owner)
+    assert home.reserve.path.exists()  # made again, for the next time
