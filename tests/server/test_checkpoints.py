@@ -295,3 +295,64 @@ def test_the_base_model_rank_and_optimizer_come_with_a_checkpoint(client):
     assert steps[0] != steps[1]
     assert steps[0] == back
     assert 4 == client.post("get_info", {"model_id": f"{session}:train:0"})["lora_rank"]
+
+
+def test_an_archive_that_the_client_has_is_not_sent_again(client):
+    url = archive_of(client, saved(client, "a"))
+    etag = requests.get(url, timeout=10).headers["ETag"]
+    same = requests.get(url, headers={"If-None-Match": etag}, timeout=10)
+    other = requests.get(url, headers={"If-None-Match": '"x"'}, timeout=10)
+
+    assert (304, b"") == (same.status_code, same.content)
+    assert 200 == other.status_code
+
+
+def test_links_that_have_expired_open_nothing_and_do_not_pile_up(served, monkeypatch):
+    client = served.client
+    model = saved(client, "a")
+    monkeypatch.setattr("tinkex.server.routes.archives.TICKET_SECONDS", -1)
+    expired = [archive_of(client, model) for _ in range(3)]
+    monkeypatch.undo()
+    answers = [requests.get(url, timeout=10).status_code for url in expired]
+    fresh = archive_of(client, model)
+
+    assert [404] * 3 == answers
+    assert 200 == requests.get(fresh, timeout=10).status_code
+    assert 1 == len(served.server.app.state.site.tickets)
+
+
+def test_a_download_whose_checkpoint_is_deleted_names_it(client):
+    """Between the link and the download."""
+    model = saved(client, "a")
+    url = archive_of(client, model)
+    client.send("DELETE", f"training_runs/{model}/checkpoints/weights/a")
+    answer = requests.get(url, timeout=10)
+
+    assert 404 == answer.status_code
+    assert f"tinker://{model}/weights/a" in answer.json()["error"]
+
+
+def test_a_checkpoint_is_loaded_as_the_base_model_that_it_is_of(client):
+    """Another name is refused before a model is made."""
+    session = client.session()
+    path = f"tinker://{saved(client, 'a')}/weights/a"
+    body = {"session_id": session, "model_seq_id": 0, "path": path, "optimizer": False}
+    status, sentence = client.refused("load_weights", {**body, "base_model": "other"})
+
+    assert 400 == status
+    assert "the checkpoint is of base model 'tiny', not 'other'; omit base_model" in sentence
+    assert client.result(client.post("load_weights", {**body, "base_model": "tiny"}))["model_id"]
+
+
+def test_sessions_that_fell_silent_are_told_from_those_that_ended(serve):
+    served = serve(limits={"session_seconds": 0.05, "reap_seconds": 0.02})
+    session = served.client.session()
+    deadline = time.monotonic() + 10
+    while True:
+        found = served.client.post("sessions/search", {"session_id": session})["sessions"]
+        if found[0]["status"]["type"] != "active":
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+    assert ("failed", "no heartbeat") == tuple(found[0]["status"][k] for k in ("type", "message"))

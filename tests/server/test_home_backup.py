@@ -150,7 +150,7 @@ def test_a_checkpoint_that_cannot_be_read_fails_the_backup(serve, tmp_path, monk
 
     monkeypatch.setattr(home_backup.shutil, "copytree", fail)
 
-    with pytest.raises(HomeError, match="cannot be written: .*Input/output error"):
+    with pytest.raises(HomeError, match=r"cannot be written: .*Input/output error"):
         backup(tmp_path / "home", tmp_path / "b.tar")
     assert not (tmp_path / "b.tar").exists()
     assert not list(tmp_path.glob(".*"))
@@ -182,7 +182,9 @@ def test_a_backup_of_a_later_version_is_refused(serve, tmp_path):
     _rewritten(
         tmp_path / "b.tar",
         tmp_path / "later.tar",
-        lambda name, content: b'{"version": 2, "home": "/x"}' if name.endswith(".json") else content,
+        lambda name, content: (
+            b'{"version": 2, "home": "/x"}' if name.endswith(".json") else content
+        ),
     )
 
     with pytest.raises(HomeError, match="it is of version 2"):

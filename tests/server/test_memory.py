@@ -11,6 +11,7 @@ import torch
 from tests.support.processes import ServerProcess
 from tests.support.wire_client import batch
 from tinkex import wire
+from tinkex.server import memory
 from tinkex.server.memory import out_of_memory
 from tinkex.server.results import explained
 
@@ -117,3 +118,13 @@ def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(
 
     assert end < 1.2 * start
     assert waiting < start + 6 * size + 300 * 2**20
+
+
+def test_on_a_system_that_does_not_say_what_is_free_the_sentence_does_not_either(monkeypatch):
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes."
+    monkeypatch.setattr(memory.Path, "read_text", lambda *arguments, **named: "no such fields")
+
+    assert "it needs 4 MiB of memory at once, more than there is; send" in out_of_memory(
+        RuntimeError(text)
+    )
+    assert "it needs more memory than there is; send" in out_of_memory(MemoryError())

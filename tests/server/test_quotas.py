@@ -7,6 +7,8 @@ import threading
 import pytest
 
 from tests.support.fake_engine import FakeEngine
+from tests.support.wire_client import batch
+from tinkex import wire
 from tinkex.server.auth import Keys
 
 
@@ -136,3 +138,30 @@ def test_sample_requests_are_admitted_by_their_bytes(start):
     assert 10 < len(taken) < 20
     assert {200, 429} == {answer.status_code for answer in sent}
     assert all(alice.result(promise)["sequences"] for promise in taken)
+
+
+@pytest.mark.parametrize("limits", [{"json_values": 20}, {"json_containers": 5}])
+def test_json_of_too_many_values_is_refused_before_it_is_decoded(serve, limits):
+    """Each becomes an object of a hundred bytes. Other requests of the model are not affected."""
+    client = serve(limits=limits).client
+    model = client.model()
+    path, kind, _, body = wire.encode_request(batch(model, 1, [5] * 30), protobuf=False)
+    answer = client.http.post(client.url + path, data=body, headers={"Content-Type": kind})
+    step = client.result(client.optim_step(model, 1))
+
+    assert 413 == answer.status_code
+    assert "send data as application/x-protobuf, or in smaller pieces" in answer.json()["error"]
+    assert "metrics" in step
+
+
+@pytest.mark.parametrize("limits", [{"datums": 2}, {"proto_fields": 5}])
+def test_a_batch_of_too_many_datums_is_refused_before_it_is_decoded(serve, limits):
+    client = serve(limits=limits).client
+    model = client.model()
+    request = batch(model, 1, [5], [6], [7])
+    path, kind, _, body = wire.encode_request(request, protobuf=True)
+    answer = client.http.post(client.url + path, data=body, headers={"Content-Type": kind})
+
+    assert 413 == answer.status_code
+    assert "send it in several requests" in answer.json()["error"]
+    assert "metrics" in client.result(client.optim_step(model, 1))

@@ -161,3 +161,13 @@ def test_inflight_weights_follow_the_model_and_a_snapshot_does_not(training):
     assert after != before
     assert after == first.compute_logprobs([5, 6, 7]).result()
     assert before == snapshot.compute_logprobs([5, 6, 7]).result()
+
+
+def test_spans_that_leave_tokens_uncovered_are_refused(training):
+    """They would be compared with the wrong part of what was sampled."""
+    [sequence, _] = sampled(training)
+    datum = datum_of(sequence)
+    short = dataclasses.replace(datum, model_input_spans=datum.model_input_spans[:1])
+
+    with pytest.raises(errors.BadRequestError, match="cover another number of tokens than it has"):
+        training.forward([short], "ppo").result()

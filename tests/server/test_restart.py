@@ -321,3 +321,146 @@ def test_a_sample_whose_sampler_is_gone_fails(with_a_sample_that_waits, tmp_path
     client, promise, _ = with_a_sample_that_waits(disturb)
 
     assert "its session is gone; send it again" in client.result(promise)["error"]
+
+
+def test_numbers_that_were_used_stay_used(again):
+    """Of operations in a snapshot, and of those whose results were fetched and forgotten: a resend
+    must not run them a second time."""
+    first = again(snapshot_bytes=1, grace_seconds=0.0)
+    client = first.client
+    model = client.model()
+    for seq in (1, 3):
+        client.result(client.forward_backward(model, seq, [5]))
+        client.result(client.optim_step(model, seq + 1))
+    first.close()
+    client = again(grace_seconds=0.0).client
+    client.forward_backward(model, 1, [5])
+    client.forward_backward(model, 3, [5])
+    step = client.result(client.optim_step(model, 5))
+
+    reference = client.model(number=1)
+    for seq in (1, 3):
+        client.result(client.forward_backward(reference, seq, [5]))
+        client.result(client.optim_step(reference, seq + 1))
+    assert step == client.result(client.optim_step(reference, 5))
+
+
+def test_a_refused_operation_that_others_wait_for_fails_after_a_restart_too(again):
+    """Its number is used up, so that what came behind it runs."""
+    gate = open_gate()
+    first = again(gate)
+    client = first.client
+    model = client.model()
+    gate.clear()
+    held = client.forward_backward(model, 1, [5])
+    behind = client.optim_step(model, 3)
+    wrong = {"model_id": model, "seq_id": 2, "adam_params": {"learning_rate": "fast"}}
+    status, _ = client.refused("optim_step", wrong)
+    first.close()
+    client = again().client
+
+    assert 400 == status
+    assert client.result(held)["loss_fn_outputs"]
+    assert "metrics" in client.result(behind)
+    assert "metrics" in client.result(client.optim_step(model, 4))
+
+
+def test_a_model_whose_session_has_ended_is_unloaded_after_its_last_operation(again):
+    """What was accepted still runs; then the memory is free."""
+    gate = open_gate()
+    first = again(gate)
+    client = first.client
+    session = client.session()
+    model = client.model(session)
+    gate.clear()
+    promise = client.forward_backward(model, 1, [5])
+    client.post(f"sessions/{session}/finish", {"reason": {"type": "success"}})
+    first.close()
+    second = again()
+    result = second.client.result(promise)
+    deadline = time.monotonic() + 10
+    while second.engine.models and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert result["loss_fn_outputs"]
+    assert {} == second.engine.models
+
+
+def test_bodies_too_large_for_the_memory_are_read_from_the_journal_when_they_run(again):
+    gate = open_gate()
+    first = again(gate)
+    client = first.client
+    model = client.model()
+    gate.clear()
+    promises = [client.forward_backward(model, 1, [5] * 50), client.optim_step(model, 2)]
+    first.close()
+    client = again(spool_bytes=20).client
+
+    assert client.result(promises[0])["loss_fn_outputs"]
+    assert "metrics" in client.result(promises[1])
+
+
+def test_the_number_of_a_sampler_that_is_being_saved_stays_taken(again):
+    """By the save that has not run yet, although there is no sampler of it."""
+    gate = open_gate()
+    first = again(gate)
+    client = first.client
+    session = client.session()
+    model = client.model(session)
+    gate.clear()
+    client.forward_backward(model, 1, [5])
+    saved = client.post(
+        "save_weights_for_sampler", {"model_id": model, "seq_id": 2, "sampling_session_seq_id": 0}
+    )
+    first.close()
+    gate = open_gate()
+    gate.clear()
+    client = again(gate).client
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    status, sentence = client.refused("create_sampling_session", body)
+    gate.set()
+
+    assert 400 == status
+    assert "was used before for something else" in sentence
+    assert client.result(saved)["sampling_session_id"]
+
+
+def test_a_sample_outside_of_a_session_fails_after_a_restart(again):
+    """It has no sampler that could come back; the client sends it again."""
+    first = again()
+    first.engine.gate.clear()
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    body = {"base_model": "tiny", "prompt": prompt, "sampling_params": {"max_tokens": 4}}
+    promise = first.client.post("asample", body)
+    first.close()
+
+    assert "send it again" in again().client.result(promise)["error"]
+
+
+def test_a_sample_that_had_ended_is_listed_for_the_one_poll(again):
+    """A client that waits for all its samples at once sees it after the restart as before it."""
+    first = again()
+    sampler = first.client.sampler()
+    promise = first.client.sample(sampler, 0)
+    while first.client.send("POST", "retrieve_future", promise).status_code == 408:
+        pass
+    first.close()
+    target = {"type": "sampling_session", "sampling_session_id": sampler}
+    listed = again().client.post("retrieve_futures", {"target": target, "timeout": 0.3})
+
+    assert promise["request_id"] in json.dumps(listed)
+
+
+def test_a_session_that_is_asked_for_again_under_its_key_is_the_same_after_a_restart(again):
+    """Also one that has ended meanwhile: it is not brought back."""
+    keys = [{"X-Idempotency-Key": name} for name in ("a", "b")]
+    first = again()
+    before = [first.client.post("create_session", {}, headers=key) for key in keys]
+    first.client.post(f"sessions/{before[1]['session_id']}/finish", {"reason": {"type": "success"}})
+    first.close()
+    client = again().client
+    after = [client.post("create_session", {}, headers=key) for key in keys]
+
+    assert before == after
+    assert {} == client.post("session_heartbeat", {"session_id": after[0]["session_id"]})
+    assert 410 == client.refused("session_heartbeat", {"session_id": after[1]["session_id"]})[0]

@@ -321,3 +321,43 @@ def test_closing_does_not_wait_for_what_is_queued(scheduler, story):
     assert not closed_early
     assert scheduler.close(5)
     assert len(story.log) < 1000
+
+
+def test_a_line_that_is_closed_is_not_closed_twice(scheduler, story):
+    """A second unload is answered, not left waiting."""
+    scheduler.open_line("m")
+    scheduler.start()
+    scheduler.put_last("m", story.job("first"))
+    story.wait("first")
+    scheduler.put_last("m", story.job("second"))
+    story.wait("second")
+    scheduler.put("m", 0, story.job("late"))
+    story.wait("late")
+
+    assert isinstance(story.outcomes["second"], LineClosed)
+    assert "unloaded before operation 0 arrived" in str(story.outcomes["late"])
+
+
+def test_while_the_engine_starts_that_is_why_everything_waits():
+    """And not an operation that has not arrived."""
+    started = threading.Event()
+
+    def make():
+        started.wait(5)
+        return Engine()
+
+    scheduler = Scheduler(make)
+    scheduler.open_line("m", 1)
+    scheduler.start()
+    try:
+        assert (0, "the engine is starting") == scheduler.place("m", 2)
+        assert "the engine is starting" == scheduler.sample_place("t")
+    finally:
+        started.set()
+        assert scheduler.ready.wait(5)
+        place = scheduler.place("m", 2), scheduler.place("gone", 1), scheduler.sample_place("t")
+        scheduler.close(5)
+
+    assert (1, "operation 1 has not arrived yet") == place[0]
+    assert (0, "running") == place[1]
+    assert "the sample request is waiting or running" == place[2]

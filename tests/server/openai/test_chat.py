@@ -15,8 +15,11 @@ import tinkex
 from tinkex import types
 from tinkex.engine import tiny
 from tinkex.server.app import LocalServer, make_engine
-from tinkex.server.openai.chat import AnswerText
+from tinkex.server.openai.chat import AnswerText, Chat
+from tinkex.server.openai.generation import Collected
+from tinkex.server.openai.names import Model
 from tinkex.text import tokenizer
+from tinkex.text.renderer import Prompt
 
 TINY = tokenizer.load("tiny")
 
@@ -303,6 +306,11 @@ def test_a_stop_sequence_is_named(claude, tuned):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        (
+            {"top_logprobs": 2, "logprobs": True, "stream": True},
+            "stream does not go with top_logprobs",
+        ),
+        ({"max_completion_tokens": 10**6 + 1}, "max_completion_tokens must be an integer from 1"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"max_completion_tokens": 0}, "max_completion_tokens must be an integer from 1"),
         ({"messages": user("<|end_turn|>")}, "<|end_turn|>"),
@@ -363,3 +371,33 @@ def test_a_server_of_weights_of_8_bits_answers_but_trains_nothing(tmp_path):
             service.create_lora_training_client("tiny")
 
     assert (200, 3) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
+
+
+def _chat(prompt, *, has_tools=False):
+    model = Model("m", None, TINY)
+    return Chat(model, Prompt([1], prompt, []), types.SamplingParams(), 1, (), has_tools)
+
+
+def _collected(text, finish="stop"):
+    return Collected(text=text, tokens=TINY.encode(text), finish=finish)
+
+
+def test_an_answer_that_ends_within_its_reasoning_has_no_content():
+    """Half a thought would be shown as the answer."""
+    message = _chat("<|turn|>assistant\n<think>\n").message(_collected("It is", "length"))
+
+    assert ("", "It is") == (message["content"], message["reasoning_content"])
+
+
+def test_an_answer_whose_reasoning_the_prompt_has_opened_is_split_at_its_end():
+    message = _chat("<think>").message(_collected("a poem.</think>\n\nIn a boat."))
+
+    assert ("In a boat.", "a poem.") == (message["content"].strip(), message["reasoning_content"])
+
+
+def test_what_looks_like_a_call_is_text_where_no_tools_were_offered():
+    """A client that offers none does not look for calls: it would get an empty answer."""
+    text = '<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call>'
+
+    assert text == _chat("").message(_collected(text))["content"]
+    assert _chat("", has_tools=True).message(_collected(text))["tool_calls"]

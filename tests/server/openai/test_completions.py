@@ -163,6 +163,8 @@ def test_asynchronous_clients_stream_side_by_side(server):
         ({"top_p": 0}, "top_p must be from"),
         ({"n": 0}, "n must be an integer from 1"),
         ({"stop": [1]}, "stop must be a string or a list of strings"),
+        ({"stop": [f"s{i}" for i in range(65)]}, "stop must hold at most 64 strings, got 65"),
+        ({"max_tokens": 10**6 + 1}, "max_tokens must be an integer from 1 to 1000000"),
         ({"logit_bias": {"5": 100}}, "logit_bias"),
         ({"suffix": "end"}, "suffix"),
         ({"presence_penalty": 1}, "presence_penalty"),
@@ -230,3 +232,21 @@ def test_what_belongs_to_another_key_reads_as_if_it_did_not_exist(serve):
     assert str(other.value).replace(missing, path) == str(theirs.value)
     with openai.OpenAI(base_url=f"{served.server.url}/v1", api_key="tml-b") as client:
         assert ["tiny"] == [one.id for one in client.models.list()]
+
+
+def test_a_checkpoint_is_not_taken_for_one_of_another_base_model(client, tuned):
+    """A name of both forms, with the base model before the path, must be right in both."""
+    with pytest.raises(openai.BadRequestError, match="the checkpoint is of the base model 'tiny'"):
+        client.completions.create(model=f"org/other;{tuned[0]}", prompt="The")
+
+
+def test_a_run_that_has_saved_nothing_to_sample_from_is_named(serve):
+    """Weights to train on are not for sampling."""
+    served = serve(make_engine=make_engine)
+    model = served.client.model()
+    served.client.result(served.client.save(model, 1, "state"))
+    with (
+        openai.OpenAI(base_url=f"{served.server.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(openai.NotFoundError, match="has no weights to sample from yet"),
+    ):
+        client.completions.create(model=model, prompt="The")

@@ -350,3 +350,31 @@ def test_a_stream_that_is_open_for_a_day_does_not_grow(monkeypatch):
     assert 1441 == kinds[b"event: state"] == kinds[b"event: points"]
     assert 3 * 1440 == kinds[b": still here"]  # so that proxies keep it open
     assert memory[23] < memory[1] + 50_000
+
+
+def test_what_another_user_s_model_is_called_is_not_shown(users, signed_in):
+    """That something is computed is: it is why one's own operations wait."""
+    bob = users.client_with("tml-b")
+    model = bob.model()
+    users.engine.gate.clear()
+    bob.forward_backward(model, 1, [5])
+    deadline = time.monotonic() + 10
+    while signed_in.ask("/ui/state")["running"] is None:
+        assert time.monotonic() < deadline
+    state = signed_in.ask("/ui/state")
+    users.engine.gate.set()
+
+    assert "another user's model" == state["running"]
+    assert model not in json.dumps(state)
+
+
+def test_cookies_that_have_expired_are_forgotten_with_the_next_one():
+    """Not only refused: each would keep a key in memory for ever."""
+    now = [0.0]
+    sign_ins = SignIns(lambda: now[0])
+    for _ in range(3):
+        sign_ins.give_cookie("k")
+    now[0] = COOKIE_SECONDS + 1
+    fresh = sign_ins.give_cookie("k")
+
+    assert {fresh} == set(sign_ins._cookies)

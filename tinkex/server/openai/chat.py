@@ -109,7 +109,7 @@ async def read_chat(
         raise Refusal(400, f"the messages cannot be rendered for this model: {exc}") from exc
     ids = [stop for stop in prompt.stop if isinstance(stop, int)]
     texts = [stop for stop in prompt.stop if isinstance(stop, str)]
-    params = fields.sampling(max_tokens, ids or None, call.site.limits.max_tokens)
+    params = fields.sampling(max_tokens, ids or None)
     return Chat(model, prompt, params, count, (*stops, *texts), bool(tools), top_logprobs)
 
 

@@ -110,7 +110,7 @@ async def _checked(call: Call, fields: Fields) -> CompletionRequest:
     stops = tuple(fields.strings("stop", MOST_STOPS))
     model = await find_model(call, fields.text("model"))
     prompts = await call.site.in_pool(_prompts, fields.needed("prompt"), model.tokenizer)
-    params = fields.sampling(max_tokens or 1, None, limits.max_tokens)
+    params = fields.sampling(max_tokens or 1, None)
     return CompletionRequest(model, prompts, count, echo, logprobs, max_tokens or 0, stops, params)
 
 

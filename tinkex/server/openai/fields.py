@@ -87,14 +87,8 @@ class Fields:
                 400, f"{name} = {shown(value)} is not supported by this server; {instead}"
             )
 
-    def sampling(
-        self, max_tokens: int | None, stop: Sequence[int] | None, most_tokens: int
-    ) -> types.SamplingParams:
+    def sampling(self, max_tokens: int | None, stop: Sequence[int] | None) -> types.SamplingParams:
         """`temperature`, `top_p`, `top_k`, `seed`, as all these APIs name them."""
-        if max_tokens is not None and max_tokens > most_tokens:
-            raise Refusal(
-                400, f"max_tokens must be at most {most_tokens} on this server, got {max_tokens}."
-            )
         return types.SamplingParams(
             max_tokens=max_tokens,
             seed=self.integer("seed", None, 0, 2**63 - 1),
