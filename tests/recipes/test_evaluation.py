@@ -82,7 +82,7 @@ def test_conversations_end_with_the_right_answer(models):
     [
         (PAIRS, ["bleu"], "metric 'bleu' is not known; choose loss, exact, contains"),
         ([{"text": "a"}], ["exact"], "row 1 has no prompt with a right answer"),
-        (PAIRS, [lambda answer, row: float("nan")], "returned nan, which is no finite number"),
+        (PAIRS, [lambda answer, row: float("nan")], "returned nan, which is not a finite number"),
         (PAIRS, [lambda answer, row: 1 / 0], "raised ZeroDivisionError"),
         ([{"prompt": "a"}], ["exact"], "has 'prompt'"),
     ],

@@ -220,5 +220,5 @@ def test_a_reward_that_fails_ends_the_run_as_ctrl_c_does(make):
     with pytest.raises(loop.Stopped):
         objective.train(training, [[3]])
     message = str(objective.failure)
-    assert "score returned nan, which is no finite number; the answer was" in message
+    assert "score returned nan, which is not a finite number; the answer was" in message
     assert message.endswith("to '3:'")

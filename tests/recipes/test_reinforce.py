@@ -119,7 +119,7 @@ class OneTurn:
     ("failure", "problem"),
     [
         (lambda: 1 / 0, "raised ZeroDivisionError: division by zero"),
-        (lambda: float("nan"), "returned nan, which is no finite number"),
+        (lambda: float("nan"), "returned nan, which is not a finite number"),
         (lambda: threading.Event().wait(600), r"did not return within 1 s"),
     ],
 )

@@ -87,9 +87,9 @@ def test_a_score_is_a_number_or_a_dict_with_a_reward():
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (math.nan, "nan, which is no finite number"),
-        ("good", "'good', which is no finite number"),
-        (None, "None, which is no finite number"),
+        (math.nan, "nan, which is not a finite number"),
+        ("good", "'good', which is not a finite number"),
+        (None, "None, which is not a finite number"),
         ({"reward": 1, "x": math.inf}, "inf for 'x'"),
         ({"score": 1}, "a dict without \"reward\": its keys are 'score'"),
     ],
@@ -112,7 +112,7 @@ def test_a_function_is_loaded_with_its_neighbours(tmp_path):
     ("spec", "problem"),
     [
         ("mine.py", "names no function; write it like my_rewards.py:score"),
-        ("gone.py:score", "gone.py is not there"),
+        ("gone.py:score", "there is no file gone.py"),
         ("mine.py:scores", "has no function scores; it has score"),
         ("broken.py:score", "broken.py cannot be run: ZeroDivisionError"),
     ],

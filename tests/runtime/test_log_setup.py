@@ -43,7 +43,7 @@ def test_without_it_nothing_is_set_up(logger, monkeypatch):
 def test_a_level_that_there_is_not_is_named(monkeypatch):
     monkeypatch.setenv("TINKEX_LOG", "loud")
 
-    with pytest.raises(ValueError, match="'loud'; set it to debug, info, warning or nothing"):
+    with pytest.raises(ValueError, match="'loud'; set it to debug, info, warning, or unset it"):
         log_setup.from_environment()
 
 

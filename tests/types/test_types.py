@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -353,3 +356,22 @@ def test_importing_the_types_needs_numpy_and_attrs_alone():
     )
 
     assert "set()\n" == subprocess.check_output([sys.executable, "-c", code], text=True)
+
+
+def test_every_public_class_of_a_module_is_a_name_of_the_package():
+    """`tinkex/types/__init__.py` collects the `__all__` of its modules; a later one would hide
+    an earlier one of the same name."""
+    modules = [
+        importlib.import_module(f"tinkex.types.{found.name}")
+        for found in pkgutil.iter_modules(types.__path__)
+    ]
+    collected = [name for module in modules for name in getattr(module, "__all__", ())]
+    classes = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+    assert len(set(collected)) == len(collected)
+    assert classes == {name: getattr(types, name, None) for name in classes}

@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 
+from tinkex.checkpoints.formats import FORMATS
+
 
 @attrs.frozen
 class Training:
@@ -25,43 +27,27 @@ class Training:
     losses: tuple[float, float] | None = None
 
 
-_USES = {
-    "peft": (
-        "A LoRA adapter in PEFT's format.",
-        "from peft import AutoPeftModelForCausalLM\n\n"
-        'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
-        "python",
-    ),
-    "hf": (
-        "A complete model: the base model with the adapter merged in.",
-        "from transformers import pipeline\n\n"
-        'ask = pipeline("text-generation", "{name}")\n'
-        'print(ask([{{"role": "user", "content": "..."}}]))',
-        "python",
-    ),
-    "gguf": (
-        "A complete model as a GGUF file, with tokenizer and chat template.",
-        "llama-cli -m {name}.gguf",
-        "shell",
-    ),
-}
-
-
 def text(name: str, base_model: str, form: str, training: Training | None) -> str:
     """
     The card as Markdown, with the metadata that the Hugging Face hub reads.
 
     Args:
         base_model: as the hub names it, where it is there.
-        form: "peft", "hf" or "gguf".
+        form: a name of `formats.FORMATS`.
         training: None if only the weights are known.
     """
-    what, example, language = _USES[form]
+    kind = FORMATS[form]
     lines = ["---", f"base_model: {base_model}"]
-    lines += [f"library_name: {'peft' if form == 'peft' else 'transformers'}"] * (form != "gguf")
+    if kind.library is not None:
+        lines.append(f"library_name: {kind.library}")
     lines += ["pipeline_tag: text-generation", "tags:", "- tinkex", "- lora", "---", ""]
-    lines += [f"# {name}", "", f"{what} Fine-tuned from `{base_model}` with tinkex.", ""]
-    lines += ["## Use", "", f"```{language}", example.format(name=name), "```", ""]
+    lines += [
+        f"# {name}",
+        "",
+        f"{kind.description} Fine-tuned from `{base_model}` with tinkex.",
+        "",
+    ]
+    lines += ["## Use", "", f"```{kind.language}", kind.usage.format(name=name), "```", ""]
     if training is not None:
         lines += _training(training)
     return "\n".join(lines)

@@ -11,8 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from tinkex import errors, types
 from tinkex.checkpoints import card, download
+from tinkex.checkpoints.formats import FORMATS
 from tinkex.runtime.connection import Connection
 from tinkex.text import gguf, hub
 
@@ -73,7 +76,8 @@ def export_adapter(
     Args:
         adapter: a folder with a PEFT adapter, as `tinkex train` writes it.
         base_model: the model that it belongs to: a known name, directory, GGUF file or hub id.
-        form: "peft" (the adapter), "hf" (merged, a Hugging Face directory) or "gguf" (merged).
+        form: a name of `formats.FORMATS`: "peft" (the adapter), "hf" (merged, a Hugging Face
+            directory) or "gguf" (merged).
         name: of the model, in the card and of the GGUF file.
         gguf_type: of the matrices in a GGUF file: "F16", "Q8_0" or "F32".
         training: what the card says about the training.
@@ -84,31 +88,43 @@ def export_adapter(
 
     Raises:
         FileExistsError: If *output_dir* is not empty, without *force*.
-        ValueError: If the base model cannot be found, or the adapter does not belong to it.
+        ValueError: If *form* is not known, the base model cannot be found, or the adapter does not
+            belong to it.
         MissingExtraError: If the engine, which merges, is not installed.
     """
+    if form not in FORMATS:
+        raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}.")
     merge_adapter = _merger()
     base = resolve(base_model)
     with download.new_folder(output_dir, force) as scratch:
         result = scratch / download.RESULT
-        if form == "peft":
-            copied = scratch / "adapter"
-            shutil.copytree(adapter, copied)
-            # PEFT loads the base model by this name, so it is one that PEFT can find.
-            _name_base(copied / ADAPTER_CONFIG, base)
-            _keep_adapter(copied, result)
-        elif form == "hf":
-            _merge(merge_adapter, base, adapter, result, scratch)
-        else:
-            from tinkex.engine import gguf_writer
-
-            merged = scratch / "merged"
-            _merge(merge_adapter, base, adapter, merged, scratch)
-            result.mkdir()
-            gguf_writer.write(merged, result / f"{name}.gguf", gguf_type)
+        model = _Trained(name, gguf_type, adapter, base, scratch, merge_adapter)
+        FORMATS[form].write(model, result)
         text = card.text(name, _hub_name(base_model), form, training)
         (result / CARD).write_text(text, encoding="utf-8")
     return output_dir
+
+
+@attrs.frozen
+class _Trained:
+    """The source of an export, see `formats.Source`."""
+
+    name: str
+    gguf_type: str
+    adapter: Path
+    base: str
+    scratch: Path
+    merge_adapter: Any
+
+    def write_adapter(self, folder: Path) -> None:
+        copied = self.scratch / "adapter"
+        shutil.copytree(self.adapter, copied)
+        # PEFT loads the base model by this name, so it is one that PEFT can find.
+        _name_base(copied / ADAPTER_CONFIG, self.base)
+        _keep_adapter(copied, folder)
+
+    def write_merged(self, folder: Path) -> None:
+        _merge(self.merge_adapter, self.base, self.adapter, folder, self.scratch)
 
 
 def _hub_name(base_model: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from tinkex.checkpoints.formats import FORMATS
 from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
 from tinkex.cli.options import option, server_options, together
@@ -22,11 +23,10 @@ form_options = together(
     click.option(
         "--to",
         "form",
-        type=click.Choice(["peft", "hf", "gguf"]),
+        type=click.Choice(list(FORMATS)),
         default="hf",
         show_default=True,
-        help="peft: the adapter. hf: merged into the base model, as a Hugging Face directory. "
-        "gguf: the same as a GGUF file, for llama.cpp.",
+        help=" ".join(f"{name}: {kind.help}." for name, kind in FORMATS.items()),
     ),
     option(
         "--gguf-type",

@@ -25,6 +25,7 @@ from tinkex.cli.options import (
     server_options,
     set_dtype,
 )
+from tinkex.recipes import trackers
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.recipes import finetune, run_folder, supervised
@@ -186,7 +187,7 @@ def _read_config(context: click.Context, option: click.Parameter, path: Path | N
 @click.option(
     "--report-to",
     metavar="TRACKER,...",
-    help="Send settings, metrics and the adapter to tensorboard, wandb, mlflow or trackio.",
+    help=f"Send settings, metrics and the adapter to trackers: {', '.join(trackers.names())}.",
 )
 @click.option(
     "--config",

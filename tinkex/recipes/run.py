@@ -219,7 +219,7 @@ class Run:
     def export(
         self,
         folder: str | Path,
-        form: Literal["peft", "hf", "gguf"] = "hf",
+        form: str = "hf",
         *,
         gguf_type: Literal["F16", "Q8_0", "F32"] = "F16",
         base_model: str | None = None,
@@ -235,7 +235,7 @@ class Run:
             force: replace *folder* if it exists.
 
         Raises:
-            ValueError: If the run is not finished, or *folder* exists.
+            ValueError: If the run is not finished, *folder* exists, or *form* is not known.
         """
         if self.adapter is None:
             raise ValueError(f"the run in {self.folder} is not finished ({self.description}).")

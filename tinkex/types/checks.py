@@ -11,6 +11,14 @@ from typing import Any, TypeVar
 import attrs
 import numpy as np
 
+__all__ = [
+    "as_params",
+    "check_metadata",
+    "check_name",
+    "check_recipients",
+    "check_ttl",
+]
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 
 #: The longest name of a checkpoint.

@@ -20,6 +20,16 @@ from tinkex.types.dataclass_form import like_a_dataclass
 from tinkex.types.provenance import ProvenanceSpan, ProvenanceSpans, as_spans, check_cover
 from tinkex.types.tensors import ArrayLike, DType, TensorData, own, same, short, to_array
 
+__all__ = [
+    "Chunk",
+    "Datum",
+    "EncodedTextChunk",
+    "ImageAssetPointerChunk",
+    "ImageChunk",
+    "ModelInput",
+    "ModelInputChunk",
+]
+
 #: Largest token id that travels (tokens are int32 on the wire).
 MAX_TOKEN_ID = 2**31 - 1
 

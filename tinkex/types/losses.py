@@ -19,6 +19,16 @@ import numpy as np
 from tinkex.types.data import Datum
 from tinkex.types.tensors import TensorData
 
+__all__ = [
+    "LOSS_FUNCTIONS",
+    "LossFnInputs",
+    "LossFnOutput",
+    "LossFnType",
+    "LossFunction",
+    "check_config",
+    "check_data",
+]
+
 LossConfigValue = Union[float, str]
 #: A name of `LOSS_FUNCTIONS`, the inputs of a datum, and the outputs for one.
 LossFnType = str

@@ -15,6 +15,13 @@ import attrs
 from tinkex.types import checks
 from tinkex.types.dataclass_form import like_a_dataclass
 
+__all__ = [
+    "PromptProvenanceSpan",
+    "ProvenanceSpan",
+    "ProvenanceSpans",
+    "SampledProvenanceSpan",
+]
+
 _WHOLE = "an integer >= 0"
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, TypeVar
 
+__all__ = [
+    "Done",
+    "Ready",
+]
+
 R = TypeVar("R", bound="Ready")
 
 

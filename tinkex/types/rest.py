@@ -10,6 +10,28 @@ import attrs
 from tinkex.types import display
 from tinkex.types.ready import Ready
 
+__all__ = [
+    "Checkpoint",
+    "CheckpointArchiveUrlResponse",
+    "CheckpointType",
+    "CheckpointsListResponse",
+    "Cursor",
+    "ExternalWeightsUrlsResponse",
+    "GetSessionResponse",
+    "ListSessionsResponse",
+    "ParsedCheckpointTinkerPath",
+    "ReportMetricsRequest",
+    "RunMetricsResponse",
+    "RunSample",
+    "SessionSearchRequest",
+    "SessionSearchResponse",
+    "SessionSummary",
+    "SetProjectRequest",
+    "SetTtlRequest",
+    "TrainingRun",
+    "TrainingRunsResponse",
+]
+
 CheckpointType = Literal["training", "sampler", "external"]
 
 _SEGMENTS: dict[str, CheckpointType] = {

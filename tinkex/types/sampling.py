@@ -18,6 +18,26 @@ from tinkex.types.dataclass_form import like_a_dataclass
 from tinkex.types.ready import Ready
 from tinkex.types.tensors import TensorData, to_array
 
+__all__ = [
+    "ABSENT_LOGPROB",
+    "CreateSamplingSessionRequest",
+    "CreateSamplingSessionResponse",
+    "GetSamplerResponse",
+    "JoinSamplingSessionRequest",
+    "JoinSamplingSessionResponse",
+    "PromptAltTokens",
+    "SampleRequest",
+    "SampleResponse",
+    "SampleStreamChunk",
+    "SampledSequence",
+    "SamplingClientKind",
+    "SamplingParams",
+    "Stop",
+    "StopReason",
+    "TopkLogprobs",
+    "show_with",
+]
+
 StopReason = Literal["stop", "length"]
 SamplingClientKind = Literal["snapshot", "inflight"]
 Stop = Union[str, Sequence[str], Sequence[int], None]

@@ -9,6 +9,27 @@ import attrs
 from tinkex.types import checks
 from tinkex.types.ready import Ready
 
+__all__ = [
+    "AuthTokenRequest",
+    "AuthTokenResponse",
+    "CancelFutureRequest",
+    "ClientConfig",
+    "ClientConfigRequest",
+    "Completion",
+    "CreateSessionRequest",
+    "CreateSessionResponse",
+    "FinishSessionRequest",
+    "GetServerCapabilitiesResponse",
+    "HealthResponse",
+    "KeyOwner",
+    "Promise",
+    "RetrieveFutureRequest",
+    "RetrieveFuturesRequest",
+    "RetrieveFuturesResponse",
+    "SessionHeartbeatRequest",
+    "SupportedModel",
+]
+
 
 @attrs.frozen
 class ClientConfigRequest:

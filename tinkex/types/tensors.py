@@ -13,6 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+__all__ = [
+    "TensorData",
+    "TensorDtype",
+]
+
 DType = Literal["int64", "float32"]
 TensorDtype = DType
 ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData

@@ -14,6 +14,41 @@ from tinkex.types.losses import LossConfigValue
 from tinkex.types.ready import Ready
 from tinkex.types.tensors import TensorData
 
+__all__ = [
+    "AdamOptimizerConfig",
+    "AdamParams",
+    "CopyWeightsRequest",
+    "CopyWeightsResponse",
+    "CreateModelRequest",
+    "CreateModelResponse",
+    "DimuonOptimizerConfig",
+    "DimuonParams",
+    "ForwardBackwardOutput",
+    "ForwardBackwardRequest",
+    "GetInfoRequest",
+    "GetInfoResponse",
+    "LoadWeightsRequest",
+    "LoadWeightsResponse",
+    "LoraConfig",
+    "ModelData",
+    "ModelID",
+    "OptimParams",
+    "OptimStepRequest",
+    "OptimStepResponse",
+    "OptimizerConfig",
+    "SaveWeightsExternalRequest",
+    "SaveWeightsExternalResponse",
+    "SaveWeightsForSamplerRequest",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsRequest",
+    "SaveWeightsResponse",
+    "UnloadModelRequest",
+    "UnloadModelResponse",
+    "WeightsInfoRequest",
+    "WeightsInfoResponse",
+    "optimizer_config",
+]
+
 ModelID = str
 
 #: Largest LoRA rank that is accepted.
