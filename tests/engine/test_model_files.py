@@ -83,7 +83,7 @@ def test_a_header_longer_than_the_file_is_refused(base, size):
     path = base / "model.safetensors"
     path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
 
-    assert f"its header is said to have {size:,} bytes" in refusal(base)
+    assert f"its header claims {size:,} bytes" in refusal(base)
 
 
 def test_a_header_larger_than_any_model_needs_is_refused(base):
@@ -92,7 +92,7 @@ def test_a_header_larger_than_any_model_needs_is_refused(base):
         file.write(struct.pack("<Q", 2**30))
         file.truncate(2**30 + 8)
 
-    assert "its header is said to have 1,073,741,824 bytes" in refusal(base)
+    assert "its header claims 1,073,741,824 bytes" in refusal(base)
 
 
 def test_tensors_that_lie_beyond_the_file_are_refused(base):

@@ -160,7 +160,7 @@ def test_other_data_does_not_resume_and_does_no_harm(finetune, service):
     press_ctrl_c_at(service, 20)
     with pytest.raises(KeyboardInterrupt):
         finetune()
-    with pytest.raises(ValueError, match="the data is not that of the run to resume"):
+    with pytest.raises(ValueError, match="the data differs from that of the run to resume"):
         finetune(ROWS[:-1], resume=True)
     with pytest.raises(ValueError, match=r"^rank is 5, but the run to resume has 32"):
         finetune(rank=5, resume=True)

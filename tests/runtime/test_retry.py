@@ -265,7 +265,7 @@ def test_but_it_does_not_wait_for_ever(way, canned):
 HOPELESS = {
     "refused": (refused(), 4, "connection refused; is the server running, on this port?"),
     "not resolved": (unknown_host(), 0, "the host name does not resolve; is base_url spelled"),
-    "certificate": (bad_certificate(), 0, "the TLS certificate or handshake is not good"),
+    "certificate": (bad_certificate(), 0, "the TLS handshake failed"),
     "401": (status(401, {"detail": "bad key"}), 0, "answered 401: bad key (is TINKER_API_KEY"),
     "404": (status(404), 0, "answered 404"),
     "no connection": (no_connection(), 10, "no connection; is the host right, and reachable"),
