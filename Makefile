@@ -33,8 +33,8 @@ llama: .venv/test ## build llama-cpp-python for the tests of GGUF export (10 min
 # thread logs an exception (both parse source code: https://github.com/python/cpython/issues/106905).
 coverage: .venv/test ## run the tests and report which lines and branches they reach
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients --cov --cov-report= --tb=line $(ARGS)
-	$(BIN)/python -m tests.coverage_figures build/coverage/report.json
+	$(PYTEST) -m 'not slow' --ignore tests/test_docs.py --ignore tests/browser --ignore tests/openai_clients --cov --cov-report= --tb=line $(ARGS); \
+	tests=$$?; $(BIN)/python -m tests.coverage_figures build/coverage/report.json && exit $$tests
 
 check: lint types test docs core ## run everything that must pass before a change is done
 

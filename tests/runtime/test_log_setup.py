@@ -74,6 +74,16 @@ def test_lines_go_to_the_stderr_of_the_moment(logger, monkeypatch):
         assert 1 == sys.stderr.getvalue().count("a line")
 
 
+def test_without_progress_bars_tqdm_is_not_needed(logger, monkeypatch, capsys):
+    """Whatever has imported it draws bars; nothing else imports it for a log line."""
+    monkeypatch.delitem(sys.modules, "tqdm", raising=False)
+    log_setup.set_level(logging.INFO)
+    logger.info("a line")
+
+    assert "a line" in capsys.readouterr().err
+    assert "tqdm" not in sys.modules
+
+
 def test_a_progress_bar_stays_below_the_lines(logger, monkeypatch):
     """The bar is erased, the line written, and the bar drawn again."""
     screen = io.StringIO()

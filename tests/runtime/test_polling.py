@@ -633,6 +633,31 @@ def test_one_that_holds_bytes_is_never_kept_waiting_by_those_who_wait_for_them()
     world.close()
 
 
+def test_waiting_for_bytes_ends_with_the_deadline_and_with_the_session():
+    """Those that hold them may never give them back: a server that sends and sends."""
+    world = World(max_response_bytes=100)
+    entered, released = threading.Event(), threading.Event()
+
+    def behaves(server, request, limits, behave):
+        if not wants_all(request):
+            return metadata_only(100)(server, request, limits, behave)
+        return blocked(entered, released, answer(DONE))(server, request, limits, behave)
+
+    world.server.always("retrieve_future", behaves)
+    holder = world.watch(request_id="r0", queue="a")
+    assert entered.wait(10)
+    late = world.watch(request_id="r1", queue="b", deadline=world.clock.now + 5)
+    patient = world.watch(request_id="r2", queue="c")
+    world.clock.sleep(10)
+
+    assert isinstance(late.exception(20), TimeoutError)
+    world.poller.close()
+    assert isinstance(patient.exception(20), errors.ClientClosedError)
+    released.set()
+    assert isinstance(holder.exception(20), errors.ClientClosedError)
+    world.close()
+
+
 def test_bytes_come_back_from_a_promise_that_is_lost_or_fails():
     """Else a few of those, and no large result ever arrives again."""
     world = World(max_response_bytes=100)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.support.fake_server import FakeServer, answer, blocked, session, status
+from tests.support.fake_server import FakeServer, after, answer, blocked, session, status
 from tinkex import errors, types, wire
 from tinkex.futures import OperationFuture
 from tinkex.runtime import sample_watch
@@ -161,3 +161,47 @@ def test_statement_31_whatever_is_raised_on_its_thread_ends_in_the_futures(
     watch.watch(first)
 
     assert problem is first.future.exception(10)
+
+
+def test_without_news_for_a_minute_each_sample_is_asked_for(watch, server):
+    """A server that has lost track of what it has to tell must not keep samples for ever."""
+    server.script("retrieve_futures", after(sample_watch.DOUBT + 1, finished()))
+    one, other = promise("r0"), promise("r1")
+    for waiting in (one, other):
+        watch.watch(waiting)
+
+    assert [[1], [1]] == [p.future.result(10).sequences[0].tokens for p in (one, other)]
+
+
+def test_a_sample_that_is_cancelled_is_waited_for_no_more(watch, server, monkeypatch):
+    """And the server may forget it."""
+    monkeypatch.setattr(sample_watch, "LINGER", 0.005)
+    entered, release = threading.Event(), threading.Event()
+    server.script("retrieve_futures", blocked(entered, release, finished()))
+    first = promise("r0")
+    watch.watch(first)
+    entered.wait(10)
+    [thread] = [t for t in threading.enumerate() if t.name == "tinkex-completions"]
+    first.future.cancel()
+    release.set()
+    thread.join(10)
+    server.script("retrieve_futures", finished("r1"))
+    second = promise("r1")
+    watch.watch(second)
+    second.future.result(10)
+
+    assert ["r0"] == server.bodies("retrieve_futures")[-1]["retrieved_request_ids"]
+
+
+def test_a_session_that_closes_fails_what_is_waited_for(server):
+    with session(server) as s:
+        watch = CompletionWatch(s, "sampler-0", clone=0)
+        entered, release = threading.Event(), threading.Event()
+        server.script("retrieve_futures", blocked(entered, release, finished()))
+        first = promise("r0")
+        watch.watch(first)
+        entered.wait(10)
+        s.close()
+        release.set()
+
+        assert isinstance(first.future.exception(10), errors.ClientClosedError)

@@ -12,6 +12,7 @@ import pytest
 from tests.support.fake_server import (
     FakeServer,
     answer,
+    as_usual,
     blocked,
     datum,
     garbage,
@@ -22,6 +23,7 @@ from tests.support.fake_server import (
     settings,
     status,
     timeout,
+    training,
     transport,
     try_again,
 )
@@ -352,6 +354,17 @@ def test_trouble_with_the_first_batch_proves_nothing_either(server, fault):
         batch(s)
 
     assert [wire.PROTOBUF] * 3 == content_types(server)
+
+
+def test_a_resend_that_is_answered_without_a_promise_is_a_clear_error(server):
+    """The number is used, so it cannot be sent once more under another."""
+    with training(server) as client:
+        server.script("retrieve_future", status(410))
+        server.script("optim_step", as_usual(), answer({"metrics": {}}))
+        exc = client.optim_step(types.AdamParams()).exception(10)
+
+    assert isinstance(exc, errors.APIResponseValidationError)
+    assert "a resend was answered without a request_id" in str(exc)
 
 
 # Lookups.
