@@ -22,7 +22,7 @@ from tinkex.runtime import operation_log
 from tinkex.runtime.executor import ByteBudget, Pool
 from tinkex.runtime.queue_state import queue_state, tell
 from tinkex.runtime.responses import Answer, error_detail, retold
-from tinkex.runtime.retry import LOST, NOT_YET, ONCE, PAUSED, Polls, is_stray
+from tinkex.runtime.retry import LOST, NOT_YET, ONCE, PAUSED, Attempts, is_stray
 from tinkex.runtime.transport import Transport
 from tinkex.runtime.wait_log import Wait
 
@@ -62,7 +62,7 @@ class Promise(Generic[T]):
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
-    polls: Polls = attrs.field(factory=Polls)
+    attempts: Attempts = attrs.field(factory=Attempts)
     queue_state: tuple[str, str | None] = ("active", None)
     reserved_bytes: int = 0
 
@@ -256,7 +256,7 @@ class Poller:
         body = getattr(exc, "body", None)
         if isinstance(body, dict) and body.get("queue_state"):
             self._note_queue_state(promise, body)
-        return self._failed_once(promise, exc) if promise.polls.may_pass(exc) else exc
+        return self._failed_once(promise, exc) if promise.attempts.may_pass(exc) else exc
 
     def _post(self, promise: Promise[Any]) -> Answer:
         binary = promise.operation in _IN_PROTOBUF
@@ -319,24 +319,24 @@ class Poller:
 
     def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         now = queue_state(payload)
-        promise.polls.answered()
+        promise.attempts.answered()
         if promise.wait is not None:
             promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
         if now == promise.queue_state:
             return
         promise.queue_state = now
-        promise.polls.changed()
+        promise.attempts.changed()
         if promise.on_queue_state is not None:
             tell(promise.on_queue_state, *now)
 
     def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
         """Seconds until the next question."""
-        promise.polls.answered()
+        promise.attempts.answered()
         asked = payload.get("retry_after_ms")
         if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
             return self._clipped(promise, min(asked / 1000, 300.0))
         paused = promise.queue_state[0] in ("paused_rate_limit", "paused_capacity")
-        return self._clipped(promise, promise.polls.not_yet(took, PAUSED if paused else NOT_YET))
+        return self._clipped(promise, promise.attempts.not_yet(took, PAUSED if paused else NOT_YET))
 
     def _clipped(self, promise: Promise[Any], pause: float) -> float:
         """No pause goes beyond the deadline."""
@@ -376,7 +376,7 @@ class Poller:
         if promise.wait is not None:
             promise.wait.failed_once(exc)
         patience = self._transport.config.patience.no_answer
-        pause = promise.polls.failed(exc, self.now(), patience)
+        pause = promise.attempts.failed(exc, self.now(), patience)
         return exc if pause is None else NotYet(self._clipped(promise, pause))
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
@@ -392,13 +392,13 @@ class Poller:
         self._release(promise)
         promise.request_id = promise.resubmit()
         promise.metadata_only = True
-        return NotYet(self._clipped(promise, promise.polls.pause(LOST)))
+        return NotYet(self._clipped(promise, promise.attempts.pause(LOST)))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
         if promise.deadline is None or self.now() < promise.deadline:
             return
-        if promise.polls.last_error is not None:
-            raise promise.polls.last_error
+        if promise.attempts.last_error is not None:
+            raise promise.attempts.last_error
         raise errors.APITimeoutError(
             f"Timed out while polling future {promise.request_id} of {promise.what} (queue state "
             f"{promise.queue_state[0]}). It may still run there; give a longer poll_timeout."

@@ -35,7 +35,7 @@ class Backoff(tenacity.wait.wait_base):
         self._least = least
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> float:
-        asked = getattr(_failure(retry_state), "retry_after", None)
+        asked = getattr(failure_of(retry_state), "retry_after", None)
         if asked:  # a Retry-After of 0 is not followed: it would be a busy loop
             return float(asked)
         return self._step(retry_state) * random.uniform(self._least, 1.0)
@@ -55,7 +55,8 @@ def seconds(
     return wait(state)
 
 
-def _failure(state: tenacity.RetryCallState) -> BaseException | None:
+def failure_of(state: tenacity.RetryCallState) -> BaseException | None:
+    """What the last try failed with."""
     return state.outcome.exception() if state.outcome is not None else None
 
 
@@ -85,31 +86,14 @@ LONG_POLL = 1.0  # seconds
 FEW_TRIES = {0: 3, 400: 3, 409: 3}
 
 
-class Strays:
-    """Counts such answers to one question, by status."""
+class Attempts:
+    """How the attempts at one thing have gone, and how long to pause before the next one."""
 
     def __init__(self) -> None:
-        self._seen: Counter[int] = Counter()
-
-    def may_pass(self, exc: errors.APIError) -> bool:
-        """Note *exc*; True if it is not yet one too many."""
-        status = getattr(exc, "status", 0)
-        self._seen[status] += 1
-        return self._seen[status] <= FEW_TRIES.get(status, 0)
-
-    def clear(self) -> None:
-        """The question was answered with sense."""
-        self._seen.clear()
-
-
-class Polls:
-    """How the polls for one thing have gone, and how long to pause before the next one."""
-
-    def __init__(self) -> None:
-        self._strays = Strays()
+        self._strays: Counter[int] = Counter()  # by status
         self._pauses = 0  # since something last changed
         self._failing_since: float | None = None
-        #: Of the last poll; None after one that was answered.
+        #: Of the last attempt; None after one that was answered.
         self.last_error: BaseException | None = None
 
     def changed(self) -> None:
@@ -117,7 +101,7 @@ class Polls:
         self._pauses = 0
 
     def answered(self) -> None:
-        """A poll was answered, if only with "not yet"."""
+        """The last attempt was answered with sense, if only with "not yet"."""
         self._strays.clear()
         self._failing_since = self.last_error = None
 
@@ -128,14 +112,19 @@ class Polls:
             return 0.0
         return self.pause(wait)
 
-    def may_pass(self, exc: errors.APIError) -> bool:
-        """Note that a poll failed with *exc*; True if the next one may not."""
-        return self._strays.may_pass(exc) if is_stray(exc) else exc.retryable
+    def may_pass(self, exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
+        """Note that an attempt failed with *exc*; True if another may not. *may_explain* is for
+        `is_stray`."""
+        if not is_stray(exc, may_explain):
+            return exc.retryable
+        status = getattr(exc, "status", 0)
+        self._strays[status] += 1
+        return self._strays[status] <= FEW_TRIES[status]
 
     def failed(
         self, exc: errors.TinkexError, now: float, patience: float, wait: Backoff = POLL_FAILED
     ) -> float | None:
-        """Seconds to pause after *exc*; None if polls have failed for *patience* seconds."""
+        """Seconds to pause after *exc*; None if attempts have failed for *patience* seconds."""
         self.last_error = exc
         if self._failing_since is None:
             self._failing_since, self._pauses = now, 0
@@ -200,6 +189,7 @@ class Server(Protocol):
     #: Whether it has ever answered; until then, failures are raised at once.
     established: bool
     clock: Callable[[], float]
+    sleep: Callable[[float], object]
     #: What to say of it if it is known to be gone for good; None while it may answer.
     obituary: Callable[[], str | None]
 
@@ -208,27 +198,40 @@ class Server(Protocol):
 
 
 class Tries:
-    """One request's tries, one after another; the methods are tenacity's strategies.
-
-    *seen* is True if an earlier try may have reached the server: then, after a final failure, it is
-    unknown whether the request was executed.
-    """
+    """One request's tries, one after another."""
 
     def __init__(self, server: Server, policy: Retry, wait: Wait) -> None:
         self._server = server
-        self.policy = policy
+        self._policy = policy
         self._wait = wait
         self._clock = server.clock
         self._started = self._clock()
         self._number = 0
-        self._seen = False
-        self._strays = Strays()
-        #: A failure that has happened already, for the strategies to judge.
-        self.replay: errors.APIError | None = None
+        self._seen = False  # an earlier try may have reached the server, and been executed
+        self._attempts = Attempts()
+        self._failed: errors.APIError | None = None  # already, for the strategies to judge
 
     def run(self, once: Callable[[int, float | None], R]) -> R:
-        if self.replay is not None:
-            failure, self.replay = self.replay, None
+        """Call *once*, with the try's number from 0 and the seconds it has if they are few, until
+        it returns or another try is no use."""
+        try:
+            return self._try(once)  # nearly always the only one, and cheaper without the machinery
+        except errors.APIError as exc:
+            self._failed = exc
+        retrying = tenacity.Retrying(
+            retry=self._may_help,
+            stop=self._are_over,
+            wait=self._policy.wait,
+            sleep=self._server.sleep,  # type: ignore[arg-type]
+            before_sleep=self._note,
+            reraise=True,
+        )
+        result: R = retrying(self._try, once)
+        return result
+
+    def _try(self, once: Callable[[int, float | None], R]) -> R:
+        if self._failed is not None:
+            failure, self._failed = self._failed, None
             raise failure
         if self._server.is_closed:
             last = self._wait.last_error
@@ -253,32 +256,28 @@ class Tries:
             exc.outcome_unknown = self._seen
             raise
 
-    def may_help(self, state: tenacity.RetryCallState) -> bool:
-        exc = _failure(state)
+    def _may_help(self, state: tenacity.RetryCallState) -> bool:
+        exc = failure_of(state)
         if not isinstance(exc, errors.APIError):
             return False
-        status = getattr(exc, "status", 0)
-        if status in self.policy.pass_on:
+        if getattr(exc, "status", 0) in self._policy.pass_on:
             return False
-        if is_stray(exc, may_explain=(409,)):
-            return self._strays.may_pass(exc)
         if not self._server.established and _is_hopeless(exc, self._elapsed()):
             return False
-        return exc.retryable
+        return self._attempts.may_pass(exc, may_explain=(409,))
 
-    def are_over(self, state: tenacity.RetryCallState) -> bool:
+    def _are_over(self, state: tenacity.RetryCallState) -> bool:
         return self._elapsed() + state.upcoming_sleep >= self._budget()
 
-    def note(self, state: tenacity.RetryCallState) -> None:
-        if state.outcome is not None:
-            self._wait.failed_once(state.outcome.exception())
+    def _note(self, state: tenacity.RetryCallState) -> None:
+        self._wait.failed_once(failure_of(state))
 
     def _elapsed(self) -> float:
         return self._clock() - self._started
 
     def _budget(self) -> float:
-        if self.policy.budget is not None:
-            return self.policy.budget
+        if self._policy.budget is not None:
+            return self._policy.budget
         patience = self._server.config.patience
         return patience.no_answer if self._server.established else patience.first_contact
 

@@ -21,7 +21,7 @@ from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
 from tinkex.runtime.queue_state import Observer
-from tinkex.runtime.retry import Retry
+from tinkex.runtime.retry import Retry, failure_of
 from tinkex.runtime.sample_watch import CompletionWatch
 from tinkex.runtime.session import Session
 from tinkex.runtime.wait_log import Wait
@@ -204,7 +204,7 @@ class _Sample:
                 stop=self._has_given_up,
                 wait=self._note_rate_limit,
                 sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
-                before_sleep=lambda state: wait.failed_once(state.outcome.exception()),  # type: ignore[union-attr]
+                before_sleep=lambda state: wait.failed_once(failure_of(state)),
                 reraise=True,
             )
             retrying(self._send, inner, wait)
@@ -218,8 +218,8 @@ class _Sample:
         queue.pace.succeeded()
 
     def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
-        exc = state.outcome.exception() if state.outcome else None
-        return self._queue.pace.throttled(self._nbytes, getattr(exc, "retry_after", None))
+        retry_after = getattr(failure_of(state), "retry_after", None)
+        return self._queue.pace.throttled(self._nbytes, retry_after)
 
     def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
         now = self._queue.session.transport.waits.now()

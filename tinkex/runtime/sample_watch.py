@@ -13,7 +13,7 @@ from typing import Any
 from tinkex import errors, types, wire
 from tinkex.futures import fail
 from tinkex.runtime.polling import Promise
-from tinkex.runtime.retry import ONCE, WATCH_FAILED, Polls
+from tinkex.runtime.retry import ONCE, WATCH_FAILED, Attempts
 from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
@@ -47,7 +47,7 @@ class CompletionWatch:
         self._closed = False
         # The thread's own:
         self._news_at = 0.0
-        self._polls = Polls()
+        self._attempts = Attempts()
         session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
@@ -111,10 +111,10 @@ class CompletionWatch:
             except errors.APIError as exc:
                 cursor = 0
                 self._note(exc)
-                if not self._polls.may_pass(exc):
+                if not self._attempts.may_pass(exc):
                     self._offered = False
                     self._poll_each()
-                elif (pause := self._polls.failed(exc, now(), patience, WATCH_FAILED)) is None:
+                elif (pause := self._attempts.failed(exc, now(), patience, WATCH_FAILED)) is None:
                     self._fail_all(exc)
                 else:
                     self._session.transport.sleep(pause)
@@ -147,15 +147,15 @@ class CompletionWatch:
             with self._changed:
                 self._fetched += fetched
             raise
-        self._polls.answered()
+        self._attempts.answered()
         now = self._session.poller.now()
         if self._take([completion.request_id for completion in answer.completions], fetched):
             self._news_at = now
-            self._polls.changed()
+            self._attempts.changed()
         elif now - self._news_at > DOUBT:
             self._news_at = now
             self._poll_each()
-        elif pause := self._polls.not_yet(now - began):
+        elif pause := self._attempts.not_yet(now - began):
             self._session.transport.sleep(pause)
         return answer.cursor
 

@@ -14,13 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import attrs
 import requests
-import tenacity
 
 from tinkex import errors, wire
 from tinkex._version import __version__
@@ -211,28 +211,9 @@ class Transport:
             parse,
             wait.progress if wait is not None else None,
         )
-        if wait is not None:
-            return self._with_retries(request, retry, wait)
-        with self.waits.begin(f"{method} {url.split('?')[0]}") as own:
-            return self._with_retries(request, retry, own)
-
-    def _with_retries(self, request: _Request[R], retry: Retry | None, wait: Wait) -> R:
-        tries = Tries(self, retry or Retry(), wait)
-        once = partial(self._once, request)
-        try:
-            return tries.run(once)  # nearly always the only one, and cheaper without the machinery
-        except errors.APIError as exc:
-            tries.replay = exc
-        retrying = tenacity.Retrying(
-            retry=tries.may_help,
-            stop=tries.are_over,
-            wait=tries.policy.wait,
-            sleep=self.sleep,  # type: ignore[arg-type]
-            before_sleep=tries.note,
-            reraise=True,
-        )
-        result: R = retrying(tries.run, once)
-        return result
+        what = f"{method} {url.split('?')[0]}"
+        with nullcontext(wait) if wait is not None else self.waits.begin(what) as wait:
+            return Tries(self, retry or Retry(), wait).run(partial(self._once, request))
 
     def _once(self, request: _Request[R], number: int, left: float | None) -> R:
         timeout = request.timeout if left is None else min(request.timeout, left)
@@ -262,27 +243,34 @@ class Transport:
             headers["X-API-Key"] = key
         limits = ExchangeLimits(self.config.patience.connect, timeout, request.most_bytes)
         progress = request.progress
-        if progress is None:
-            return self._send(request, headers, limits)
-        progress.sent += len(request.body)
-        if progress.span is None:
-            answer = self._send(request, headers, limits)
+        if progress is not None:
+            progress.sent += len(request.body)
+        send = partial(self._send, request.method, request.url, headers, request.body, limits)
+        if progress is None or progress.span is None:
+            response = send()
         else:
             with tracing.exchange(progress, request.method, request.url, headers) as note_status:
-                answer = self._send(request, headers, limits)
-                note_status(answer.status)
-        progress.received += len(answer.content)
-        return answer
+                response = send()
+                note_status(response.status_code)
+        if progress is not None:
+            progress.received += len(response.content)
+        return _answer(response, request.url)
 
     def _send(
-        self, request: _Request[Any], headers: dict[str, str], limits: ExchangeLimits
-    ) -> Answer:
-        method, url = request.method, request.url
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        limits: ExchangeLimits,
+        **how: bool,
+    ) -> requests.Response:
+        """Make one exchange; *how* as for `HttpSession.send`. A success may be left to be read."""
         try:
-            response = self._http.send(method, url, headers, request.body or None, limits)
+            response = self._http.send(method, url, headers, body or None, limits, **how)
+            return response if response.status_code < 300 else read_within(response, limits)
         except requests.RequestException as exc:
             raise exchange_error(exc, method, url, limits) from exc
-        return Answer(response.status_code, response.headers, response.content, url)
 
     def open_stream(
         self,
@@ -305,17 +293,10 @@ class Transport:
             sent = {k: v for k, v in sent.items() if k not in self.config.default_headers}
         patience = self.config.patience
         limits = ExchangeLimits(patience.connect, patience.request, wire.SMALL_ANSWER)
-        try:
-            response = self._http.send(
-                method, url, sent, body or None, limits, stream=True, with_auth=is_ours
-            )
-            if response.status_code < 300:
-                return Stream(response, method, limits)
-            read_within(response, limits)
-        except requests.RequestException as exc:
-            raise exchange_error(exc, method, url, limits) from exc
-        answer = Answer(response.status_code, response.headers, response.content, url)
-        raise status_error(without_secrets(answer, self._secrets()), method)
+        response = self._send(method, url, sent, body, limits, stream=True, with_auth=is_ours)
+        if response.status_code < 300:
+            return Stream(response, method, limits)
+        raise status_error(without_secrets(_answer(response, url), self._secrets()), method)
 
     def is_ours(self, url: str) -> bool:
         """True if *url* is on the server that the key is for."""
@@ -331,6 +312,10 @@ class Transport:
         self._closed.set()
         self._http.close()
         self.waits.close()
+
+
+def _answer(response: requests.Response, url: str) -> Answer:
+    return Answer(response.status_code, response.headers, response.content, url)
 
 
 #: Identify each request: random per process, and a count; cheaper than a uuid for each.
