@@ -693,6 +693,32 @@ def test_a_slow_operation_never_holds_back_a_finished_one(world):
     assert slow.result(10)
 
 
+def test_of_many_samples_a_few_are_asked_for_at_once_and_the_others_a_moment_later(world):
+    """The connections of 200 polls would delay the submits of the samples still to come."""
+    moment, slept, entered, release = threading.Event(), [], threading.Event(), threading.Event()
+    world.server.always("retrieve_future", blocked(entered, release, answer(DONE)))
+    poller = Poller(
+        world.transport,
+        sleep=lambda seconds: slept.append(seconds) or moment.wait(10),
+        clock=world.clock,
+    )
+    promises = [world.promise(request_id=f"r{i}") for i in range(50)]
+    for promise in promises:
+        poller.watch(promise, ordered=False)
+    deadline = time.monotonic() + 10
+    while (len(world.asked) < 16 or not slept) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert (16, [0.1]) == (len(world.asked), slept)
+    moment.set()
+    while len(world.asked) < 50 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 50 == len(world.asked)
+    release.set()
+    assert all(promise.future.result(10) for promise in promises)
+    poller.close()
+
+
 def test_of_an_ordered_lane_only_the_oldest_few_are_asked_for(world):
     """They finish in order: a thousand queued steps need no thousand long polls."""
     entered, release = threading.Event(), threading.Event()

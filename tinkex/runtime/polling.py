@@ -86,13 +86,16 @@ class Poller:
     Promises are polled by queues. A queue of a model is ordered: its operations finish in order, so
     the few oldest are polled and the rest wait their turn. In the unordered queue of a sampler all
     are polled, as far as there are threads; then each goes to the back of the line after a "not
-    yet", so that a slow operation never keeps a finished one waiting for long.
+    yet", so that a slow operation never keeps a finished one waiting for long. All but the first
+    few polls begin a moment later: opening connections for them would delay the submits of the
+    samples that a program asks for in the same moment.
 
     States of a promise: queued -> asked -> (not yet -> asked)* -> resolved. Whatever is raised on
     the way resolves its future; none is ever dropped.
     """
 
-    ORDERED_WIDTH = 4
+    #: Polls of one queue that begin at once, and seconds until there are more in an unordered one.
+    ORDERED_WIDTH, UNORDERED_WIDTH, MORE_AFTER = 4, 16, 0.1
 
     def __init__(
         self,
@@ -110,9 +113,10 @@ class Poller:
         self.now = clock
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
-        self._lock = threading.Lock()  # guards _queues, _asked and _open
+        self._lock = threading.Lock()  # guards the four below
         self._queues: dict[str, deque[Promise[Any]]] = {}
         self._asked: dict[str, int] = {}
+        self._growing: set[str] = set()
         self._open: set[Promise[Any]] = set()
         self._width = max_workers
 
@@ -120,10 +124,13 @@ class Poller:
         """Resolve the promise's future with its result, when there is one."""
         if promise.wait is None:
             promise.wait = self.begin_wait(promise)
-        width = self.ORDERED_WIDTH if ordered else self._width
+        width = self.ORDERED_WIDTH if ordered else self.UNORDERED_WIDTH
         with self._lock:
             closed, asked = self._closed.is_set(), self._asked.get(promise.queue, 0)
             start = not closed and asked < width
+            grow = not (closed or start or ordered or promise.queue in self._growing)
+            if grow:
+                self._growing.add(promise.queue)
             if not closed:
                 self._open.add(promise)
                 self._queues.setdefault(promise.queue, deque()).append(promise)
@@ -133,6 +140,8 @@ class Poller:
             self._resolve_error(promise, errors.ClientClosedError("The session is closed."))
         if start:
             self._pool.start(self._run_queue, promise.queue, ordered)
+        if grow:
+            self._pool.start(self._grow, promise.queue)
 
     def begin_wait(self, promise: Promise[Any]) -> Wait:
         """Report the wait for *promise* from now on."""
@@ -166,6 +175,18 @@ class Poller:
                 ),
             )
         self._pool.shutdown()
+
+    def _grow(self, queue: str) -> None:
+        """A moment later, have a thread for each promise that waits in an unordered queue."""
+        self._sleep(self.MORE_AFTER)
+        with self._lock:
+            self._growing.discard(queue)
+            asked = self._asked.get(queue, 0)
+            more = min(len(self._queues.get(queue, ())), self._width - asked)
+            if more > 0:
+                self._asked[queue] = asked + more
+        for _ in range(more):
+            self._pool.start(self._run_queue, queue, False)
 
     def _run_queue(self, queue: str, ordered: bool) -> None:
         """Take promises from *queue* until it is empty. Runs on a pool thread."""
