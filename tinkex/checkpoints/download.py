@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import requests
@@ -52,12 +53,8 @@ def archive_url(
         if on_wait is not None:
             on_wait(pause)
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda exc: getattr(exc, "status", 0) == 503),
-        before_sleep=note,
-        sleep=connection.transport.sleep,  # type: ignore[arg-type]
-        **PACKING,
-    )
+    pause: Any = connection.transport.sleep
+    retrying = tenacity.Retrying(before_sleep=note, sleep=pause, **PACKING)
     try:
         return retrying(_ask_for_url, connection, path)
     except errors.APIStatusError as exc:
@@ -222,14 +219,10 @@ class _Download:
 
     def may_help(self, exc: BaseException) -> bool:
         """Note a failure. Returns True if another try may help."""
-        status = exc.status if isinstance(exc, errors.APIStatusError) else None
-        if status not in (None, 403, 410, 416, 503) or not isinstance(exc, errors.APIError):
-            return False
-        self.is_refused = status is not None
-        if not self.is_refused and self.size > self._size_before:
-            self.cuts = 0
-        else:
-            self.cuts += 1
+        status = getattr(exc, "status", None)
+        self.is_refused = status in (403, 410, 416, 503)
+        has_grown = self.size > self._size_before and not self.is_refused
+        self.cuts = 0 if has_grown else self.cuts + 1
         if status == 416:  # the archive has changed
             self.size = 0
         return self.is_refused or isinstance(exc, errors.APIConnectionError)

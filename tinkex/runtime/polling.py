@@ -210,8 +210,11 @@ class Poller:
                 self._succeed(promise, self.ask(promise))
                 return
             except NotYet as not_yet:
-                if not_yet.pause:
-                    self._sleep(not_yet.pause)
+                pause = not_yet.pause
+                if promise.deadline is not None:
+                    pause = min(pause, promise.deadline - self.now())
+                if pause > 0:
+                    self._sleep(pause)
                 # One that holds bytes keeps its thread: the others may all be waiting for them.
                 if not ordered and waiting and not promise.reserved_bytes:
                     with self._lock:
@@ -340,13 +343,12 @@ class Poller:
 
     def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         now = queue_state(payload)
-        promise.attempts.answered()
+        promise.attempts.answered(is_news=now != promise.queue_state)
         if promise.wait is not None:
             promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
         if now == promise.queue_state:
             return
         promise.queue_state = now
-        promise.attempts.changed()
         if promise.on_queue_state is not None:
             tell(promise.on_queue_state, *now)
 
@@ -355,15 +357,9 @@ class Poller:
         promise.attempts.answered()
         asked = payload.get("retry_after_ms")
         if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
-            return self._clipped(promise, min(asked / 1000, 300.0))
+            return min(asked / 1000, 300.0)
         paused = promise.queue_state[0] in ("paused_rate_limit", "paused_capacity")
-        return self._clipped(promise, promise.attempts.not_yet(took, PAUSED if paused else NOT_YET))
-
-    def _clipped(self, promise: Promise[Any], pause: float) -> float:
-        """No pause goes beyond the deadline."""
-        if promise.deadline is None:
-            return pause
-        return max(0.0, min(pause, promise.deadline - self.now()))
+        return promise.attempts.not_yet(took, PAUSED if paused else NOT_YET)
 
     def _reserve(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         """A large result is ready: wait for room, then ask for all of it."""
@@ -398,7 +394,7 @@ class Poller:
             promise.wait.failed_once(exc)
         patience = self._transport.config.patience.no_answer
         pause = promise.attempts.failed(exc, self.now(), patience)
-        return exc if pause is None else NotYet(self._clipped(promise, pause))
+        return exc if pause is None else NotYet(pause)
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
         """410: the same request under the same number brings the promise back, or nothing does."""
@@ -413,7 +409,7 @@ class Poller:
         self._release(promise)
         promise.request_id = promise.resubmit()
         promise.metadata_only = True
-        return NotYet(self._clipped(promise, promise.attempts.pause(LOST)))
+        return NotYet(promise.attempts.pause(LOST))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
         if promise.deadline is None or self.now() < promise.deadline:

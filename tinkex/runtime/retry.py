@@ -60,16 +60,16 @@ def failure_of(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome is not None else None
 
 
-#: Between two polls that were answered "not yet" sooner than a long poll would be.
-NOT_YET = Backoff(0.02, 2.0)
-#: The same, while the server has paused the work.
-PAUSED = Backoff(1.0, 1.0)
+#: Between two polls that were answered "not yet" sooner than a long poll would be; the same, while
+#: the server has paused the work.
+NOT_YET, PAUSED = Backoff(0.02, 2.0), Backoff(1.0, 1.0)
 #: After a poll that failed; after a promise that the server has lost.
 POLL_FAILED, LOST = Backoff(0.1, 10.0), Backoff(0.05, 1.0)
 #: After the one poll for all samples failed: everybody waits for it.
 WATCH_FAILED = Backoff(0.5, 0.5, least=1.0)
 #: While a server packs an archive.
 PACKING: dict[str, Any] = {
+    "retry": tenacity.retry_if_exception(lambda exc: getattr(exc, "status", 0) == 503),
     "stop": tenacity.stop_after_attempt(6),
     "wait": tenacity.wait_fixed(30.0),
     "reraise": True,
@@ -96,14 +96,12 @@ class Attempts:
         #: Of the last attempt; None after one that was answered.
         self.last_error: BaseException | None = None
 
-    def changed(self) -> None:
-        """There is news: ask sooner again."""
-        self._pauses = 0
-
-    def answered(self) -> None:
-        """The last attempt was answered with sense, if only with "not yet"."""
+    def answered(self, *, is_news: bool = False) -> None:
+        """The last attempt was answered with sense; after news the next one comes sooner again."""
         self._strays.clear()
         self._failing_since = self.last_error = None
+        if is_news:
+            self._pauses = 0
 
     def not_yet(self, took: float, wait: Backoff = NOT_YET) -> float:
         """Seconds to pause after a "not yet" that took *took* seconds: none after a long poll."""
@@ -204,8 +202,7 @@ class Tries:
         self._server = server
         self._policy = policy
         self._wait = wait
-        self._clock = server.clock
-        self._started = self._clock()
+        self._started = server.clock()
         self._number = 0
         self._seen = False  # an earlier try may have reached the server, and been executed
         self._attempts = Attempts()
@@ -219,11 +216,11 @@ class Tries:
         except errors.APIError as exc:
             self._failed = exc
         retrying = tenacity.Retrying(
-            retry=self._may_help,
-            stop=self._are_over,
+            retry=tenacity.retry_if_exception(self._may_help),
+            stop=lambda state: self._elapsed() + state.upcoming_sleep >= self._budget(),
             wait=self._policy.wait,
             sleep=self._server.sleep,  # type: ignore[arg-type]
-            before_sleep=self._note,
+            before_sleep=lambda state: self._wait.failed_once(failure_of(state)),
             reraise=True,
         )
         result: R = retrying(self._try, once)
@@ -238,9 +235,8 @@ class Tries:
             raise errors.ClientClosedError(
                 f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
             )
-        left = None
-        if not self._server.established:
-            left = max(1.0, self._budget() - self._elapsed())
+        is_first_contact = not self._server.established
+        left = max(1.0, self._budget() - self._elapsed()) if is_first_contact else None
         self._number += 1
         try:
             return once(self._number - 1, left)
@@ -256,24 +252,17 @@ class Tries:
             exc.outcome_unknown = self._seen
             raise
 
-    def _may_help(self, state: tenacity.RetryCallState) -> bool:
-        exc = failure_of(state)
-        if not isinstance(exc, errors.APIError):
-            return False
-        if getattr(exc, "status", 0) in self._policy.pass_on:
+    def _may_help(self, exc: BaseException) -> bool:
+        """True if another try may."""
+        is_final = getattr(exc, "status", 0) in self._policy.pass_on
+        if is_final or not isinstance(exc, errors.APIError):
             return False
         if not self._server.established and _is_hopeless(exc, self._elapsed()):
             return False
         return self._attempts.may_pass(exc, may_explain=(409,))
 
-    def _are_over(self, state: tenacity.RetryCallState) -> bool:
-        return self._elapsed() + state.upcoming_sleep >= self._budget()
-
-    def _note(self, state: tenacity.RetryCallState) -> None:
-        self._wait.failed_once(failure_of(state))
-
     def _elapsed(self) -> float:
-        return self._clock() - self._started
+        return self._server.clock() - self._started
 
     def _budget(self) -> float:
         if self._policy.budget is not None:

@@ -147,11 +147,11 @@ class CompletionWatch:
             with self._changed:
                 self._fetched += fetched
             raise
-        self._attempts.answered()
         now = self._session.poller.now()
-        if self._take([completion.request_id for completion in answer.completions], fetched):
+        is_news = self._take([done.request_id for done in answer.completions], fetched)
+        self._attempts.answered(is_news=is_news)
+        if is_news:
             self._news_at = now
-            self._attempts.changed()
         elif now - self._news_at > DOUBT:
             self._news_at = now
             self._poll_each()
