@@ -485,7 +485,7 @@ def test_in_a_forked_child_it_says_that_it_must_be_made_anew(server, monkeypatch
         parent = os.getpid()
         monkeypatch.setattr(os, "getpid", lambda: parent + 1)
 
-        with pytest.raises(errors.ClientClosedError, match=r"is a fork.*Make a new client here"):
+        with pytest.raises(errors.ClientClosedError, match=r"is a fork.*Create a new client here"):
             s.call(wire.CAPABILITIES)
         s.close()
     assert [] == server.seen("sessions/s0/finish")

@@ -223,3 +223,16 @@ def test_a_tokenizer_that_is_slow_to_read_holds_up_those_who_need_it_alone(serve
         ]
     else:
         assert all(outcome["sequences"] for outcome in outcomes)
+
+
+def test_of_more_models_than_are_read_at_once_the_others_wait_and_say_why(client, engine):
+    """One that nothing waits for any more is not read at all."""
+    first = [create(client, f"slow{i}") for i in range(AT_ONCE)]
+    until(lambda: len(engine.reads) == AT_ONCE)
+    gone, stays = create(client, "slow-gone"), create(client, "slow-stays")
+    until(lambda: "until others are loaded" in waiting(client, stays)["queue_state_reason"])
+    client.post("cancel_future", {"request_id": gone["request_id"]})
+    engine.hold.set()
+
+    assert all("model_id" in client.result(promise) for promise in [*first, stays])
+    assert "slow-gone" not in engine.reads

@@ -323,10 +323,11 @@ def test_a_sample_whose_sampler_is_gone_fails(with_a_sample_that_waits, tmp_path
     assert "its session is gone; send it again" in client.result(promise)["error"]
 
 
-def test_numbers_that_were_used_stay_used(again):
-    """Of operations in a snapshot, and of those whose results were fetched and forgotten: a resend
-    must not run them a second time."""
-    first = again(snapshot_bytes=1, grace_seconds=0.0)
+@pytest.mark.parametrize("snapshot_bytes", [1, 2**20])
+def test_numbers_that_were_used_stay_used(again, snapshot_bytes):
+    """Of operations in a snapshot, and of those that run again although their results were fetched
+    and forgotten: a resend must not run them a second time."""
+    first = again(snapshot_bytes=snapshot_bytes, grace_seconds=0.0)
     client = first.client
     model = client.model()
     for seq in (1, 3):
@@ -464,3 +465,68 @@ def test_a_session_that_is_asked_for_again_under_its_key_is_the_same_after_a_res
     assert before == after
     assert {} == client.post("session_heartbeat", {"session_id": after[0]["session_id"]})
     assert 410 == client.refused("session_heartbeat", {"session_id": after[1]["session_id"]})[0]
+
+
+def test_a_save_that_was_done_just_before_the_end_is_not_refused_as_a_second_one(again, tmp_path):
+    """The files and their row were there, the note that the operation has ended was not."""
+    first = again()
+    client = first.client
+    model = client.model()
+    promise = client.save(model, 1, "a")
+    saved = client.result(promise)
+    first.close()
+    [journal] = (tmp_path / "home").glob("servers/*/journal*.sqlite")
+    body = json.dumps({"model_id": model, "seq_id": 1, "path": "a"}).encode().hex()
+    change(
+        journal,
+        f"UPDATE operations SET form = NULL, answer = NULL, body = x'{body}' WHERE seq = 1",
+    )
+    client = again().client
+
+    assert saved["path"] == client.result(promise)["path"]
+    assert 1 == len(client.get("checkpoints")["checkpoints"])
+
+
+def test_what_had_failed_fails_again_and_is_not_computed(again):
+    """Its failure is part of the model's state: the gradients behind it are incomplete."""
+    first = again()
+    client = first.client
+    model = client.model()
+    client.result(client.forward_backward(model, 1, [5]))
+    promise = client.forward_backward(model, 2, [666])
+    failed = client.result(promise)
+    first.close()
+    second = again()
+    client = second.client
+    step = client.result(client.optim_step(model, 3))
+
+    assert "token 666 is cursed" in failed["error"]
+    assert failed == client.result(promise)
+    assert "gradients are incomplete" in step["error"]
+    assert 1 == sum(call[0] == "forward_backward" for call in second.engine.log)
+
+
+def test_a_sample_that_had_ended_is_still_answered_when_its_sampler_is_gone(again, tmp_path):
+    first = again()
+    sampler = first.client.sampler()
+    promise = first.client.sample(sampler, 0)
+    before = first.client.result(promise)
+    first.close()
+    [store] = (tmp_path / "home").glob("*.sqlite")
+    change(store, "DELETE FROM samplers")
+
+    assert before == again().client.result(promise)
+
+
+def test_a_model_is_described_before_anything_has_run_on_it_again(again):
+    """Its base model is loaded for that."""
+    first = again(snapshot_bytes=1)
+    model = first.client.model()
+    first.client.result(first.client.optim_step(model, 1))
+    before = first.client.post("get_info", {"model_id": model})
+    first.close()
+
+    assert (
+        before["model_data"] == again().client.post("get_info", {"model_id": model})["model_data"]
+    )
+    assert "FakeForCausalLM" == before["model_data"]["arch"]

@@ -362,7 +362,7 @@ def test_a_server_of_weights_of_8_bits_answers_but_trains_nothing(tmp_path):
     with LocalServer(tmp_path / "home", engine=partial(make_engine, "int8")) as running:
         answer = requests.post(
             f"{running.url}/v1/chat/completions",
-            json={"model": "tiny", "messages": messages, "max_tokens": 3},
+            json={"model": "tiny", "messages": messages, "max_tokens": 3, "temperature": 0},
         )
         with (
             tinkex.ServiceClient(base_url=running.url, api_key="tml-any") as service,
