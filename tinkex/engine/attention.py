@@ -223,6 +223,23 @@ def _seen(at: slice, keys: slice, window: int, like: Tensor) -> Tensor:
     return seen & (asked > asking - window) if window else seen
 
 
+class _Seed(torch.autograd.Function):
+    """A zero whose derivative by `out` is `grad`.
+
+    `torch.autograd.grad(out, parts, grad)` is the same, but its first call imports sympy, which
+    takes a third of a second of the first training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, grad: Tensor) -> Tensor:
+        ctx.grad = grad
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.grad, None
+
+
 class PackedAttention:
     """Causal attention within each sequence of a packed batch, and its derivative."""
 
@@ -256,7 +273,9 @@ class PackedAttention:
             first, count, longest = bucket
             rows = padded[first : first + count * longest]
             grad = rows.view(count, longest, self._spec.heads, -1).transpose(1, 2)
-            grads = torch.autograd.grad(out, parts, grad)
+            with torch.enable_grad():
+                seed = _Seed.apply(out, grad)
+            grads = torch.autograd.grad(seed, parts)
             for target, value in zip(_heads_first(dqkv, bucket, self._spec), grads):
                 target.copy_(value)
         return self._packing.unpad(dqkv)
