@@ -1,12 +1,14 @@
 """
 The real program on a real server with real checkpoints: what a user types, and what is printed.
 
-One server with a base model of two layers serves all tests. The details of the commands are tested
-in test_checkpoint.py, test_run.py, test_session.py and tests/test_diagnostics.py.
+One server with a base model of two layers serves all tests. What the program does as a process is
+tested in one; other commands are called here, which saves its start. Their details are tested in
+test_checkpoint.py, test_run.py, test_session.py and tests/test_diagnostics.py.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -24,7 +26,7 @@ import transformers
 import tinkex
 from tests.support import hf_reference as hf
 from tests.support.terminals import read_all
-from tinkex import types
+from tinkex import cli, types
 
 ROOT = Path(__file__).parents[2]
 TOKENS = np.arange(40) * 7 % hf.VOCAB
@@ -33,7 +35,7 @@ TOKENS = np.arange(40) * 7 % hf.VOCAB
 def environment(**more):
     """Our environment without the variables that name a server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER_", "TINKEX_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **more}
+    return {**kept, "PYTHONPATH": str(ROOT), **more}
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +84,35 @@ def run_id(url, base):
 
 
 @pytest.fixture
-def tinkex_program(url, run_id, tmp_path):
+def tinkex_process(url, run_id, tmp_path):
     """Runs `tinkex ...` against the server: what subprocess.run says."""
 
-    def program(*arguments, answer="", **more):
+    def program(*arguments, **more):
         return subprocess.run(
             [sys.executable, "-m", "tinkex", *arguments],
             env=environment(**{"TINKER_BASE_URL": url, **more}),
             cwd=tmp_path,
-            input=answer,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=60,
         )
+
+    return program
+
+
+@pytest.fixture
+def tinkex_program(url, run_id, tmp_path, monkeypatch, capsys):
+    """The same, in this process."""
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TINKER_BASE_URL", url)
+    monkeypatch.chdir(tmp_path)
+
+    def program(*arguments, answer=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        status = cli.main([*arguments])
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return program
 
@@ -105,10 +123,10 @@ def good(done):
     return done.stdout
 
 
-def test_run_list_and_info(tinkex_program, run_id, base):
-    table = good(tinkex_program("run", "list"))
-    [run] = json.loads(good(tinkex_program("run", "list", "--format", "json")))["runs"]
-    info = good(tinkex_program("run", "info", run_id))
+def test_run_list_and_info(tinkex_process, run_id, base):
+    table = good(tinkex_process("run", "list"))
+    [run] = json.loads(good(tinkex_process("run", "list", "--format", "json")))["runs"]
+    info = good(tinkex_process("run", "info", run_id))
 
     assert [run_id, str(base), "rank", "4"] == table.splitlines()[1].split()[:4]
     assert (run_id, 4) == (run["training_run_id"], run["lora_rank"])
@@ -207,20 +225,20 @@ def test_doctor_on_a_closed_port(tinkex_program):
     assert "connection refused" in done.stdout
 
 
-def test_without_a_server_commands_work_on_the_embedded_home(tinkex_program, home, run_id):
+def test_without_a_server_commands_work_on_the_embedded_home(tinkex_process, home, run_id):
     """`tinkex checkpoint list` works after `tinkex train`; the notice goes to stderr."""
     arguments = ("checkpoint", "list", "final", "-f", "json")
-    done = tinkex_program(*arguments, TINKER_BASE_URL="", TINKEX_HOME=str(home))
+    done = tinkex_process(*arguments, TINKER_BASE_URL="", TINKEX_HOME=str(home))
     [checkpoint] = json.loads(done.stdout)["checkpoints"]
 
     assert f"tinker://{run_id}/sampler_weights/final" == checkpoint["tinker_path"]
     assert done.stderr.startswith("tinkex: embedded engine at http://127.0.0.1:")
 
 
-def test_an_unreachable_server_is_an_error_within_seconds(tinkex_program):
+def test_an_unreachable_server_is_an_error_within_seconds(tinkex_process):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    done = tinkex_program("run", "list", "--base-url", f"http://127.0.0.1:{port}")
+    done = tinkex_process("run", "list", "--base-url", f"http://127.0.0.1:{port}")
 
     assert (1, "") == (done.returncode, done.stdout)
     assert done.stderr.endswith("connection refused; is the server running, on this port?\n")
@@ -234,8 +252,8 @@ def test_an_unreachable_server_is_an_error_within_seconds(tinkex_program):
         (["checkpoint", "list", "--older-than", "soon"], 2),
     ],
 )
-def test_errors_have_their_status_and_print_nothing_to_stdout(tinkex_program, arguments, status):
-    done = tinkex_program(*arguments)
+def test_errors_have_their_status_and_print_nothing_to_stdout(tinkex_process, arguments, status):
+    done = tinkex_process(*arguments)
 
     assert (status, "") == (done.returncode, done.stdout)
     assert "Traceback" not in done.stderr
