@@ -1512,7 +1512,7 @@ def test_after_a_fork_the_child_says_that_the_client_must_be_made_anew():
                         call()
                         print(name, "returned")
                     except Exception as exc:
-                        print(name, type(exc).__name__, "Make a new client here" in str(exc))
+                        print(name, type(exc).__name__, "Create a new client here" in str(exc))
                 client.close()
                 sys.stdout.flush()
                 os._exit(0)

@@ -107,16 +107,11 @@ class SamplingClient(types.Ready):
             ValueError: If neither is given, or the path is not one.
         """
         check_source(model_path, base_model, retry_config)
-        number = session.sampler_numbers.take()
-        request = types.CreateSamplingSessionRequest(
-            session.session_id, number, base_model, model_path
-        )
-        try:
+        with session.sampler_numbers.lent() as number:
+            request = types.CreateSamplingSessionRequest(
+                session.session_id, number, base_model, model_path
+            )
             created = session.call(wire.CREATE_SAMPLING_SESSION, request)
-        except errors.TinkexError as exc:
-            if not getattr(exc, "outcome_unknown", False):
-                session.sampler_numbers.give_back(number)
-            raise
         return cls(
             session,
             created.sampling_session_id,

@@ -12,6 +12,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -592,23 +593,19 @@ class TrainingClient(types.Ready):
         poll_timeout: float | None,
     ) -> None:
         """Send the save; one without a name takes a number of the session's, if it is accepted."""
-        number = None if path is not None else self._session.sampler_numbers.take()
 
         def send(seq_id: int) -> None:
-            request = types.SaveWeightsForSamplerRequest(
-                self.model_id,
-                seq_id,
-                path=path,
-                sampling_session_seq_id=number,
-                kind=kind,
-                ttl_seconds=ttl_seconds,
-            )
-            try:
+            numbers = self._session.sampler_numbers
+            with nullcontext() if path is not None else numbers.lent() as number:
+                request = types.SaveWeightsForSamplerRequest(
+                    self.model_id,
+                    seq_id,
+                    path=path,
+                    sampling_session_seq_id=number,
+                    kind=kind,
+                    ttl_seconds=ttl_seconds,
+                )
                 self._queue.start(wire.SAVE_WEIGHTS_FOR_SAMPLER, request, saved, poll_timeout)
-            except BaseException as exc:
-                if number is not None and not getattr(exc, "outcome_unknown", False):
-                    self._session.sampler_numbers.give_back(number)
-                raise
 
         turn.send(send)
 

@@ -188,11 +188,26 @@ def test_an_engine_that_has_died_is_told_at_once(server, engine):
 
 def test_numbers_are_contiguous_from_0_and_a_refused_one_is_given_again():
     numbers = Numbers()
-    assert [0, 1, 2] == [numbers.take() for _ in range(3)]
-    numbers.give_back(1)
-    numbers.give_back(0)
+    with pytest.raises(ValueError), numbers.lent() as outer:
+        with numbers.lent() as inner:
+            assert (0, 1, 2) == (outer, inner, numbers.take())
+        with pytest.raises(ValueError), numbers.lent() as refused:
+            assert 3 == refused
+            raise ValueError
+        raise ValueError
 
-    assert [0, 1, 3] == [numbers.take() for _ in range(3)]
+    assert [0, 3, 4] == [numbers.take() for _ in range(3)]
+
+
+def test_a_number_that_the_server_may_have_seen_is_not_given_again():
+    """Under it the server may have made something else already."""
+    numbers = Numbers()
+    lost = errors.APIConnectionError("no answer")
+    lost.outcome_unknown = True
+    with pytest.raises(errors.APIConnectionError), numbers.lent():
+        raise lost
+
+    assert 1 == numbers.take()
 
 
 # Sending.

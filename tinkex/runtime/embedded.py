@@ -96,7 +96,7 @@ class EmbeddedEngine:
         return (
             f"the embedded engine has died (status {self._process.returncode}). What was saved is "
             "safe: make a new ServiceClient, which starts another, and load the last checkpoint. "
-            f"The end of its log, {self.log_path}:\n{_tail(self.log_path)}"
+            + _end_of(self.log_path)
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -188,12 +188,11 @@ def _wait_for(announce: Path, process: subprocess.Popen[bytes], log_path: Path) 
         if process.poll() is not None:
             raise errors.EngineError(
                 f"the embedded engine ended with status {process.returncode} before it was ready. "
-                f"The end of its log, {log_path}:\n{_tail(log_path)}"
+                + _end_of(log_path)
             )
         time.sleep(0.02)
     raise errors.EngineError(
-        f"the embedded engine was not ready after {START_TIMEOUT:.0f} s. The end of its log, "
-        f"{log_path}:\n{_tail(log_path)}"
+        f"the embedded engine was not ready after {START_TIMEOUT:.0f} s. {_end_of(log_path)}"
     )
 
 
@@ -206,11 +205,12 @@ def _announced(path: Path) -> dict[str, Any] | None:
     return told
 
 
-def _tail(path: Path, lines: int = 15) -> str:
+def _end_of(log: Path) -> str:
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        lines = log.read_text(errors="replace").splitlines()[-15:]
     except OSError as exc:
-        return f"(unreadable: {exc})"
+        lines = [f"(unreadable: {exc})"]
+    return "\n".join([f"The end of its log, {log}:", *lines])
 
 
 _shared: EmbeddedEngine | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 import attrs
 
-from tinkex import errors, types, wire
+from tinkex import types, wire
 from tinkex.futures import OperationFuture
 from tinkex.runtime import operation_log
 from tinkex.runtime.session import Session
@@ -50,44 +52,38 @@ def create_model(
     optimizer_config: dict[str, Any] | None = None,
 ) -> NewModel:
     """Create a model in *session*. A number whose model was refused is used again."""
-    number = model_seq_id if model_seq_id is not None else session.model_numbers.take()
-    request = types.CreateModelRequest(
-        session.session_id,
-        number,
-        base_model,
-        lora_config,
-        user_metadata,
-        optimizer_config=optimizer_config,
-        adapter=adapter,
-    )
+
+    def request(number: int) -> types.CreateModelRequest:
+        return types.CreateModelRequest(
+            session.session_id,
+            number,
+            base_model,
+            lora_config,
+            user_metadata,
+            optimizer_config=optimizer_config,
+            adapter=adapter,
+        )
+
     future: OperationFuture[types.CreateModelResponse]
     future = OperationFuture(f"create_model of {base_model}")
     operation_log.submitted(future, model=base_model)
-    created = made_model(
-        session, wire.CREATE_MODEL, request, future, number, is_ours=model_seq_id is None
-    )
+    created, _ = made_model(session, wire.CREATE_MODEL, request, future, model_seq_id)
     return NewModel(created.model_id, base_model)
 
 
 def made_model(
     session: Session,
     operation: wire.Operation[T],
-    request: Any,
+    request: Callable[[int], Any],
     future: OperationFuture[T],
-    number: int,
-    *,
-    is_ours: bool = True,
-) -> T:
-    """The result of an operation that makes a model under *number*.
+    number: int | None = None,
+) -> tuple[T, int]:
+    """The result of an operation that makes a model under *number* (None: the next), and that.
 
     A number whose request was refused is given back. One that the server has accepted is not, even
     if the operation then fails: sent again it would mean the same failed operation.
     """
-    try:
-        queue = f"create-{session.session_id}-{number}"
-        session.start(operation, partial(session.post, operation, request), future, queue=queue)
-    except errors.TinkexError as exc:
-        if is_ours and not getattr(exc, "outcome_unknown", False):
-            session.model_numbers.give_back(number)
-        raise
-    return future.result()
+    with session.model_numbers.lent() if number is None else nullcontext(number) as taken:
+        post = partial(session.post, operation, request(taken))
+        session.start(operation, post, future, queue=f"create-{session.session_id}-{taken}")
+    return future.result(), taken

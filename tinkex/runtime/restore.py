@@ -61,28 +61,18 @@ def _restore_at_once(
     session: Session,
     path: str,
     optimizer: bool,
-    *,
-    user_metadata: dict[str, Any] | None = None,
-    base_model: str | None = None,
-    weights_access_token: str | None = None,
-    optimizer_config: dict[str, Any] | None = None,
+    **options: Any,
 ) -> NewModel:
-    number = session.model_numbers.take()
-    request = types.LoadWeightsRequest(
-        path,
-        optimizer,
-        session_id=session.session_id,
-        model_seq_id=number,
-        base_model=base_model,
-        user_metadata=user_metadata,
-        optimizer_config=optimizer_config,
-        weights_access_token=weights_access_token,
-    )
+    def request(number: int) -> types.LoadWeightsRequest:
+        return types.LoadWeightsRequest(
+            path, optimizer, session_id=session.session_id, model_seq_id=number, **options
+        )
+
     future: OperationFuture[types.LoadWeightsResponse]
     future = OperationFuture(f"create_training_client_from_state of {path}")
-    model_id = made_model(session, wire.LOAD_WEIGHTS, request, future, number).model_id
+    made, number = made_model(session, wire.LOAD_WEIGHTS, request, future)
     session.restores_at_once = True
-    return NewModel(model_id or f"{session.session_id}:train:{number}")
+    return NewModel(made.model_id or f"{session.session_id}:train:{number}")
 
 
 def copy_headers(weights_access_token: str | None) -> dict[str, str]:

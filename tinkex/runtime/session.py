@@ -11,8 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -48,7 +48,7 @@ class Dependent(Protocol):
 
 
 class Numbers:
-    """Hands out 0, 1, 2, ...; a number that was given back is handed out again."""
+    """Hands out 0, 1, 2, ...; a number that came back is handed out again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards both below
@@ -62,9 +62,17 @@ class Numbers:
             self._next += 1
             return self._next - 1
 
-    def give_back(self, number: int) -> None:
-        with self._lock:
-            heapq.heappush(self._returned, number)
+    @contextmanager
+    def lent(self) -> Iterator[int]:
+        """A number, which is given back if its use fails and the server cannot have seen it."""
+        number = self.take()
+        try:
+            yield number
+        except Exception as exc:
+            if not getattr(exc, "outcome_unknown", False):
+                with self._lock:
+                    heapq.heappush(self._returned, number)
+            raise
 
 
 class Session(Connection):
