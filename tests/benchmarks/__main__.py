@@ -154,10 +154,13 @@ def growth_part(options: Options) -> Part:
     """Costs against numbers and sizes."""
     from tests.benchmarks import growth
 
-    rows, found = growth.run(options.seconds)
+    rows, found = growth.run()
     lines = [
         "## What grows with what",
-        "A curve may rise in proportion (slope 1), but not bend upwards.",
+        "A curve may rise in proportion (slope 1), but not bend upwards. The slope at the end is "
+        "that of a line through the last three points, in logarithms. Dotted in the picture: in "
+        "proportion. Attention compares each token with all before it, so what it takes for a "
+        "token grows with the length of the text; nothing else does.",
         "",
         growth.text_of(found),
         "",

@@ -2,8 +2,8 @@
 
 The server's curves go through the SDK to the embedded engine with *tiny*; a home full of
 checkpoints is made by adding rows and linked files to that of the server. The engine's curves are
-of a model 128 wide, in a process of its own where memory is measured. A figure is the fastest of
-a few tries, since other load can only add to it.
+`growth_case`'s. A figure is the fastest of a few tries, since other load can only add to it. All
+sizes are always measured, which takes about two minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,51 +28,66 @@ MODELS = (1, 10, 50, 200)
 CHECKPOINTS = (10, 100, 1000, 10_000)
 SESSIONS = (10, 100, 1000, 10_000)
 METRICS = (100, 1000, 10_000, 100_000)
-CONTEXTS = (1024, 4096, 8192, 16_384, 32_768)
-VOCABULARIES = (512, 4096, 32_768, 262_144)
 
-#: A curve bends upwards if the last step of the logarithm of its cost is steeper than this: a cost
-#: that grows in proportion has slope 1.
-STEEPEST = 1.15
+#: A curve bends upwards if its slope at the end, in logarithms, is steeper than this: a cost that
+#: grows in proportion has slope 1. Times vary more than memory.
+STEEPEST = {"time": 1.2, "memory": 1.1}
+#: Curves of what the machine does at least, beside ours.
+OF_THE_MACHINE = ("of which attention (ms a token)", "the bare products with the head (ms)")
+#: Points at the end of a curve through which a line is fitted.
+FITTED = 3
+#: Costs below this (ms, MiB) count as this: they are next to nothing.
+NEXT_TO_NOTHING = {"time": 0.001, "memory": 1.0}
 #: Seconds that `tinkex checkpoint list` may take.
 LIST_SECONDS = 0.5
 
 Panels = dict[str, dict[str, Curve]]
 
 
-def run(seconds: float) -> tuple[list[Row], Panels]:
+def run() -> tuple[list[Row], Panels]:
     """Rows with a target, and panels of curves: costs by what is counted."""
-    end = time.perf_counter() + seconds
     with _served() as (service, home):
         rows, found = _of_the_server(service, home)
-    found |= _of_the_engine(end)
-    rows.append(_bends(found))
-    panels(found, "", "growth-of.svg")
+    found |= _of_the_engine()
+    rows += [_bends(found, quantity) for quantity in STEEPEST]
+    panels(found, "", "growth-of.svg", proportion=True)
     return rows, found
 
 
 def text_of(found: Panels) -> str:
-    """The curves as a table, with the slope of each one's last step."""
-    lines = ["| what is counted | cost | " + "at its sizes | last slope |", "|---" * 4 + "|"]
+    """The curves as a table, with the slope at the end of each one."""
+    lines = ["| what is counted | cost | at its sizes | slope at the end |", "|---" * 4 + "|"]
     for kind, curves in found.items():
         for name, points in curves.items():
             shown = ", ".join(f"{int(n):,}: {number(cost)}" for n, cost in points)
-            lines.append(f"| {kind} | {name} | {shown} | {_slope(points):.2f} |")
+            lines.append(f"| {kind} | {name} | {shown} | {slope(name, points):.2f} |")
     return "\n".join(lines)
 
 
-def _slope(points: Curve) -> float:
-    """Of the last step, in logarithms: 0 where the cost is the same, 1 in proportion."""
-    (n0, c0), (n1, c1) = points[-2:]
-    return math.log(max(c1, 1e-9) / max(c0, 1e-9)) / math.log(n1 / n0)
+def slope(name: str, points: Curve) -> float:
+    """Of the line through the last points in logarithms, by least squares: 0 where the cost is the
+    same, 1 where it is in proportion."""
+    least = NEXT_TO_NOTHING[_quantity(name)]
+    xs, ys = zip(*((math.log(n), math.log(max(cost, least))) for n, cost in points[-FITTED:]))
+    return statistics.linear_regression(xs, ys).slope
 
 
-def _bends(found: Panels) -> Row:
-    """The steepest curve."""
-    slopes = {name: _slope(c) for curves in found.values() for name, c in curves.items()}
+def _quantity(name: str) -> str:
+    """What a curve with this name is of."""
+    return "memory" if name.startswith("memory") else "time"
+
+
+def _bends(found: Panels, quantity: str) -> Row:
+    """The steepest curve of time or of memory."""
+    slopes = {
+        name: slope(name, points)
+        for curves in found.values()
+        for name, points in curves.items()
+        if _quantity(name) == quantity and name not in OF_THE_MACHINE
+    }
     steepest = max(slopes, key=lambda name: slopes[name])
-    case = f"steepest curve ({steepest}): slope, 1 is in proportion"
-    return Row(case, "", [slopes[steepest]], [1.0], target=STEEPEST)
+    case = f"steepest curve of {quantity} ({steepest}): slope, 1 is in proportion"
+    return Row(case, "", [slopes[steepest]], [1.0], target=STEEPEST[quantity])
 
 
 def _quickest(work: Callable[[], object], tries: int = 5) -> float:
@@ -284,76 +300,35 @@ def _list_command(url: str, key: str) -> float:
 # -- the engine ----------------------------------------------------------------------------------
 
 
-def _of_the_engine(end: float) -> Panels:
-    """Until the time is over; the sizes that are left are not measured."""
-    reading, memory = [], []
-    for length in CONTEXTS:
-        if len(memory) >= 2 and time.perf_counter() > end:
-            break
-        measured = _in_a_process("context", length)
-        reading.append((length, measured["ms"]))
-        memory.append((length, measured["mib"]))
-    step, room = [], []
-    for size in VOCABULARIES:
-        measured = _in_a_process("vocabulary", size)
-        step.append((size, measured["ms"]))
-        room.append((size, measured["mib"]))
+def _of_the_engine() -> Panels:
+    """Each kind in one process, whose peak memory is reset before each measurement."""
+    texts, vocabulary = _in_a_process("context"), _in_a_process("vocabulary")
     return {
-        "length of a text": {"a training step (ms a token)": reading},
-        "length of one text": {"memory of a training step (MiB)": memory},
-        "words of the vocabulary": {"a step of 1,024 tokens (ms)": step},
-        "size of the vocabulary": {"memory of the step (MiB)": room},
+        "length of a text": {
+            "a training step (ms a token)": texts["step"],
+            "of which attention (ms a token)": texts["attention"],
+            "reading a prompt (ms a token)": texts["prompt"],
+        },
+        "length of a prompt": {"a token after it (ms)": texts["token"]},
+        "length of one text": {
+            "memory of a training step (MiB)": texts["step memory"],
+            "memory of a sample (MiB)": texts["sample memory"],
+        },
+        "words of the vocabulary": {
+            "a step of 1,024 tokens (ms)": vocabulary["step"],
+            "the bare products with the head (ms)": vocabulary["products"],
+            "a sampled token (ms)": vocabulary["token"],
+        },
+        "size of the vocabulary": {"memory of the step (MiB)": vocabulary["step memory"]},
     }
 
 
-def _in_a_process(kind: str, size: int) -> dict[str, float]:
+def _in_a_process(kind: str) -> dict[str, Curve]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.growth", kind, str(size)],
+        [sys.executable, "-m", "tests.benchmarks.growth_case", kind],
         check=True,
         capture_output=True,
         text=True,
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Curve] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _measure(kind: str, size: int) -> dict[str, float]:
-    """A training step of a model 128 wide with two layers: of one text of that length, or of 1,024
-    tokens with that vocabulary. Memory is what the step adds to the process."""
-    from tinkex.engine import tiny  # before torch: it sets how torch's threads wait
-
-    # isort: split
-    import torch
-    import transformers
-
-    from tests.benchmarks import engine as bench
-    from tests.benchmarks.reference import peak_memory
-    from tinkex import types
-    from tinkex.engine.engine import Engine
-
-    length, vocab = (size, 512) if kind == "context" else (1024, size)
-    with tempfile.TemporaryDirectory(prefix="tinkex-bench-") as folder:
-        config = transformers.LlamaConfig(
-            num_hidden_layers=2, hidden_size=128, intermediate_size=384, num_attention_heads=4,
-            vocab_size=vocab, max_position_embeddings=max(length, 4096),
-        )  # fmt: skip
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        tiny.write_tokenizer(Path(folder))
-        engine = Engine(device="cpu")
-        engine.load_base(folder)
-        engine.create_model("m", folder, types.LoraConfig(rank=8, train_unembed=False), seed=0)
-    before = peak_memory()
-    texts = bench.prompts_of([length + 1], vocab)
-
-    def step() -> None:
-        bench.drive(engine.forward_backward("m", bench.data_of(texts), "cross_entropy", None))
-        engine.optim_step("m", types.AdamParams())
-
-    milliseconds = _quickest(step, 2)
-    per = length if kind == "context" else 1
-    return {"ms": milliseconds / per, "mib": (peak_memory() - before) / 2**20}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]))))

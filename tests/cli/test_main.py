@@ -10,6 +10,17 @@ import pytest
 from tinkex import _version, cli, errors
 
 
+def test_a_command_imports_the_modules_of_no_other():
+    code = (
+        "import sys, tinkex.cli; status = tinkex.cli.main(['checkpoint', 'list', '--help']); "
+        "others = {f'tinkex.cli.{name}' for name in ('train', 'chat', 'serve', 'session')}; "
+        "sys.exit(status or ', '.join(others & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_imports_nothing_heavy():
     """Help must appear at once."""
     code = (

@@ -26,8 +26,10 @@ def _logger_as_it_was():
 
 def commands(command=cli.cli, name="tinkex"):
     yield name, command
-    for below in getattr(command, "commands", {}).values():
-        yield from commands(below, f"{name} {below.name}")
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for below in command.list_commands(context):
+            yield from commands(command.get_command(context, below), f"{name} {below}")
 
 
 @pytest.mark.parametrize(

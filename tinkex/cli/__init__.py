@@ -1,7 +1,8 @@
 """The command line: the group of commands, error messages and exit status.
 
-Each command has its own module, which lists it in `COMMANDS`; nothing else has to name it. These
-modules import what they work with when a command runs, so that `tinkex --help` is fast.
+Each command has its own module, which lists it in `COMMANDS`; nothing else has to name it. Only the
+module of the command that runs is imported, or all of them for `tinkex --help`; and they import
+what they work with when a command runs.
 
 Results go to stdout, everything else to stderr. Exit status: 0 success, 1 failure, 2 wrong usage,
 130 interrupted.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import click
 
@@ -47,7 +48,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """The commands of the modules of this folder, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        for module in _modules():
+            self._load(module)
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            # Most modules are named like their command. Others may have any.
+            named = [module for module in _modules() if module == cmd_name]
+            for module in named or _modules():
+                self._load(module)
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self, module: str) -> None:
+        loaded = importlib.import_module(f"{__name__}.{module}")
+        for command in getattr(loaded, "COMMANDS", ()):
+            if command.name not in self.commands:
+                add_verbosity(command)
+                self.add_command(command)
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if module.name not in PROGRAMS]
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--traceback", is_flag=True, help="Show the Python traceback of an error.")
 @click.version_option(__version__, prog_name="tinkex")
 def cli(traceback: bool) -> None:
@@ -60,18 +92,6 @@ def cli(traceback: bool) -> None:
 
     if not config.wants_color():
         click.get_current_context().color = False
-
-
-def _commands() -> Iterator[click.Command]:
-    """What the modules of this folder list as COMMANDS."""
-    for module in pkgutil.iter_modules(__path__):
-        if module.name not in PROGRAMS:
-            loaded = importlib.import_module(f"{__name__}.{module.name}")
-            yield from getattr(loaded, "COMMANDS", ())
-
-
-for _command in _commands():
-    cli.add_command(_command)
 
 
 @cli.command()

@@ -16,7 +16,6 @@ from tinkex.checkpoints.formats import FORMATS
 from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
 from tinkex.cli.options import option, server_options, together
-from tinkex.cli.train import progress_of
 
 #: In which form a model is written.
 form_options = together(
@@ -146,7 +145,7 @@ def _export(
             raise click.UsageError(f"{run} is neither the folder of a run nor a tinker:// path.")
         if not state.is_finished:
             raise click.UsageError(
-                f"The run in {run} is not finished ({progress_of(state)}); continue it first: "
+                f"The run in {run} is not finished ({state.progress}); continue it first: "
                 f"tinkex train --resume --output {run}"
             )
         base = base_model or state.settings.base_model

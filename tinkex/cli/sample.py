@@ -16,7 +16,6 @@ import click
 from tinkex.cli import formatting
 from tinkex.cli.model import fetched
 from tinkex.cli.options import option, sampling_options, server_options
-from tinkex.cli.train import progress_of
 from tinkex.recipes import answers
 
 
@@ -189,7 +188,7 @@ def what_to_sample(model: str) -> tuple[str | None, str | None]:
         return tokenizer.resolve_base_model(model), None
     if state.sampler_path is None:
         raise click.UsageError(
-            f"The run in {model} is not finished ({progress_of(state)}). Finish it first with: "
+            f"The run in {model} is not finished ({state.progress}). Finish it first with: "
             f"tinkex train --resume --output {shlex.quote(model)}"
         )
     return None, state.sampler_path

@@ -28,7 +28,7 @@ from tinkex.cli.options import (
 from tinkex.recipes import trackers
 
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
-    from tinkex.recipes import finetune, run_folder, supervised
+    from tinkex.recipes import finetune, supervised
 
 #: Keys of a configuration file that are written as the flag is, and the option's name.
 _ALIASES = {"format": "data_format", "map": "data_map", "from": "start_from"}
@@ -332,13 +332,6 @@ def _is_explicit(context: click.Context, name: str) -> bool:
     return source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 
 
-def progress_of(state: run_folder.State) -> str:
-    """Where a run stands, for a message: finished, or the step of its last checkpoint."""
-    if state.is_finished:
-        return "finished"
-    return f"saved after step {state.step} of {state.total_steps or '?'}"
-
-
 def _print_resume_command(command: str, output: Path) -> None:
     """Print on stderr where the run in *output* stands, and the command that resumes it."""
     from tinkex.recipes import run_folder
@@ -346,7 +339,7 @@ def _print_resume_command(command: str, output: Path) -> None:
     state = run_folder.load_state(output)
     if state is not None and state.has_begun:
         resume = f"tinkex {command} --resume --output {shlex.quote(str(output))}"
-        click.echo(f"Stopped: {progress_of(state)}. Continue with:\n  {resume}", err=True)
+        click.echo(f"Stopped: {state.progress}. Continue with:\n  {resume}", err=True)
 
 
 def _print_outcome(outcome: supervised.Outcome, output: Path) -> None:

@@ -77,6 +77,13 @@ class State:
     def is_finished(self) -> bool:
         return self.sampler_path is not None
 
+    @property
+    def progress(self) -> str:
+        """Where the run stands, for a message: finished, or the step of its last checkpoint."""
+        if self.is_finished:
+            return "finished"
+        return f"saved after step {self.step} of {self.total_steps or '?'}"
+
 
 LOCK = "lock"
 #: Files that are written before a run begins.

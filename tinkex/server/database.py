@@ -49,7 +49,9 @@ CREATE INDEX IF NOT EXISTS runs_by_owner ON runs (owner, last_request_at);
 CREATE INDEX IF NOT EXISTS runs_by_session ON runs (session_id);
 CREATE INDEX IF NOT EXISTS samplers_by_session ON samplers (session_id);
 CREATE INDEX IF NOT EXISTS checkpoints_by_run ON checkpoints (run_id);
-CREATE INDEX IF NOT EXISTS checkpoints_by_owner ON checkpoints (owner, created_at);
+DROP INDEX IF EXISTS checkpoints_by_owner;
+CREATE INDEX IF NOT EXISTS checkpoints_listed
+    ON checkpoints (owner, created_at DESC, path, expires_at);
 CREATE INDEX IF NOT EXISTS checkpoints_by_expiry ON checkpoints (expires_at);
 """
 
