@@ -79,7 +79,7 @@ def test_what_is_forgotten_keeps_its_place_until_a_snapshot_holds_it(path, tmp_p
     journal.forget(["m:1", "m:2"])
     journal = reopened(journal, path)
     before = {each.seq: (each.forgotten, each.body) for each in journal.operations()}
-    journal.snapshot("m", tmp_path / "snap", 2, None, None)
+    journal.snapshot("m", "{}", tmp_path / "snap", 2, None, None)
     journal = reopened(journal, path)
     after = {each.seq: (each.forgotten, each.body) for each in journal.operations()}
     [model] = journal.models()
@@ -96,8 +96,8 @@ def test_a_snapshot_replaces_the_one_before(path, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     new.mkdir()
-    journal.snapshot("m", old, 1, None, None)
-    journal.snapshot("m", new, 2, "spoilt", old)
+    journal.snapshot("m", "{}", old, 1, None, None)
+    journal.snapshot("m", "{}", new, 2, "spoilt", old)
     journal = reopened(journal, path)
     [model] = journal.models()
     journal.remove_model("m", new)

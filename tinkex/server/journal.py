@@ -204,16 +204,25 @@ class Journal:
         self._put(_Write(statements))
 
     def snapshot(
-        self, model_id: str, directory: Path, seq: int, spoilt: str | None, replaces: Path | None
+        self,
+        model_id: str,
+        info: str,
+        directory: Path,
+        seq: int,
+        spoilt: str | None,
+        replaces: Path | None,
     ) -> None:
         """Note the snapshot of a model after operation *seq*; it is complete and synced to disk.
 
-        The snapshot that it *replaces* is deleted once the switch survives a power cut.
+        Args:
+            info: see `ModelRow`; by now with what the engine has chosen.
+            replaces: a snapshot that is deleted once the switch survives a power cut.
         """
         statements: list[tuple[str, tuple[Any, ...]]] = [
             (
-                "UPDATE models SET snapshot = ?, snapshot_seq = ?, spoilt = ? WHERE model_id = ?",
-                (str(directory), seq, spoilt, model_id),
+                "UPDATE models SET info = ?, snapshot = ?, snapshot_seq = ?, spoilt = ? "
+                "WHERE model_id = ?",
+                (info, str(directory), seq, spoilt, model_id),
             ),
             (
                 "DELETE FROM operations WHERE target = ? AND seq <= ? AND forgotten",

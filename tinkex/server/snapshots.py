@@ -125,6 +125,8 @@ class Snapshots:
     def _replace(self, model: LiveModel, place: Path) -> None:
         old, model.snapshot = model.snapshot, place
         if self._journal is not None:
-            self._journal.snapshot(model.model_id, place, model.done_seq, model.spoilt, old)
+            self._journal.snapshot(
+                model.model_id, model.info, place, model.done_seq, model.spoilt, old
+            )
         elif old is not None:
             shutil.rmtree(old, ignore_errors=True)
