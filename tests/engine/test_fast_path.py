@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinkex.engine import loading, lora
+from tinkex.engine import finished_lora, loading, lora
 from tinkex.engine.base_model import Prompt
 from tinkex.engine.cpu_parallel import Workers
 
@@ -19,7 +19,7 @@ def base():
 def _adapter(base, seed):
     layout = lora.Layout(base.linears, lora.Shape(4))
     flat = torch.empty(layout.size).normal_(0, 0.1, generator=torch.manual_seed(seed))
-    return lora.Finished(layout, flat, torch.float32)
+    return finished_lora.Finished(layout, flat, torch.float32)
 
 
 def _prompt(tokens, adapter, *rows):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.support import unknown_model
 from tinkex import types
-from tinkex.engine import lm_head, lora, tiny
+from tinkex.engine import finished_lora, lm_head, lora, tiny
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.engine import Engine
 
@@ -316,9 +316,11 @@ def _peft_warnings_ignored() -> Iterator[None]:
         yield
 
 
-def bare(base: BaseModel) -> lora.MixedLinears:
+def bare(base: BaseModel) -> finished_lora.MixedLinears:
     """The matrices of a base model without an adapter."""
-    return lora.MixedLinears(base.linears, lora.Stack([None]), np.zeros(1, np.int64))
+    return finished_lora.MixedLinears(
+        base.linears, finished_lora.Stack([None]), np.zeros(1, np.int64)
+    )
 
 
 def logits(base: BaseModel, hidden: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.finished_lora import Finished
 from tinkex.engine.linears import Linear, Linears
-from tinkex.engine.lora import Finished
 
 Ints = npt.NDArray[np.int64]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import checkpoints, int8, loading, lora, losses, optim
+from tinkex.engine import checkpoints, finished_lora, int8, loading, lora, losses, optim
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.fast_path import FastModel
@@ -92,7 +92,7 @@ class _Adapter:
     """A sampler: a base model and, unless it is the bare base, a finished adapter."""
 
     loaded: _Loaded
-    finished: lora.Finished | None
+    finished: finished_lora.Finished | None
 
 
 class Engine:
@@ -135,7 +135,7 @@ class Engine:
         self._models: dict[str, _Model] = {}
         self._samplers: dict[str, _Adapter] = {}
         self._tickets: dict[Hashable, Sampler] = {}
-        self._adapters: weakref.WeakValueDictionary[tuple[str, str, int], lora.Finished]
+        self._adapters: weakref.WeakValueDictionary[tuple[str, str, int], finished_lora.Finished]
         self._adapters = weakref.WeakValueDictionary()
 
     # -- base models -------------------------------------------------------------------------
@@ -451,7 +451,7 @@ class Engine:
         finished = None if directory is None else self._finished(loaded, directory)
         self._samplers[sampler_id] = _Adapter(loaded, finished)
 
-    def _finished(self, loaded: _Loaded, directory: Path) -> lora.Finished:
+    def _finished(self, loaded: _Loaded, directory: Path) -> finished_lora.Finished:
         """The adapter in *directory*; one copy for all samplers of it."""
         info = checkpoints.read_info(directory, loaded.base.linears)
         checkpoints.check_base(info, loaded.info.name, directory)
@@ -462,7 +462,7 @@ class Engine:
             layout = lora.Layout(loaded.base.linears, info.shape)
             flat = torch.zeros(layout.size, device=self._device)
             checkpoints.read_adapter(directory, layout, flat)
-            finished = lora.Finished(layout, flat, loaded.base.dtype)
+            finished = finished_lora.Finished(layout, flat, loaded.base.dtype)
             self._adapters[key] = finished
         return finished
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from tinkex.engine.attention import PackedAttention, Packing, attention
 from tinkex.engine.base_model import Ints, OnHidden, Prompt
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
 from tinkex.engine.linears import Linears
 from tinkex.engine.lm_head import head_logits
-from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
+from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
 from tinkex.engine.model import Base, Forward, Training
 from tinkex.engine.sample_pools import Pool, Pools

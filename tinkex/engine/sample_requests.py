@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tinkex import types
 from tinkex.engine import token_sampling
 from tinkex.engine.base_model import BaseModel
-from tinkex.engine.lora import Finished
+from tinkex.engine.finished_lora import Finished
 
 #: (number of the sequence, token, its log-probability)
 OnToken = Callable[[int, int, float], None]

@@ -22,8 +22,8 @@ from tinkex import types
 from tinkex.engine import token_sampling
 from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt
 from tinkex.engine.cpu_parallel import Workers
+from tinkex.engine.finished_lora import Finished
 from tinkex.engine.long_prompts import LongPrompts
-from tinkex.engine.lora import Finished
 from tinkex.engine.prompt_logprobs import score_prompts, topk_of
 from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job, PromptScores

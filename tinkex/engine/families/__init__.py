@@ -1,33 +1,26 @@
 """Families of models that the fast path computes: packed sequences, backward passes by hand.
 
-To add a family, add a file with its differences from Llama, name it below, and add a row to
+To add a family, add a module with its differences from Llama, as `FAMILY`, and a row to
 tests/engine/test_families.py.
 """
 
 from __future__ import annotations
 
-from tinkex.engine.families import (
-    gemma,
-    gemma2,
-    gemma3_text,
-    glm,
-    glm4,
-    granite,
-    llama,
-    mistral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-)
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
 from tinkex.engine.families.family import Family
 
-_MODULES = (
-    llama, mistral, qwen2, qwen3, smollm3, granite, olmo2, olmo3, phi3, glm, glm4, gemma, gemma2,
-    gemma3_text,
-)  # fmt: skip
+#: Modules of this folder that are not families.
+_OTHERS = ("build", "family")
+
+
+def _families() -> Iterator[Family]:
+    for found in pkgutil.iter_modules(__path__):
+        if found.name not in _OTHERS:
+            yield importlib.import_module(f"{__name__}.{found.name}").FAMILY
+
 
 #: Families of the fast path by model_type in config.json.
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _families()}

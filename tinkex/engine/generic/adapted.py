@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tinkex.engine.finished_lora import MixedLinears
 from tinkex.engine.linears import Linear, Part
-from tinkex.engine.lora import MixedLinears, TrainedLinears
+from tinkex.engine.lora import TrainedLinears
 
 HEAD = "head"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinkex.engine import configuration, lora
+from tinkex.engine import configuration, finished_lora, lora
 from tinkex.engine.attention import Packing, soft_cap_
 from tinkex.engine.base_model import Prompt
 from tinkex.engine.configuration import Unsupported
@@ -211,8 +211,10 @@ def _tokens(base: GenericModel, count: int, start: int = 0) -> Tensor:
     return ((torch.arange(count) * 7 + start + 1) % few).to(base.device)
 
 
-def _bare(base: GenericModel) -> lora.MixedLinears:
-    return lora.MixedLinears(base.linears, lora.Stack([None]), np.zeros(1, np.int64))
+def _bare(base: GenericModel) -> finished_lora.MixedLinears:
+    return finished_lora.MixedLinears(
+        base.linears, finished_lora.Stack([None]), np.zeros(1, np.int64)
+    )
 
 
 def _is_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tinkex.engine.attention import LEAST_FILL, Packing
 from tinkex.engine.base_model import Ints, OnHidden, Prompt, PromptReader
+from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
 from tinkex.engine.generic.adapted import Adapted
 from tinkex.engine.linears import Linear
 from tinkex.engine.lm_head import head_logits
-from tinkex.engine.lora import Finished, MixedLinears, Stack, Workspace, can_merge
+from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
 from tinkex.engine.sample_turns import STEP_BYTES, STEP_OPERATIONS, Turns, matrix_operations
 

@@ -1,0 +1,247 @@
+"""Finished LoRA adapters, to sample from: several of them over one base model in one product.
+
+Each row of a batch may belong to another adapter. Takes the layout of an adapter from `lora`; does
+not know about layers, requests or files.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinkex.engine import matmul
+from tinkex.engine.linears import Linear
+from tinkex.engine.lora import Layout, Pair, Workspace, of_experts
+
+
+class Finished:
+    """A finished adapter, to sample from: thin matrices ready to multiply with.
+
+    `thin[key]` is a `Pair` of A^T (in, parts * rank) and, part by part, scale B^T (rank, out).
+    """
+
+    def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
+        self.rank = layout.shape.rank
+        self.thin: dict[str, Pair] = {}
+        for key, pair in layout.pairs(flat).items():
+            b = tuple((m.T * layout.shape.scale).to(dtype).contiguous() for m in pair.b)
+            self.thin[key] = Pair(pair.a.T.to(dtype).contiguous(), b)
+
+    def add(self, key: str, y: Tensor, x: Tensor, linear: Linear) -> None:
+        """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
+        if key not in self.thin:
+            return
+        pair = self.thin[key]
+        inner = (x @ pair.a).split(self.rank, dim=1)
+        for part, columns, b in zip(linear.parts, inner, pair.b):
+            y[:, part.start : part.stop].addmm_(columns, b)
+
+    def merge_into(self, out: Tensor, key: str, linear: Linear) -> None:
+        """Write W + scale B A into *out*, of the shape of W."""
+        pair = self.thin[key]
+        if linear.weight.dim() == 3:
+            a, b = of_experts(pair.a.T, pair.b[0].T, linear.experts)
+            torch.baddbmm(linear.weight, b, a, out=out)
+            return
+        for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
+            rows = slice(part.start, part.stop)
+            torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
+
+
+@attrs.frozen(eq=False)
+class Segment:
+    """Neighbouring parts of a fused matrix that are of one width, for several adapters.
+
+    Attributes:
+        start: first of their rows in the fused matrix.
+        parts: how many.
+        b: (adapters * parts, rank, width); of each part scale B^T.
+    """
+
+    start: int
+    parts: int
+    b: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parts * self.b.shape[2]
+
+
+def _add_segment(y: Tensor, inner: Tensor, segment: Segment) -> None:
+    """y (adapters * rows, parts * width), dense, += (B A x)^T of inner A x (adapters, parts * rank,
+    rows)."""
+    adapters, _, rows = inner.shape
+    each = inner.reshape(adapters * segment.parts, -1, rows).transpose(1, 2)
+    if segment.parts == 1:
+        y.view(adapters, rows, -1).baddbmm_(each, segment.b)
+        return
+    change = torch.bmm(each, segment.b).view(adapters, segment.parts, rows, -1).transpose(1, 2)
+    y.view(change.shape).add_(change)
+
+
+@attrs.frozen(eq=False)
+class Stacked:
+    """One fused matrix's thin ones of several adapters: A (adapters, parts * rank, in), and B."""
+
+    a: Tensor
+    segments: tuple[Segment, ...]
+
+
+class Stack:
+    """Several finished adapters (None: the bare base model), stacked when first multiplied with.
+
+    Lower ranks are filled up with zeros to the highest. Parts of one width are stacked like
+    adapters, so that they are multiplied with in one product.
+    """
+
+    def __init__(self, adapters: Sequence[Finished | None]) -> None:
+        self.adapters = tuple(adapters)
+        self.rank = max((a.rank for a in self.adapters if a is not None), default=0)
+        self._stacked: dict[str, Stacked | None] = {}
+
+    def get(self, key: str) -> Stacked | None:
+        """The thin matrices of *key*; None if no adapter has any."""
+        if key not in self._stacked:
+            self._stacked[key] = self._stack(key)
+        return self._stacked[key]
+
+    def _stack(self, key: str) -> Stacked | None:
+        thin = [None if a is None else a.thin.get(key) for a in self.adapters]
+        first = next((pair for pair in thin if pair is not None), None)
+        if first is None:
+            return None
+        filled = [self._of_highest_rank(pair, first) for pair in thin]
+        segments, start = [], 0
+        every = range(len(first.b))
+        for width, parts in itertools.groupby(every, lambda i: first.b[i].shape[1]):
+            alike = list(parts)
+            b = torch.stack([pair.b[i] for pair in filled for i in alike])
+            segments.append(Segment(start, len(alike), b))
+            start += len(alike) * width
+        return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(segments))
+
+    def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
+        """*pair*, or nothing of the shape of *like*, with ranks padded with zeros."""
+        if pair is None:
+            pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
+        rank = len(pair.b[0])
+        if rank == self.rank:
+            return pair
+        more = self.rank - rank
+        a = F.pad(pair.a.reshape(len(pair.a), len(pair.b), rank), (0, more)).flatten(1)
+        return Pair(a, tuple(F.pad(m, (0, 0, 0, more)) for m in pair.b))
+
+
+class MixedLinears:
+    """A base model's matrices for rows that belong to different finished adapters.
+
+    Args:
+        rows: (N,) which of the stack's adapters each row belongs to; sorted.
+        workspace: where to merge an adapter that all rows belong to; None if not to.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, Linear],
+        stack: Stack,
+        rows: npt.NDArray[np.int64],
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._linears = linears
+        self._workspace = workspace
+        self._stack = stack
+        self._single = stack.adapters[rows[0]]
+        self._is_mixed = bool(rows[0] != rows[-1])
+        if self._is_mixed:
+            self._group(rows, next(iter(linears.values())).weight.device)
+
+    def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
+        """Lay rows out as (adapters, most rows of one); nothing to do if all have as many."""
+        counts = np.bincount(rows, minlength=len(self._stack.adapters))
+        self._places: Tensor | None = None
+        if (counts == counts[0]).all():
+            return
+        rank = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = rows * counts.max() + rank
+        members = np.zeros(len(counts) * counts.max(), np.int64)
+        members[places] = np.arange(len(rows))
+        self._members = torch.from_numpy(members).to(device)
+        self._places = torch.from_numpy(places).to(device)
+
+    def forward(self, key: str, x: Tensor) -> Tensor:
+        linear = self._linears[key]
+        whole = self._whole(key)
+        if whole is not None:
+            return matmul.linear(x, whole, linear.bias, linear.scales)
+        y = matmul.linear(x, linear.weight, linear.bias, linear.scales)
+        if self._is_mixed:
+            self._add_mixed(key, y, x)
+        elif self._single is not None:
+            self._single.add(key, y, x, linear)
+        return y
+
+    def stacked(self, key: str) -> Tensor:
+        """W + scale B A (experts, out, in) of experts, where all rows have the same adapter."""
+        whole = self._whole(key)
+        if whole is None:
+            if self._single is None:
+                raise RuntimeError("experts are computed for one adapter at a time.")
+            whole = torch.empty_like(self._linears[key].weight)
+            self._single.merge_into(whole, key, self._linears[key])
+        return whole
+
+    def prepare(self) -> None:
+        """Merge or stack now what several threads would otherwise compute at the same time."""
+        need = self._stack.get if self._is_mixed else self._whole
+        for key in self._linears:
+            need(key)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """x (N, in) -> (adapters, most rows of one, in)."""
+        grouped = x if self._places is None else x.index_select(0, self._members)
+        return grouped.view(len(self._stack.adapters), -1, x.shape[1])
+
+    def _whole(self, key: str) -> Tensor | None:
+        """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
+        linear, single = self._linears[key], self._single
+        if self._is_mixed:
+            return None
+        if single is None or key not in single.thin:
+            return linear.weight
+        if self._workspace is None:
+            return None
+        return self._workspace.merged(
+            single, key, linear.weight, lambda out: single.merge_into(out, key, linear)
+        )
+
+    def matrix(self, key: str) -> Tensor | None:
+        linear = self._linears[key]
+        return self._whole(key) if linear.bias is None and linear.scales is None else None
+
+    def _add_mixed(self, key: str, y: Tensor, x: Tensor) -> None:
+        stacked = self._stack.get(key)
+        if stacked is None:
+            return
+        # A x rather than x^T A^T: where rows are few, A is then multiplied as it lies in memory.
+        inner = torch.bmm(stacked.a, self._grouped(x).transpose(1, 2))
+        if self._places is None and len(stacked.segments) == 1:
+            _add_segment(y, inner, stacked.segments[0])
+            return
+        adapters, _, rows = inner.shape
+        ranks = [segment.parts * self._stack.rank for segment in stacked.segments]
+        for segment, own in zip(stacked.segments, inner.split(ranks, dim=1)):
+            change = y.new_zeros(adapters * rows, segment.stop - segment.start)
+            _add_segment(change, own, segment)
+            if self._places is not None:
+                change = change.index_select(0, self._places)
+            y[:, segment.start : segment.stop].add_(change)
+
+    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+        raise RuntimeError("finished adapters are not trained.")
