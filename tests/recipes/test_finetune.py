@@ -98,7 +98,7 @@ def test_a_datum_that_is_no_text_is_named(finetune):
         types.Datum(types.ModelInput.from_ints([1, 2]), {"target_tokens": np.array([7, 3])}),
     )
 
-    with pytest.raises(ValueError, match="target_tokens of datum 1 are not its tokens shifted by on"):
+    with pytest.raises(ValueError, match="target_tokens of datum 1 are not its tokens shifted by"):
         finetune([good, bad])
 
 
