@@ -274,7 +274,7 @@ def test_an_exchange_that_is_interrupted_leaves_nothing_behind(server, kept, mon
     server.script([PLAIN], [head("Content-Length: 3") + b"old"], [PLAIN])
     ask(kept, server)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(http_adapter, "_whole", _interrupted)
+        patched.setattr(http_adapter, "_plain_head", _interrupted)
         ask(kept, server)
 
     assert b"plain" == ask(kept, server)[2]

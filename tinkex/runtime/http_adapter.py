@@ -371,26 +371,30 @@ class _Pool(urllib3.HTTPConnectionPool):
         start = conn.sock.recv(START)
         if limits is not None:
             limits.take(len(start))
-        reply = _whole(start)
-        if reply is not None:
-            return reply
-        rest = reader(conn.sock, limits, start)
-        try:
-            reply = _read_plain(rest)
-            if reply is None:
-                return self._read_other(conn, rest, method, url)
-        except BaseException:
-            rest.close()
-            raise
-        rest.close()
-        return reply
+        head = _plain_head(start)
+        if head is None:
+            return self._read_other(conn, reader(conn.sock, limits, start), method, url)
+        status, headers, begin, length = head
+        content = start[begin:]
+        if len(content) != length:
+            if limits is not None:
+                limits.expect(length)
+            with reader(conn.sock, limits, content) as rest:
+                content = rest.read(length)
+            if len(content) < length:
+                raise http.client.IncompleteRead(content, length - len(content))
+        return Reply(status, headers, content)
 
     def _read_other(
         self, conn: Any, reader: BinaryIO, method: str, url: str
     ) -> urllib3.HTTPResponse:
         """An answer that http.client must read; none of it has been consumed."""
         answer = _Answer(_Opened(reader), method=method)
-        answer.begin()
+        try:
+            answer.begin()
+        except BaseException:
+            reader.close()
+            raise
         if answer.will_close:
             conn.close()  # the reader keeps its own hold on the socket
         return urllib3.HTTPResponse(
@@ -512,32 +516,6 @@ def _write(sock: Any, head: bytes, body: bytes, limits: ExchangeLimits | None) -
     else:
         sock.sendall(head)
         limits.send(sock, body)
-
-
-def _whole(start: bytes) -> Reply | None:
-    """A plain answer that is all of *start*; None for any other."""
-    head = _plain_head(start)
-    if head is None:
-        return None
-    status, headers, begin, length = head
-    if len(start) != begin + length:
-        return None
-    return Reply(status, headers, start[begin:])
-
-
-def _read_plain(rest: Any) -> Reply | None:
-    """A plain answer; None, with nothing consumed, for any other."""
-    head = _plain_head(rest.peek(1))
-    if head is None:
-        return None
-    status, headers, begin, length = head
-    if _this_thread.limits is not None:
-        _this_thread.limits.expect(length)
-    rest.read(begin)
-    content = rest.read(length)
-    if len(content) < length:
-        raise http.client.IncompleteRead(content, length - len(content))
-    return Reply(status, headers, content)
 
 
 def _plain_head(start: bytes) -> tuple[int, CaseInsensitiveDict[str], int, int] | None:

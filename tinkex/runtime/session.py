@@ -178,8 +178,8 @@ class Session(Connection):
         *wait* notes failures; None begins a new one.
         """
         self.check_usable()
-        own = wait or self.transport.waits.begin(f"the server to accept {future.what}")
-        with nullcontext(own) if wait else own as wait:
+        begin = partial(self.transport.waits.begin, f"the server to accept {future.what}")
+        with nullcontext(wait) if wait is not None else begin() as wait:
             wait.progress = future.progress
             if on_queue_state is not None:
                 wait.on_failure = partial(tell_of_refusal, on_queue_state)
