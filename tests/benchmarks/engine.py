@@ -459,27 +459,42 @@ def latency(bench: Bench, seconds: float) -> list[Row]:
     ]  # fmt: skip
 
 
-def memory(bench: Bench, seconds: float) -> list[Row]:
-    """Peak resident memory of a process that takes one step over 16k tokens."""
-    texts = chats(133, bench.vocab)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.engine", bench.name, str(bench.folder)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    reference = Reference(bench.base, bench.adapter)
-    reference.call("step", texts, 16)
-    theirs = reference.call("peak") / 2**20
-    reference.close()
-    ours = json.loads(done.stdout.splitlines()[-1])["peak"] / 2**20
-    return [Row("peak memory, 16k tokens in a request", "MiB", [ours], [theirs], bench.label, 0.5)]
+def memory(count: int, size: int, case: str) -> Callable[[Bench, float], list[Row]]:
+    """Peak resident memory of a process that loads the model, and then takes one step over *count*
+    chats, which the other side pads *size* at a time."""
+
+    def measured(bench: Bench, seconds: float) -> list[Row]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.engine",
+             str(bench.base), str(bench.adapter), bench.dtype, str(count)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        reference = Reference(bench.base, bench.adapter, bench.dtype)
+        loaded = reference.call("peak")
+        reference.call("step", chats(count, bench.vocab), size)
+        theirs = {"loaded": loaded, "stepped": reference.call("peak")}
+        reference.close()
+        ours = json.loads(done.stdout.splitlines()[-1])
+        return [
+            Row(f"peak memory, {name}", "MiB", [ours[at] / 2**20], [theirs[at] / 2**20],
+                bench.label, wanted)
+            for at, name, wanted in (("loaded", "model loaded", None), ("stepped", case, 0.5))
+        ]  # fmt: skip
+
+    return measured
 
 
-def _measure_memory(name: str, folder: Path) -> None:
-    bench = Bench(name, folder)
-    data = data_of(chats(133, bench.vocab))
-    drive(bench.engine.forward_backward("m", data, "cross_entropy", None))
-    bench.engine.optim_step("m", LEARN)
-    print(json.dumps({"peak": peak_memory()}))
+def _measure_memory(base: str, adapter: str, dtype: str, count: str) -> None:
+    """Print the peaks of this process as JSON."""
+    engine = Engine(dtype=dtype)
+    engine.load_base(base)
+    loaded = peak_memory()
+    config = types.LoraConfig(rank=RANK, **FLAGS)
+    engine.create_model("m", base, config, seed=0, adapter=Path(adapter))
+    data = data_of(chats(int(count), engine._base(base).base.vocab))
+    drive(engine.forward_backward("m", data, "cross_entropy", None))
+    engine.optim_step("m", LEARN)
+    print(json.dumps({"loaded": loaded, "stepped": peak_memory()}))
 
 
 Case = Callable[[Bench, float], list[Row]]
@@ -497,12 +512,16 @@ CASES: dict[str, Case] = {
 }
 #: Measured of one model and type only; those of the tiny one say something of the scheduling.
 MORE: dict[tuple[str, str], dict[str, Case]] = {
-    ("smollm2", "bfloat16"): {"rounded": rounded},
+    ("smollm2", "float32"): {"memory": memory(8, 8, "a step over 8 chats")},
+    ("smollm2", "bfloat16"): {
+        "memory": memory(8, 8, "a step over 8 chats"),
+        "rounded": rounded,
+    },
     ("tiny", "float32"): {
         "shared_prompt": shared_prompt,
         "continuous": continuous,
         "latency": latency,
-        "memory": memory,
+        "memory": memory(133, 16, "16k tokens in a request"),
     },
 }
 
@@ -554,4 +573,4 @@ def _run_cases(
 
 if __name__ == "__main__":
     os.environ.setdefault("TINKEX_LOG", "warning")
-    _measure_memory(sys.argv[1], Path(sys.argv[2]))
+    _measure_memory(*sys.argv[1:])

@@ -134,7 +134,8 @@ def _answers(output: Path, sentences: Sequence[str]) -> list[tuple[str, str]]:
     from tinkex.text.responses import parse_response
 
     state = run_folder.load_state(output)
-    assert state is not None
+    if state is None:
+        raise RuntimeError(f"{output} holds no run, although training has ended.")
     with ServiceClient() as service:
         samplers = [
             service.create_sampling_client(base_model=state.settings.base_model),
