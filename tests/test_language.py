@@ -32,6 +32,9 @@ REPLACED = {
     r"what there is to say": "metadata, description",
     r"in words of our own|in our own words": "(describe what it is)",
     r"whose doing it is": "category",
+    r"learnt": "learned",
+    r"another --output": "a different --output",
+    r"moved by one": "shifted by one",
 }
 #: Names of modules, classes and folders before they got the field's names.
 FORMER_NAMES = {

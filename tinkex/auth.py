@@ -1,4 +1,4 @@
-"""What can be known of the key before anything is sent with it, and whether a server takes it.
+"""Which API key is used, where it comes from, and whether a server accepts it.
 
 The key is looked for as by the clients: the argument, TINKER_API_KEY, TINKER_CREDENTIAL_CMD, and
 the credentials file that the official command line and `tinkex auth login` write.

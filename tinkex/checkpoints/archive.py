@@ -1,4 +1,4 @@
-"""Unpacks the archive of a checkpoint, which comes from a server that need not be trusted.
+"""Unpacks the archive of a checkpoint safely: the server that sent it is not trusted.
 
 Accepts plain files and folders below the target only, and no more of them, and no more bytes, than
 a checkpoint can have. Does not know about HTTP or about the content of the files.

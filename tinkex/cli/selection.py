@@ -1,4 +1,4 @@
-"""Which checkpoints a command is about: paths, patterns, run, type and age."""
+"""Selects the checkpoints for a command: by path, pattern, run, type and age."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: what a row of training data says, whatever shape it has.
+"""Records: rows of training data in any known shape, checked.
 
 A row is a dict: a line of JSON, a row of a table. Its keys say which shape it has. Does not know
 about files or tokens.

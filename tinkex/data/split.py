@@ -1,4 +1,4 @@
-"""Which example goes where: the held-out part, and the order of the others.
+"""Splits examples into training and held-out ones, and orders them.
 
 All of it is a pure function of a few numbers, so that a resumed run is the same run.
 """

@@ -1,4 +1,4 @@
-"""The endpoints of the API in groups, and those that a group cannot work without."""
+"""The endpoints of the API in groups, and which of them a group requires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers' configuration of a model says, wherever a family writes it: for both paths."""
+"""Reads settings from a transformers configuration, wherever a family puts them: for both paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights as whole numbers of 8 bits, for sampling: half of what bfloat16 reads from memory.
+"""8-bit weights for sampling: half the memory traffic of bfloat16.
 
 Each row of a matrix has a scale of its own, the largest of its numbers / 127 (absmax, as in
 Dettmers et al. 2022, but for weights only). Activations stay bfloat16. What comes out differs from

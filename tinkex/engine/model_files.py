@@ -1,4 +1,4 @@
-"""What the files of a model directory may claim, checked before memory or time is spent on it.
+"""Checks the sizes that the files of a model claim, before memory or time is spent on them.
 
 A model comes from a stranger: its configuration may name layers without end, its index may point
 out of the directory, and a header may announce more than any disk holds.

@@ -1,4 +1,4 @@
-"""What this machine offers a base model, and what the model would need. Loads no weights.
+"""The memory and device of this machine, and what a base model would need. Loads no weights.
 
 `python -m tinkex.engine.requirements DEVICE DTYPE [MODEL]` prints it as JSON, for `tinkex doctor`.
 """

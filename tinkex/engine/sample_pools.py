@@ -1,4 +1,4 @@
-"""Where the keys and values of running samples are, and which of them a step advances.
+"""The pools of keys and values of running samples, and which of them a step advances.
 
 Samples of similar prompts share a pool (see kv_cache.py), which holds a bounded number of them, so
 that a step need not advance all. Does not know about requests; a share is whatever users share by.

@@ -1,4 +1,4 @@
-"""Waiting samples in one line per user, so that users start their samples in turn.
+"""Waiting samples, one queue per user, so that users start their samples in turn.
 
 Does not know who users are: a job names whose share of the batch it takes.
 """

@@ -1,4 +1,4 @@
-"""Choosing the next token: temperature, top-k, top-p, and noise that depends on the seed alone.
+"""Token sampling: temperature, top-k, top-p, and noise that depends on the seed alone.
 
 The noise is Gumbel noise (the likeliest token after adding it is a sample), computed from the
 sequence's key, the position and the token by a counter-based generator. So a sequence's tokens do

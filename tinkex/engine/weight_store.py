@@ -1,4 +1,4 @@
-"""Where frozen weights are kept: in memory, or in files that the system reads page by page.
+"""Storage of frozen weights: in memory, or in files that are memory-mapped.
 
 Pages of a file are read when a layer needs them, and dropped when memory is needed elsewhere. So a
 model may be larger than the memory, at the price of reading it from disk in every step.

@@ -1,4 +1,4 @@
-"""A sample as text that appears while it is generated, for the commands that show one."""
+"""Streams a sample as text, for the commands that print one."""
 
 from __future__ import annotations
 

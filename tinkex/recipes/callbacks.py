@@ -1,4 +1,4 @@
-"""Callbacks: what a run reports while it trains, and to whom.
+"""Callbacks: the events that a run reports while it trains.
 
 A callback is an object with some of the methods of `Callback`. An error in one is logged and does
 not end the run. Does not know what is trained: each recipe reports through `Callbacks`.

@@ -1,4 +1,4 @@
-"""Conversations with a model: what was said, and the answers, piece by piece."""
+"""Conversations with a model: its history, and answers as a stream."""
 
 from __future__ import annotations
 

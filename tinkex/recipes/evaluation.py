@@ -1,4 +1,4 @@
-"""Evaluation: how good models are on data, by loss, by their answers, or by your own function.
+"""Evaluation: measures models on data by loss, by their answers, or by your own function.
 
 Several models are measured on the same examples. Does not know about runs or the command line.
 """

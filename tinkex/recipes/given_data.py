@@ -1,4 +1,4 @@
-"""The data of a run, whichever way it is given: files, objects in memory, or datums.
+"""The data of a run: files, objects in memory, or datums.
 
 Objects are kept as a file in the run's folder, so that the run can be resumed, by a script or by
 the command line.

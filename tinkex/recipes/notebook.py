@@ -1,4 +1,4 @@
-"""A plot of the losses in a notebook, drawn again as the run goes."""
+"""A plot of the losses in a notebook, updated during the run."""
 
 from __future__ import annotations
 

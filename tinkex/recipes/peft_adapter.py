@@ -1,4 +1,4 @@
-"""What a PEFT adapter folder says of itself: base model, rank, and which layers it adapts."""
+"""Reads the configuration of a PEFT adapter: base model, rank, and adapted layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What preference methods minimise: pure functions of the log-probabilities of answers.
+"""The losses of preference methods: pure functions of the log-probabilities of answers.
 
 Each function takes both answers of P pairs and gives the loss of each pair, with its derivatives.
 Does not know about tokens, models or servers.

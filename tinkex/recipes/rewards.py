@@ -1,4 +1,4 @@
-"""Functions of users that judge answers: loaded by name, called in a pool, with a time limit.
+"""Reward functions of users: loaded by name, called in a thread pool, with a time limit.
 
 They may be plain or async. A function that raises, hangs or gives no finite number becomes a
 `RewardError` that names it. Does not know what its results are used for.

@@ -1,4 +1,4 @@
-"""Rollouts: what a model says to prompts or in environments, with the rewards for it.
+"""Rollouts: a model's answers to prompts or in environments, with their rewards.
 
 Single answers are sampled in groups, one request a prompt; an environment talks with the model for
 several turns. Does not know how a model is trained on them.

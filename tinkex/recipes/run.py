@@ -1,4 +1,4 @@
-"""Run: a run as its folder describes it, finished or not, and what can be done with its model.
+"""Run: reads the folder of a run, and samples from, exports or plots it.
 
 Reads the folder whenever it is asked, so that it is also true while the run trains. Any recipe
 whose state.json has the keys of `run_folder.State` gets one.

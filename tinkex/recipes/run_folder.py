@@ -1,4 +1,4 @@
-"""The folder of a run: where it stands, and its metrics.
+"""The folder of a run: its state, metrics and lock.
 
 config.yaml         settings and data, for `tinkex train --config` (see recipes/config_file.py)
 metrics.jsonl       one object a step, from step 0, the evaluation before training

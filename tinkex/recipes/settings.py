@@ -1,4 +1,4 @@
-"""What a run is asked for: its settings, checked, and the learning rate that follows from them."""
+"""The settings of a run, checked, and the learning rate of each step."""
 
 from __future__ import annotations
 

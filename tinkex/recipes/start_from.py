@@ -1,4 +1,4 @@
-"""The weights that a run starts with: another run's, a PEFT adapter's, or a checkpoint's."""
+"""The initial weights of a run: another run's, a PEFT adapter's, or a checkpoint's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How clients and programs end: what a with block's end means, and what the end of a program does.
+"""The end of clients and programs: of a `with` block, and of the interpreter.
 
 Importing this module registers what runs when the main thread is done.
 """

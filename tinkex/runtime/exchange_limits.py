@@ -1,4 +1,4 @@
-"""How long an HTTP exchange may take in all, and how many bytes its answer may have.
+"""Limits of an HTTP exchange: its total time, and the size of its answer.
 
 The timeouts of requests are per read: a peer that sends a byte a second never runs into one. Knows
 sockets, not HTTP.

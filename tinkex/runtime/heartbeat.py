@@ -1,4 +1,4 @@
-"""The heartbeat of a session: tells the server again and again that its client lives.
+"""The heartbeat of a session: tells the server at intervals that its client is alive.
 
 Its thread does not hold the session, so that one that the program has dropped can be collected.
 """

@@ -1,4 +1,4 @@
-"""The end of the program: what runs before its threads are joined, and the exit status.
+"""Hooks at the end of the program: what runs before its threads are joined, and the exit status.
 
 `atexit` runs only after the threads of every ThreadPoolExecutor have been joined, which is too late
 to wake them. The hook that concurrent.futures itself uses is private; it is used here alone.

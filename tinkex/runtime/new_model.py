@@ -1,4 +1,4 @@
-"""New models on the server, and the number that each takes in its session."""
+"""Creates models on the server, numbered within their session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of each operation: log lines, and OpenTelemetry's spans and metrics if it is set up.
+"""The course of each operation, as log lines, and as OpenTelemetry spans and metrics.
 
 Log lines go to the logger "tinkex": each step at DEBUG, milestones (a model, a checkpoint) at INFO.
 They hold names, numbers, sizes and times; never a key, tokens or text of the data. With logging at

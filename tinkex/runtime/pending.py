@@ -1,4 +1,4 @@
-"""What was submitted and is not done, and which failures the caller has not seen.
+"""Pending operations, and failures that the caller has not seen.
 
 Keeps the two promises of every way to end a client: work is not dropped silently, and a failure is
 not lost because `result()` was never called. Does not know about HTTP; watches futures.

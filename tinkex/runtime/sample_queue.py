@@ -1,4 +1,4 @@
-"""Samples on their way: submitted when there is room, in no order, and waited for.
+"""The samples of a client: submitted when the rate limit permits, in any order, and awaited.
 
 Does not know what is sampled; how many requests run at once is decided by rate_limit.py.
 """

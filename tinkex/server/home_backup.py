@@ -1,4 +1,4 @@
-"""Backups of a home, made while servers run, and a home made of a backup.
+"""Backs up a home while servers run, and restores a home from a backup.
 
 A backup is a tar file of the index and of everything that it lists: checkpoints, metrics of runs,
 the secret that names of owners come from, revoked keys. Live models are not in it; what they saved

@@ -1,4 +1,4 @@
-"""What is wrong with the checkpoints of a home: damaged files, rows without files."""
+"""Checks the checkpoints of a home: damaged files, rows without files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose work a home holds, and giving it to another owner.
+"""The owners of a home's objects: lists them, and gives objects to another owner.
 
 Objects belong to the name of a user. Those made without a key, or under a key that has no name,
 belong to names that no later key stands for; `adopt` gives them to one.

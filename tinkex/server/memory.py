@@ -1,5 +1,4 @@
-"""Memory that has run out, with how much was needed and how much there was; and memory that is free
-again, for the system."""
+"""Out of memory: how much was needed and how much was free; and freed memory for the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server does, in numbers for Prometheus: `/metrics`.
+"""Metrics of the server for Prometheus: `/metrics`.
 
 Labels are base models, operations, endpoints and outcomes: nothing of a user's, and no more of them
 than a monitoring system can hold.

@@ -1,4 +1,4 @@
-"""What was recorded while sampling, by the sequence: for a day, for those who train on it.
+"""Keeps sampled sequences for a day, for requests that train on them.
 
 A sample request with `record_stability_info` has its sequences kept here. Datums name them in their
 provenance spans; `check` compares both. Does not know what a loss does with it.

@@ -1,4 +1,4 @@
-"""What a caller may sample from: base models of this server, and checkpoints they may read."""
+"""Decides what a caller may sample from: base models of this server, and readable checkpoints."""
 
 from __future__ import annotations
 

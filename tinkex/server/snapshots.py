@@ -1,4 +1,4 @@
-"""Snapshots of models: so that a restart repeats little, and so that idle models need no memory.
+"""Snapshots of models: they shorten a restart, and free the memory of idle models.
 
 A model that is not used for a while is kept as its snapshot only, and comes back, bit for bit, with
 its next operation. Runs on the compute thread.

@@ -1,4 +1,4 @@
-"""Large requests on disk, while they wait for their turn.
+"""Keeps large requests on disk while they wait.
 
 With a journal they are on disk already; else each gets a file. Reading and decoding run on a thread
 of their own.

@@ -1,4 +1,4 @@
-"""Texts to tokens, each chunk of them once; and the weights that follow from characters.
+"""Encodes texts, each distinct piece once, and derives token weights from characters.
 
 A tokenizer cuts a text at its control tokens before it does anything else, so what stands between
 two of them has the same tokens wherever it stands. The renderings of one conversation, and the

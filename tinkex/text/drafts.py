@@ -1,4 +1,4 @@
-"""Drafts: what a chat template makes of a conversation, and where in the text each turn stands.
+"""Drafts: a conversation as rendered by a chat template, with the position of each turn.
 
 A turn is found by rendering: the conversation up to it, and up to where the assistant begins to
 speak. The rules are in docs/data.md. Knows the texts of a tokenizer's control tokens, but does not

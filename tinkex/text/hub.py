@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked once before anything is downloaded.
+"""Asks the Hugging Face hub once whether a file is there, before anything is downloaded.
 
 Without a network its library tries again and again, and takes half a minute to fail. Where the
 library is not installed, ImportError is raised.

@@ -1,4 +1,4 @@
-"""Conversations: messages checked, whichever way they are given, in the form that templates read.
+"""Checks messages, and normalizes them to the form that templates read.
 
 Does not know about tokens or templates.
 """

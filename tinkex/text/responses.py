@@ -1,4 +1,4 @@
-"""What a model said, as a message: text, reasoning and tool calls.
+"""Parses a model's answer into a message: text, reasoning and tool calls.
 
 Each family of models writes calls and reasoning in its own notation; the ones below are
 distinguished by their marks. What is not understood stays text.

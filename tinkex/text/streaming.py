@@ -1,4 +1,4 @@
-"""Text of tokens that arrive one by one: whole characters only, and an end at stop strings."""
+"""Decodes tokens as they arrive: whole characters only, and an end at stop strings."""
 
 from __future__ import annotations
 

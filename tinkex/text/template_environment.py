@@ -1,4 +1,4 @@
-"""The Jinja environment of chat templates: what transformers gives them, and no more.
+"""The Jinja environment of chat templates: the same names as in transformers, and no more.
 
 The sandbox, filters, globals, loop controls and `{% generation %}` follow
 `transformers.utils.chat_template_utils`, so that a template gives the same text here and there.

@@ -1,4 +1,4 @@
-"""Lets the functions of the standard module `dataclasses` take objects of an attrs class.
+"""Lets the functions of the standard module `dataclasses` accept objects of an attrs class.
 
 In the official SDK training data and samples are dataclasses, and scripts call
 `dataclasses.replace(datum, ...)`. Fields are named as the constructor names them.

@@ -1,4 +1,4 @@
-"""How values look in a REPL and in a notebook: short, whatever their size."""
+"""Short reprs of values for a REPL and a notebook, whatever their size."""
 
 from __future__ import annotations
 

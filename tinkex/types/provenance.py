@@ -1,4 +1,4 @@
-"""Where the tokens of a datum came from: spans that name the samples of a server.
+"""Provenance of the tokens of a datum: spans that name the samples of a server.
 
 A span says that so many tokens in a row are a part of a sampled sequence, or of the prompt that it
 continued. The spans of a datum cover its tokens from the first to the last. Servers use them to

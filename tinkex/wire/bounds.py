@@ -1,4 +1,4 @@
-"""How many objects a body will become, counted before any of them exists.
+"""Counts how many objects a body would become, before any of them exists.
 
 A few kilobytes can stand for millions of empty lists or messages, each of which costs a hundred
 bytes and a microsecond. These counts look at the bytes only and stop as soon as they are over the

@@ -1,4 +1,4 @@
-"""Where JSON differs from our types, and servers from one another: names, text for numbers."""
+"""How JSON differs from our types, and between servers: other names, numbers as text."""
 
 from __future__ import annotations
 

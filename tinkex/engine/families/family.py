@@ -1,4 +1,4 @@
-"""What sets a family of models apart from Llama: names of its tensors, its norms and its settings.
+"""How a family of models differs from Llama: names of tensors, norms and settings.
 
 Does not import torch, so that programs can ask which families there are without it.
 """

@@ -1,4 +1,4 @@
-"""GLM-4: GLM with norms after attention and MLP, too."""
+"""GLM-4: GLM with additional norms after attention and MLP."""
 
 from __future__ import annotations
 

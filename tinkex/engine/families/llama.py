@@ -1,4 +1,4 @@
-"""Llama, which every other family is compared with, and what is built like it."""
+"""Llama, with which every other family is compared, and models built like it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: every fourth layer does not know positions (NoPE)."""
+"""SmolLM3: every fourth layer has no position embedding (NoPE)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a model for the generic path, and finding out what can be done with it.
+"""Loads a model for the generic path, and tests what it supports.
 
 What transformers cannot load as a causal language model is refused with the reason. What its head
 and cache do is measured: a few tokens are computed in several ways, and the results compared.

@@ -1,4 +1,4 @@
-"""Folding an adapter into a model of the generic path, and writing the whole as a directory."""
+"""Merges an adapter into a model of the generic path, and writes it as a directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLflow. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold as usual."""
+"""MLflow. Follows MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""trackio: a local database, and `trackio show`, a page of it. TRACKIO_DIR holds as usual."""
+"""trackio: a local database, which `trackio show` displays. Follows TRACKIO_DIR."""
 
 from __future__ import annotations
 

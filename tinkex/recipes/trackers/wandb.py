@@ -1,4 +1,4 @@
-"""Weights & Biases. WANDB_PROJECT, WANDB_MODE and its other variables hold as usual."""
+"""Weights & Biases. Follows WANDB_PROJECT, WANDB_MODE and its other variables."""
 
 from __future__ import annotations
 

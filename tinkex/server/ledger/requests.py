@@ -1,4 +1,4 @@
-"""The requests of operations, decoded again from what the journal or a file has."""
+"""Decodes the requests of operations from the journal or a file."""
 
 from __future__ import annotations
 

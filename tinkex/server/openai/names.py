@@ -1,4 +1,4 @@
-"""What `model` means in a request: a base model, a checkpoint, or a training run."""
+"""Resolves `model` of a request: a base model, a checkpoint, or a training run."""
 
 from __future__ import annotations
 

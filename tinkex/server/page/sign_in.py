@@ -1,4 +1,4 @@
-"""Who looks at the page: a cookie stands for the API key, which no page ever holds.
+"""Signing in to the page: a cookie stands for the API key, which no page holds.
 
 `tinkex ui` asks for a one-time token with its key and opens the page with that in the address; the
 page gets a cookie for it. Keys stay in memory, and are checked again at every request.

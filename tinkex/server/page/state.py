@@ -1,4 +1,4 @@
-"""What the page shows of a server to one of its users: their runs and sessions, and its health."""
+"""The data of the page for one user: their runs and sessions, and the server's health."""
 
 from __future__ import annotations
 
