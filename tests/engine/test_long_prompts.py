@@ -191,6 +191,8 @@ def test_a_small_request_does_not_wait_for_a_long_prompt(engines, short_steps, k
     engine.submit_sample("small", "base", request(max_tokens=1), share="other")
 
     assert ["small"] == [ticket for ticket, _ in engine.sample_step()]
+    assert {"greedy": 64} == reading(engine)  # what has an answer is not kept for another piece
+    engine.sample_step()
     assert 64 < reading(engine)["greedy"] <= 64 + 16
     assert {"long"} == set(hf.sample_all(engine))
 
@@ -250,7 +252,7 @@ def test_pieces_are_larger_where_every_step_reads_the_weights_from_disk(tmp_path
 
 
 def test_short_prompts_do_not_keep_a_long_one_waiting(engines, short_steps):
-    """A quarter of each step is its own."""
+    """A quarter of every second step is its own: answers come first, but not twice in a row."""
     engine = engines("llama")
     engine.submit_sample("long", "a", request(LONG, max_tokens=1), share="a")
     found, step = {}, 0
@@ -260,7 +262,7 @@ def test_short_prompts_do_not_keep_a_long_one_waiting(engines, short_steps):
         found |= dict(engine.sample_step())
         step += 1
 
-    assert step <= len(LONG) / 8 + 2
+    assert step <= 2 * len(LONG) / 8 + 2
     hf.sample_all(engine)
 
 

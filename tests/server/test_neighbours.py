@@ -42,3 +42,25 @@ def test_a_small_sample_is_quick_beside_1024_endless_ones(two_users):
 
     assert sorted(seconds)[15] < 1
     assert max(seconds) < 5  # 1 on a machine that does nothing else
+
+
+def test_a_small_sample_does_not_wait_for_long_prompts(two_users):
+    """Whoever asks for it is served between their pieces."""
+    greedy, small = two_users
+    theirs, mine = greedy.sampler(), small.sampler()
+    small.result(small.sample(mine, 0, max_tokens=1))  # the engine has started
+    promises = [
+        greedy.sample(theirs, i, [(i + j) % 250 for j in range(4000)], prompt_logprobs=True)
+        for i in range(12)
+    ]
+    seconds = []
+    for seq in range(1, 11):
+        start = time.monotonic()
+        small.result(small.sample(mine, seq, max_tokens=1))
+        seconds.append(time.monotonic() - start)
+    print(f"median {sorted(seconds)[5]:.3f} s, at most {max(seconds):.3f} s")
+
+    assert sorted(seconds)[5] < 1
+    assert max(seconds) < 5  # 1 on a machine that does nothing else
+    for promise in promises:
+        assert 4000 == len(greedy.result(promise)["prompt_logprobs"])

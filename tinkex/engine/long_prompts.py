@@ -159,7 +159,7 @@ class LongPrompts:
     def read(self, spent: float) -> Iterator[tuple[list[int], Tensor]]:
         """Read on, after so many operations of this step; a piece at least.
 
-        Returns:
+        Yields:
             The rows of each prompt that ends, and (V,) logits of the token after it.
         """
         operations = max(self.most - spent, LONG_PART * self.most)

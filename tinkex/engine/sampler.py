@@ -128,13 +128,14 @@ class Sampler:
         try:
             self._prompts.begin_step(is_alone=not self._is_shared)
             spent = self._admit()
-            for rows, logits in self._prompts.read(spent):
-                self._take_tokens(np.array(rows), logits.repeat(len(rows), 1))
             # What has ended with its first token is answered before the others get their next one,
             # but not twice in a row: they are not to wait for ever.
             self._answers_first = bool(self._finished) and not self._answers_first
-            if len(self._unit) > self._prompts.waiting and not self._answers_first:
-                self._advance()
+            if not self._answers_first:
+                for rows, logits in self._prompts.read(spent):
+                    self._take_tokens(np.array(rows), logits.repeat(len(rows), 1))
+                if len(self._unit) > self._prompts.waiting:
+                    self._advance()
         except Exception as exc:  # handed to whoever waits for the job that caused it
             self._isolate(exc)
         done, self._finished = self._finished, []
@@ -202,14 +203,18 @@ class Sampler:
             return 0.0
         self._make_room(queue)
         units = self._choose_units(queue)
+        if not units:
+            return 0.0
         self._begun |= dict.fromkeys(unit.job for unit in units)
-        short = [unit for unit in units if not self._prompts.is_long(unit.job)]
-        for unit in units:
-            if unit not in short:
-                self._prompts.begin(unit, self._start(unit))
         begun = set(units)
         self._waiting.remove(begun)
         self._trial.remove(begun)
+        short = []
+        for unit in units:
+            if self._prompts.is_long(unit.job):
+                self._prompts.begin(unit, self._start(unit))
+            else:
+                short.append(unit)
         if short:
             self._begin(short)
         return sum(self._prompts.operations(job) for job in {unit.job for unit in short})
