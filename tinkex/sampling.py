@@ -1,6 +1,6 @@
-"""SamplingClient: text from a model, many prompts at once, in no order.
+"""SamplingClient: samples from one set of weights, for many prompts at once, in any order.
 
-Knows what a sample is asked with and what comes back; how many run at once is the business of
+Knows the arguments and results of a sample; how many run at once is decided by
 runtime/sample_queue.py. Long, because it is one class, most of it the documentation of its public
 methods.
 """
@@ -53,7 +53,7 @@ class SamplingClient(types.Ready):
 
     All methods may be called from any thread, thousands of times without waiting. Make one with
     `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`.
-    It can be pickled: the copy finds its key in the environment, and numbers its samples apart.
+    It can be pickled: the copy finds its key in the environment, and counts its samples separately.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class SamplingClient(types.Ready):
 
         Args:
             prompts: any number; taken as there is room, so it may be a generator.
-            in_flight: how many are under way at a time.
+            in_flight: how many are in flight at a time.
             progress: show a progress bar on stderr.
             options: further arguments of `sample`.
 

@@ -204,7 +204,7 @@ def _without_a_tensor(directory):
     [
         (_encoder_decoder, r"is an encoder-decoder \(t5\); this server trains decoders"),
         (_bidirectional, "attends to later tokens"),
-        (_with_own_code, "is computed by code of its own"),
+        (_with_own_code, "is computed by its own code"),
         (_without_a_tensor, r"it lacks transformer\.h\.1\.mlp\.c_fc\.weight"),
     ],
 )

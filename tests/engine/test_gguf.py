@@ -442,7 +442,7 @@ def test_rotary_factors_cannot_be_written_in_a_configuration(tmp_path):
     _, path = make_gguf(tmp_path, "llama3-rope")
     (tmp_path / "out").mkdir()
 
-    with pytest.raises(header.GgufError, match="rotary frequencies have factors of their own"):
+    with pytest.raises(header.GgufError, match="rotary frequencies have separate factors"):
         reading.write_directory(path, tmp_path / "out")
 
     assert [] == list((tmp_path / "out").iterdir())

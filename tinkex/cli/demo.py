@@ -78,7 +78,7 @@ def main(folder: Path, model: str = "smollm2") -> int:
 
 
 def _pulled() -> bool:
-    """Fetch SmolLM2 in a process of its own, since 350 MB stay taken after the conversion."""
+    """Fetch SmolLM2 in a separate process, since 350 MB stay taken after the conversion."""
     command = [sys.executable, "-m", "tinkex", "model", "pull", "smollm2"]
     return subprocess.run(command, check=False).returncode == 0
 

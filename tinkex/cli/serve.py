@@ -121,7 +121,7 @@ def serve(**options: Any) -> int:
     Serves the Tinker API to other processes, other machines (with --api-key) and the official SDK
     until it is stopped. Prints its address.
 
-    Options without a variable of their own can be set in the environment as TINKEX_SERVE_ and
+    Options without their own variable can be set in the environment as TINKEX_SERVE_ and
     their name: TINKEX_SERVE_PORT=8000, TINKEX_SERVE_BASE_MODEL="smollm2 org/model=/models/x".
     """
     from tinkex import errors

@@ -110,7 +110,7 @@ def _base_model(name: str, seconds: float) -> Finding:
 
 
 def _ask_engine(seconds: float, *arguments: str) -> dict[str, Any]:
-    """What `tinkex.engine.requirements` prints, in a process of its own: it imports torch, and a
+    """What `tinkex.engine.requirements` prints, in a separate process: it imports torch, and a
     model's files come from strangers."""
     command = [sys.executable, "-m", "tinkex.engine.requirements", *config.engine_settings()]
     try:

@@ -410,7 +410,7 @@ def write_directory(path: Path, directory: Path, dtype: torch.dtype = torch.bflo
     content = config(file)
     if _ROPE_FACTORS in file.tensors:
         raise file.error(
-            f"its rotary frequencies have factors of their own ({_ROPE_FACTORS!r}), which "
+            f"its rotary frequencies have separate factors ({_ROPE_FACTORS!r}), which "
             "config.json cannot describe; use the model's Hugging Face directory instead."
         )
     content["dtype"] = str(dtype).removeprefix("torch.")

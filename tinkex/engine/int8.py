@@ -1,6 +1,6 @@
 """8-bit weights for sampling: half the memory traffic of bfloat16.
 
-Each row of a matrix has a scale of its own, the largest of its numbers / 127 (absmax, as in
+Each row of a matrix has its own scale, the largest of its numbers / 127 (absmax, as in
 Dettmers et al. 2022, but for weights only). Activations stay bfloat16. What comes out differs from
 the model's own logits by about a hundredth of their spread, so nothing is trained with it: see
 `Engine`. Does not know about layers.

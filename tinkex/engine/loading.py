@@ -317,7 +317,7 @@ def _read_config(name: str, source: str, directory: Path) -> Any:
     content = model_files.read_json(directory / "config.json")
     if "auto_map" in content and content.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"base model {name!r} is computed by code of its own (auto_map in config.json), which "
+            f"base model {name!r} is computed by its own code (auto_map in config.json), which "
             "this server does not run. Use a model that transformers computes itself."
         )
     try:

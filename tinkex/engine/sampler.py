@@ -129,7 +129,7 @@ class Sampler:
             self._prompts.begin_step(is_alone=not self._is_shared)
             spent = self._admit()
             # What has ended with its first token is answered before the others get their next one,
-            # but not twice in a row: they are not to wait for ever.
+            # but not twice in a row: they are not to wait forever.
             self._answers_first = bool(self._finished) and not self._answers_first
             if not self._answers_first:
                 for rows, logits in self._prompts.read(spent):

@@ -353,7 +353,7 @@ class KeptAlive:
     # After a loss
 
     def _restore(self, failure: BaseException) -> None:
-        """Begin to restore the model, on a thread of its own; holds the lock."""
+        """Begin to restore the model, on a separate thread; holds the lock."""
         self._restoring = threading.Thread(
             target=self._restart, args=(failure,), name="tinkex-recovery", daemon=True
         )

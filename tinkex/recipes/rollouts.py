@@ -272,7 +272,7 @@ class Rollouts:
         size: int,
         temperature: float,
     ) -> list[Episode]:
-        """Every episode on a thread of its own, so that their turns are sampled together."""
+        """Every episode on a separate thread, so that their turns are sampled together."""
 
         def begin(numbers: tuple[int, int]) -> Future[Episode]:
             task, each = tasks[numbers[0]], seed_of(seed, *numbers)

@@ -140,7 +140,7 @@ _foreign_lock = threading.Lock()  # guards _foreign
 def _on_thread(
     exchange: Callable[[], requests.Response], limits: ExchangeLimits
 ) -> requests.Response:
-    """Make an exchange on a thread of its own, and wait for it within the limits."""
+    """Make an exchange on a separate thread, and wait for it within the limits."""
     run = contextvars.copy_context().run  # instrumentation keeps the current span there
     future = on_daemon_thread(lambda: run(exchange), "tinkex-exchange")
     with _foreign_lock:

@@ -115,7 +115,7 @@ class Keys:
             if known.setdefault(_digest(key), entry) != entry:
                 raise ValueError(
                     f"one key is given to two users, {known[_digest(key)].owner} and {owner}; "
-                    "each needs a key of their own."
+                    "each needs its own key."
                 )
         return cls(known, revoked)
 

@@ -1,4 +1,4 @@
-"""Reads base models on threads of their own, so that nothing else waits for a slow or hostile one.
+"""Reads base models on separate threads, so that nothing else waits for a slow or hostile one.
 Their tokenizers, too.
 
 All operations that need a model wait for one reading of it. It ends when none of them waits any
@@ -123,7 +123,7 @@ class BaseLoader:
         self._note(engine, base_model)
 
     def aside(self, title: str, read: Callable[[], None]) -> Steps:
-        """A part of a job: waits until *read* has been called, on a thread of its own.
+        """A part of a job: waits until *read* has been called, on a separate thread.
 
         It is called once for all jobs that wait for the same *title*. Raises what it raises.
         """

@@ -179,7 +179,7 @@ class Home:
         if status.st_uid != os.geteuid():
             raise HomeError(
                 f"the home {self.path} belongs to user {status.st_uid}, not to you "
-                f"({os.geteuid()}); choose a folder of your own with --home or TINKEX_HOME."
+                f"({os.geteuid()}); choose a folder that you own with --home or TINKEX_HOME."
             )
         names = {entry.name for entry in self.path.iterdir()}
         if names.isdisjoint(_MARKERS) and names - _NOT_OTHERS:
