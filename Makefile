@@ -5,8 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --use-pep517 -c constraints.txt
 INSTALLED_BY := setup.py setup.cfg constraints.txt
 
-# One test process per processor, at most 8. Each starts with a block of the tests and takes over
-# tests from the others when it has finished. JOBS=0 runs all in one process, for a debugger.
+# One test process more than processors (tests/conftest.py), at most 8. Each starts with a block of the
+# tests and takes over tests from the others when it has finished. JOBS=0 runs all in one, for a debugger.
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 

@@ -41,8 +41,13 @@ FILES = {str(Path(module.__file__)): Path(module.__file__).stem for module in MO
 #: The code that handles a failure. A fault in it, on top of another one, is not injected.
 HANDLERS = {"step", "is_busy", "_isolate", "_forget_state", "_fail", "_drop", "cancel"}
 CULPRIT = "culprit"
-#: Eighths of all lines: a quick run tries one, `make test-slow` the others.
-PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))]
+#: Parts of all lines: a quick run tries one, `make test-slow` the others.
+ONCE, EVERY_STEP = 16, 8
+
+
+def parts(count):
+    slow = (pytest.param(part, marks=pytest.mark.slow) for part in range(1, count))
+    return pytest.mark.parametrize("part", [0, *slow])
 
 
 class Injected(Exception):
@@ -180,20 +185,20 @@ def compare(expected, found, place):
     return failed
 
 
-@pytest.mark.parametrize("part", PARTS)
+@parts(ONCE)
 def test_a_fault_at_any_line_ends_one_request_at_most(engine, part):
     """It happens once: whatever had been half done is computed again."""
     expected = answers(engine)
     places = lines_of_a_step(engine)
     assert len(places) > 200
-    for place in places[part::8]:
+    for place in places[part::ONCE]:
         hits = []
         once = fault_at(place, lambda _, hits=hits: not hits and not hits.append(1))
         assert 1 >= len(compare(expected, answers(engine, once), place)), place
     assert set() == compare(expected, answers(engine), None)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@parts(EVERY_STEP)
 def test_a_request_that_fails_every_step_fails_alone(engine, part):
     """The fault comes back as long as the culprit is in the batch, at any line that it executes."""
     expected = answers(engine)
@@ -205,7 +210,7 @@ def test_a_request_that_fails_every_step_fails_alone(engine, part):
         return any(job.ticket == CULPRIT for job in batch._begun)
 
     hit = 0
-    for place in lines_of_a_step(engine, [CULPRIT])[part::8]:
+    for place in lines_of_a_step(engine, [CULPRIT])[part::EVERY_STEP]:
         failed = compare(expected, answers(engine, fault_at(place, present)), place)
         assert failed <= {CULPRIT}, place
         hit += bool(failed)
