@@ -139,11 +139,12 @@ def whole_part(options: Options) -> Part:
     lines = [
         "## The whole way",
         "SDK, HTTP, scheduler and engine together; instead: the engine alone, or the time allowed. "
-        "From nothing: a process that starts with files in the system's cache.",
+        "From nothing: a process that starts with files in the system's cache; floor: "
+        "`import torch`.",
         "",
         table(rows),
         "",
-        "Where the time of `import torch` and the rest goes until the first loss:",
+        "Where the time goes until the first loss and the first token:",
         "",
         whole.stages(),
     ]

@@ -20,11 +20,10 @@ from tinkex.engine import fetch, gguf, memory, model_files, tiny, weights
 from tinkex.engine.base_model import BaseModel
 from tinkex.engine.configuration import Unsupported
 from tinkex.engine.families import FAMILIES, build
-from tinkex.engine.families.family import Family
+from tinkex.engine.fast_plan import FastPlan, of_plain_llama
 from tinkex.engine.generic import loading as generic
 from tinkex.engine.linears import Linear
 from tinkex.engine.model import Rope
-from tinkex.engine.spec import Spec
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore, free_disk
 from tinkex.text import gguf as gguf_file
 from tinkex.text import hub, registry
@@ -141,20 +140,18 @@ def outline(name: str) -> Outline:
         shapes = (info.shape for info in gguf_file.read(Path(loaded.name)).tensors.values())
         return _fast_outline(loaded.architecture, loaded.base, sum(map(math.prod, shapes)))
     source, directory = _on_this_machine(name)
-    config = _read_config(name, source, directory)
-    plan = _fast_plan(name, source, config, directory, _META)
+    plan, config = _plan(name, source, directory, _META)
     if plan is None:
         with _errors_naming(name, source):
             found = generic.describe(config)
         return Outline(
             found.kind.__name__, "generic", found.parameters, found.linears, found.has_tied_head
         )
-    tensors = dict(plan.module.state_dict())
-    if plan.module.config.tie_word_embeddings:
+    tensors = {key: torch.empty(shape, device=_META) for key, shape in plan.shapes.items()}
+    if plan.has_tied_head:
         tensors.pop("lm_head.weight", None)
     base = build.assemble(plan.family, plan.spec, tensors, plan.ropes)
-    count = sum(parameter.numel() for parameter in plan.module.parameters())
-    return _fast_outline(type(plan.module).__name__, base, count)
+    return _fast_outline(plan.architecture, base, plan.parameters)
 
 
 def _fast_outline(architecture: str, base: BaseModel, parameters: int) -> Outline:
@@ -302,18 +299,28 @@ def _load_hf(
     folder: Path | None,
 ) -> Loaded:
     directory = Path(source) if Path(source).is_dir() else _hub_directory(name)
-    config = _read_config(name, source, directory)
-    plan = _fast_plan(name, source, config, directory, device)
+    plan, config = _plan(name, source, directory, device)
     if plan is not None:
         return _load_fast(name, source, directory, plan, device, dtype, on_progress, folder)
     return _load_generic(name, source, directory, config, device, dtype, on_progress)
 
 
+def _plan(
+    name: str, source: str, directory: Path, device: torch.device
+) -> tuple[FastPlan | None, Any]:
+    """How the fast path computes a model, or its configuration, for the generic path."""
+    model_files.check_config_file(name, directory / "config.json")
+    plan = of_plain_llama(directory, device)
+    if plan is not None:
+        return plan, None
+    config = _read_config(name, source, directory)
+    return _fast_plan(name, source, config, directory, device), config
+
+
 def _read_config(name: str, source: str, directory: Path) -> Any:
     """The configuration of a model, as transformers reads it."""
-    import transformers  # imported here because it takes seconds, and "tiny" does not need it
+    import transformers  # imported here because it takes seconds, and few models need it
 
-    model_files.check_config_file(name, directory / "config.json")
     content = model_files.read_json(directory / "config.json")
     if "auto_map" in content and content.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ValueError(
@@ -328,19 +335,9 @@ def _read_config(name: str, source: str, directory: Path) -> Any:
     return config
 
 
-@attrs.frozen(eq=False)
-class _FastPlan:
-    """What the fast path computes of a model; *module* has no memory for its weights."""
-
-    family: Family
-    module: Any
-    spec: Spec
-    ropes: tuple[Rope | None, ...]
-
-
 def _fast_plan(
     name: str, source: str, config: Any, directory: Path, device: torch.device
-) -> _FastPlan | None:
+) -> FastPlan | None:
     """How the fast path computes a model; None if it does not compute it."""
     import transformers
 
@@ -360,30 +357,30 @@ def _fast_plan(
     except Unsupported as exc:  # the generic path may compute it, or gives the reason
         logger.info("The fast path does not compute %s: %s", directory, exc)
         return None
-    return _FastPlan(family, module, spec, ropes)
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    tied = config.tie_word_embeddings
+    return FastPlan(family, type(module).__name__, spec, ropes, shapes, tied, parameters)
 
 
 def _load_fast(
     name: str,
     source: str,
     directory: Path,
-    plan: _FastPlan,
+    plan: FastPlan,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Progress,
     folder: Path | None,
 ) -> Loaded:
-    module = plan.module
     tensors = weights.Weights(name, directory, dtype, device, on_progress)
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    head = ("lm_head.weight",) if module.config.tie_word_embeddings else ()
-    tensors.check(name, expected, head)
+    head = ("lm_head.weight",) if plan.has_tied_head else ()
+    tensors.check(name, plan.shapes, head)
     for key in head:
         tensors.pop(key, None)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    store = _store(name, parameters, device, dtype, folder)
+    store = _store(name, plan.parameters, device, dtype, folder)
     base = build.assemble(plan.family, plan.spec, tensors, plan.ropes, store)
-    return Loaded(name, base, source, type(module).__name__, lambda: _decoder(directory))
+    return Loaded(name, base, source, plan.architecture, lambda: _decoder(directory))
 
 
 def _load_generic(
