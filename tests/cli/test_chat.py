@@ -57,7 +57,7 @@ def test_a_server_in_the_style_of_openai_is_talked_to_by_its_name_for_the_model(
         "hello", "/compare", model="qwen", options=["--base-url", "http://other.test/v1"]
     )
 
-    assert (0, "Hi there\n") == (status, out)
+    assert (1, "Hi there\n") == (status, out)
     assert "qwen" == requests_mock.last_request.json()["model"]
     assert "Bearer sk-1" == requests_mock.last_request.headers["Authorization"]
     assert "no base model to compare with" in err
@@ -119,10 +119,11 @@ def test_compare_asks_both_models_the_same(chat, service):
     ],
 )
 def test_a_wrong_command_is_explained_and_the_chat_continues(chat, line, said):
+    """Through a pipe, the exit status tells that a line failed."""
     status, out, err = chat(line, "hi")
 
     assert said in err
-    assert (0, "aaa\n") == (status, out)
+    assert (1, "aaa\n") == (status, out)
 
 
 def test_a_base_model_cannot_be_compared_with_itself(chat):
@@ -144,8 +145,9 @@ def test_a_message_that_the_server_refuses_is_forgotten(chat, service, monkeypat
         yield from real(self, *args, **kwargs)
 
     monkeypatch.setattr(fake_service.FakeSampling, "sample_stream", refuse_first)
-    _, out, err = chat("too long", "hi")
+    status, out, err = chat("too long", "hi")
 
+    assert 1 == status
     assert "error: the prompt is longer" in err
     assert ("aaa\n", ["User: hi\nAssistant:"]) == (out, service.prompts)
 

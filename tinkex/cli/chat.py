@@ -79,7 +79,8 @@ def chat(
 
     MODEL is the --output folder of a finished `tinkex train`, a tinker:// path of weights saved
     for sampling, or a base model as for `tinkex train`. Default: the folder `run`, if there is
-    one, else the built-in model `tiny`. Input that is not a terminal is read line by line.
+    one, else the built-in model `tiny`. Input that is not a terminal is read line by line; the exit
+    status is 1 if a line failed.
 
     A --base-url that ends in /v1 is a server in the style of OpenAI (vLLM, llama.cpp, Ollama ...);
     MODEL is then a name that it knows, and the key --api-key or OPENAI_API_KEY.
@@ -102,7 +103,9 @@ def chat(
             conversation = _conversation(stack, model, settings, base_url, api_key)
         conversation.set_system(system or "")
         _greet(model, conversation)
-        _talk(conversation)
+        failed = _talk(conversation)
+    if failed and not sys.stdin.isatty():
+        raise click.exceptions.Exit(1)
 
 
 def _conversation(
@@ -139,14 +142,16 @@ def _greet(model: str, conversation: Conversation) -> None:
 # The terminal
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Conversation) -> bool:
+    """Answer line by line; true if one of them failed."""
     from tinkex import errors
 
+    failed = False
     with _history():
         for line in _lines():
             text = line.strip()
             if text == "/quit":
-                return
+                break
             try:
                 if text.startswith("/"):
                     _command(conversation, text)
@@ -154,6 +159,8 @@ def _talk(conversation: Conversation) -> None:
                     _show(conversation.ask(text))
             except (errors.TinkexError, ValueError, OSError) as exc:
                 click.echo(f"error: {exc}", err=True)
+                failed = True
+    return failed
 
 
 def _lines() -> Iterator[str]:

@@ -124,9 +124,8 @@ class PendingOperations:
                 texts[0] if len(texts) == 1 else f"first {texts[0]}",
             )
 
-    def _done(self, owner: str, ordered: bool, saves: str, future: Future[Any]) -> None:
+    def _done(self, owner: str, ordered: bool, saves: str, future: OperationFuture[Any]) -> None:
         """Runs on the thread that resolved *future*."""
-        assert isinstance(future, OperationFuture)
         if ordered:
             self._report(owner)
         if saves and not future.cancelled() and Future.exception(future) is None:
