@@ -6,12 +6,10 @@ import gc
 import os
 import signal
 from collections import defaultdict
+from collections.abc import Generator
 
 import hypothesis
 import pytest
-
-# While modules are imported, there is no garbage.
-gc.disable()
 
 # A shell that starts us in the background (`make test &`) ignores Ctrl-C, and child processes
 # inherit that. But tests check what Ctrl-C does.
@@ -89,7 +87,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for block in blocks for item in block]
 
 
-def pytest_collection_finish() -> None:
-    """Modules and tests stay to the end: from now on no garbage collection looks at them."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules and tests stay to the end: no garbage collection looks at them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
