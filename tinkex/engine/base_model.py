@@ -74,8 +74,9 @@ class PromptReader(Protocol):
         """
 
 
-class SamplingState(Protocol):
-    """What is kept of the sequences that are being sampled, such as their keys and values.
+class PromptState(Protocol):
+    """What is kept of the sequences that are being sampled, such as their keys and values: how it
+    is filled by prompts.
 
     If a method fails, the state is used no more; the sampler makes another one.
     """
@@ -100,6 +101,16 @@ class SamplingState(Protocol):
     def read(self, prompt: Prompt) -> PromptReader:
         """What computes a prompt in pieces; its sequences are named at the end only."""
 
+    def remove(self, row: int) -> None:
+        """Forget a sequence, if it is there."""
+
+    def head(self, adapter: Finished | None, rows: int) -> Linears:
+        """The matrix "head" with an adapter, for about so many rows at a time."""
+
+
+class SamplingState(PromptState, Protocol):
+    """A `PromptState` that gives the logits of one more token at a time."""
+
     def advance(
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
@@ -111,12 +122,6 @@ class SamplingState(Protocol):
             tokens, positions: by number of the sequence.
             shares: of each sequence; those of different shares take turns.
         """
-
-    def remove(self, row: int) -> None:
-        """Forget a sequence, if it is there."""
-
-    def head(self, adapter: Finished | None, rows: int) -> Linears:
-        """The matrix "head" with an adapter, for about so many rows at a time."""
 
 
 class BaseModel(Protocol):

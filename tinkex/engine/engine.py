@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -20,7 +21,9 @@ from torch import Tensor
 from tinkex import types
 from tinkex.engine import checkpoints, finished_lora, int8, loading, lora, losses, optim
 from tinkex.engine.base_model import BaseModel
+from tinkex.engine.block_decoding import BlockDecoding
 from tinkex.engine.cpu_parallel import Workers, available_cores
+from tinkex.engine.decode_graph import CudaCapture
 from tinkex.engine.fast_path import FastModel
 from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.sample_requests import OnToken, make_job
@@ -108,6 +111,8 @@ class Engine:
         names: directories (or GGUF files) that are known by a name, which is then all that is said
             of them.
         weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
+        in_blocks: True samples with a static cache in blocks of steps (block_decoding.py), where
+            the model's family has the fast path; None does so with CUDA.
 
     Raises:
         ValueError: If the device cannot be used or the dtype is unknown.
@@ -121,12 +126,16 @@ class Engine:
         dtype: str = "auto",
         names: Mapping[str, str] | None = None,
         weights_folder: Path | None = None,
+        in_blocks: bool | None = None,
     ) -> None:
         self._weights_folder = weights_folder
         self._directories = dict(names or {})
         self._names = {place: name for name, place in self._directories.items()}
         self._device = loading.device_of(device)
         self._dtype = loading.dtype_of(dtype, self._device)
+        is_cuda = self._device.type == "cuda"
+        self._in_blocks = is_cuda if in_blocks is None else in_blocks
+        self._capture = CudaCapture(self._device) if is_cuda and self._in_blocks else None
         self._is_rounded = dtype == loading.INT8
         self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
@@ -196,7 +205,10 @@ class Engine:
             loaded.tokenizer_id if is_mapped else "",
         )
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
-        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers)
+        new_state = None
+        if self._in_blocks and isinstance(loaded.base, FastModel):
+            new_state = partial(BlockDecoding, loaded.base, self._workers, memory, self._capture)
+        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers, new_state)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
 
     def _check_exact(self, lacks: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import attrs
 import numpy as np
@@ -23,7 +24,7 @@ from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
 from tinkex.engine.model import Base, Forward, Training
-from tinkex.engine.sample_pools import Pool, Pools
+from tinkex.engine.sample_pools import Pools
 from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 
 #: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
@@ -76,15 +77,37 @@ class FastModel(Base):
         return FastSampling(self, workers)
 
 
-class FastSampling:
-    """Keys and values of the running sequences, in pools. Implements `SamplingState`."""
+class Fillable(Protocol):
+    """Keeps keys and values of sequences."""
 
-    def __init__(self, base: Base, workers: Workers) -> None:
+    def fill(self, layer: int, place: int, k: Tensor, v: Tensor, /) -> None:
+        """Write a prompt's keys and values, (T, G, D) each, to a place."""
+
+
+class Store(Protocol):
+    """Where the keys and values of all sequences are."""
+
+    def add(self, rows: Sequence[int], prompt_length: int) -> tuple[Fillable, int]:
+        """Make room for samples of one prompt; give what keeps them, and the place to fill."""
+
+    def remove(self, row: int) -> None:
+        """Drop a sample, if it is there."""
+
+
+class FastSampling:
+    """Keys and values of the running sequences, in pools. Implements `SamplingState`.
+
+    Args:
+        store: keeps the keys and values instead of the pools, for who does not call `advance`.
+    """
+
+    def __init__(self, base: Base, workers: Workers, store: Store | None = None) -> None:
         self._base = base
         self._workers = workers
         step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
         self._token_operations = matrix_operations(base.linears)
         self._pools = Pools(base.spec, base.device, base.dtype, step_bytes)
+        self._store = self._pools if store is None else store
         self._adapter: dict[int, Finished | None] = {}  # of each sequence
         self._stack = Stack([None])
         self._workspace = Workspace() if can_merge(base.linears) else None
@@ -151,17 +174,17 @@ class FastSampling:
             self._stack = stack
         return stack
 
-    def _places(self, prompt: Prompt) -> list[tuple[Pool, int]]:
+    def _places(self, prompt: Prompt) -> list[tuple[Fillable, int]]:
         """Where the keys and values of a prompt go: a place for each group of its sequences."""
         for rows in prompt.rows:
             self._adapter |= dict.fromkeys(rows, prompt.adapter)
-        return [self._pools.add(rows, len(prompt.tokens)) for rows in prompt.rows]
+        return [self._store.add(rows, len(prompt.tokens)) for rows in prompt.rows]
 
     def _prefill(
         self,
         prompts: Sequence[np.ndarray],
         packing: Packing,
-        places: Sequence[Sequence[tuple[Pool, int]]],
+        places: Sequence[Sequence[tuple[Fillable, int]]],
         linears: MixedLinears,
     ) -> Tensor:
         """Hidden states (N, d) of prompts; their keys and values go to their places."""
@@ -269,9 +292,13 @@ class FastSampling:
         room = self._workspace
         return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
 
+    def adapter_of(self, row: int) -> Finished | None:
+        """The adapter of a sequence."""
+        return self._adapter[row]
+
     def remove(self, row: int) -> None:
         self._adapter.pop(row, None)
-        self._pools.remove(row)
+        self._store.remove(row)
 
 
 class FastReader:

@@ -172,17 +172,31 @@ class SinglePool:
         self._cache.write(layer, self._ends, k, v)
         first, bias = self._seen[spec.window(layer)]
         keys, values = self._cache.k[layer, :n], self._cache.v[layer, :n]
-        batch = n * spec.kv_heads
-        queries = q.reshape(batch, -1, spec.head_dim)
-        keys = keys[:, :, first:span].reshape(batch, span - first, spec.head_dim)
-        values = values[:, :, first:span].reshape(batch, span - first, spec.head_dim)
-        bias = bias.expand(-1, queries.shape[1], -1)
-        if spec.attention_cap:
-            products = torch.bmm(queries, keys.transpose(1, 2)).mul_(spec.scale)
-            scores = soft_cap_(products, spec.attention_cap).add_(bias)
-        else:
-            scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=spec.scale)
-        return torch.bmm(_softmax(scores), values).view(n, -1)
+        return attend_rows(q, keys[:, :, first:span], values[:, :, first:span], bias, spec)
+
+
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, spec: Spec) -> Tensor:
+    """Attention of one new token of each row.
+
+    Args:
+        q: (n, H, D).
+        keys, values: (n, G, T, D).
+        bias: (n G, 1, T), 0 where a position is seen, else -inf.
+
+    Returns:
+        (n, H D).
+    """
+    n, heads, positions, size = keys.shape
+    queries = q.reshape(n * heads, -1, size)
+    keys = keys.reshape(n * heads, positions, size)
+    values = values.reshape(n * heads, positions, size)
+    bias = bias.expand(-1, queries.shape[1], -1)
+    if spec.attention_cap:
+        products = torch.bmm(queries, keys.transpose(1, 2)).mul_(spec.scale)
+        scores = soft_cap_(products, spec.attention_cap).add_(bias)
+    else:
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=spec.scale)
+    return torch.bmm(_softmax(scores), values).view(n, -1)
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import islice
 import attrs
 from torch import Tensor
 
-from tinkex.engine.base_model import BaseModel, Prompt, PromptReader, SamplingState
+from tinkex.engine.base_model import BaseModel, Prompt, PromptReader, PromptState
 from tinkex.engine.memory import kind_of
 from tinkex.engine.prompt_logprobs import PieceScores
 from tinkex.engine.sample_queue import Unit
@@ -79,7 +79,7 @@ class LongPrompt:
 class LongPrompts:
     """What a step may spend on prompts, and the prompts that are being read."""
 
-    def __init__(self, base: BaseModel, state: SamplingState) -> None:
+    def __init__(self, base: BaseModel, state: PromptState) -> None:
         self._base = base
         self._state = state
         self._reading: dict[Hashable, LongPrompt] = {}  # by share, in the order of arrival

@@ -119,12 +119,16 @@ class Rope:
         self._scaling = scaling
         empty = torch.empty(0, len(inv_freq), device=inv_freq.device)
         self._table = empty, empty  # replaced as one, since several threads read it
+        # A recorded step (decode_graph.py) reads the table that was there. All of them together
+        # are smaller than the last.
+        self._outgrown: list[tuple[Tensor, Tensor]] = []
 
     def at(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """(N, 1, D / 2) cosines and sines at *positions* (N,), all below *longest*."""
         cos, sin = self._table
         if longest > len(cos):
             rows = 1 << max(longest - 1, 255).bit_length()
+            self._outgrown.append(self._table)
             steps = torch.arange(rows, device=self._inv_freq.device, dtype=torch.float32)
             angles = torch.outer(steps, self._inv_freq)
             cos, sin = self._table = angles.cos() * self._scaling, angles.sin() * self._scaling

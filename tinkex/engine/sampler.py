@@ -13,14 +13,17 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import token_sampling
-from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt
+from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt, SamplingState
+from tinkex.engine.block_decoding import BlockDecoding
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.finished_lora import Finished
 from tinkex.engine.long_prompts import LongPrompts
@@ -50,10 +53,16 @@ class Sampler:
             been read before (`unread_decoder`).
         memory: bytes that keys and values may take; requests beyond that wait.
         workers: compute shares of the prompts.
+        new_state: makes an empty sampling state; None is the base model's own.
     """
 
     def __init__(
-        self, base: BaseModel, load_decode: Callable[[], Decode], memory: int, workers: Workers
+        self,
+        base: BaseModel,
+        load_decode: Callable[[], Decode],
+        memory: int,
+        workers: Workers,
+        new_state: Callable[[], SamplingState | BlockDecoding] | None = None,
     ) -> None:
         self._base = base
         self._workers = workers
@@ -62,7 +71,8 @@ class Sampler:
         self._memory = memory
         self._waiting = SampleQueue()
         self._rows = Rows()
-        self._state = base.sampling_state(workers)
+        self._new_state = new_state or partial(base.sampling_state, workers)
+        self._state = self._new_state()
         self._prompts = LongPrompts(base, self._state)
         self._reserved: dict[int, int] = {}
         self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
@@ -172,7 +182,7 @@ class Sampler:
         self._reserved.clear()
         self._unit.clear()
         self._begun = {}
-        self._state = self._base.sampling_state(self._workers)
+        self._state = self._new_state()
         self._prompts = LongPrompts(self._base, self._state)
 
     def _line(self) -> SampleQueue:
@@ -376,7 +386,11 @@ class Sampler:
     # -- tokens ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """One more token for every running sequence, or for those whose turn it is."""
+        """One more token for every running sequence, or for those whose turn it is; or what a
+        block of steps has come to."""
+        if isinstance(self._state, BlockDecoding):
+            self._advance_block(self._state)
+            return
         state = self._rows
         rows, logits = self._state.advance(
             state.last,
@@ -386,11 +400,40 @@ class Sampler:
         )
         self._take_tokens(rows, logits)
 
+    def _advance_block(self, state: BlockDecoding) -> None:
+        """Record the tokens of a block of steps, while the next one is computed."""
+        topk = max(unit.job.request.topk_sample_logprobs for unit in self._unit.values())
+        for step in state.advance_block(self._rows, topk):
+            if step.topk is not None:
+                self._keep_topk(step.rows, *step.topk)
+            self._record_tokens(step.rows, step.tokens, step.logprobs)
+
     def _take_tokens(self, rows: Ints, logits: Tensor) -> None:
-        """Choose a token for each row, record it, and end the sequences that it ends."""
-        state = self._rows
+        """Choose a token for each row, and record it."""
         self._record_topk(rows, logits)
-        tokens, logprobs = token_sampling.choose(logits, state.settings(rows))
+        tokens, logprobs = token_sampling.choose(logits, self._rows.settings(rows))
+        self._record_tokens(rows, tokens, logprobs)
+
+    def _record_topk(self, rows: Ints, logits: Tensor) -> None:
+        for i, row in enumerate(rows.tolist()):
+            job = self._rows.job[row]
+            if job is not None and job.request.topk_sample_logprobs:
+                found = topk_of(logits[i : i + 1], job.request.topk_sample_logprobs)
+                self._keep_topk(rows[i : i + 1], *found)
+
+    def _keep_topk(
+        self, rows: Ints, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]
+    ) -> None:
+        """Keep as many of the likeliest tokens (n, K) of each row as its job has asked for."""
+        for i, row in enumerate(rows.tolist()):
+            job = self._rows.job[row]
+            k = 0 if job is None else job.request.topk_sample_logprobs
+            if k:
+                self._rows.topk[row].append((ids[i : i + 1, :k], logprobs[i : i + 1, :k]))
+
+    def _record_tokens(self, rows: Ints, tokens: Ints, logprobs: npt.NDArray[np.float32]) -> None:
+        """Add a token to each row, and end the sequences that it ends."""
+        state = self._rows
         stopped = state.append(rows, tokens, logprobs)
         full = state.length[rows] >= state.limit[rows]
         for i, row in enumerate(rows.tolist()):
@@ -413,13 +456,6 @@ class Sampler:
             self._release(row)
             if job.is_done:
                 self._finish(job)
-
-    def _record_topk(self, rows: Ints, logits: Tensor) -> None:
-        for i, row in enumerate(rows.tolist()):
-            job = self._rows.job[row]
-            if job is not None and job.request.topk_sample_logprobs:
-                found = topk_of(logits[i : i + 1], job.request.topk_sample_logprobs)
-                self._rows.topk[row].append(found)
 
     def _completes_stop(self, row: int, job: Job) -> bool:
         """True if the last token has completed a stop string."""
