@@ -274,6 +274,9 @@ def main() -> int:
     committed = figures.committed()
     whole = sum(PARTS[name][1] for name in names) or 1.0
     chosen = (arguments.model or (), arguments.dtype or (), arguments.case or ())
+    if "gpu" in names and not machine.has_gpu():
+        print("-- gpu: there is no GPU here, not measured.")
+        names = [name for name in names if name != "gpu"]
     for name in names:
         seconds = 60 * arguments.minutes * (PARTS[name][1] / whole if len(names) > 1 else 1.0)
         run_part(name, Options(seconds, *chosen), committed)

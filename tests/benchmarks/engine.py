@@ -307,7 +307,7 @@ def decoding(streams: int) -> Callable[[Bench, float], list[Row]]:
             seconds,
         )
         total = streams * length
-        share = DECODING_SHARE[streams] if bench.name == "smollm2" else None
+        share = DECODING_SHARE.get(streams) if bench.name == "smollm2" else None
         return [Row(f"decoding, streams: {streams}", "tok/s", speeds(total, a), speeds(total, b),
                     bench.label, 1.0, True, limits=limits, share_target=share)]  # fmt: skip
 
@@ -510,6 +510,12 @@ CASES: dict[str, Case] = {
     "adapters_together": adapters_together,
     "adapters_in_turn": adapters_in_turn,
 }
+#: What is measured on an accelerator. Weights of 8 bits and resident memory are of a CPU only.
+CASES_OF_GPU: dict[str, Case] = {
+    "training": training,
+    "training_equal": training_equal,
+    **{f"decoding_{streams}": decoding(streams) for streams in (1, 8, 64, 256)},
+}
 #: Measured of one model and type only; those of the tiny one say something of the scheduling.
 MORE: dict[tuple[str, str], dict[str, Case]] = {
     ("smollm2", "float32"): {"memory": memory(8, 8, "a step over 8 chats")},
@@ -558,6 +564,8 @@ def _run_cases(
     bench: Bench, seconds: float, cases: Sequence[str], rows: list[Row], left_out: list[str]
 ) -> None:
     known = {**CASES, **MORE.get((bench.name, bench.dtype), {})}
+    if bench.device != "cpu":
+        known = CASES_OF_GPU
     wanted = [case for case in known if not cases or case in cases]
     allowance = Allowance(seconds, len(wanted))
     for case in wanted:

@@ -35,6 +35,13 @@ def describe() -> str:
     return f"{model}{widest}, {os.cpu_count()} cores, Python {python}, {platform.system()}"
 
 
+def has_gpu() -> bool:
+    """True if torch finds a GPU of the kind that the part "gpu" measures."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def load() -> float:
     """Processes that wanted to run, on average over the last minute; 0 where that is unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
