@@ -123,7 +123,7 @@ def test_rows_without_a_pair_are_refused_by_place_and_method(run, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text('{"chosen": "a", "rejected": "b"}\n{"prompt": "a", "completion": "b"}\n')
 
-    with pytest.raises(ValueError, match=r"line 2 of .*no preference pair.*--method dpo"):
+    with pytest.raises(ValueError, match=r"line 2 of .*not a preference pair.*--method dpo"):
         run(data=files.read(path))
     assert run_folder.load_state(tmp_path / "run") is None
 

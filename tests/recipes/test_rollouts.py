@@ -179,7 +179,7 @@ def test_an_environment_can_offer_tools_and_gets_the_calls(pool, monkeypatch):
     [
         (lambda self, message: 1 / 0, r"raised ZeroDivisionError"),
         (lambda self, message: None, r"Guess.step returned None; return tinkex.EnvStep"),
-        (lambda self, message: tinkex.EnvStep(reward=float("inf")), "inf, which is no finite"),
+        (lambda self, message: tinkex.EnvStep(reward=float("inf")), "inf, which is not a finite"),
     ],
 )
 def test_an_environment_that_fails_is_named(pool, monkeypatch, step, problem):

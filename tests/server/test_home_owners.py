@@ -94,7 +94,7 @@ def test_a_key_is_named_only_where_something_that_can_be_a_key_follows():
     assert "dave" == keys.owner("long-enough")
     with pytest.raises(ValueError, match="given to two users"):
         Keys.of_users(["a=one-key-1", "b=one-key-1"], b"secret")
-    with pytest.raises(ValueError, match="no name of a user"):
+    with pytest.raises(ValueError, match="not a valid user name"):
         Keys.of_users(["local=one-key-1"], b"secret")
 
 
@@ -167,7 +167,7 @@ def test_adopting_changes_the_work_of_one_owner_alone(serve, tmp_path):
         (lambda home: revoke(home / "nowhere", key="k"), "is not a home of tinkex"),
         (lambda home: adopt(home, "zoe", "alice"), "belongs to 'zoe'"),
         (lambda home: adopt(home, "local", "a b"), "a b"),
-        (lambda home: revoke(home, key_id="12"), "'12' is no id of a key"),
+        (lambda home: revoke(home, key_id="12"), "'12' is not the id of a key"),
         (lambda home: owners(home / "nowhere"), "is not a home of tinkex"),
     ],
 )
