@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import block_decoding
+from tinkex.engine import block_decoding, long_prompts
 from tinkex.engine.engine import Engine
 
 FAMILIES = ["llama", "gemma2", "phi3"]
@@ -230,6 +230,25 @@ def test_rows_join_and_leave_while_others_run(models):
         for one, wanted in zip(results[ticket].sequences, other.sequences):
             assert list(wanted.tokens) == list(one.tokens)
     assert list(expected[0].sequences[0].tokens) == seen
+
+
+def test_long_prompts_are_read_in_pieces_between_blocks(models, monkeypatch):
+    """While others run; all samples of the prompt then have its keys and values."""
+    monkeypatch.setitem(long_prompts.PREFILL_TOKENS, "cpu", 16)
+    monkeypatch.setattr(long_prompts, "LEAST_PIECE", 8)
+
+    models.compare(
+        [
+            ("a", request(9, temperature=1.0, max_tokens=60)),
+            ("b", request(200, temperature=1.0, num_samples=3)),
+        ]
+    )
+
+
+def test_a_read_by_the_host_is_noticed():
+    """By what watches the steps above."""
+    with HostReads(), pytest.raises(AssertionError, match="the host reads"):
+        bool(torch.ones(1) > 0)
 
 
 def test_what_was_put_back_is_computed_again_to_the_same_tokens(models):
