@@ -300,3 +300,19 @@ def test_ctrl_c_ends_pip(tmp_path, package, pip):
 
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_pip_removes_while_its_files_are_counted_is_no_error(tmp_path, monkeypatch):
+    """A download used to fail now and then, at the moment when pip cleaned up."""
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "file").write_bytes(b"12345")
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+    assert 5 == fetch._bytes_in(tmp_path)

@@ -230,9 +230,10 @@ def pip_download(known: Known, scratch: Path, progress: Progress) -> Path:
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip removes what it has read
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # which skips folders that are gone meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):  # pip removes what it has read
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 
