@@ -11,7 +11,7 @@ Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinkex.engine import varlen_attention
 from tinkex.engine.memory import kind_of
 from tinkex.engine.spec import Spec
 
@@ -53,6 +54,12 @@ class Packing:
         self.positions = torch.from_numpy(within).to(device)
         self.buckets = self._buckets()
         self._gather(sizes, within, device)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(B + 1,) int32: where each sequence starts, and where the last ends."""
+        bounds = np.append(self.starts, self.rows).astype(np.int32)
+        return torch.from_numpy(bounds).to(self.positions.device)
 
     def _buckets(self) -> list[tuple[int, int, int]]:
         buckets: list[tuple[int, int, int]] = []
@@ -249,6 +256,11 @@ class PackedAttention:
 
     def forward(self, layer: int, qkv: Tensor, *, save: bool = False) -> tuple[Tensor, object]:
         """qkv (N, (H + 2 G) D), positions applied -> out (N, H D), and what backward needs."""
+        kernel = None
+        if not self._spec.attention_cap:
+            kernel = varlen_attention.kernel_for(qkv.device, qkv.dtype, self._spec.head_dim)
+        if kernel is not None:
+            return self._forward_unpadded(kernel, layer, qkv, save)
         spec, padded = self._spec, self._packing.pad(qkv)
         settings = spec.scale, spec.attention_cap, spec.window(layer)
         outs, graph = [], []
@@ -264,8 +276,19 @@ class PackedAttention:
         joined = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self._packing.unpad(joined), graph
 
+    def _forward_unpadded(
+        self, kernel: varlen_attention.Kernel, layer: int, qkv: Tensor, save: bool
+    ) -> tuple[Tensor, object]:
+        spec, packing = self._spec, self._packing
+        heads = qkv.view(len(qkv), -1, spec.head_dim)
+        parts = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        settings = packing.bounds, packing.longest, spec.scale, spec.window(layer)
+        return varlen_attention.forward(kernel, parts, *settings, save=save)
+
     def backward(self, dout: Tensor, saved: object) -> Tensor:
         """dout (N, H D) -> dqkv (N, (H + 2 G) D)."""
+        if isinstance(saved, varlen_attention.Saved):
+            return varlen_attention.backward(dout, saved)
         padded = self._packing.pad(dout, zero=True)
         dqkv = padded.new_empty(self._packing.padded_rows, self._spec.qkv)
         graph: list[tuple[Tensor, list[Tensor]]] = saved  # type: ignore[assignment]
