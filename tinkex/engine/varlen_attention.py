@@ -69,9 +69,11 @@ def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, size: int) 
     for window in (0, 3):
         parts = [x.clone().requires_grad_() for x in drawn]
         others = [x.clone().requires_grad_() for x in drawn]
-        out = kernel(*parts, bounds, max(lengths), size**-0.5, window)
-        pieces = zip(*(x.split(lengths) for x in others))
-        expected = torch.cat([_one(*piece, window) for piece in pieces])
+        q, k, v = parts
+        out = kernel(q, k, v, bounds, max(lengths), size**-0.5, window)
+        queries, keys, values = (x.split(lengths) for x in others)
+        pieces = zip(queries, keys, values)
+        expected = torch.cat([_one(q, k, v, window) for q, k, v in pieces])
         grads = torch.autograd.grad(out.float().square().sum(), parts)
         wanted = torch.autograd.grad(expected.float().square().sum(), others)
         for one, other in zip((out, *grads), (expected, *wanted)):
