@@ -1,8 +1,9 @@
 """`make profile`: flame graphs of a training step, a decode step and a call of the client.
 
 Usage: python -m tests.benchmarks.profiles [step] [decode] [call]: starts py-spy, which looks at a
-process of its own a hundred times a second, its C code included, and writes build/profile/NAME.svg.
-For the engine's two also a table of torch's operations by their own time.
+process of its own a hundred times a second, and writes build/profile/NAME.svg. Lines of Python, not
+C: py-spy loses what it cannot unwind, such as the code that oneDNN generates, which is most of a
+step. For the engine's two also a table of torch's operations by their own time.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def record(name: str) -> Path:
     """
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / f"{name}.svg"
-    command = [Path(sys.executable).with_name("py-spy"), "record", "--native", "--subprocesses"]
+    command = [Path(sys.executable).with_name("py-spy"), "record", "--subprocesses"]
     command += ["--output", file, "--", sys.executable, "-m", __spec__.name, "--run", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if not file.exists() or done.returncode:
