@@ -20,7 +20,6 @@ from typing import Any
 import attrs
 
 from tests.benchmarks import client, figures, machine
-from tests.benchmarks.plots import plot
 from tests.benchmarks.rows import OF_LIMIT, Row, table
 
 PAGE = figures.FILE.with_suffix(".md")
@@ -61,6 +60,8 @@ class Part:
 
 def client_part(options: Options) -> Part:
     """The client against the official SDK, and an operation's cost against their number."""
+    from tests.benchmarks.plots import plot  # matplotlib, which the tests of this do not need
+
     rows, curves = client.run_all(options.seconds)
     plot(curves, "number of operations", "client processor time per operation (ms)", "growth.svg")
     lines = [

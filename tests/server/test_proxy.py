@@ -90,6 +90,10 @@ def test_training_saving_and_downloading(service, tmp_path):
 def test_streams_arrive_piece_by_piece(proxy, browser):
     body = {"model": "tiny", "prompt": "The", "max_tokens": 400, "stream": True, "temperature": 0}
     headers = {"Authorization": "Bearer tml-alice"}
+    first = browser.post(  # loads the model
+        f"{proxy}/v1/completions", json={**body, "max_tokens": 1, "stream": False}, headers=headers
+    )
+    assert first.ok
     start = time.monotonic()
     with browser.post(f"{proxy}/v1/completions", json=body, headers=headers, stream=True) as answer:
         times = [time.monotonic() - start for line in answer.iter_lines(chunk_size=1) if line]
