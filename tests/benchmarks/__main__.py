@@ -111,7 +111,7 @@ def engine_part(options: Options, device: str = "cpu") -> Part:
     rows, left_out = engine.run(
         options.seconds,
         options.models or tuple(engine.MODELS),
-        options.dtypes or engine.DTYPES,
+        options.dtypes,
         options.cases,
         device,
     )
