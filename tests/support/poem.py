@@ -12,7 +12,7 @@ def train_poem(url):
     """Train it on the server at *url*: (tinker path of its sampler weights, id of its run)."""
     with tinkex.ServiceClient(base_url=url, api_key="tml-any") as service:
         training = service.create_lora_training_client(
-            "tiny", rank=16, user_metadata={"name": "the owl"}
+            "tiny", rank=16, seed=5, user_metadata={"name": "the owl"}
         )
         tokens = training.encode(POEM)
         datum = types.Datum(
