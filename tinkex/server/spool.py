@@ -24,11 +24,15 @@ class Spool:
     Args:
         folder: for files; it is emptied by whoever makes the server's folder.
         journal: where accepted requests are anyway, or None.
+
+    Attributes:
+        kept: how many requests there have been.
     """
 
     def __init__(self, folder: Path, journal: Journal | None) -> None:
         self._folder = folder
         self._journal = journal
+        self.kept = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tinkex-spool")
 
     @property
@@ -43,12 +47,14 @@ class Spool:
 
     def in_file(self, path: Path, decode: Callable[[bytes], Any]) -> Stored:
         """A request that `write` has written; *decode* makes it of its body."""
+        self.kept += 1
         return Stored(self._pool, partial(_read_once, path), decode)
 
     def in_journal(self, request_id: str, decode: Callable[[bytes], Any]) -> Stored:
         """A request that the journal has accepted."""
         if self._journal is None:
             raise RuntimeError("this server has no journal.")
+        self.kept += 1
         return Stored(self._pool, partial(self._journal.body, request_id), decode)
 
     def close(self) -> None:

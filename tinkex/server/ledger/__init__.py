@@ -82,7 +82,8 @@ class Ledger:
             }
         )
         self._reaper: asyncio.Task[None] | None = None
-        self._turns_seen = self._turns_trimmed = 0
+        self._ended = 0  # sessions
+        self._seen = self._trimmed = self._activity
         self._still_since = 0.0
 
     def start(self) -> None:
@@ -157,6 +158,7 @@ class Ledger:
         store, session_id = self.shared.store, session.session_id
         await self.shared.in_pool(store.end_session, session_id, status, detail)
         if self.sessions.remove(session):
+            self._ended += 1
             self.models.unload_all(session)
             self.samplers.remove_all(session)
             self.shared.scheduler.put_chore(
@@ -197,18 +199,24 @@ class Ledger:
         await self.shared.in_pool(self.shared.store.checkpoints.delete_expired)
         await self.shared.in_pool(self.shared.store.recorded.delete_expired)
 
+    @property
+    def _activity(self) -> tuple[int, ...]:
+        """Changes with all that may leave memory behind: what is computed, large requests (which
+        may wait for an operation that never comes), and the end of a session."""
+        return self.shared.scheduler.turns, self.spool.kept, self._ended
+
     def _free_memory(self) -> None:
-        """Give freed memory back to the system, once after each time that something was computed.
+        """Give freed memory back to the system, once after each time that something was done.
 
         Not at once: the next operation would have to get it again, page by page.
         """
-        scheduler, now = self.shared.scheduler, time.monotonic()
-        if scheduler.turns != self._turns_seen or not scheduler.is_idle:
-            self._turns_seen, self._still_since = scheduler.turns, now
+        scheduler, now, activity = self.shared.scheduler, time.monotonic(), self._activity
+        if activity != self._seen or not scheduler.is_idle:
+            self._seen, self._still_since = activity, now
         elif now - self._still_since < self.shared.limits.trim_seconds:
             return
-        elif self._turns_seen != self._turns_trimmed:
-            self._turns_trimmed = self._turns_seen
+        elif self._seen != self._trimmed:
+            self._trimmed = self._seen
             scheduler.put_chore(_free_memory)
 
     def _is_busy(self, session: Session) -> bool:
