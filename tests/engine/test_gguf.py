@@ -373,7 +373,7 @@ def test_a_missing_tensor_is_named(tmp_path):
     assert "no tensor 'blk.1.ffn_up.weight'" in refused(path)
 
 
-# Files whose metadata says something that is not computed
+# Files whose metadata asks for what the engine does not compute
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinkex.engine.token_sampling import FIRST_CANDIDATES
+from tinkex.engine.token_sampling import FIRST_CANDIDATES, in_blocks
 
 #: Rows of the whole vocabulary that are sorted at a time, which bounds the memory for it.
 SORTED_ROWS = 16
@@ -136,13 +136,8 @@ def _loudest(probs: Tensor, noise: Tensor) -> Tensor:
 
 def _free(scaled: Tensor, settings: RowSettings) -> Tensor:
     """A choice among all tokens: first among blocks of the vocabulary, then within the block."""
-    probs = (scaled - scaled.amax(dim=1, keepdim=True)).exp_()
-    vocab = probs.shape[1]
-    block = 1 << ((vocab - 1).bit_length() + 1) // 2
-    blocks = -(-vocab // block)
-    if blocks * block != vocab:
-        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
-    probs = probs.view(len(probs), blocks, block)
+    probs = in_blocks((scaled - scaled.amax(dim=1, keepdim=True)).exp_())
+    _, blocks, block = probs.shape
     streams = torch.arange(blocks + block, device=probs.device)
     noise = gumbel(settings.keys, settings.positions, streams)
     picked = _loudest(probs.sum(dim=2), noise[:, :blocks])

@@ -117,6 +117,16 @@ def _scaled(logits: Tensor, settings: Settings) -> Tensor:
     return logits / torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
 
 
+def in_blocks(probs: Tensor) -> Tensor:
+    """(n, V) as (n, blocks, tokens of a block), about as many of each; padded with 0."""
+    vocab = probs.shape[1]
+    block = 1 << ((vocab - 1).bit_length() + 1) // 2
+    blocks = -(-vocab // block)
+    if blocks * block != vocab:
+        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
+    return probs.view(len(probs), blocks, block)
+
+
 def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     """A choice among all tokens: first among blocks of the vocabulary, then within the block.
 
@@ -125,12 +135,8 @@ def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     scaled = _scaled(logits, settings)
     largest = scaled.amax(dim=1, keepdim=True)
     probs = torch.sub(scaled, largest).exp_()  # not divided by their sum, which changes no choice
-    vocab = probs.shape[1]
-    block = 1 << ((vocab - 1).bit_length() + 1) // 2
-    blocks = -(-vocab // block)
-    if blocks * block != vocab:
-        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
-    probs = probs.view(len(probs), blocks, block)
+    probs = in_blocks(probs)
+    _, blocks, block = probs.shape
     totals = probs.sum(dim=2)
     sums = totals.cpu().numpy()
     picked = _loudest(sums, gumbel(settings.keys, settings.positions, np.arange(blocks)))
