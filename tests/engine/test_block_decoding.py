@@ -87,23 +87,13 @@ class Models:
 
     def compare(self, requests, close=1e-4):
         """Answers of both engines to (sampler, request) pairs, all asked at once."""
-        expected, actual = run(self.plain, requests), run(self.blocks, requests)
+        expected, actual = hf.ask(self.plain, *requests), hf.ask(self.blocks, *requests)
         for mine, theirs in zip(actual, expected):
             for one, other in zip(mine.sequences, theirs.sequences):
                 assert list(other.tokens) == list(one.tokens)
                 assert other.stop_reason == one.stop_reason
                 np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=close)
         return actual, expected
-
-
-def run(engine, requests):
-    for i, (sampler, one) in enumerate(requests):
-        engine.submit_sample(i, sampler, one)
-    results = hf.sample_all(engine)
-    for result in results.values():
-        if isinstance(result, Exception):
-            raise result
-    return [results[i] for i in range(len(requests))]
 
 
 def told(engine, asked):
@@ -178,7 +168,7 @@ def test_a_stop_string_ends_a_text_and_the_surplus_is_cut_off(models):
     """The host finds it a block late; nothing behind it is returned or reported."""
     decode = models.plain._bases[next(iter(models.plain._bases))].sampler
     decode._read_decoder()
-    [free] = run(models.plain, [("a", request(9, temperature=1.0, max_tokens=40))])
+    [free] = hf.ask(models.plain, *[("a", request(9, temperature=1.0, max_tokens=40))])
     tokens = list(free.sequences[0].tokens)
     for at in (2, 8, 17):
         text = decode._decode(tokens[at : at + 1])
@@ -212,7 +202,7 @@ def test_rows_join_and_leave_while_others_run(models):
     """A request that comes in the middle, and one that is cancelled, change no one's tokens."""
     first = request(40, temperature=1.0, max_tokens=60)
     late = request(20, start=3, temperature=1.0, max_tokens=30, num_samples=3)
-    expected = run(models.plain, [("a", first), ("b", late)])
+    expected = hf.ask(models.plain, *[("a", first), ("b", late)])
     engine, seen = models.blocks, []
     engine.submit_sample("first", "a", first, on_token=lambda i, t, lp: seen.append(t))
     engine.submit_sample("gone", "b", request(30, max_tokens=60))
@@ -255,7 +245,7 @@ def test_what_was_put_back_is_computed_again_to_the_same_tokens(models):
     """A share that has all rows gives half of them back to one that comes later."""
     many = request(5, temperature=1.0, num_samples=256, max_tokens=40)
     other = request(8, temperature=1.0, num_samples=100, max_tokens=10, start=9)
-    expected = run(models.plain, [("base", many), ("a", other)])
+    expected = hf.ask(models.plain, *[("base", many), ("a", other)])
     engine, released = models.blocks, []
     preempt = models.sampler._preempt
     models.sampler._preempt = lambda *args: (released.append(args[0]), preempt(*args))
@@ -276,7 +266,7 @@ def test_what_was_put_back_is_computed_again_to_the_same_tokens(models):
 def test_a_step_that_fails_ends_no_other_request(models, monkeypatch):
     """All rows are computed again, and what was under way is dropped."""
     asked = [("a", request(9, temperature=1.0)), ("b", request(12, temperature=1.0))]
-    expected, fails = run(models.plain, asked), [True]
+    expected, fails = hf.ask(models.plain, *asked), [True]
     step = block_decoding.BlockDecoding._step
 
     def broken(self, *args):
@@ -286,7 +276,7 @@ def test_a_step_that_fails_ends_no_other_request(models, monkeypatch):
         step(self, *args)
 
     monkeypatch.setattr(block_decoding.BlockDecoding, "_step", broken)
-    actual = run(models.blocks, asked)
+    actual = hf.ask(models.blocks, *asked)
 
     for one, other in zip(actual, expected):
         assert list(other.sequences[0].tokens) == list(one.sequences[0].tokens)
@@ -334,7 +324,7 @@ def test_16_bit_blocks_stay_as_close_as_the_loop_does(kind, tmp_path):
     """Log-probabilities of greedy tokens, of both paths against float32."""
     models = Models(tmp_path, kind, dtype="bfloat16", capture=FakeCapture())
     asked = [("a", request(20, max_tokens=1 + n)) for n in (1, 12)] + [("base", request(30))]
-    for one, other in zip(run(models.blocks, asked), run(models.plain, asked)):
+    for one, other in zip(hf.ask(models.blocks, *asked), hf.ask(models.plain, *asked)):
         mine, theirs = one.sequences[0], other.sequences[0]
         same = int((np.equal(mine.tokens, theirs.tokens)).cumprod().sum())  # until a near tie
         assert same >= 2
@@ -354,7 +344,7 @@ def test_a_step_reads_no_number_of_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(block_decoding.BlockDecoding, "_step", watched)
     more = {"topk_sample_logprobs": 2}
     asked = [("a", request(9, temperature=1.0, top_p=0.5, more=more)), ("b", request(200, top_k=4))]
-    run(models.blocks, asked)
+    hf.ask(models.blocks, *asked)
     state = models.sampler._state
     _to_meta(state)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support import hf_reference as hf
+from tests.support.hf_reference import ask
 from tinkex import types
 from tinkex.engine import sampler as sampling
 from tinkex.engine import tiny
@@ -46,17 +47,6 @@ def request(tokens, *, num_samples=1, more=None, **params):
         num_samples=num_samples,
         **(more or {}),
     )
-
-
-def ask(engine, *requests):
-    """All at once; (sampler, request) -> responses in order."""
-    for i, (sampler, one) in enumerate(requests):
-        engine.submit_sample(i, sampler, one)
-    results = hf.sample_all(engine)
-    for result in results.values():
-        if isinstance(result, Exception):
-            raise result
-    return [results[i] for i in range(len(requests))]
 
 
 def tokens_of(response):

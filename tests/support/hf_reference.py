@@ -372,6 +372,17 @@ def sample_all(engine: Engine) -> dict[Any, Any]:
     return results
 
 
+def ask(engine, *requests):
+    """All at once; (sampler, request) -> responses in order."""
+    for i, (sampler, one) in enumerate(requests):
+        engine.submit_sample(i, sampler, one)
+    results = sample_all(engine)
+    for result in results.values():
+        if isinstance(result, Exception):
+            raise result
+    return [results[i] for i in range(len(requests))]
+
+
 def datum(tokens: Sequence[int], **inputs: Any) -> types.Datum:
     """tokens[:-1] to read, tokens[1:] to predict."""
     given = {"target_tokens": np.asarray(tokens)[1:], **inputs}
