@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import time
 
 import psutil
@@ -125,6 +128,37 @@ def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(
 
     assert end < 1.2 * start
     assert waiting < start + 6 * size + 300 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_what_a_thread_has_freed_goes_back_to_the_system():
+    """Of the end of its arena, too, with malloc as the engine sets it."""
+    code = textwrap.dedent("""
+        import ctypes, threading
+        import psutil
+        from tinkex.server import memory
+
+        memory.use_one_arena()
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-4, 0), malloc.mallopt(-1, 2**31 - 1)  # see engine.memory
+        held = []
+        done = threading.Event()
+
+        def work():
+            held.append(bytes([7]) * (40 << 20))  # at most 64 MiB fit in another arena
+            held.clear()
+            done.set()
+            threading.Event().wait()
+
+        before = psutil.Process().memory_info().rss
+        threading.Thread(target=work, daemon=True).start()
+        done.wait()
+        memory.trim()
+        print((psutil.Process().memory_info().rss - before) >> 20)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert int(done.stdout) < 10  # MiB
 
 
 def test_on_a_system_that_does_not_say_what_is_free_the_sentence_does_not_either(monkeypatch):

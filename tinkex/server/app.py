@@ -33,6 +33,7 @@ from starlette.responses import Response
 
 from tinkex import config
 from tinkex._version import __version__
+from tinkex.server import memory
 from tinkex.server.audit import Audit
 from tinkex.server.auth import LOOPBACK, Keys, Revoked
 from tinkex.server.base_models import parse as parse_base_models
@@ -391,13 +392,15 @@ def _certificate(certificate: Path | None, key: Path | None) -> tuple[Path, Path
 
 
 def _prepare_process() -> None:
-    """Settings of the whole process: its log, permissions of new files, turns of its threads."""
+    """Settings of the whole process: its log, permissions of new files, turns of its threads, their
+    memory."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     os.umask(0o077)  # files 0600, folders 0700: training data and weights are private
     sys.setswitchinterval(0.001)  # longest wait of the event loop for a busy compute thread
+    memory.use_one_arena()
 
 
 def _made_up_key(host: str, api_keys: Sequence[str]) -> str | None:

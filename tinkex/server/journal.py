@@ -102,10 +102,15 @@ class _Write:
 
 
 class Journal:
-    """Can be used from any thread. `close` writes everything that is queued."""
+    """Can be used from any thread. `close` writes everything that is queued.
+
+    Attributes:
+        transactions: how many have been written since the start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.transactions = 0
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
@@ -308,6 +313,7 @@ class Journal:
                 if not group:
                     return
             self._write(group)
+            del group  # so that its bodies are not kept until there is something to write again
 
     def _write(self, group: list[_Write]) -> None:
         try:
@@ -320,6 +326,7 @@ class Journal:
         except (OSError, sqlite3.Error) as exc:
             self._could_not_write(group, exc)
             return
+        self.transactions += 1
         for write in group:
             if write.written is not None:
                 write.written.set_result(None)

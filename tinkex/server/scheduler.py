@@ -308,12 +308,6 @@ class Scheduler:
         return self._turns
 
     @property
-    def is_idle(self) -> bool:
-        """True if no job and no sample can run."""
-        with self._changed:
-            return not (self._active or self._has_samples())
-
-    @property
     def is_settled(self) -> bool:
         """True if all has run that can run without anything new."""
         with self._changed:

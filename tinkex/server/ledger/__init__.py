@@ -202,8 +202,10 @@ class Ledger:
     @property
     def _activity(self) -> tuple[int, ...]:
         """Changes with all that may leave memory behind: what is computed, large requests (which
-        may wait for an operation that never comes), and the end of a session."""
-        return self.shared.scheduler.turns, self.spool.kept, self._ended
+        may wait for an operation that never comes), the end of a session, and the journal's
+        writing, which may take longer than all these."""
+        written = 0 if self._journal is None else self._journal.transactions
+        return self.shared.scheduler.turns, self.spool.kept, self._ended, written
 
     def _free_memory(self) -> None:
         """Give freed memory back to the system, once after each time that something was done.
@@ -211,7 +213,7 @@ class Ledger:
         Not at once: the next operation would have to get it again, page by page.
         """
         scheduler, now, activity = self.shared.scheduler, time.monotonic(), self._activity
-        if activity != self._seen or not scheduler.is_idle:
+        if activity != self._seen or not scheduler.is_settled:
             self._seen, self._still_since = activity, now
         elif now - self._still_since < self.shared.limits.trim_seconds:
             return
