@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Generator
 
@@ -22,6 +23,11 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // PROCESSES
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+# Tests start hundreds of programs. With this variable, which images of containers often set, each
+# would compile tinkex again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No test needs the hub. Without this, whatever names a model that is not here would ask for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

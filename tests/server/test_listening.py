@@ -141,3 +141,16 @@ def test_an_operation_that_waits_for_a_missing_one_does_not_hold_up_the_end(serv
     served.server.close()
 
     assert time.monotonic() - start < 30
+
+
+def test_an_idle_server_ends_at_once_when_it_is_asked_to(serve, tmp_path):
+    """It looks for itself only once a second. Connections that are kept alive do not hold it up."""
+    seconds = 0.0
+    for number in range(5):
+        served = serve(tmp_path / str(number))
+        served.client.get("healthz")
+        start = time.monotonic()
+        served.server.close()
+        seconds += time.monotonic() - start
+
+    assert seconds < 3

@@ -218,7 +218,7 @@ class LocalServer:
 
     def stop(self) -> None:
         """Ask the server to stop. Can be called from any thread."""
-        self._uvicorn.should_exit = True
+        self._uvicorn.stop()
 
     def start(self) -> None:
         """Serve on a new thread. Returns when the server accepts requests."""
