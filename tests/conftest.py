@@ -72,6 +72,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have taken out what does not run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each process starts with long tests. Were they last, one would end long after the others."""
     files: dict[str, list[pytest.Item]] = defaultdict(list)

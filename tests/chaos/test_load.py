@@ -7,7 +7,7 @@ from tests.chaos import load
 
 def test_clients_and_samples_at_once_lose_nothing(tmp_path):
     """Training and hundreds of samples in flight share a server; none waits for the other's end."""
-    seen = load.measure(tmp_path / "home", clients=3, samples=300, seconds=6)
+    seen = load.measure(tmp_path / "home", clients=3, samples=300, seconds=3)
 
     assert [] == seen.errors
     assert seen.asked == seen.samples

@@ -51,7 +51,7 @@ def test_a_small_sample_does_not_wait_for_long_prompts(two_users):
     small.result(small.sample(mine, 0, max_tokens=1))  # the engine has started
     promises = [
         greedy.sample(theirs, i, [(i + j) % 250 for j in range(4000)], prompt_logprobs=True)
-        for i in range(12)
+        for i in range(6)
     ]
     seconds = []
     for seq in range(1, 11):

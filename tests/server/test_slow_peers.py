@@ -138,7 +138,7 @@ def test_connections_beyond_the_descriptors_cost_nothing(tmp_path):
     try:
         client = server.client
         model = client.model()
-        with connections(server.port, 100):
+        with connections(server.port, 40):
             before = cpu_seconds(server.process.pid)
             time.sleep(1.0)
             spent = cpu_seconds(server.process.pid) - before

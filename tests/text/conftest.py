@@ -17,6 +17,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from tests.support import mistral_vocabularies
 from tinkex.text.tokenizer import Tokenizer
 
+#: Its version: constraints.txt has an older one for Python 3.10.
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 TEMPLATES = Path(__file__).parent / "templates"
 #: What the byte pairs are learned from; long enough for tokens of several characters.
 CORPUS = ["The capital of France is Paris. What is the weather in Berlin? It is sunny today.\n"] * 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils import chat_template_utils
 
+from tests.text.conftest import TRANSFORMERS
 from tinkex.text.templates import TemplateRefusedError, render_template
 
 MESSAGES = [
@@ -30,6 +31,8 @@ ALLOWED = [
     "{{ messages[0].tags | join('-') }}{{ messages[0].tags.index('b') }}{{ messages | length }}",
 ]
 
+#: transformers refuses it since 5.23.
+UNDERSCORE = "{% set ns = namespace(_x=1) %}{{ ns._x }}"
 #: What leads out of a template.
 FORBIDDEN = [
     "{{ messages[0].__class__ }}{{ messages[0].__class__.x }}",
@@ -43,7 +46,7 @@ FORBIDDEN = [
     "{{ dict.__class__.x }}",
     "{{ dict.mro() }}",
     "{% set ns = namespace() %}{{ ns.__init__.__globals__ }}",
-    "{% set ns = namespace(_x=1) %}{{ ns._x }}",
+    UNDERSCORE,
     "{% for m in messages %}{{ loop._iterator.x }}{% endfor %}",
     "{{ raise_exception.__globals__.x }}",
 ]
@@ -60,8 +63,10 @@ def test_what_is_allowed_gives_what_it_gives_in_transformers(template):
 
 @pytest.mark.parametrize("template", FORBIDDEN)
 def test_what_leads_out_of_the_template_is_refused(template):
-    with pytest.raises(Exception, match=r"unsafe|not safely|undefined|has no attribute|underscore"):
-        theirs(template)
+    if template != UNDERSCORE or TRANSFORMERS >= (5, 23):
+        refusals = r"unsafe|not safely|undefined|has no attribute|underscore"
+        with pytest.raises(Exception, match=refusals):
+            theirs(template)
 
     with pytest.raises(TemplateRefusedError):
         render_template(template, MESSAGES)
