@@ -1,4 +1,4 @@
-"""The training engine, what `pip install tinkex[local]` adds. Imports none of its modules.
+"""The training engine, installed by `pip install tinkex[local]`. Imports none of its modules.
 
 Sets how torch's threads wait for each other, which OpenMP reads once, when torch is first imported:
 by spinning for some microseconds, as between two products that follow each other, then by sleeping.

@@ -1,9 +1,9 @@
 """Finished adapters in buffers of fixed size and address, and products with all of them at once.
 
-The running adapters change often, and a step that was recorded reads from the same addresses
-always. So an adapter is copied into a free slot when it is first needed. A row is multiplied with
-the thin matrices of every slot, and the results of all but its own are set to zero: two dense
-products, whatever the rows belong to. Does not know about requests.
+The set of running adapters changes often, but a recorded step always reads from the same addresses.
+So an adapter is copied into a free slot when it is first needed. Each row is multiplied with the
+low-rank matrices of every slot, and the results of all slots but its own are masked: two dense
+products, whichever adapters the rows use. Does not know about requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinkex.engine.finished_lora import Finished
 from tinkex.engine.linears import Linear
 from tinkex.engine.lora import Pair
 
-#: Ranks are rounded up to a multiple of it.
+#: Ranks are rounded up to a multiple of this.
 RANK_STEP = 8
 
 #: The slot of rows without an adapter.
@@ -30,7 +30,7 @@ class AdapterSlots:
     """The slots of one base model.
 
     Attributes:
-        version: grows when the buffers have been replaced, which ends recordings of steps.
+        version: incremented when the buffers are replaced, which invalidates recorded steps.
     """
 
     def __init__(self, linears: Mapping[str, Linear], dtype: torch.dtype) -> None:
@@ -51,14 +51,14 @@ class AdapterSlots:
         return sum(tensor.nbytes for pair in self._buffers.values() for tensor in (pair.a, *pair.b))
 
     def place(self, adapters: Iterable[Finished | None]) -> dict[Finished | None, int]:
-        """The slot of each adapter that is running, `NO_SLOT` for None; copies those that are new.
+        """The slot of each running adapter, `NO_SLOT` for None; copies new adapters into slots.
 
         Slots of adapters that are not running are free.
         """
         wanted = [adapter for adapter in dict.fromkeys(adapters) if adapter is not None]
         self._make_room(wanted)
         slots = {owner(): slot for slot, owner in enumerate(self._owners) if owner is not None}
-        # Who ran until now and ends has been computed before its slot is copied into.
+        # The device runs in order: steps that read a slot's old adapter end before the copy.
         taken = {slots[adapter] for adapter in wanted if adapter in slots}
         free = iter([slot for slot in range(len(self)) if slot not in taken])
         places: dict[Finished | None, int] = {None: NO_SLOT}
@@ -70,9 +70,9 @@ class AdapterSlots:
         return places
 
     def _make_room(self, wanted: list[Finished]) -> None:
-        """Larger buffers if there are more adapters, a higher rank or other matrices than so far.
+        """Enlarge the buffers for more adapters, a higher rank or other matrices than before.
 
-        Who has a slot keeps it.
+        Adapters keep their slots.
         """
         count = len(self)
         while count < len(wanted):

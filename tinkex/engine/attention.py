@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, and its derivative.
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
-padding. Attention alone knows where one sequence ends. torch's kernel computes it, unless products
-are capped. Where there is a cap or a window, queries are taken in blocks, so that memory and
-arithmetic grow with the window and not with the square of the length.
+padding. Only attention knows where a sequence ends. torch's kernel computes it, unless scores are
+capped. With a cap or a window, queries are computed in blocks, so that memory and arithmetic grow
+with the window and not with the square of the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -23,11 +23,10 @@ from tinkex.engine import varlen_attention
 from tinkex.engine.memory import kind_of
 from tinkex.engine.spec import Spec
 
-#: A sequence joins a padded attention batch while it is at least this part of the longest there.
+#: A sequence joins a padded batch if it is at least this fraction of the batch's longest.
 LEAST_FILL = 0.85
 
-#: Products of queries and keys that are held at a time, where attention is computed in blocks, by
-#: kind of device.
+#: Attention scores held at a time where attention is computed in blocks, by kind of device.
 BLOCK_PRODUCTS = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 
 #: Fewest queries of a block.
@@ -38,7 +37,7 @@ class Packing:
     """Where the sequences of a packed batch lie, and how attention batches them.
 
     Attention runs on padded batches of sequences of similar length: *buckets* are
-    (first padded row, sequences, longest). `pad` and `unpad` go between the two layouts.
+    (first padded row, sequences, longest). `pad` and `unpad` convert between the two layouts.
 
     Args:
         lengths: tokens of each sequence, best sorted by length.
@@ -85,7 +84,7 @@ class Packing:
         if self.padded_rows == self.rows:
             return
         unpad = np.repeat(padded_starts, sizes) + within
-        # A padding row repeats row 0; what it computes reaches no real row.
+        # A padding row repeats row 0; its results are discarded.
         pad = np.zeros(self.padded_rows, np.int64)
         pad[unpad] = np.arange(self.rows)
         filler = np.ones(self.padded_rows, bool)
@@ -119,12 +118,12 @@ def attention(
 ) -> Tensor:
     """Causal attention of (B, H, n, D) queries over (B, G, T, D) keys and values.
 
-    Queries are of the last n of T positions. There is a derivative where n is T.
+    Queries are at the last n of T positions. Differentiable if n is T.
 
     Args:
-        scale: factor on products of queries and keys.
-        cap: products are then capped softly at +-cap; 0 is no cap.
-        window: positions that a query attends to, its own among them; 0 is all.
+        scale: factor on the scores (products of queries and keys).
+        cap: soft cap of the scaled scores, at +-cap; 0 is no cap.
+        window: positions that a query attends to, including its own; 0 is all.
     """
     if cap:
         capped: Tensor = _Capped.apply(q, k, v, scale, cap, window)
@@ -147,9 +146,9 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
 
 
 class _Capped(torch.autograd.Function):
-    """Attention with a cap, which torch's kernel has not, in blocks of queries.
+    """Attention with a soft cap, which torch's kernel lacks, in blocks of queries.
 
-    Backward computes the products again, as flash attention does (Dao et al. 2022).
+    The backward pass recomputes the scores, as flash attention does (Dao et al. 2022).
     """
 
     @staticmethod
@@ -200,7 +199,7 @@ def _blocks(q: Tensor, k: Tensor, window: int) -> list[tuple[slice, slice, slice
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B, H, n, D) -> (B, G, H / G n, D): the queries that ask of one key head together."""
+    """(B, H, n, D) -> (B, G, H / G n, D): the queries of one key head side by side."""
     count, heads, rows, size = x.shape
     return x.reshape(count, groups, heads // groups * rows, size)
 
@@ -213,8 +212,10 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 def _weights(
     q: Tensor, k: Tensor, queries: slice, keys: slice, scale: float, cap: float, seen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A block's weights (B, G, H / G n, m) after softmax, and its products, capped; of what is
-    *seen* (n, m)."""
+    """A block's weights (B, G, H / G n, m) after softmax, and its capped scores.
+
+    *seen* (n, m) is the mask.
+    """
     own = _by_group(q[:, :, queries], k.shape[1])
     products = soft_cap_((own @ k[:, :, keys].transpose(2, 3)).mul_(scale), cap)
     unseen = ~seen.repeat(q.shape[1] // k.shape[1], 1)
@@ -233,8 +234,8 @@ def _seen(at: slice, keys: slice, window: int, like: Tensor) -> Tensor:
 class _Seed(torch.autograd.Function):
     """A zero whose derivative by `out` is `grad`.
 
-    `torch.autograd.grad(out, parts, grad)` is the same, but its first call imports sympy, which
-    takes a third of a second of the first training step.
+    `torch.autograd.grad(out, parts, grad)` gives the same, but its first call imports sympy, which
+    adds a third of a second to the first training step.
     """
 
     @staticmethod

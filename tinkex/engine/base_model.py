@@ -1,8 +1,8 @@
 """The interface between a base model and the rest of the engine.
 
-Engine, training pass, sampler and checkpoints know a base model by `BaseModel` alone. It is
-implemented twice: by `fast_path`, for Llama-like families (packed sequences, a backward pass of our
-own), and by `generic`, for every other causal language model (transformers' modules, autograd).
+Engine, training pass, sampler and checkpoints use a base model only through `BaseModel`. It has two
+implementations: `fast_path`, for Llama-like families (packed sequences, a hand-written backward
+pass), and `generic`, for every other causal language model (transformers' modules, autograd).
 
 Notation in comments: N tokens, d width, V vocabulary.
 """
@@ -29,22 +29,22 @@ class TrainingBatch(Protocol):
     """Forward and backward pass of some sequences, without the head."""
 
     def forward(self, tokens: Tensor, *, save: bool) -> Tensor:
-        """(N,) token ids of all sequences -> (N, d) what the head reads; *save* for `backward`."""
+        """(N,) token ids of all sequences -> (N, d) hidden states; *save* for `backward`."""
 
     def backward(self, dhidden: Tensor) -> None:
-        """Take the adapter's gradients of all layers from dhidden (N, d); only once."""
+        """Accumulate the adapter's gradients of all layers from dhidden (N, d). Call it once."""
 
 
 @attrs.frozen(eq=False)
 class Prompt:
-    """A prompt to begin with.
+    """A prompt to compute.
 
     Attributes:
         tokens: (T,) int32.
         adapter: None for the bare base model.
         rows: numbers of the sequences that continue it, in groups that may share its keys and
-            values. Empty if its next token is all that is wanted.
-        share: whose samples they are; those of different shares take turns.
+            values. Empty if only its next token is wanted.
+        share: the share that its samples count towards; different shares take turns.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -53,21 +53,21 @@ class Prompt:
     share: Hashable = None
 
 
-#: (numbers of prompts, what the head reads (T, d) at each of their tokens)
+#: (numbers of prompts, hidden states (T, d) of each)
 OnHidden = Callable[[Sequence[int], Sequence[Tensor]], None]
 
 
 class PromptReader(Protocol):
-    """A long prompt that is computed a piece at a time, so that others need not wait for all of it.
+    """A long prompt that is computed in pieces, so that other samples need not wait for all of it.
 
-    If a method fails, neither it nor its `SamplingState` is used any more.
+    If a method fails, the reader and its `SamplingState` must not be used again.
     """
 
     def read(self, count: int) -> Tensor:
-        """The next *count* tokens -> (count, d) what the head reads at each."""
+        """Compute the next *count* tokens -> (count, d) hidden states."""
 
     def finish(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """After the last token: its sequences, in groups as in `Prompt`, join those that run.
+        """After the last token: add its sequences, in groups as in `Prompt`, to the running ones.
 
         Returns:
             (V,) float32 logits of the token after the prompt.
@@ -75,37 +75,37 @@ class PromptReader(Protocol):
 
 
 class PromptState(Protocol):
-    """What is kept of the sequences that are being sampled, such as their keys and values: how it
-    is filled by prompts.
+    """The state of the sequences being sampled, such as keys and values: how prompts fill it.
 
-    If a method fails, the state is used no more; the sampler makes another one.
+    If a method fails, the state must not be used again; the sampler makes a new one.
     """
 
     def bytes_needed(self, prompt: int, samples: int, limit: int) -> int:
-        """Memory that samples of one prompt may come to; all three in tokens or sequences."""
+        """Most memory that *samples* sequences of one prompt of *prompt* tokens may take, with up
+        to *limit* tokens each."""
 
     def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
         """Compute prompts -> (prompts, V) float32 logits of the token after each.
 
         Args:
-            on_hidden: called for some prompts at a time, of all; None if it is not wanted.
+            on_hidden: called with a few prompts at a time until all are covered; or None.
         """
 
     def operations(self, start: int, stop: int) -> float:
-        """Floating-point operations, about, to compute tokens start..stop of a prompt."""
+        """Approximate floating-point operations to compute tokens start..stop of a prompt."""
 
     @property
     def reads_in_pieces(self) -> bool:
         """False if a prompt, however long, can only be computed whole, by `begin`."""
 
     def read(self, prompt: Prompt) -> PromptReader:
-        """What computes a prompt in pieces; its sequences are named at the end only."""
+        """A reader that computes a prompt in pieces; its sequences are given only to `finish`."""
 
     def remove(self, row: int) -> None:
-        """Forget a sequence, if it is there."""
+        """Drop a sequence; nothing happens if it is not there."""
 
     def head(self, adapter: Finished | None, rows: int) -> Linears:
-        """The matrix "head" with an adapter, for about so many rows at a time."""
+        """The matrix "head" with an adapter, for about *rows* rows at a time."""
 
 
 class SamplingState(PromptState, Protocol):
@@ -114,13 +114,13 @@ class SamplingState(PromptState, Protocol):
     def advance(
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
-        """Read one more token of every sequence -> (n,) its numbers, (n, V) float32 logits.
+        """Read one more token of every sequence -> (n,) sequence numbers, (n, V) float32 logits.
 
-        *in_turn*, where that would take long, of those sequences only whose turn it is.
+        If *in_turn* and a step over all would take long, only some sequences advance, in turn.
 
         Args:
-            tokens, positions: by number of the sequence.
-            shares: of each sequence; those of different shares take turns.
+            tokens, positions: indexed by the number of the sequence.
+            shares: the share of each sequence; different shares take turns.
         """
 
 
@@ -148,16 +148,16 @@ class BaseModel(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of base weights and activations."""
+        """Type of base weights and activations."""
 
     @property
     def logit_cap(self) -> float:
-        """Logits are capped softly at +- this; 0 is no cap."""
+        """Soft cap of the logits, at +- this; 0 is no cap."""
 
     @property
     def linears(self) -> Mapping[str, Linear]:
-        """The matrices that an adapter can change, by key. "head" turns (N, d) into logits, before
-        the cap."""
+        """The matrices that an adapter can change, by key. "head" gives logits (N, V),
+        before the cap."""
 
     @property
     def has_tied_head(self) -> bool:
@@ -183,4 +183,4 @@ class BaseModel(Protocol):
         """
 
     def sampling_state(self, workers: Workers) -> SamplingState:
-        """An empty one."""
+        """A new, empty sampling state."""

@@ -1,11 +1,11 @@
 """Decoding on an accelerator: blocks of steps that run without the host, read one block behind.
 
-The device has for every row what a step needs: the last token, its position, the settings of the
-choice, what ends it. So a step reads a token of every row, chooses the next, and keeps it for the
-next step; a row that has ended is masked. The host starts a block of steps, then looks at what the
-block before it has come to, while this one runs. Between blocks rows join and leave. Nothing a step
-does depends on numbers that the host would have to read, so steps are replayed as CUDA graphs
-(decode_graph.py), over keys and values that stay where they are (static_cache.py).
+The device holds everything that a step needs of each row: the last token, its position, the
+sampling settings, the stop tokens. A step reads a token of every row, samples the next, and stores
+it for the next step; finished rows are masked. The host starts a block of steps, and reads the
+results of the previous block while this one runs. Rows join and leave between blocks. No step
+depends on numbers that the host would have to read, so steps are replayed as CUDA graphs
+(decode_graph.py) over keys and values at fixed addresses (static_cache.py).
 
 Prompts are computed as in fast_path.py. Does not know about requests or users.
 """
@@ -34,32 +34,31 @@ from tinkex.engine.model import Forward
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
 from tinkex.engine.static_cache import Slab, SlabReading, StaticCache, copy_in, positions_of_row
 
-#: Steps of a block: tokens that come at once, and that a stop string may be noticed late.
+#: Steps of a block: this many tokens arrive together, and a stop string may be noticed so late.
 BLOCK_STEPS = 8
 
-#: Likeliest tokens reported of all steps of a block together, for each row: a block has fewer steps
-#: where many are wanted.
+#: Top-k tokens reported per row and block: with a large k, a block has fewer steps.
 REPORTED = 2048
 
-#: The row whose numbers stand where a slab has none.
+#: The row whose numbers fill the unused places of a slab.
 _FILLER = MOST_ROWS
 
-#: Columns of a row's whole numbers; the tokens that end it follow.
+#: Columns of a row's integers; its stop tokens follow.
 _TOKEN, _POSITION, _COUNT, _LIMIT, _KEY, _TOP_K, _SLOT, _LIVE = range(8)
 _STOPS = 8
 
-#: Fewest tokens that may end a row.
+#: Least room for stop tokens.
 _FEWEST_STOPS = 8
 
 
 @attrs.frozen
 class StepShape:
-    """What a recorded step is for: with the same shape the same operations run.
+    """The key of a recorded step: steps of the same shape run the same operations.
 
     Attributes:
-        parts: of each slab in use its number, and how many of its rows are read.
-        adapters: version of the buffers of adapters; None if no row has an adapter.
-        stops: most tokens that end a row.
+        parts: for each slab in use, its number and how many of its rows are read.
+        adapters: version of the adapter buffers; None if no row has an adapter.
+        stops: room for the stop tokens of a row.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -70,7 +69,7 @@ class StepShape:
 
 @attrs.frozen(eq=False)
 class Step:
-    """What one step has come to: arrays of n rows.
+    """The results of one step: arrays of n rows.
 
     Attributes:
         topk: likeliest tokens (n, K) and their log-probabilities; None if none were wanted.
@@ -84,10 +83,10 @@ class Step:
 
 @attrs.frozen(eq=False)
 class _Block:
-    """A block that was started, and what waits for it and gives its arrays."""
+    """A started block, and the callable that waits for it and returns its arrays."""
 
     steps: int
-    joined: dict[int, int]  # of each row that it advances: when it had joined
+    joined: dict[int, int]  # joining number of each row that the block advances
     read: Callable[[], list[npt.NDArray]]
 
 
@@ -98,7 +97,7 @@ class _DeviceRows:
         self._device = device
         self._steps = steps
         self.stops = _FEWEST_STOPS
-        # Contiguous rows, so that all that is known of one is read and written at once.
+        # Contiguous rows, so that everything about a row is read and written at once.
         self.numbers = self._empty_numbers()
         self.floats = torch.ones(MOST_ROWS + 1, 2, device=device)  # temperature, top_p
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -114,14 +113,14 @@ class _DeviceRows:
         return numbers
 
     def widen(self, stops: int) -> None:
-        """Make room for so many tokens that end a row."""
+        """Make room for *stops* stop tokens a row."""
         if stops > self.stops:
             self.stops = 1 << (stops - 1).bit_length()
             old, self.numbers = self.numbers, self._empty_numbers()
             self.numbers[:, : old.shape[1]] = old
 
     def join(self, rows: Ints, numbers: npt.NDArray[np.int64], floats: npt.NDArray) -> None:
-        """Set all that is known of *rows*."""
+        """Write the state and settings of *rows*."""
         index = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         own = torch.empty(numbers.shape, dtype=torch.int64, device=self._device)
         settings = torch.empty(floats.shape, device=self._device)
@@ -140,13 +139,13 @@ class _DeviceRows:
         return self._topk[count]
 
     def write(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """Keep what this step gives *rows*."""
+        """Store this step's results for *rows*."""
         at = self.at * (MOST_ROWS + 1) + rows
         self.tokens.view(-1).index_copy_(0, at, tokens)
         self.logprobs.view(-1).index_copy_(0, at, logprobs)
 
     def continue_with(self, rows: Tensor, own: Tensor, tokens: Tensor, live: Tensor) -> None:
-        """After a step: the numbers *own* of rows with the tokens it gave; who has ended is masked.
+        """Update the numbers *own* of rows with a step's tokens; mask the rows that have ended.
 
         Overwrites *own*.
         """
@@ -171,7 +170,7 @@ def steps_for(steps: int, topk: int) -> int:
 
 
 def read_later(tensors: Sequence[Tensor]) -> Callable[[], list[npt.NDArray]]:
-    """Start to copy tensors to the host; what is returned waits for it, and gives the arrays."""
+    """Start copying tensors to the host; the result waits for the arrays when called."""
     if tensors[0].device.type != "cuda":
         copies = [tensor.clone() for tensor in tensors]
         return lambda: [copy.numpy() for copy in copies]
@@ -189,11 +188,11 @@ def read_later(tensors: Sequence[Tensor]) -> Callable[[], list[npt.NDArray]]:
 
 
 class BlockDecoding:
-    """The sampling state of the fast path where steps run in blocks. Implements `PromptState`.
+    """The sampling state of the fast path when steps run in blocks. Implements `PromptState`.
 
     Args:
         memory: bytes that keys and values may take.
-        capture: records steps; None runs them as they are.
+        capture: records steps; None runs them without recording.
         block_steps: most steps of a block.
     """
 
@@ -220,7 +219,7 @@ class BlockDecoding:
     # -- prompts -----------------------------------------------------------------------------
 
     def bytes_needed(self, prompt: int, samples: int, limit: int) -> int:
-        """Memory that samples of one prompt may come to; each has the prompt for itself."""
+        """As `PromptState.bytes_needed`; each sample has its own copy of the prompt."""
         return samples * positions_of_row(prompt + limit) * self._cache.position_bytes
 
     def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
@@ -244,7 +243,7 @@ class BlockDecoding:
         return self._prompts.head(adapter, rows)
 
     def remove(self, row: int) -> None:
-        """Forget a sequence, if it is there. What a running block has for it is not given."""
+        """Drop a sequence, if it is there; a running block's tokens for it are discarded."""
         self._prompts.remove(row)
         self._joined.pop(row, None)
         self._planned.pop(row, None)
@@ -252,15 +251,15 @@ class BlockDecoding:
     # -- tokens ------------------------------------------------------------------------------
 
     def advance_block(self, rows: Rows, topk: int) -> Iterator[Step]:
-        """Start a block of steps for all sequences; give the steps of the block before it.
+        """Start a block of steps for all sequences; yield the steps of the previous block.
 
         Args:
-            rows: settings and tokens of the sequences, by their numbers. Of those that were there
-                in the last block, the device knows more.
-            topk: how many of the likeliest tokens are wanted of each step.
+            rows: settings and tokens of the sequences, by their numbers. For sequences of the last
+            block, the device's state is newer.
+            topk: how many of the likeliest tokens are wanted for each step.
 
         Yields:
-            Steps in their order, each without the sequences that were removed before it is given.
+            Steps in order, each without the sequences removed before it is yielded.
         """
         self._join(rows)
         before, self._pending = self._pending, self._start(rows, topk)
@@ -268,7 +267,7 @@ class BlockDecoding:
             yield from self._steps_of(before)
 
     def _join(self, rows: Rows) -> None:
-        """Give the device what it has to know of sequences that are new."""
+        """Write the state of new sequences to the device."""
         running = self._cache.rows
         new = np.array([row for row in running if row not in self._joined], np.int64)
         if not len(new):
@@ -292,7 +291,7 @@ class BlockDecoding:
         )
 
     def _start(self, rows: Rows, topk: int) -> _Block | None:
-        """Start the next block; None if the blocks so far have given all rows their last token."""
+        """Start the next block; None if the started blocks already reach every row's last token."""
         planned, limits = self._planned, rows.limit
         running = self._cache.rows
         going = np.array([row for row in running if planned[row] < limits[row]], np.int64)
@@ -324,7 +323,7 @@ class BlockDecoding:
         return _Block(steps, joined, read_later(found))
 
     def _drop_stale(self) -> None:
-        """Forget recordings that read from buffers that have been replaced."""
+        """Drop recorded steps that read from replaced buffers."""
         there = {slab.number for slab in self._cache}
 
         def is_stale(shape: Hashable) -> bool:
@@ -337,13 +336,13 @@ class BlockDecoding:
         self._graphs.drop(is_stale)
 
     def _step(self, shape: StepShape, slabs: Sequence[Slab]) -> None:
-        """One token for every row of the first rows of slabs, on the device alone."""
+        """One token for each of the first rows of slabs, without the host."""
         kept, base, spec = self._on_device, self._base, self._base.spec
         counts = [count for _, count in shape.parts]
         rows = torch.cat([slab.members[:count] for slab, count in zip(slabs, counts)])
         own, floats = kept.numbers.index_select(0, rows), kept.floats.index_select(0, rows)
         live = own[:, _LIVE] > 0
-        # A row that has ended may stand behind its last place; what it reads and writes is unused.
+        # A finished row may be past its last position; what it reads and writes is not used.
         positions = torch.where(live, own[:, _POSITION], 0)
         readings = [
             SlabReading(spec, slab, part) for slab, part in zip(slabs, positions.split(counts))
@@ -375,7 +374,7 @@ class BlockDecoding:
         kept.continue_with(rows, own, tokens, live)
 
     def _steps_of(self, block: _Block) -> Iterator[Step]:
-        """Wait for a block, and give its steps."""
+        """Wait for a block, and yield its steps."""
         tokens, logprobs, *topk = block.read()
         for step in range(block.steps):
             rows = np.array(

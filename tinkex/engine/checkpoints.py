@@ -40,13 +40,13 @@ LIVE_TENSORS = ("weights", "gradient", "m", "v", "steps")
 FORMAT_VERSION = 1
 
 _PREFIX = "base_model.model."
-#: Ends of names that PEFT adds when it saves an adapter of the head or the embedding: copies of
-#: frozen base weights, which are read from the base model instead.
+#: Suffixes of the copies of frozen base weights that PEFT saves with an adapter of the head or the
+#: embedding. Ours are read from the base model.
 _BASE_COPIES = (".base_layer.weight", ".base_layer.bias", "embed_tokens.weight")
 
 _PEFT_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight\Z")
 
-#: Settings of a PEFT adapter that change what it computes in ways we do not, and their plain value.
+#: Settings of a PEFT adapter that we do not implement, and the values at which they have no effect.
 _PLAIN_PEFT: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -60,7 +60,7 @@ _PLAIN_PEFT: Mapping[str, tuple[Any, ...]] = {
 
 @attrs.frozen
 class Info:
-    """What a checkpoint is of: the content of checkpoint.json."""
+    """Metadata of a checkpoint: the content of checkpoint.json."""
 
     base_model: str
     shape: Shape
@@ -95,11 +95,11 @@ def write_adapter(directory: Path, info: Info, layout: Layout, flat: Tensor) -> 
 
 
 def _targets(layout: Layout) -> dict[str, list[str]]:
-    """What a layout adapts, in PEFT's settings: the ends of names, or whole names where an end is
-    also that of a module that is not adapted.
+    """The adapted modules in PEFT's settings: suffixes of names, or full names where a suffix also
+    matches a module that is not adapted.
 
-    Beside stacked experts, PEFT takes the ends gate_proj, up_proj and down_proj for those of
-    experts. Dense layers of such a model are therefore named as parameters, too.
+    In models with stacked experts, PEFT takes the suffixes gate_proj, up_proj and down_proj for
+    experts. The dense layers of such a model are therefore listed as parameters, too.
     """
     experts = _stacked(layout)
     parameters = [
@@ -123,13 +123,13 @@ def _targets(layout: Layout) -> dict[str, list[str]]:
 
 
 def _stacked(layout: Layout) -> list[str]:
-    """Names of parameters that hold experts, within their layer."""
+    """Names, within their layer, of the parameters that hold experts."""
     names = [linear.parameter for linear in layout.linears.values() if linear.parameter]
     return list(dict.fromkeys(map(_within_layer, names)))
 
 
 def _within_layer(name: str) -> str:
-    """A name from the number of its layer on."""
+    """A name without everything before the number of its layer."""
     return re.sub(r".*?\.\d+\.", "", name, count=1)
 
 
@@ -190,10 +190,10 @@ def check_base(info: Info, base_model: str, directory: Path) -> None:
 
 
 def read_info(directory: Path, linears: Mapping[str, Linear]) -> Info:
-    """Base model and shape of the adapter in *directory*: ours, or PEFT's (shape by its modules).
+    """Base model and shape of the adapter in *directory*: ours, or PEFT's (shape from its modules).
 
     Args:
-        linears: the matrices of the base model that it is to be used with.
+        linears: the matrices of the base model that the adapter will be used with.
 
     Raises:
         ValueError: If there is no adapter, or it is not plain LoRA.
@@ -226,7 +226,7 @@ def _read_info(directory: Path) -> Info:
 
 
 def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
-    """Read an adapter (ours or PEFT's) into *flat*; modules that it lacks keep their values.
+    """Read an adapter (ours or PEFT's) into *flat*; modules missing from it keep their values.
 
     An alpha other than ours is folded into B.
 
@@ -343,12 +343,12 @@ def _sync(path: Path) -> None:
 
 
 def merge_adapter(base_model: str, adapter: Path, out: Path) -> None:
-    """Fold an adapter into its base model, and write the whole as a Hugging Face directory.
+    """Merge an adapter into its base model, and write the result as a Hugging Face directory.
 
     Args:
         base_model: "tiny" or a model directory (config.json, *.safetensors, tokenizer).
         adapter: an adapter directory, ours or PEFT's.
-        out: the directory to make; must not exist, or be empty.
+        out: the directory to write; must be missing or empty.
 
     Raises:
         ValueError: If one of the two cannot be read, they do not fit, or *out* is not empty.
@@ -393,7 +393,7 @@ class _Changes:
     Attributes:
         tensors: the matrices A and B by name of the module and letter.
         scale: factor on B A.
-        left: names of weights that have not been changed yet.
+        left: names of weights not changed yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -426,13 +426,13 @@ def _write_merged(
     changes: _Changes,
     out: Path,
 ) -> None:
-    """Shard by shard, so that never more than one is in memory."""
+    """Merge shard by shard, so that only one is in memory at a time."""
     untie = "lm_head.weight" in changes.left and config.get("tie_word_embeddings", False)
     head_file = ""
     for file, read in shards.items():
         tensors = read()
         if untie and "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
-            # The head changes and the embedding does not: from here on they are two.
+            # The head changes and the embedding does not: they are no longer tied.
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
             head_file = file
         merged = {name: changes.applied(name, t).contiguous() for name, t in tensors.items()}
@@ -449,7 +449,7 @@ def _write_merged(
 
 
 def _index_head(out: Path, file: str) -> None:
-    """Enter the untied head in the index of a model of several files."""
+    """Add the untied head to the index of a model of several files."""
     path = out / "model.safetensors.index.json"
     if path.is_file() and file:
         index = _read_json(path)

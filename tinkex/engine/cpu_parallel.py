@@ -1,8 +1,8 @@
 """Data-parallel workers: threads that compute shares of one batch, each on its own cores.
 
-Cores that share every operation wait for each other at every operation, and read from memory what
-another core has just written. Workers synchronise once, at the end of their shares: on two cores
-a model 128 wide trains a third faster this way. Does not know what is computed.
+Cores that split every operation wait for each other at every operation, and read what another core
+has just written. Workers synchronise once, at the end of their shares: on two cores a model of
+width 128 trains a third faster this way. Does not know what is computed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Steps that are recorded once and replayed: CUDA graphs, by the shape of the step.
 
-A graph repeats the same operations on the same addresses, for the cost of one launch. A step that
-is recorded must not let the host read a number, and all that it reads or writes must stay where it
-is. Does not know what a step computes.
+A graph repeats the same operations on the same addresses, for the cost of one launch. In a recorded
+step the host must not read any number, and all tensors must keep their addresses. Does not know
+what a step computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Graphs that are kept; the one that was used least recently goes first.
+#: Graphs that are kept; the least recently used one is dropped first.
 MOST_GRAPHS = 64
 
 Step = Callable[[], None]
@@ -27,14 +27,14 @@ class Capture(Protocol):
     """Records steps."""
 
     def warm_up(self, step: Step) -> None:
-        """Run a step as it will be recorded, so that libraries prepare what they need."""
+        """Run a step as it will be recorded, so that libraries finish their set-up."""
 
     def record(self, step: Step) -> Step:
-        """Record a step without running it, and give what runs it."""
+        """Record a step without running it; return a callable that replays it."""
 
 
 class CudaCapture:
-    """Records steps as CUDA graphs, which share one pool of memory, as they never run together."""
+    """Records steps as CUDA graphs, which share one memory pool because they never run together."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -42,7 +42,7 @@ class CudaCapture:
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def warm_up(self, step: Step) -> None:
-        """Capturing needs a stream other than the default one, and so do its preparations."""
+        """Run the step on a side stream: capturing needs one, and so does its warm-up."""
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         try:
@@ -52,10 +52,10 @@ class CudaCapture:
             current.wait_stream(self._side)
 
     def record(self, step: Step) -> Step:
-        if not self._graphs:  # a pool ends with its last graph
+        if not self._graphs:  # a pool is freed with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate memory meanwhile, such as those that read base models.
+        # Other threads may allocate memory meanwhile, for instance to read base models.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
         ):
@@ -67,11 +67,11 @@ class CudaCapture:
 class Graphs:
     """The recorded steps of one owner, by shape.
 
-    The first step of a shape runs as it is, the second is recorded, and all from then on are
-    replayed. A shape that cannot be recorded always runs as it is.
+    The first step of a shape runs normally, the second is recorded, and all later ones are
+    replayed. A shape that cannot be recorded always runs normally.
 
     Args:
-        capture: None to run every step as it is.
+        capture: None to run every step normally.
         most: how many are kept.
     """
 
@@ -123,7 +123,7 @@ class Graphs:
         replay()
 
     def drop(self, matches: Callable[[Hashable], bool]) -> None:
-        """Forget the shapes that *matches* is true for, as what they used is no longer there."""
+        """Drop the graphs whose shape *matches*, because the buffers that they used are gone."""
         for shape in [shape for shape in self._replays if matches(shape)]:
             del self._replays[shape]
         for shape in [shape for shape in self._warm if matches(shape)]:

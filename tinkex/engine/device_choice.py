@@ -1,8 +1,9 @@
 """Token sampling on the device: the choices of token_sampling.py, computed without the host.
 
-Every shape follows from a `Choice`, which is known before the step; no number is read by the host.
-So a step with its choices can be captured in a CUDA graph. The noise is the same function of key,
-position and token, hence so are the tokens, but for ties within the last bits of a logit.
+Every shape follows from a `Choice`, which is known before the step; the host reads no number. So a
+step with its sampling can be captured in a CUDA graph. The noise is the same function of key,
+position and token as on the host, so the tokens are the same, except for near ties in the last bits
+of a logit.
 
 Notation: n rows, V vocabulary.
 """
@@ -33,12 +34,12 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 @attrs.frozen
 class Choice:
-    """What the rows of a step need: it decides which operations are run.
+    """What the rows of a step need, which determines the operations that run.
 
     Attributes:
         samples: True if a row has a temperature other than 0.
-        look: how many of the likeliest tokens are candidates where top-k or top-p is set; 0 if no
-            row has set one.
+        look: how many of the likeliest tokens are candidates for top-k and top-p; 0 if no row sets
+        either.
         topk: how many of the likeliest tokens are reported.
     """
 
@@ -56,8 +57,8 @@ def choice_for(
 ) -> Choice:
     """The `Choice` that serves rows with these settings, (n,) each.
 
-    Numbers are rounded up to powers of two, so that few different ones appear. A top-p without a
-    top-k may need any number of candidates: then all of the vocabulary is sorted.
+    Counts are rounded up to powers of two, so that there are few shapes. A top-p without a top-k
+    may need any number of candidates, so the whole vocabulary is sorted.
     """
     is_filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1))
     look = 0
@@ -74,7 +75,7 @@ def _power_of_two(count: int) -> int:
 
 @attrs.frozen(eq=False)
 class RowSettings:
-    """How each of n rows chooses: tensors (n,) on the device, as in token_sampling.Settings.
+    """Sampling settings of n rows: tensors (n,) on the device, as in token_sampling.Settings.
 
     Attributes:
         keys: int64 with the bits of the unsigned key.
@@ -110,7 +111,7 @@ def topk_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits, of unsigned numbers of 64 bits."""
+    """x >> bits, for unsigned 64-bit numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -135,7 +136,7 @@ def _loudest(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def _free(scaled: Tensor, settings: RowSettings) -> Tensor:
-    """A choice among all tokens: first among blocks of the vocabulary, then within the block."""
+    """Sample from all tokens: first a block of the vocabulary, then a token in the block."""
     probs = in_blocks((scaled - scaled.amax(dim=1, keepdim=True)).exp_())
     _, blocks, block = probs.shape
     streams = torch.arange(blocks + block, device=probs.device)
@@ -146,7 +147,7 @@ def _free(scaled: Tensor, settings: RowSettings) -> Tensor:
 
 
 def _filtered(scaled: Tensor, settings: RowSettings, look: int) -> Tensor:
-    """A choice among the top_k likeliest, and of these among the top_p."""
+    """Sample from the top_k likeliest tokens, restricted to top_p."""
     vocab = scaled.shape[1]
     if look < vocab:
         return _among(scaled, settings, *scaled.topk(look, dim=1))
@@ -166,7 +167,7 @@ def _filtered(scaled: Tensor, settings: RowSettings, look: int) -> Tensor:
 
 
 def _among(scaled: Tensor, settings: RowSettings, values: Tensor, ids: Tensor) -> Tensor:
-    """A choice among candidates *ids* (n, look) with logits *values*, the likeliest first."""
+    """Sample from candidates *ids* (n, look) with logits *values*, the likeliest first."""
     vocab, look = scaled.shape[1], ids.shape[1]
     limit = torch.where(settings.top_k > 0, settings.top_k.clamp(max=vocab), vocab).unsqueeze(1)
     probs = (values - scaled.logsumexp(dim=1, keepdim=True)).exp_().double()

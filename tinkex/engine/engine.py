@@ -1,8 +1,8 @@
 """The engine: base models, the adapters that are trained on them, and samplers, by id.
 
 Does not know about HTTP, users, sequence numbers or where files are kept. Single-threaded: one
-thread makes all calls; only `base_info` may be called from others. Wrong arguments raise ValueError
-with a full sentence. Long, because it is one class with every operation.
+thread makes all calls; only `base_info` may be called from others. Invalid arguments raise
+ValueError with a full sentence. Long, because it is one class with every operation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tinkex.engine.training_pass import Pass, check_tokens, prepare
 
 logger = logging.getLogger("tinkex.engine")
 
-#: Part of the machine's memory that keys and values of running samples may take.
+#: Fraction of the machine's memory that keys and values of running samples may take.
 SAMPLING_SHARE = 0.25
 
 
@@ -41,7 +41,7 @@ class BaseInfo:
     """Metadata of a base model.
 
     Attributes:
-        tokenizer_id: by which clients find its tokenizer.
+        tokenizer_id: from which clients load its tokenizer.
         tokenizer_source: where it is on this machine; "" if it is found by its id.
     """
 
@@ -60,7 +60,7 @@ class BaseInfo:
 
 @attrs.define(eq=False)
 class _Loaded:
-    """A base model in memory and what is shared by all that use it."""
+    """A base model in memory, and what its models and samplers share."""
 
     info: BaseInfo
     base: BaseModel
@@ -108,11 +108,10 @@ class Engine:
             accelerator), "float32" or "bfloat16". Adapters and optimizers are always float32.
             "int8" is for sampling on a CPU only: matrices are rounded, so nothing is trained, and
             no log-probabilities of prompts are given.
-        names: directories (or GGUF files) that are known by a name, which is then all that is said
-            of them.
+        names: directories (or GGUF files) by name; only the name is shown to clients.
         weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
-        in_blocks: True samples with a static cache in blocks of steps (block_decoding.py), where
-            the model's family has the fast path; None does so with CUDA.
+        in_blocks: True samples in blocks of steps with a static cache (block_decoding.py), for
+        families of the fast path; None does so on CUDA only.
 
     Raises:
         ValueError: If the device cannot be used or the dtype is unknown.
@@ -140,7 +139,7 @@ class Engine:
         self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
         self._bases: dict[str, _Loaded] = {}
-        self._asked: dict[str, str] = {}  # as asked for -> canonical, of the bases that are here
+        self._asked: dict[str, str] = {}  # requested name -> canonical name, of loaded base models
         self._models: dict[str, _Model] = {}
         self._samplers: dict[str, _Adapter] = {}
         self._tickets: dict[Hashable, Sampler] = {}
@@ -150,7 +149,7 @@ class Engine:
     # -- base models -------------------------------------------------------------------------
 
     def load_base(self, base_model: str) -> None:
-        """Load "tiny", a Hugging Face directory or a hub id; nothing if it is loaded already.
+        """Load "tiny", a Hugging Face directory or a hub id, unless it is loaded already.
 
         Raises:
             ValueError: With what was tried and what to do, when it cannot be loaded.
@@ -168,8 +167,8 @@ class Engine:
         """Read a base model for `enter_base`. May be called from any thread, as it changes nothing.
 
         Args:
-            on_progress: called with the bytes read so far and those of all weights; what it raises
-                ends the reading.
+            on_progress: called with the bytes read so far and the bytes of all weights; an
+            exception that it raises stops the reading.
 
         Raises:
             ValueError: With what was tried and what to do, when it cannot be loaded.
@@ -182,7 +181,7 @@ class Engine:
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
-        """Make a base model available that was read by `read_base`."""
+        """Make a base model that `read_base` has read available."""
         name = self._asked[base_model] = loaded.name
         if name not in self._bases:
             self._bases[name] = self._describe(name, loaded)
@@ -282,7 +281,7 @@ class Engine:
         return _Model(loaded, layout, weights, torch.zeros_like(weights), optimizer, can_merge)
 
     def lora_config(self, model_id: str) -> types.LoraConfig:
-        """Rank and reach of a model's adapter, with nothing left to choose."""
+        """Rank and adapted groups of a model's adapter, with every default filled in."""
         shape = self._model(model_id).layout.shape
         return types.LoraConfig(
             shape.rank,
@@ -319,8 +318,8 @@ class Engine:
     ) -> Generator[None, None, types.ForwardBackwardOutput]:
         """Loss and log-probabilities of *data*; unless *forward_only*, add to the gradient.
 
-        A generator: it yields where other work may go first, and returns the result. If it fails
-        or is closed after the first yield, the gradient may be partial: `clear_gradients`.
+        A generator: it yields where other work may run first, and returns the result. If it fails
+        or is closed after the first yield, the gradient may be partial; call `clear_gradients`.
 
         Raises:
             ValueError: Before the gradient is touched, naming the datum and the fix.
@@ -350,7 +349,7 @@ class Engine:
         return run.output()
 
     def optim_step(self, model_id: str, params: types.AdamParams) -> types.OptimStepResponse:
-        """One AdamW step on the accumulated gradient, which is used up.
+        """One AdamW step on the accumulated gradient, which is then cleared.
 
         Raises:
             ValueError: If the gradient is not finite; it is dropped and the weights stay.
@@ -375,7 +374,7 @@ class Engine:
         return types.OptimStepResponse(metrics)
 
     def clear_gradients(self, model_id: str) -> None:
-        """Drop what was accumulated since the last step."""
+        """Drop the gradient accumulated since the last step."""
         self._model(model_id).gradient.zero_()
 
     # -- checkpoints -------------------------------------------------------------------------
@@ -434,7 +433,7 @@ class Engine:
         checkpoints.write_live(directory, model.info, tensors)
 
     def restore(self, model_id: str, directory: Path) -> None:
-        """Bring a model back to its snapshot; creates it if there is none."""
+        """Restore a model from its snapshot; create the model if it does not exist."""
         info, tensors = checkpoints.read_live(directory)
         loaded = self._base(info.base_model)
         layout = lora.Layout(loaded.base.linears, info.shape)
@@ -495,9 +494,10 @@ class Engine:
     def unread_tokenizer(
         self, base_model: str, request: types.SampleRequest
     ) -> Callable[[], None] | None:
-        """What reads the tokenizer that a request with stop strings needs; None if none is needed.
+        """A callable that loads the tokenizer that stop strings need; None if nothing is to be
+        loaded.
 
-        May be called from any thread. `submit_sample` would read it itself, and hold up its thread.
+        Call it from any thread. Otherwise `submit_sample` loads it and blocks the engine's thread.
         """
         return self._base(base_model).sampler.unread_decoder(request.sampling_params.stop)
 
@@ -513,8 +513,8 @@ class Engine:
         """Queue a request; `sample_step` returns *ticket* with its answer.
 
         Args:
-            share: whose share of the running batch it takes. Requests of different shares take
-                turns, and none can fill the batch while another waits.
+            share: the share of the running batch that it counts towards. Shares take turns, and
+            none can fill the batch while another waits.
             on_token: called with (sequence, token id, logprob) as tokens appear.
 
         Raises:
@@ -528,7 +528,7 @@ class Engine:
         self._tickets[ticket] = adapter.loaded.sampler
 
     def sample_step(self) -> list[tuple[Hashable, types.SampleResponse | Exception]]:
-        """Admit waiting requests and give every running sequence a token; give what finished."""
+        """Admit waiting requests, advance running sequences by a token, return the outcomes."""
         done = []
         for loaded in self._bases.values():
             if loaded.sampler.is_busy:
@@ -538,13 +538,13 @@ class Engine:
         return done
 
     def cancel_sample(self, ticket: Hashable) -> None:
-        """Forget a request; nothing happens if it is not there."""
+        """Drop a request; nothing happens if it is not there."""
         sampler = self._tickets.pop(ticket, None)
         if sampler is not None:
             sampler.cancel(ticket)
 
     def free_idle(self) -> None:
-        """Free what is kept to make the next operation quicker. Call it when nothing runs."""
+        """Free caches that only make the next operation faster. Call it when nothing runs."""
         for loaded in self._bases.values():
             loaded.workspace.clear()
             loaded.sampler.free_idle()
@@ -559,7 +559,7 @@ def _rounded(name: str, base: BaseModel) -> BaseModel:
     """The base model with matrices of 8 bits.
 
     Raises:
-        ValueError: If it is computed in a way that knows no such matrices.
+        ValueError: If the model is on the generic path.
     """
     if not isinstance(base, FastModel):
         raise ValueError(

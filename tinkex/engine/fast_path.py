@@ -1,7 +1,7 @@
 """The fast path: a `model.Base` as the rest of the engine sees it, and its sampling state.
 
-Prompts are computed packed, by all workers; then the sequences of all adapters read their next
-tokens together. Does not know about requests.
+Prompts are packed and computed by all workers; then the sequences of all adapters decode together.
+Does not know about requests.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tinkex.engine.model import Base, Forward, Training
 from tinkex.engine.sample_pools import Pools
 from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 
-#: Rows of one adapter from which on it is merged into copies of the matrices, for some steps.
+#: An adapter with at least this many rows is merged into copies of the matrices.
 MERGE_ROWS = 16
 
 
 @attrs.frozen(eq=False)
 class FastModel(Base):
-    """A Llama-like model, computed by our own passes. Implements `base_model.BaseModel`."""
+    """A Llama-like model with hand-written passes. Implements `base_model.BaseModel`."""
 
     @property
     def vocab(self) -> int:
@@ -88,7 +88,7 @@ class Store(Protocol):
     """Where the keys and values of all sequences are."""
 
     def add(self, rows: Sequence[int], prompt_length: int) -> tuple[Fillable, int]:
-        """Make room for samples of one prompt; give what keeps them, and the place to fill."""
+        """Make room for samples of one prompt; return their cache, and the place to fill."""
 
     def remove(self, row: int) -> None:
         """Drop a sample, if it is there."""
@@ -98,7 +98,8 @@ class FastSampling:
     """Keys and values of the running sequences, in pools. Implements `SamplingState`.
 
     Args:
-        store: keeps the keys and values instead of the pools, for who does not call `advance`.
+        store: keeps the keys and values instead of the pools, for callers that do not use
+        `advance`.
     """
 
     def __init__(self, base: Base, workers: Workers, store: Store | None = None) -> None:
@@ -126,7 +127,7 @@ class FastSampling:
     def begin(self, prompts: Sequence[Prompt], on_hidden: OnHidden | None) -> Tensor:
         stack = self._stack_with([prompt.adapter for prompt in prompts])
         number = {adapter: i for i, adapter in enumerate(stack.adapters)}
-        # By adapter, so that each multiplies once; then by length, for attention.
+        # By adapter, so that each is multiplied with once; then by length, for attention.
         keys = [
             (number[prompt.adapter], len(prompt.tokens), prompt.tokens.tobytes())
             for prompt in prompts
@@ -164,8 +165,8 @@ class FastSampling:
         return logits[torch.from_numpy(back).to(logits.device)]
 
     def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
-        """The stack of those that are running, if it has all these; else one of just these, which
-        will be that of those running if no others are."""
+        """The stack of the running adapters if it has all of *adapters*; else a new stack of just
+        these, kept if no other adapter is running."""
         distinct = dict.fromkeys(adapters)
         if len(distinct) > 1 and distinct.keys() <= set(self._stack.adapters):
             return self._stack
@@ -224,7 +225,7 @@ class FastSampling:
     def _linears_of(self, prompt: Prompt, count: int) -> MixedLinears:
         """The matrices for *count* tokens of a prompt that is read in pieces."""
         adapter = prompt.adapter
-        # Merging takes as long as computing some hundreds of tokens, and those who run merge again.
+        # Merging costs as much as some hundreds of tokens, and makes running adapters merge again.
         is_alone = {adapter} == {adapter, *self._adapter.values()}
         is_worth = is_alone and len(prompt.tokens) >= self._base.spec.width // 2
         room = self._room(adapter, is_worth)
@@ -247,7 +248,7 @@ class FastSampling:
         rows = np.concatenate([np.array(m, np.int64) for m in members])
         adapters = self._numbers(rows)
         to_pools = from_pools = None
-        if (np.diff(adapters) < 0).any():  # rows of one go together, so that it multiplies once
+        if (np.diff(adapters) < 0).any():  # rows of one adapter side by side: one product
             order = np.argsort(adapters, kind="stable")
             rows, adapters = rows[order], adapters[order]
             to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
@@ -277,9 +278,9 @@ class FastSampling:
         return rows, head_logits(linears, base.finish(x)[0], spec.logit_cap)
 
     def _numbers(self, rows: Ints) -> Ints:
-        """Number of each row's adapter in the stack, which is rebuilt if others are running.
+        """Number of each row's adapter in the stack, which is rebuilt when the adapters change.
 
-        Its order is kept as long as the adapters are the same: stacking copies them all.
+        Its order is kept as long as the adapters are the same, because stacking copies them all.
         """
         running = dict.fromkeys(self._adapter.values())
         if running.keys() != set(self._stack.adapters):
@@ -288,7 +289,7 @@ class FastSampling:
         return np.array([number[self._adapter[row]] for row in rows.tolist()], np.int64)
 
     def _room(self, adapter: Finished | None, is_worth: bool) -> Workspace | None:
-        """Where to merge an adapter, if that is worth it or has been done already."""
+        """Where to merge an adapter, if merging pays or has been done already."""
         room = self._workspace
         return room if room is not None and (is_worth or room.belongs_to(adapter)) else None
 
@@ -302,7 +303,7 @@ class FastSampling:
 
 
 class FastReader:
-    """A prompt computed in pieces; has its keys and values so far. Implements `PromptReader`.
+    """A prompt computed in pieces, with its keys and values so far. Implements `PromptReader`.
 
     Args:
         linears: (the prompt, tokens of a piece) -> the matrices with its adapter.

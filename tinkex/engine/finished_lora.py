@@ -1,6 +1,6 @@
-"""Finished LoRA adapters, to sample from: several of them over one base model in one product.
+"""Finished LoRA adapters for sampling: several adapters of one base model in one product.
 
-Each row of a batch may belong to another adapter. Takes the layout of an adapter from `lora`; does
+Each row of a batch may use a different adapter. Takes the layout of an adapter from `lora`; does
 not know about layers, requests or files.
 """
 
@@ -22,7 +22,7 @@ from tinkex.engine.lora import Layout, Pair, Workspace, of_experts
 
 
 class Finished:
-    """A finished adapter, to sample from: thin matrices ready to multiply with.
+    """A finished adapter: its low-rank matrices, ready to multiply with.
 
     `thin[key]` is a `Pair` of A^T (in, parts * rank) and, part by part, scale B^T (rank, out).
     """
@@ -57,7 +57,7 @@ class Finished:
 
 @attrs.frozen(eq=False)
 class Segment:
-    """Neighbouring parts of a fused matrix that are of one width, for several adapters.
+    """Adjacent parts of a fused matrix with the same width, for several adapters.
 
     Attributes:
         start: first of their rows in the fused matrix.
@@ -88,7 +88,8 @@ def _add_segment(y: Tensor, inner: Tensor, segment: Segment) -> None:
 
 @attrs.frozen(eq=False)
 class Stacked:
-    """One fused matrix's thin ones of several adapters: A (adapters, parts * rank, in), and B."""
+    """The low-rank matrices of several adapters for one fused matrix: A (adapters, parts * rank,
+    in), and B."""
 
     a: Tensor
     segments: tuple[Segment, ...]
@@ -97,8 +98,8 @@ class Stacked:
 class Stack:
     """Several finished adapters (None: the bare base model), stacked when first multiplied with.
 
-    Lower ranks are filled up with zeros to the highest. Parts of one width are stacked like
-    adapters, so that they are multiplied with in one product.
+    Lower ranks are zero-padded to the highest. Parts of the same width are stacked like adapters,
+    so that one product serves them all.
     """
 
     def __init__(self, adapters: Sequence[Finished | None]) -> None:
@@ -107,7 +108,7 @@ class Stack:
         self._stacked: dict[str, Stacked | None] = {}
 
     def get(self, key: str) -> Stacked | None:
-        """The thin matrices of *key*; None if no adapter has any."""
+        """The low-rank matrices of *key*; None if no adapter has any."""
         if key not in self._stacked:
             self._stacked[key] = self._stack(key)
         return self._stacked[key]
@@ -128,7 +129,7 @@ class Stack:
         return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(segments))
 
     def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
-        """*pair*, or nothing of the shape of *like*, with ranks padded with zeros."""
+        """*pair*, or zeros in the shape of *like*, zero-padded to the highest rank."""
         if pair is None:
             pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
         rank = len(pair.b[0])
@@ -143,8 +144,8 @@ class MixedLinears:
     """A base model's matrices for rows that belong to different finished adapters.
 
     Args:
-        rows: (N,) which of the stack's adapters each row belongs to; sorted.
-        workspace: where to merge an adapter that all rows belong to; None if not to.
+        rows: (N,) number in the stack of each row's adapter; sorted.
+        workspace: where to merge the adapter if all rows have the same; None not to merge.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class MixedLinears:
             self._group(rows, next(iter(linears.values())).weight.device)
 
     def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
-        """Lay rows out as (adapters, most rows of one); nothing to do if all have as many."""
+        """Lay rows out as (adapters, most rows of one); a plain view if all have equally many."""
         counts = np.bincount(rows, minlength=len(self._stack.adapters))
         self._places: Tensor | None = None
         if (counts == counts[0]).all():
@@ -198,7 +199,7 @@ class MixedLinears:
         return whole
 
     def prepare(self) -> None:
-        """Merge or stack now what several threads would otherwise compute at the same time."""
+        """Merge or stack now, so that several threads do not do the same work at once."""
         need = self._stack.get if self._is_mixed else self._whole
         for key in self._linears:
             need(key)
@@ -209,7 +210,7 @@ class MixedLinears:
         return grouped.view(len(self._stack.adapters), -1, x.shape[1])
 
     def _whole(self, key: str) -> Tensor | None:
-        """The matrix, with the adapter of all rows if there is one; None if that is not at hand."""
+        """The matrix, merged with the adapter of all rows if any; None if unavailable."""
         linear, single = self._linears[key], self._single
         if self._is_mixed:
             return None
@@ -229,7 +230,7 @@ class MixedLinears:
         stacked = self._stack.get(key)
         if stacked is None:
             return
-        # A x rather than x^T A^T: where rows are few, A is then multiplied as it lies in memory.
+        # A x rather than x^T A^T: with few rows, A is then used in its memory layout.
         inner = torch.bmm(stacked.a, self._grouped(x).transpose(1, 2))
         if self._places is None and len(stacked.segments) == 1:
             _add_segment(y, inner, stacked.segments[0])

@@ -1,6 +1,6 @@
 """GGUF files as base models: metadata to a configuration, quantized blocks to tensors.
 
-Tensors are dequantized in blocks of rows when they are taken, by the `gguf` package, so that
+Tensors are dequantized by the `gguf` package, in blocks of rows, when they are accessed, so that
 loading needs little more memory than the weights. `write_directory` saves a file as a Hugging Face
 directory.
 """
@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 
-#: Element types that can be read, by their number in ggml: name, elements and bytes of a block.
+#: Supported element types, by their number in ggml: name, elements and bytes of a block.
 TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -42,7 +42,7 @@ TYPES = {
     30: ("BF16", 1, 2),
 }
 
-#: In files of an architecture, the weights of norms are larger by so much than in directories.
+#: By architecture, what GGUF files add to the norm weights of Hugging Face directories.
 NORM_OFFSETS = {"gemma3": 1.0}
 
 #: Elements that are dequantized at a time.
@@ -66,7 +66,7 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-#: What is called otherwise, or is there only, in files of Gemma 3.
+#: Tensors that have other names, or exist only, in files of Gemma 3.
 _INSIDE_GEMMA3 = {
     **_INSIDE,
     "post_attention_norm": "post_attention_layernorm",
@@ -74,14 +74,14 @@ _INSIDE_GEMMA3 = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-#: Of Gemma 3's layers, one in so many has no window, unless the file says otherwise.
+#: Every so many-th layer of Gemma 3 has no window, unless the file gives another period.
 GEMMA3_PERIOD = 6
-#: Base of the angles of Gemma 3's layers with a window.
+#: RoPE base of Gemma 3's layers with a window.
 GEMMA3_LOCAL_BASE = 10000.0
-#: Gemma 3 27B, which has so many layers, scales attention by width per head, not by a head's size.
+#: Layers of Gemma 3 27B, which scales attention by width / heads instead of the head size.
 GEMMA3_LARGEST = 62
 
-#: A failure of the system in an error message of safetensors.
+#: An operating system error within an error message of safetensors.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 #: Factors on the rotary frequencies (Llama 3's), which are not weights of the model.
@@ -115,7 +115,7 @@ def gguf_name(name: str, architecture: str) -> str:
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Hugging Face's order of a head's rows to that of llama files: (i, i + D / 2) side by side."""
+    """Rows of a head from Hugging Face's order to that of llama files: (i, i + D / 2) adjacent."""
     shape = rows.shape
     halves = rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(shape)
@@ -182,7 +182,7 @@ def config(file: Gguf) -> dict[str, Any]:
 
 
 def _gemma3_settings(content: dict[str, Any], get: _Getter) -> dict[str, Any]:
-    """What llama.cpp computes, though it is not in the file."""
+    """Settings that llama.cpp has in its code, and that the file lacks."""
     layers, width, heads = (
         content[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
@@ -205,7 +205,7 @@ def _gemma3_settings(content: dict[str, Any], get: _Getter) -> dict[str, Any]:
 
 
 def gemma3_layers(layers: int, period: int = GEMMA3_PERIOD) -> list[str]:
-    """Kinds of attention of each layer: every *period*-th has no window."""
+    """The kind of attention of each layer: every *period*-th layer has no window."""
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
 
 
@@ -260,7 +260,7 @@ def _frequencies(file: Gguf, content: dict[str, Any], rope: dict[str, Any]) -> T
 
 
 class Tensors(MutableMapping[str, Tensor]):
-    """The tensors of a file by Hugging Face's names; each is dequantized when it is taken.
+    """The tensors of a file by Hugging Face's names; each is dequantized when it is accessed.
 
     Raises:
         GgufError: If a tensor is of a type that cannot be read, beyond the end of the file, or
@@ -307,7 +307,7 @@ class Tensors(MutableMapping[str, Tensor]):
         out = torch.empty(info.shape, dtype=self._dtype, device=self._device)
         if out.is_meta:
             return out
-        # A head's rows are reordered together; they are few, so all rows are taken at once.
+        # The rows of a head are reordered together; they are few, so all rows are read at once.
         per_row = int(np.prod(info.shape[1:])) if len(info.shape) > 1 else 1
         step = info.shape[0] if heads else max(1, BLOCK // per_row)
         if len(info.shape) == 1:

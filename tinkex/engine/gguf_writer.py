@@ -19,7 +19,7 @@ TYPES = ("F16", "Q8_0", "F32")
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-#: llama.cpp's number of a file whose matrices are mostly of a type.
+#: llama.cpp's file type number, by the type of most matrices.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
 
 
@@ -114,10 +114,10 @@ def _add_sizes(writer: Any, content: dict[str, Any]) -> None:
 def _add_gemma3(
     writer: Any, content: dict[str, Any], rope: dict[str, Any], head_dim: int
 ) -> dict[str, Any]:
-    """What only Gemma 3 has; the rotary settings of its layers without a window.
+    """Write the settings that only Gemma 3 has; return the RoPE settings of its global layers.
 
     Raises:
-        ValueError: If llama.cpp, which has the rest in its code, would compute something else.
+        ValueError: If a setting differs from what llama.cpp has in its code.
     """
     layers, heads = content["num_hidden_layers"], content["num_attention_heads"]
     largest = content["hidden_size"] // heads

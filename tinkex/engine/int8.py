@@ -1,8 +1,8 @@
 """8-bit weights for sampling: half the memory traffic of bfloat16.
 
 Each row of a matrix has its own scale, the largest of its numbers / 127 (absmax, as in
-Dettmers et al. 2022, but for weights only). Activations stay bfloat16. What comes out differs from
-the model's own logits by about a hundredth of their spread, so nothing is trained with it: see
+Dettmers et al. 2022, but for weights only). Activations stay bfloat16. The logits differ from the
+exact ones by about a hundredth of their spread, so these weights are not used for training: see
 `Engine`. Does not know about layers.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from tinkex.engine.linears import Linear
 
-#: Up to so many rows torch's product for a few rows reads the numbers as they are; of more rows, a
-#: block of the matrix is made bfloat16 and multiplied with all of them.
+#: Up to this many rows are multiplied by torch's int8 kernel; for more rows, the matrix is
+#: converted to bfloat16 block by block.
 FEW = 8
 BLOCK = 2**20
 
 
 def quantized(linears: Mapping[str, Linear]) -> dict[str, Linear]:
-    """The same matrices with 8 bits a number, and scales."""
+    """The same matrices as int8, with scales."""
     made = {}
     for key, linear in linears.items():
         weight, scales = round_rows(linear.weight)

@@ -1,9 +1,9 @@
-"""Keys and values of the sequences that are being sampled, and attention over them.
+"""The KV cache: keys and values of running samples, and attention over them.
 
-Preallocated, grown by doubling, always dense: when a sequence ends, the last one takes its place.
-Samples of one prompt share the prompt's keys and values (`SharedPool`); single samples have prompt
-and continuation in one row (`SinglePool`). Sequences of similar prompt length form a pool, so that
-a step attends to all of them at once with little padding. Does not know about requests.
+Preallocated, grown by doubling, always dense: when a sequence ends, the last row moves into its
+place. Samples of one prompt share the prompt's keys and values (`SharedPool`); single samples have
+prompt and continuation in one row (`SinglePool`). Sequences of similar prompt length form a pool,
+so that a step attends to all of them at once with little padding. Does not know about requests.
 
 Notation: n sequences, S samples of a prompt, H heads, G key/value heads, D head size, T positions.
 """
@@ -22,11 +22,11 @@ from tinkex.engine.spec import Spec
 
 Ints = npt.NDArray[np.int64]
 
-#: Positions that have left every window are skipped in such steps.
+#: Positions that have left every window are skipped in multiples of this.
 FIRST_STEP = 64
 
-#: oneDNN prepares each product of a new shape, which takes it half a millisecond in bfloat16: as
-#: long as all layers' attention over a short text. So spans in bfloat16 grow in such steps.
+#: In bfloat16, spans grow in multiples of this. oneDNN needs half a millisecond to set up a product
+#: of a new shape: as long as all layers' attention over a short text.
 SPAN_STEP = 32
 
 
@@ -41,7 +41,7 @@ class Cache:
         self.v = torch.empty_like(self.k)
 
     def reserve(self, rows: int, positions: int) -> None:
-        """Make room for *rows* of *positions*."""
+        """Make room for *rows* rows of *positions* positions."""
         have_rows, have = self.k.shape[1], self.k.shape[3]
         if rows <= have_rows and positions <= have:
             return
@@ -63,7 +63,7 @@ class Cache:
         return min(-(-positions // SPAN_STEP) * SPAN_STEP, self.k.shape[3])
 
     def move(self, source: int, target: int, positions: int) -> None:
-        """Row *target* becomes row *source*, of which *positions* are in use."""
+        """Copy row *source* to row *target*; *positions* of it are in use."""
         for tensor in (self.k, self.v):
             tensor[:, target, :, :positions] = tensor[:, source, :, :positions]
 
@@ -73,7 +73,7 @@ class Cache:
         self.v[layer, row, :, : len(v)] = v.transpose(0, 1)
 
     def places(self, rows: Ints, positions: Ints) -> Tensor:
-        """Where the keys of some rows' positions lie, for `write`; true until it grows."""
+        """Places of the keys at some rows' positions, for `write`; valid until the cache grows."""
         _, _, kv_heads, size, _ = self.k.shape
         first = (rows[:, None] * kv_heads + np.arange(kv_heads)) * size
         return torch.from_numpy((first + positions[:, None]).reshape(-1)).to(self.k.device)
@@ -95,8 +95,8 @@ def _bias(seen: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
 
 
 def _first_seen(positions: Ints, window: int, span: int) -> int:
-    """First of *span* positions that a token at one of *positions* sees, rounded down, so that
-    products are of few shapes; less than *span*."""
+    """First position that a token at one of *positions* sees; less than *span*. Rounded down, so
+    that products have few shapes."""
     if not window:
         return 0
     first = max(0, int(positions.min()) - window + 1)
@@ -104,10 +104,10 @@ def _first_seen(positions: Ints, window: int, span: int) -> int:
 
 
 class SinglePool:
-    """Sequences with a row each.
+    """Sequences with one row each.
 
     Attributes:
-        members: names of the sequences, in the order of their rows.
+        members: numbers of the sequences, in the order of their rows.
     """
 
     def __init__(self, spec: Spec, device: torch.device, dtype: torch.dtype) -> None:
@@ -130,7 +130,7 @@ class SinglePool:
         return len(self._lengths) * (max(self._lengths, default=0) + 1)
 
     def add(self, member: int, prompt_length: int) -> int:
-        """Make room for a sequence; give its row, for `fill`."""
+        """Make room for a sequence; return its row, for `fill`."""
         self.members.append(member)
         self._lengths.append(prompt_length)
         self._cache.reserve(len(self.members), prompt_length + 1)
@@ -147,13 +147,13 @@ class SinglePool:
         del self.members[last], self._lengths[last]
 
     def begin_step(self) -> list[int]:
-        """Make room for one more position of every sequence; give them in row order."""
+        """Make room for one more position of every sequence; return the sequences in row order."""
         lengths = np.array(self._lengths, np.int64)
         longest = int(lengths.max()) + 1
         self._cache.reserve(len(lengths), longest)
         self._span = self._cache.span(longest)
         ends = np.repeat(lengths, self._spec.kv_heads)[:, None]
-        self._seen = {}  # by window: the first position that is read, and the bias
+        self._seen = {}  # by window: first position read, and the bias
         for window in self._spec.distinct_windows:
             first = _first_seen(lengths, window, self._span)
             at = np.arange(first, self._span)
@@ -163,7 +163,7 @@ class SinglePool:
         return list(self.members)
 
     def end_step(self) -> None:
-        """The new position of every sequence has been written."""
+        """Count the new position of every sequence as written."""
         self._lengths = [length + 1 for length in self._lengths]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 class SharedPool:
-    """Groups of up to *width* samples; a group has its prompt once, a sample its continuation.
+    """Groups of up to *width* samples, which share the prompt; each has its own continuation.
 
     Attributes:
-        members: (groups, width) names of the sequences, -1 where there is none (any more).
+        members: (groups, width) numbers of the sequences, -1 for places without one.
     """
 
     def __init__(self, spec: Spec, width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -226,7 +226,7 @@ class SharedPool:
 
     @property
     def rows(self) -> int:
-        """Places of samples, also of those that have ended before others of their group."""
+        """Places of samples, including those that ended before others of their group."""
         return self.members.size
 
     @property
@@ -236,7 +236,7 @@ class SharedPool:
         return of_prompts + self.rows * (int(self._own_lengths.max(initial=0)) + 1)
 
     def add(self, members: Sequence[int], prompt_length: int) -> int:
-        """Make room for a group; give its number, for `fill`."""
+        """Make room for a group; return its number, for `fill`."""
         group = np.full((1, self._width), -1, np.int64)
         group[0, : len(members)] = members
         self.members = np.concatenate([self.members, group])
@@ -250,7 +250,7 @@ class SharedPool:
         self._prompts.fill(layer, group, k, v)
 
     def remove(self, member: int) -> None:
-        """Drop a sample; its group goes when it was the last."""
+        """Drop a sample, and its group with its last sample."""
         self.members[self.members == member] = -1
         gone = np.flatnonzero((self.members < 0).all(axis=1))
         for group in gone[::-1]:
@@ -270,7 +270,7 @@ class SharedPool:
         del self._prompt_lengths[last]
 
     def begin_step(self) -> list[int]:
-        """Make room for one more position of every sample; give the live ones in row order."""
+        """Make room for one more position of every sample; return the live ones in row order."""
         self._live = self.members.reshape(-1) >= 0
         prompts = np.array(self._prompt_lengths, np.int64)
         own = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
@@ -279,7 +279,7 @@ class SharedPool:
         self._prompt_span, self._own_span = int(prompts.max()), self._own.span(longest)
         before = np.repeat(prompts, self._width)[:, None]  # positions of the prompt of each sample
         ends, in_own = before + own[:, None] - 1, np.arange(self._own_span)
-        self._seen = {}  # by window: the first position of prompts that is read, and the bias
+        self._seen = {}  # by window: first prompt position read, and the bias
         for window in self._spec.distinct_windows:
             first = _first_seen(ends, window, self._prompt_span)
             in_prompt = np.arange(first, self._prompt_span)
@@ -297,18 +297,18 @@ class SharedPool:
         return members
 
     def end_step(self) -> None:
-        """The new position of every live sample has been written."""
+        """Count the new position of every live sample as written."""
         self._own_lengths += self._live.reshape(self._own_lengths.shape)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `SinglePool.attend`; q, k, v are of the live samples only."""
+        """As `SinglePool.attend`, with q, k, v of the live samples only."""
         spec, groups, width = self._spec, len(self._prompt_lengths), self._width
         rows, size = groups * width, spec.head_dim
         self._own.write(layer, self._ends, k, v)
         own_k, own_v = self._own.k[layer, :rows], self._own.v[layer, :rows]
         if not self._all_live:
             q = q.new_zeros(rows, *q.shape[1:]).index_copy_(0, self._rows, q)
-        # (groups, G, S, H / G, D): the samples of a group ask of its prompt together.
+        # (groups, G, S, H / G, D): the samples of a group attend to its prompt in one product.
         queries = q.reshape(groups, width, spec.kv_heads, -1, size).transpose(1, 2) * spec.scale
         per_head = queries.shape[3]
         kept = groups * spec.kv_heads

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @attrs.frozen
 class Part:
-    """Rows start..stop of a fused weight, which are the module *name* in the checkpoint."""
+    """Rows start..stop of a fused weight: the module *name* in the checkpoint."""
 
     name: str
     start: int
@@ -19,12 +19,12 @@ class Part:
 
 @attrs.frozen(eq=False)
 class Linear:
-    """A frozen matrix of one or several modules, or those of all experts.
+    """A frozen matrix of one module, of several fused modules, or of all experts.
 
     Attributes:
         weight: (out, in), or of experts (experts, out, in).
         group: attn, mlp or unembed.
-        scales: (out,) where *weight* is int8: factors of its rows.
+        scales: (out,) factors of the rows if *weight* is int8.
         parameter: name of the parameter that holds the matrices of experts.
     """
 
@@ -48,14 +48,14 @@ class Linears(Protocol):
         """x (N, in) -> (N, out)."""
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
-        """Take the adapter's gradients of dy (N, out) at x, and give dx (N, in)."""
+        """Accumulate the adapter's gradients from dy (N, out) at x; return dx (N, in)."""
 
     def matrix(self, key: str) -> Tensor | None:
-        """The (out, in) matrix where one does for all rows, and no bias or gradients are wanted."""
+        """The (out, in) matrix if one serves all rows, without bias or gradient; else None."""
 
 
 def given(x: Tensor | None) -> Tensor:
-    """x, which cannot be None here."""
+    """Return x; RuntimeError if it is None."""
     if x is None:
         raise RuntimeError("a requested gradient was not computed.")
     return x

@@ -1,9 +1,9 @@
-"""The LM head: log-probabilities of wanted tokens, and the gradient at the hidden states.
+"""The LM head: log-probabilities of target tokens, and the gradient at the hidden states.
 
 The logits of all positions are never held at once. A head that is one frozen matrix is read in
 blocks of columns with a running maximum and total, as flash attention reads its keys (Dao et al.
-2022): a block of logits stays in the processor's cache and is never kept. A head that is being
-trained is read in chunks of rows, since its own gradient needs every probability.
+2022): a block of logits stays in the processor's cache and is then discarded. A head with an
+adapter in training is computed in chunks of rows, since its gradient needs every probability.
 
 Does not know about losses; takes their derivative as a callable.
 """
@@ -26,7 +26,7 @@ from tinkex.engine.memory import kind_of
 ROWS = {"cpu": 640, "cuda": 8192}
 COLUMNS = {"cpu": 1024, "cuda": 8192}
 
-#: Where rows are held whole: this many numbers (floats) at a time, whatever the vocabulary.
+#: Floats held at a time where whole rows of logits are computed, whatever the vocabulary.
 LOGIT_BUDGET = 8 * 2**20
 
 #: Fewest rows of whole logits at a time.
@@ -54,7 +54,7 @@ def target_logprobs(
         hidden: (N, d), final norm applied.
         targets: (N, K) token ids.
         coefficients: the loss's derivative; called once for each row, many rows at a time.
-        live: (N,) where the derivative may be other than zero; None is everywhere.
+        live: (N,) True where the derivative may be nonzero; None is everywhere.
         cap: logits are capped softly at +-cap; 0 is no cap.
 
     Returns:
@@ -97,7 +97,7 @@ def _steepness(capped: Tensor, cap: float) -> Tensor | None:
 
 
 def _chunks(count: int, most: int, live: Tensor | None) -> Iterator[tuple[Rows, bool]]:
-    """At most *most* rows each, all about as many, and whether they are live."""
+    """Chunks of at most *most* rows, about equally large, and whether each is live."""
     if count == 0:
         return
     if live is None or bool(live.all()):
@@ -120,7 +120,7 @@ def _online(
     """Logprobs of *wanted* (n, K), the mean of weight's rows (n, d) under the probabilities (each
     times the steepness of its logit's cap), and the steepness at *wanted* (n, K).
 
-    Online softmax (Milakov & Gimelshein 2018): what was summed so far shrinks when a block holds a
+    Online softmax (Milakov & Gimelshein 2018): the sums so far are rescaled when a block has a
     larger logit.
     """
     columns, n = COLUMNS[kind_of(h.device)], len(h)
@@ -173,7 +173,7 @@ def row_count(vocab: int) -> int:
 
 
 def softmax_(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Turn float32 logits (n, V) into probabilities in place; give logprobs of *wanted* (n, K).
+    """Turn float32 logits (n, V) into probabilities in place; return logprobs of *wanted* (n, K).
 
     The log-normaliser is computed from the largest logit and its probability, so that the target's
     log-probability is exact even where its probability underflows.

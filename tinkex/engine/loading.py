@@ -30,7 +30,7 @@ from tinkex.text import hub, registry
 
 logger = logging.getLogger("tinkex.engine")
 
-#: Where tensors have sizes and no content.
+#: The device of tensors with shapes but no data.
 _META = torch.device("meta")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -39,17 +39,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: bfloat16, but for matrices, which `int8.quantized` rounds once they are loaded.
+#: bfloat16, except matrices, which `int8.quantized` rounds after loading.
 INT8 = "int8"
 
 Decode = Callable[[Sequence[int]], str]
 
-#: Receives the bytes of weights that were read so far, and those of all. May raise to end loading.
+#: Receives the bytes of weights read so far, and the total. May raise to stop loading.
 Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """A `Progress` that is not shown."""
+    """A `Progress` that does nothing."""
 
 
 @attrs.frozen(eq=False)
@@ -86,13 +86,13 @@ def load(
     """Load *name*: "tiny", a known name, a local directory, a GGUF file or a hub id.
 
     Args:
-        dtype: of the weights and of what is computed with them; None is `default_dtype`.
+        dtype: of weights and activations; None is `default_dtype`.
         on_progress: see `Progress`.
         folder: where weights that do not fit in memory may stay on disk; None refuses them.
 
     Raises:
-        ValueError: If there is no such model, it is no causal language model, its
-            files are damaged or incomplete, or it does not fit in memory.
+        ValueError: If there is no such model, it is not a causal language model, its files are
+        damaged or incomplete, or it does not fit in memory.
     """
     dtype = dtype or default_dtype(device)
     if name == tiny.NAME:
@@ -112,9 +112,9 @@ class Outline:
         architecture: its class in transformers.
         path: "fast" or "generic".
         parameters: how many; tied ones count once.
-        linears: its matrices, which may have no memory.
-        activations: numbers that all layers keep of a token for the backward pass; None on the
-            generic path, where they are measured.
+        linears: its matrices, which may be on the meta device.
+        activations: floats that all layers save per token for the backward pass; None on the
+        generic path, where they are measured.
     """
 
     architecture: str
@@ -160,7 +160,7 @@ def _fast_outline(architecture: str, base: BaseModel, parameters: int) -> Outlin
 
 
 def _on_this_machine(name: str) -> tuple[str, Path]:
-    """What a name stands for, and the directory of its files.
+    """The model that a name stands for, and the directory of its files.
 
     Raises:
         ValueError: If they would have to be downloaded; the message has the command.
@@ -200,8 +200,8 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The type that *name* stands for: "auto" (`default_dtype`), "float32" or "bfloat16"; for
-    "int8" that of activations, bfloat16.
+    """The type that *name* stands for: "auto" (`default_dtype`), "float32" or "bfloat16"; "int8"
+    gives the type of activations, bfloat16.
 
     Raises:
         ValueError: If it is none of these, or the device cannot multiply with it.
@@ -264,7 +264,7 @@ def _gguf_decoder(path: Path) -> Decode:
 
 
 def _check_source(name: str) -> str:
-    """*name* as transformers takes it: an absolute directory that looks complete, or a hub id."""
+    """*name* for transformers: the absolute path of a complete directory, or a hub id."""
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -308,7 +308,7 @@ def _load_hf(
 def _plan(
     name: str, source: str, directory: Path, device: torch.device
 ) -> tuple[FastPlan | None, Any]:
-    """How the fast path computes a model, or its configuration, for the generic path."""
+    """The fast path's plan of a model, or the model's configuration for the generic path."""
     model_files.check_config_file(name, directory / "config.json")
     plan = of_plain_llama(directory, device)
     if plan is not None:
@@ -318,7 +318,7 @@ def _plan(
 
 
 def _read_config(name: str, source: str, directory: Path) -> Any:
-    """The configuration of a model, as transformers reads it."""
+    """The configuration of a model, read by transformers."""
     import transformers  # imported here because it takes seconds, and few models need it
 
     content = model_files.read_json(directory / "config.json")
@@ -329,7 +329,7 @@ def _read_config(name: str, source: str, directory: Path) -> Any:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-    except Exception as exc:  # whatever a damaged or hostile file makes transformers do
+    except Exception as exc:  # a damaged or hostile file can raise anything
         raise _cannot_load(name, source, exc) from exc
     weights.check_not_quantized(name, getattr(config, "quantization_config", None))
     return config
@@ -338,7 +338,7 @@ def _read_config(name: str, source: str, directory: Path) -> Any:
 def _fast_plan(
     name: str, source: str, config: Any, directory: Path, device: torch.device
 ) -> FastPlan | None:
-    """How the fast path computes a model; None if it does not compute it."""
+    """The fast path's plan of a model; None if it does not support the model."""
     import transformers
 
     family = FAMILIES.get(config.model_type)
@@ -354,7 +354,7 @@ def _fast_plan(
             rotary = type(module.model.rotary_emb)(config=config)
         spec = build.spec_of(family, config, module.generation_config)
         ropes = build.ropes_of(family, config, rotary, device)
-    except Unsupported as exc:  # the generic path may compute it, or gives the reason
+    except Unsupported as exc:  # the generic path may support it, or gives the reason
         logger.info("The fast path does not compute %s: %s", directory, exc)
         return None
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -394,7 +394,7 @@ def _load_generic(
 ) -> Loaded:
     with _errors_naming(name, source):
         found = generic.describe(config)
-    # Only a check: transformers loads into memory.
+    # Only checks the size: transformers loads into memory.
     _store(name, found.parameters, device, dtype, None)
     size = found.parameters * dtype.itemsize
     on_progress(0, size)
@@ -406,7 +406,7 @@ def _load_generic(
 
 @contextlib.contextmanager
 def _errors_naming(name: str, source: str) -> Iterator[None]:
-    """Whatever transformers raises of unusual or damaged files, with the name of the model."""
+    """Add the model's name to whatever transformers raises for unusual or damaged files."""
     try:
         yield
     except Unsupported as exc:
@@ -451,7 +451,7 @@ def _store(
 
 
 def _hub_directory(name: str) -> Path:
-    """The local copy of a hub repository; downloads what is missing."""
+    """The local copy of a hub repository; downloads missing files."""
     import huggingface_hub
 
     try:

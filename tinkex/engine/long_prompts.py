@@ -1,8 +1,9 @@
-"""Prompts by the time that they take: what a step has time for, and long ones, read in pieces.
+"""Chunked prefill: the budget of a step for prompts, and long prompts, computed in pieces.
 
-A prompt that a step has no time for is read over several steps, so that what others ask for waits
-for a piece of it only. Each share has one such prompt at a time, and pieces go to the share that
-has got the fewest. Does not know how prompts are computed, or about the running batch.
+A prompt that exceeds a step's budget is read over several steps, so that other requests wait for
+one piece of it only. Each share reads one long prompt at a time; the next piece is read for the
+share that has used the fewest operations. Does not know how prompts are computed, or about the
+running batch.
 """
 
 from __future__ import annotations
@@ -21,21 +22,20 @@ from tinkex.engine.sample_requests import Job, PromptScores
 from tinkex.engine.sample_turns import STEP_OPERATIONS
 from tinkex.engine.weight_store import is_in_file
 
-#: Most tokens of prompts that are computed in one step, if they are not too many operations: what
-#: the sequences that are running, and requests that arrive, have to wait for. While no two shares
-#: have something to do it may be `ALONE` times more.
+#: Most prompt tokens of one step, also limited by `STEP_OPERATIONS`: running sequences and new
+#: requests wait for them. The limit is `ALONE` times higher while only one share is active.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 ALONE = 4
 
-#: Tokens that a step has time for in any case, and the fewest of a piece: with fewer, reading the
-#: matrices takes longer than computing; from disk, much longer.
+#: Tokens that fit in every step, and the smallest piece: with fewer, reading the matrices takes
+#: longer than computing; from disk, much longer.
 LEAST_PIECE = 32
 LEAST_FROM_DISK = 512
 
-#: Part of each step's operations that long prompts get, however many short ones there are.
+#: Fraction of each step's operations reserved for long prompts.
 LONG_PART = 0.25
 
-#: How many units of a share's line are looked at: more do not start in one step.
+#: Units of a share's queue that are considered: no more than these start in one step.
 LOOK_AHEAD = 256
 
 
@@ -44,8 +44,9 @@ class LongPrompt:
     """A prompt that is being read.
 
     Attributes:
-        rows: numbers of its sequences, and the unit of each. The prompt is dropped with the last.
-        scores: of the jobs that want to know something of the prompt.
+        rows: numbers of its sequences, and the unit of each. The prompt is dropped with the last
+        row.
+        scores: of the jobs that request prompt log-probabilities.
         reader: None before the first piece.
         done: tokens that have been read.
     """
@@ -57,7 +58,7 @@ class LongPrompt:
     done: int = 0
 
     def serves(self, job: Job) -> bool:
-        """True if a job can join: of the same prompt, without scores that need its beginning."""
+        """True if a job can join: it has the same prompt, and needs no scores from the start."""
         if any(unit.job is job for unit in self.rows.values()):
             return True
         return (
@@ -68,7 +69,7 @@ class LongPrompt:
         )
 
     def continued(self) -> list[list[int]]:
-        """The rows of each unit that goes beyond its first token."""
+        """The rows of each unit that generates more than one token."""
         of: dict[Unit, list[int]] = {}
         for row, unit in self.rows.items():
             if unit.job.limit > 1:
@@ -77,7 +78,7 @@ class LongPrompt:
 
 
 class LongPrompts:
-    """What a step may spend on prompts, and the prompts that are being read."""
+    """A step's budget for prompts, and the long prompts that are being read."""
 
     def __init__(self, base: BaseModel, state: PromptState) -> None:
         self._base = base
@@ -94,25 +95,25 @@ class LongPrompts:
         return sum(len(long.rows) for long in self._reading.values())
 
     def begin_step(self, *, is_alone: bool) -> None:
-        """Set what a step may spend."""
+        """Set the budget of a step."""
         kind = kind_of(self._base.device)
         most = min(STEP_OPERATIONS[kind], self._state.operations(0, PREFILL_TOKENS[kind]))
         self._least = LEAST_FROM_DISK if self._is_on_disk else LEAST_PIECE
         most = max(most, self._state.operations(0, self._least))
         self.most = most * (ALONE if is_alone else 1)
 
-    # -- whose prompts start -----------------------------------------------------------------
+    # -- which prompts start -----------------------------------------------------------------
 
     def operations(self, job: Job) -> float:
-        """What a job's prompt takes, if it is computed whole."""
+        """Floating-point operations of a job's prompt, computed in one piece."""
         return self._state.operations(0, len(job.prompt))
 
     def is_long(self, job: Job) -> bool:
-        """True if a step has no time for a job's prompt."""
+        """True if a job's prompt exceeds the budget of a step."""
         return self._state.reads_in_pieces and self.operations(job) > self.most
 
     def ready(self, line: Iterable[Unit]) -> Iterator[Unit]:
-        """What may start of a share's line: of its long prompts one, and whatever joins that."""
+        """The units of a share's queue that may start: short ones, and those of one long prompt."""
         chosen: Job | None = None
         for unit in islice(line, LOOK_AHEAD):
             job = unit.job
@@ -125,8 +126,8 @@ class LongPrompts:
             yield unit
 
     def begin(self, unit: Unit, rows: Sequence[int]) -> None:
-        """Read a unit's prompt in pieces, for *rows*. Its share's account starts with that of the
-        share that has spent least."""
+        """Start reading a unit's prompt in pieces, for *rows*. A new share starts with the count of
+        the share that has spent least."""
         job = unit.job
         long = self._reading.get(job.share)
         cached = 0 if long is None else len(job.prompt)
@@ -142,14 +143,14 @@ class LongPrompts:
                 long.scores[job] = PieceScores(job, self._base)
 
     def remove(self, row: int) -> None:
-        """Forget a sequence, if it waits for its prompt."""
+        """Drop a sequence, if it waits for its prompt."""
         for share, long in self._reading.items():
             unit = long.rows.pop(row, None)
             if unit is None:
                 continue
             is_last = all(other.job is not unit.job for other in long.rows.values())
             if is_last and long.scores.pop(unit.job, None) is not None:
-                unit.job.scores = None  # if it starts again, they are computed again
+                unit.job.scores = None  # recomputed if the job restarts
             if not long.rows:
                 del self._reading[share]
             return
@@ -157,10 +158,10 @@ class LongPrompts:
     # -- reading -----------------------------------------------------------------------------
 
     def read(self, spent: float) -> Iterator[tuple[list[int], Tensor]]:
-        """Read on, after so many operations of this step; a piece at least.
+        """Read pieces with what the step's budget leaves after *spent* operations; at least one.
 
         Yields:
-            The rows of each prompt that ends, and (V,) logits of the token after it.
+            The rows of each completed prompt, and (V,) logits of the token after it.
         """
         operations = max(self.most - spent, LONG_PART * self.most)
         is_first = True

@@ -1,7 +1,7 @@
 """LoRA: low-rank matrices beside the frozen ones (Hu et al. 2021), y = W x + (alpha / rank) B A x.
 
 An adapter is one flat float32 vector with a view for each matrix, so that the optimizer, clipping
-and snapshots are single operations on it. Here are its layout, its merging and its training;
+and snapshots are single operations on it. Contains its layout, merging and training;
 `finished_lora` samples with it. Knows the base model's matrices by their keys; does not know about
 layers, losses or files.
 """
@@ -21,7 +21,7 @@ from tinkex.engine.linears import Linear
 #: alpha of every adapter, whatever its rank.
 ALPHA = 32
 
-#: Adapters are folded into copies of the matrices for training only up to this size, in bytes.
+#: Adapters are merged into copies of the matrices for training only up to this size, in bytes.
 MERGE_LIMIT = 2**30
 
 GROUPS = ("attn", "mlp", "unembed")
@@ -29,7 +29,7 @@ GROUPS = ("attn", "mlp", "unembed")
 
 @attrs.frozen
 class Shape:
-    """Rank and reach of an adapter; two adapters of one base and one shape are interchangeable."""
+    """Rank and adapted groups; adapters of the same base model and shape have the same layout."""
 
     rank: int
     train_attn: bool = True
@@ -60,7 +60,7 @@ class Pair:
         a: (parts * rank, in) view; the A of the parts, stacked.
         b: for each part its (out, rank) view.
 
-    Of experts, a is (experts * rank, in), expert by expert, and b (out, rank * experts), rank by
+    For experts, a is (experts * rank, in), expert by expert, and b (out, rank * experts), rank by
     rank, as in PEFT.
     """
 
@@ -72,8 +72,8 @@ class Layout:
     """Where each adapter matrix lies in the flat vector.
 
     Attributes:
-        linears: the matrices that are adapted, by key.
-        left_out: names of modules that could be adapted, and are not.
+        linears: the adapted matrices, by key.
+        left_out: names of modules that could be adapted but are not.
     """
 
     def __init__(self, linears: Mapping[str, Linear], shape: Shape) -> None:
@@ -157,7 +157,7 @@ class Workspace:
         self._merged: set[str] = set()
 
     def clear(self) -> None:
-        """Free the room."""
+        """Free the merged copy."""
         self._room.clear()
         self._merged.clear()
         self._owner = None
@@ -169,11 +169,12 @@ class Workspace:
     def merged(
         self, owner: object, key: str, weight: Tensor, merge_into: Callable[[Tensor], object]
     ) -> Tensor:
-        """*weight* with an adapter folded in.
+        """*weight* with an adapter merged in.
 
         Args:
             owner: names the adapter and its version.
-            merge_into: computes it into a tensor; called only if it was not done just before.
+            merge_into: writes the merged matrix into a tensor; called only if the copy is not
+            *owner*'s.
         """
         if owner != self._owner:
             self._owner = owner
@@ -187,22 +188,22 @@ class Workspace:
 
 
 def can_merge(linears: Mapping[str, Linear]) -> bool:
-    """True if folding adapters into copies of the matrices is exact enough and fits in memory."""
+    """True if merging adapters into copies of the matrices is exact enough and fits in memory."""
     weights = [linear.weight for linear in linears.values()]
     size = sum(w.numel() * w.element_size() for w in weights)
     return size <= MERGE_LIMIT and all(w.dtype == torch.float32 for w in weights)
 
 
 class TrainedLinears:
-    """A base model's matrices with the adapter that is being trained.
+    """A base model's matrices with an adapter in training.
 
-    With a workspace, W + scale B A is computed once and used for all rows, which costs less than
-    two thin products per row as soon as there are more rows than columns.
+    With a workspace, W + scale B A is computed once for all rows, which is cheaper than two
+    low-rank products per row as soon as there are more rows than columns.
 
     Args:
         flat: (size,) the adapter.
-        gradient: (size,) what backward adds to; None for forward only.
-        workspace: where to merge; None for matrices too large, or rows too few.
+        gradient: (size,) backward adds to it; None for forward only.
+        workspace: where to merge; None if the matrices are too large or the rows too few.
         owner: names the adapter and its version to the workspace.
     """
 
@@ -226,7 +227,7 @@ class TrainedLinears:
         self._workspace = workspace
 
     def prepare(self) -> None:
-        """Merge or stack now what several threads would otherwise compute at the same time."""
+        """Merge or stack now, so that several threads do not do the same work at once."""
         for key in self._pairs:
             self._weight(key)
 
@@ -238,13 +239,13 @@ class TrainedLinears:
         )
 
     def add_gradients(self, twins: Iterable[TrainedLinears]) -> None:
-        """Add what *twins* have gathered to this one's gradient."""
+        """Add the gradients of *twins* to this one's gradient."""
         for twin in twins:
             if self._gradient is not None and twin._gradient is not None:
                 self._gradient.add_(twin._gradient)
 
     def _weight(self, key: str) -> Tensor:
-        """The matrix, merged if there is room to."""
+        """The matrix, merged if there is a workspace."""
         if self._workspace is None or key not in self._pairs:
             return self._linears[key].weight
         linear, pair, scale = self._linears[key], self._pairs[key], self._scale
@@ -262,7 +263,7 @@ class TrainedLinears:
         return weight
 
     def stacked_backward(self, key: str, dweight: Tensor) -> None:
-        """Take the adapter's gradients of dweight (experts, out, in)."""
+        """Accumulate the adapter's gradients from dweight (experts, out, in)."""
         if key not in self._pairs or self._gradients is None:
             return
         pair, gradient, experts = self._pairs[key], self._gradients[key], len(dweight)

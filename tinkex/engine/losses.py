@@ -1,7 +1,7 @@
 """What each loss function computes, and its derivative: pure functions of log-probabilities.
 
 All losses are plain sums over tokens and datums. Each function here takes the log-probabilities of
-one packed batch and gives, token by token, the loss and its derivative at the log-probability.
+one packed batch and returns, for each token, the loss and its derivative at the log-probability.
 Does not know about models. `tinkex.types.LOSS_FUNCTIONS` has the inputs and settings of each.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tinkex import types
 
-#: Losses of the API that this server does not compute, and why.
+#: Losses of the API that this server does not support, and why.
 NOT_OFFERED = {"stable_reinforce": "its formula is not published"}
 
-#: Between what a setting must be, the first included.
+#: Ranges of settings: from the first number (inclusive) to below the second.
 BOUNDS = {"clip_range": (0.0, 1.0), "clip_ratio_c": (1.0, torch.inf), "kl_coef": (0.0, torch.inf)}
 
-#: The input that a loss, and so its derivative, is a multiple of.
+#: The input that is a factor of a loss, and so of its derivative.
 FACTORS = {
     "cross_entropy": "weights",
     "importance_sampling": "advantages",
@@ -29,7 +29,7 @@ FACTORS = {
     "cispo": "advantages",
 }
 
-#: What the results of each loss are called on the wire.
+#: The output type of each loss on the wire.
 OUTPUT_TYPES = {
     name: "".join(word.capitalize() for word in name.split("_")) + "LossReturn"
     for name in types.LOSS_FUNCTIONS
@@ -41,7 +41,7 @@ class Inputs:
     """The loss inputs of a packed batch (or of some of its rows).
 
     Attributes:
-        arrays: by name; each (N, K), float32 (K = 1 but for cross_entropy).
+        arrays: by name; each (N, K), float32 (K = 1 except for cross_entropy).
         config: settings, complete.
         sequence: (N,) which sequence each row belongs to.
         sequences: how many there are.
@@ -53,17 +53,17 @@ class Inputs:
     sequences: int
 
     def rows(self, rows: slice | Tensor) -> Inputs:
-        """The same of some rows only."""
+        """The inputs of some rows only."""
         arrays = {name: array[rows] for name, array in self.arrays.items()}
         return attrs.evolve(self, arrays=arrays, sequence=self.sequence[rows])
 
     def live(self, loss_fn: str) -> Tensor | None:
-        """(N,) where the derivative of *loss_fn* may be other than zero; None is everywhere."""
+        """(N,) True where the derivative of *loss_fn* may be nonzero; None is everywhere."""
         factor = FACTORS.get(loss_fn)
         return None if factor is None else self.arrays[factor].any(dim=1)
 
     def clip_range(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the ratio: per token where the datum brings them, else from the settings."""
+        """Bounds of the ratio: per token if the datum has them, else from the settings."""
         a = self.arrays["advantages"]
 
         def bound(name: str) -> Tensor:
@@ -133,15 +133,15 @@ def gspo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return clipped(means[inputs.sequence], inputs)
 
 
-#: Beyond this log-ratio trinity_ppo takes the ratio at it.
+#: trinity_ppo clamps log-ratios to this range (+-).
 MOST_LOG_RATIO = 20.0
 
 
 def trinity_ppo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """PPO with a dual clip (Ye et al. 2020) and a divergence from reference log-probabilities.
 
-    Of each sequence the mean over its mask, and of these the sum over num_total_datums, the datums
-    of the whole step: the only loss here that is a mean. By the published package tuft 0.2.2.
+    The mean over each sequence's mask, summed and divided by num_total_datums, the datums of the
+    whole step: the only loss here that is a mean. Source: the package tuft 0.2.2.
     """
     config, mask = inputs.config, _mask(inputs)
     a, gap = inputs.arrays["advantages"], lp - inputs.arrays["logprobs"]
@@ -164,12 +164,12 @@ def trinity_ppo(lp: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _mask(inputs: Inputs) -> Tensor:
-    """(N, 1) true where a token is of the response: by the mask, or else by weights above 0."""
+    """(N, 1) True for tokens of the response: by the mask, or else by weights above 0."""
     return inputs.arrays["mask" if "mask" in inputs.arrays else "weights"] > 0
 
 
 def trinity_metrics(lp: Tensor, inputs: Inputs) -> dict[str, float]:
-    """Sums over the tokens of the responses, of which means follow for any division of a batch."""
+    """Sums over the tokens of the responses; means follow from them however a batch is divided."""
     mask, reach = _mask(inputs), inputs.config["clip_range"]
     gap = (lp - inputs.arrays["logprobs"]).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     ratio = gap.exp()[mask].double()

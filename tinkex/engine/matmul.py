@@ -1,8 +1,8 @@
-"""Matrix products by the fastest library for their shape. Does not know what they mean.
+"""Matrix products by the fastest library for their shape. Does not know what they are for.
 
-torch multiplies float32 on a CPU with MKL, which keeps its AVX-512 kernels for Intel's processors:
-on others it reaches half of what the cores can do. oneDNN, which torch brings along, reaches all of
-it. So it is asked where there is AVX-512, and the product large enough to repay the asking.
+torch multiplies float32 on a CPU with MKL, which uses its AVX-512 kernels only on Intel's
+processors: on others it reaches half of the cores' peak. oneDNN, which torch includes, reaches the
+peak. So oneDNN is used on processors with AVX-512, for products large enough to repay its set-up.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from torch import Tensor
 
 from tinkex.engine import int8
 
-#: So many multiplications repay what oneDNN costs to prepare a product of a shape that was not
-#: there before, as micro-batches have. So does any product with a LARGE matrix, with which decoding
-#: multiplies again and again.
+#: Products with fewer multiplications than this are not worth oneDNN's set-up cost for a new shape,
+#: unless the matrix is LARGE: decoding multiplies with it at every step.
 WORTH_ASKING = 2**24
 LARGE = 2**18
 
-#: From how many columns on a result is wide: the CPU computes so many of them at a time, if rows
-#: are few, and fewer if they are many, so that a block stays in the cache.
+#: A result with at least this many columns is wide: the CPU computes it in blocks that stay in the
+#: cache, of this many columns if rows are few, of fewer columns if they are many.
 WIDE = 8192
 BLOCK = 1024
 
-#: Up to so many rows of float32 MKL computes the result transposed: the large matrix then comes
-#: first in the product, which it spreads over the cores and reads once. Where the result is TALL
-#: times as wide as the rows, up to the second number. (4 times faster for 2 rows, a third for 16;
-#: slower for matrices of less than twice LARGE.)
+#: Up to this many float32 rows, MKL computes the result transposed: the large matrix is then the
+#: first operand, which MKL divides among the cores and reads once. If the result is at least TALL
+#: times as wide as the rows, up to FEW_OF_TALL rows. (4 times faster for 2 rows, by a third for 16;
+#: slower for matrices smaller than twice LARGE.)
 FEW = 4
 TALL = 4
 FEW_OF_TALL = 16
 
 
 def _find_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """(x, weight, bias) -> x weight^T + bias by oneDNN; None where it is not there or no better."""
+    """(x, weight, bias) -> x weight^T + bias by oneDNN; None where it is missing or no faster."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     try:
@@ -44,7 +43,7 @@ def _find_onednn() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
         x, weight = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 1, 8).view(2, 4)
         if not torch.allclose(linear(x, weight, None, "none", [], ""), x @ weight.T):
             return None
-    except (AttributeError, RuntimeError, TypeError):  # it is not a public part of torch
+    except (AttributeError, RuntimeError, TypeError):  # not part of torch's public API
         return None
     return lambda x, weight, bias: linear(x, weight, bias, "none", [], "")
 
@@ -68,11 +67,11 @@ def linear(
     is_tall = len(weight) >= TALL * x.shape[1]
     is_few = 0 < len(x) <= (FEW_OF_TALL if is_tall else FEW) and weight.numel() >= 2 * LARGE
     is_ours = x.device.type == "cpu" and x.dtype == torch.float32 and (is_wide or is_few)
-    if not is_ours:  # in bfloat16 oneDNN's own way is up to twice as fast as either
+    if not is_ours:  # in bfloat16 torch's default is up to twice as fast
         return F.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
     if is_few:
-        # A single row is doubled: the product of a matrix and a vector uses one core only.
+        # A single row is doubled, because a matrix-vector product uses one core only.
         columns = x.T if len(x) > 1 else x.repeat(2, 1).T
         for start in range(0, len(weight), WIDE):
             some = slice(start, start + WIDE)
@@ -99,12 +98,12 @@ def add_product(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None
         total.addmm_(x, y, alpha=scale)
     elif len(x) <= y.shape[1]:
         total.add_(_onednn(x.contiguous(), _dense(y.T), None), alpha=scale)
-    else:  # the thinner one first: if one has to be copied, it is that one
+    else:  # the thinner one first: it is the one that may have to be copied
         total.add_(_onednn(y.T.contiguous(), _dense(x), None).T, alpha=scale)
 
 
 def _is_worth(x: Tensor, weight: Tensor) -> bool:
-    """True if oneDNN can multiply these faster. It computes no derivatives."""
+    """True if oneDNN multiplies these faster. It does not support autograd."""
     return (
         (x.numel() * len(weight) >= WORTH_ASKING or weight.numel() >= LARGE)
         and x.dtype == weight.dtype == torch.float32
@@ -118,7 +117,7 @@ def _rows_together(x: Tensor) -> Tensor:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """Without gaps, by rows or by columns: with gaps it is multiplied a thousand times slower."""
+    """*weight* as a dense matrix, by rows or columns: strided ones are a thousand times slower."""
     if weight.is_contiguous() or weight.T.is_contiguous():
         return weight
     return weight.T.contiguous().T if weight.stride(0) == 1 else weight.contiguous()

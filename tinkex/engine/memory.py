@@ -18,7 +18,7 @@ _USAGES = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_
 
 
 def kind_of(device: torch.device) -> str:
-    """ "cpu" or "cuda" (any accelerator): what tables of sizes go by."""
+    """ "cpu" or "cuda" (any accelerator): the key of tables of sizes."""
     return "cpu" if device.type == "cpu" else "cuda"
 
 
@@ -47,7 +47,7 @@ def available_memory(device: torch.device) -> int:
         return free
     limit, usage = _first_number(_LIMITS), _first_number(_USAGES)
     if limit is not None and usage is not None:
-        # The usage includes cached files, which the system drops when memory is needed.
+        # The usage includes the page cache, which the system drops when memory is needed.
         cached = 1024 * int(fields.get("Cached", "0").split()[0])
         free = min(free, max(0, limit - max(0, usage - cached)))
     return free

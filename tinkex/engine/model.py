@@ -1,8 +1,8 @@
 """The base model: frozen weights of a Llama-style causal LM, and its forward and backward passes.
 
-The (N, width) rows of a batch are the tokens of all its sequences; attention.py alone knows where
-one ends. The backward pass is written by hand: no gradient of base weights, little saved, the rest
-recomputed. What sets one family apart from another is data: norms, ropes and `Spec`.
+The (N, width) rows of a batch are the tokens of all its sequences; only attention.py knows where
+one ends. The backward pass is written by hand: no gradients of base weights, little saved, the rest
+recomputed. Families differ only in data: norms, ropes and `Spec`.
 
 Does not know about LoRA; takes `Linears`, which apply the matrices and accumulate their gradients.
 
@@ -39,7 +39,7 @@ class HeadNorm:
     """RMSNorm of columns start..stop of queries, keys and values.
 
     Attributes:
-        weight: (n, size); each row norms so many columns.
+        weight: (n, size); each row is the weight for *size* columns.
     """
 
     start: int
@@ -68,7 +68,7 @@ class Base:
 
     Attributes:
         final_norm: (d,) with the factor on logits in it.
-        ropes: of each layer; None for one that does not know positions.
+        ropes: of each layer; None for a layer without position embedding.
     """
 
     spec: Spec
@@ -79,12 +79,12 @@ class Base:
     ropes: tuple[Rope | None, ...]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(N,) token ids -> (N, d) into the first layer."""
+        """(N,) token ids -> (N, d) input of the first layer."""
         x = F.embedding(tokens, self.embedding)
         return x if self.spec.embedding_scale == 1 else x.mul_(self.spec.embedding_scale)
 
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, d) out of the last layer -> the same normed, and 1 / rms (N, 1) float32."""
+        """(N, d) output of the last layer -> final norm of it, and 1 / rms (N, 1) float32."""
         return rms_norm(x, self.final_norm, self.spec.norm_eps)
 
     @property
@@ -97,7 +97,7 @@ class Base:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its matrices, which every step reads."""
+        """Bytes of the matrices, which every step reads."""
         return sum(linear.weight.nbytes for linear in self.linears.values())
 
     @property
@@ -119,8 +119,8 @@ class Rope:
         self._scaling = scaling
         empty = torch.empty(0, len(inv_freq), device=inv_freq.device)
         self._table = empty, empty  # replaced as one, since several threads read it
-        # A recorded step (decode_graph.py) reads the table that was there. All of them together
-        # are smaller than the last.
+        # A recorded step (decode_graph.py) reads the old table, so it is kept. All old tables
+        # together are smaller than the newest.
         self._outgrown: list[tuple[Tensor, Tensor]] = []
 
     def at(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ class Rope:
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
-    """Turn the first R columns of (N, heads, D) in place, R being twice those of *cos*.
+    """Rotate the first R columns of (N, heads, D) in place; *cos* has R / 2 columns.
 
     Pairs are (i, i + R / 2), as in transformers' Llama, or if *interleaved* (2 i, 2 i + 1).
     """
@@ -159,7 +159,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _normed(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    if weight.dtype != x.dtype:  # more precise than x: the result is rounded once
+    if weight.dtype != x.dtype:  # weight is more precise than x: round the result once
         return (x * rstd).mul_(weight).to(x.dtype)
     return torch.mul(x, rstd.to(x.dtype)).mul_(weight)
 
@@ -177,21 +177,20 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
 
 
 def _scaled(x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
-    """What `rms_norm` made of x, from what it saved; x itself where there is no norm."""
+    """The output of `rms_norm` for x, recomputed from rstd; x itself without a norm."""
     return x if weight is None or rstd is None else _normed(x, weight, rstd)
 
 
 @attrs.define(eq=False)
 class Saved:
-    """What one layer keeps from forward to backward; the rstd of norms that it does not have, and
-    what goes into them, is None."""
+    """What a layer saves for the backward pass. Fields of norms that it lacks are None."""
 
-    x: Tensor  # (N, d) into the layer
+    x: Tensor  # (N, d) input of the layer
     rstd: Tensor | None
-    heads: list[tuple[Tensor, Tensor]]  # (N, n, size) into each `HeadNorm`, and its rstd
+    heads: list[tuple[Tensor, Tensor]]  # (N, n, size) input of each `HeadNorm`, and its rstd
     attended: Tensor  # (N, H D)
     graph: object  # of the attention
-    attention_end: tuple[Tensor, Tensor] | None  # (N, d) into the norm after attention, rstd
+    attention_end: tuple[Tensor, Tensor] | None  # (N, d) input of the norm after attention, rstd
     middle: Tensor  # (N, d) between attention and MLP
     middle_rstd: Tensor | None
     gate_up: Tensor  # (N, 2 mlp)
@@ -224,7 +223,7 @@ class Forward:
                 self._angles[rope] = cos.to(base.dtype), sin.to(base.dtype)
 
     def layer(self, i: int, x: Tensor, *, save: bool = False) -> tuple[Tensor, Saved | None]:
-        """Layer *i* of x (N, d) -> (N, d), and what `Backward` needs if *save*."""
+        """Layer *i* of x (N, d) -> (N, d), and what the backward pass needs if *save*."""
         spec, norms = self._base.spec, self._base.norms[i]
         h, rstd = self._norm(x, norms.before_attention)
         qkv = self._linears.forward(f"{i}.qkv", h)
@@ -244,7 +243,7 @@ class Forward:
         return out, Saved(x, rstd, heads, attended, graph, *ends)
 
     def rotate_(self, i: int, qkv: Tensor, *, back: bool = False) -> None:
-        """Apply positions to the queries and keys in qkv (N, (H + 2 G) D), or take them *back*."""
+        """Rotate the queries and keys in qkv (N, (H + 2 G) D) by position, or *back*."""
         spec, rope = self._base.spec, self._base.ropes[i]
         if rope is None:
             return
@@ -256,7 +255,7 @@ class Forward:
         return (x, None) if weight is None else rms_norm(x, weight, self._base.spec.norm_eps)
 
     def _norm_heads(self, norms: Norms, qkv: Tensor, save: bool) -> list[tuple[Tensor, Tensor]]:
-        """Norm queries and keys in place, where the model does; what backward needs."""
+        """Norm queries and keys in place, where the model does; return what backward needs."""
         kept = []
         for norm in norms.heads:
             columns = norm.columns(qkv)
@@ -269,7 +268,7 @@ class Forward:
     def _join(
         self, x: Tensor, branch: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (N, d) + what a branch has computed, normed if the model does; what backward needs."""
+        """x (N, d) + the output of a branch, normed if the model does; and what backward needs."""
         kept = None
         if weight is not None:
             normed, rstd = rms_norm(branch, weight, self._base.spec.norm_eps)
@@ -319,7 +318,7 @@ class Training:
         return hidden
 
     def backward(self, dhidden: Tensor) -> None:
-        """Take the adapter's gradients of all layers; uses up what forward kept."""
+        """Accumulate the adapter's gradients of all layers; frees what forward saved."""
         if self._end is None:
             raise RuntimeError("backward() needs forward(save=True) before it.")
         x, rstd = self._end
@@ -332,7 +331,7 @@ class Training:
             dx = self._layer_backward(i, dx, saved)
 
     def _layer_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
-        """Gradient at a layer's output (N, d) -> at its input; takes the adapter's on the way."""
+        """Gradient at a layer's output (N, d) -> at its input; accumulates the adapter's."""
         norms, linears = self._base.norms[i], self._linears
         dmiddle = self._mlp_backward(i, dout, saved).add_(dout)
         dbranch = self._branch_backward(dmiddle, norms.after_attention, saved.attention_end)
@@ -365,7 +364,7 @@ class Training:
     def _branch_backward(
         self, dout: Tensor, weight: Tensor | None, kept: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Gradient at the sum that ends a branch (N, d) -> at what its last matrix gave."""
+        """Gradient at the sum after a branch (N, d) -> at its last matrix's output."""
         scale = self._base.spec.residual_scale
         dbranch = dout if scale == 1 else dout * scale
         return dbranch if kept is None else _norm_backward(dbranch, kept[0], weight, kept[1])

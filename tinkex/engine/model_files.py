@@ -1,7 +1,7 @@
-"""Checks the sizes that the files of a model claim, before memory or time is spent on them.
+"""Checks the sizes that the files of a model declare, before memory or time is spent on them.
 
-A model comes from a stranger: its configuration may name layers without end, its index may point
-out of the directory, and a header may announce more than any disk holds.
+Model files are not trusted: a configuration may declare any number of layers, an index may point
+outside the directory, and a header may declare more bytes than any disk holds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_config_file(name: str, path: Path) -> None:
 
 
 def check_sizes(name: str, config: Mapping[str, Any]) -> None:
-    """Check that each size in a configuration is that of a model that can exist.
+    """Check that each size in a configuration is plausible.
 
     Raises:
         ValueError: Naming the field, its value and the bound.

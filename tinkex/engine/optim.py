@@ -1,7 +1,7 @@
 """AdamW over one flat vector of parameters (Loshchilov and Hutter 2019), as torch.optim.AdamW.
 
-Every setting comes with the step that it is for; the moments and the count of steps stay here.
-Does not know what the parameters mean.
+Each step brings its own settings; only the moments and the step count are kept. Does not know what
+the parameters mean.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AdamW:
         self.steps = 0
 
     def step(self, weights: Tensor, gradient: Tensor, params: types.AdamParams) -> None:
-        """One update of *weights* in place; *gradient* is left as it is."""
+        """One update of *weights* in place; *gradient* is not changed."""
         self.steps += 1
         self.m.lerp_(gradient, 1 - params.beta1)
         self.v.mul_(params.beta2).addcmul_(gradient, gradient, value=1 - params.beta2)

@@ -1,4 +1,4 @@
-"""Prompt log-probabilities of a sample request: of its tokens, of other tokens in their place, of
+"""Prompt log-probabilities of a sample request: of the prompt's tokens, of other target tokens, of
 the likeliest tokens and of random ones. Does not know about the running batch.
 """
 
@@ -47,8 +47,8 @@ def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, base: Ba
 
 
 def _wanted(job: Job) -> npt.NDArray[np.int64]:
-    """(n, K) tokens whose log-probabilities are asked for, of the last n positions; of all where
-    random tokens are asked for, too, which are of every position."""
+    """(n, K) tokens whose log-probabilities are requested, for the last n positions; for all
+    positions if random tokens are requested, which cover every position."""
     last, targets = job.request.prompt_logprobs_last_n, job.request.target_prompt_logprobs
     wanted = job.prompt[1:, None].astype(np.int64)
     if targets is not None:
@@ -65,7 +65,7 @@ class PieceScores:
         self.job = job
         self._base = base
         self._wanted = _wanted(job)
-        self._unscored = len(job.prompt) - 1 - len(self._wanted)  # positions that are passed over
+        self._unscored = len(job.prompt) - 1 - len(self._wanted)  # positions to skip
         self._scores = np.empty(self._wanted.shape, np.float32)
         self._done = 0
         self._rows: _RowScores | None = None
@@ -91,7 +91,7 @@ class PieceScores:
         self._scores[rows] = found.cpu().numpy()
 
     def finish(self) -> None:
-        """After the last piece: the job has its scores."""
+        """Give the job its scores, after the last piece."""
         if self._rows is not None:
             _set_scores(self.job, *self._rows.result())
         else:
@@ -99,8 +99,8 @@ class PieceScores:
 
 
 class _RowScores:
-    """Log-probabilities of *wanted* (n, K), the k likeliest tokens, and random tokens: they need
-    whole rows of logits."""
+    """Log-probabilities of *wanted* (n, K), of the k likeliest tokens, and of random tokens, which
+    need whole rows of logits."""
 
     def __init__(self, job: Job, wanted: npt.NDArray[np.int64], base: BaseModel) -> None:
         self._base = base
@@ -116,7 +116,7 @@ class _RowScores:
         self._done = 0
 
     def add(self, states: Tensor, linears: Linears) -> None:
-        """Score the next positions, from what the head reads (m, d) at those before them."""
+        """Score the next m positions, from the hidden states (m, d) before them."""
         k, draws = self._topk.token_ids.shape[1], self._alternatives.shape[1]
         step = lm_head.row_count(self._base.vocab)
         for start in range(0, len(states), step):
@@ -136,7 +136,7 @@ class _RowScores:
     def result(
         self,
     ) -> tuple[npt.NDArray[np.float32], types.TopkLogprobs | None, types.PromptAltTokens | None]:
-        """The scores, and what else was asked for."""
+        """The scores, and the likeliest and random tokens if requested."""
         tokens, scores = map(types.TensorData, (self._alternatives, self._of_alternatives))
         has_topk, has_draws = self._topk.token_ids.shape[1], self._alternatives.shape[1]
         return (

@@ -16,7 +16,7 @@ from tinkex.engine import loading, lora, memory, training_pass
 from tinkex.engine.cpu_parallel import available_cores
 from tinkex.engine.memory import gigabytes
 
-#: Rank of the adapter that is assumed: the default of `tinkex train`.
+#: Assumed rank of the adapter: the default of `tinkex train`.
 RANK = 32
 
 #: Float32 numbers for each parameter of an adapter: itself, its gradient, two moments of AdamW.
@@ -53,7 +53,7 @@ class Requirements:
 
     Attributes:
         architecture: its class in transformers.
-        path: "fast" (passes of our own) or "generic" (modules of transformers).
+        path: "fast" (hand-written passes) or "generic" (modules of transformers).
         dtype: of its weights.
         adapter: an adapter of rank `RANK` with gradient and optimizer.
         batch: activations of a micro-batch; None where they can only be measured.
@@ -120,7 +120,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def of(name: str, device_name: str = "auto", dtype_name: str = "auto") -> Requirements:
-    """What a base model that is on this machine would need.
+    """What a base model on this machine would need.
 
     Args:
         name: as `loading.load` takes it.
@@ -155,7 +155,7 @@ def main(device_name: str, dtype_name: str, name: str | None = None) -> int:
     """Print {"text", "advice", "details"} of the device, or of the model *name*.
 
     Returns:
-        The exit status: 1 if it cannot be said; the last line of stderr is the reason.
+        The exit status: 1 if it cannot be determined; the last line of stderr is the reason.
     """
     try:
         if name is None:

@@ -1,7 +1,7 @@
 """The pools of keys and values of running samples, and which of them a step advances.
 
 Samples of similar prompts share a pool (see kv_cache.py), which holds a bounded number of them, so
-that a step need not advance all. Does not know about requests; a share is whatever users share by.
+that a step need not advance all. Does not know about requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinkex.engine.spec import Spec
 
 Pool = Union[SinglePool, SharedPool]
 
-#: Longest prompts of the smallest pool; each further pool takes four times as long ones.
+#: Longest prompts of the first pool; each further pool takes prompts four times as long.
 FIRST_POOL = 128
 
 #: Rows of one pool; more samples form further pools.
@@ -30,8 +30,8 @@ class Pools:
     """The pools of one base model.
 
     Args:
-        step_bytes: keys and values that a step reads, if there are so many; then the pools take
-            turns. Whoever waits for the step to end waits for no more than that.
+        step_bytes: most bytes of keys and values that a step reads; beyond this, the pools take
+        turns, so that steps stay short.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Pools:
         yield from self._kinds
 
     def add(self, rows: Sequence[int], prompt_length: int) -> tuple[Pool, int]:
-        """Make room for samples of one prompt; give their pool, and the place in it to `fill`."""
+        """Make room for samples of one prompt; return their pool, and the place in it to `fill`."""
         pool = self._with_room(len(rows), prompt_length)
         self._of |= dict.fromkeys(rows, pool)
         if isinstance(pool, SinglePool):
@@ -72,7 +72,7 @@ class Pools:
         return made
 
     def remove(self, row: int) -> None:
-        """Drop a sample, if it has keys and values; a pool goes with its last one."""
+        """Drop a sample, if it has keys and values; a pool is removed with its last sample."""
         pool = self._of.pop(row, None)
         if pool is not None:
             pool.remove(row)
@@ -80,7 +80,7 @@ class Pools:
                 del self._kinds[pool]
 
     def choose(self, shares: Mapping[int, Hashable], *, in_turn: bool) -> list[Pool]:
-        """The pools that a step advances: all, or *in_turn* as many as it has time for.
+        """The pools that a step advances: all, or if *in_turn* as many as fit in `step_bytes`.
 
         Args:
             shares: of each row that has keys and values.

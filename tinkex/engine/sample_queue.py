@@ -1,6 +1,6 @@
 """Waiting samples, one queue per user, so that users start their samples in turn.
 
-Does not know who users are: a job names whose share of the batch it takes.
+Does not know about users: each job names a share, and each share has a queue.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SampleQueue:
         return list(self._lines)
 
     def line(self, share: Hashable) -> deque[Unit]:
-        """What waits of one share, first come first."""
+        """The waiting units of one share, in order of arrival."""
         return self._lines[share]
 
     def extend(self, units: Iterable[Unit]) -> None:

@@ -1,4 +1,4 @@
-"""A sample request, checked against the model, and what it has come to so far.
+"""A sample request, checked against the model, and its results so far.
 
 Does not know how tokens are computed.
 """
@@ -22,7 +22,7 @@ OnToken = Callable[[int, int, float], None]
 
 @attrs.frozen(eq=False)
 class PromptScores:
-    """What a request wants to know of its prompt."""
+    """Prompt log-probabilities that a request has asked for."""
 
     logprobs: npt.NDArray[np.float32] | None = None
     topk: types.TopkLogprobs | None = None
@@ -33,14 +33,14 @@ class PromptScores:
 
 @attrs.define(eq=False)
 class Job:
-    """A request, checked, and what it has come to so far.
+    """A checked request, and its results so far.
 
     Attributes:
         limit: most tokens of a sequence.
         stop_tokens: token ids that end a sequence.
         stop_strings: strings that end a sequence.
-        sequences: finished ones; None where still running.
-        share: whose share of the running batch it takes; jobs of different shares take turns.
+        sequences: the finished ones; None while one is running.
+        share: the share of the running batch that it counts towards; different shares take turns.
         told: how many tokens of each sequence `on_token` has been called with.
     """
 
@@ -59,7 +59,7 @@ class Job:
     told: dict[int, int] = attrs.field(factory=dict)
 
     def start_again(self) -> None:
-        """Forget what was computed. The same tokens follow, and none is reported twice."""
+        """Drop what was computed. Running again gives the same tokens; none is reported twice."""
         self.sequences = [None] * len(self.sequences)
         self.scores = None
 
@@ -108,13 +108,13 @@ def make_job(
     """Check a request against the model.
 
     Raises:
-        ValueError: If the prompt is empty, too long or not of the model's vocabulary, or something
-            is asked for that this server does not do.
+        ValueError: If the prompt is empty, too long or outside the model's vocabulary, or the
+        request uses something that this server does not support.
     """
     params = request.sampling_params
     prompt = _check_prompt(request.prompt, base.vocab, base.context)
     _check_prompt_scores(request, len(prompt), base.vocab)
-    room = max(1, base.context - len(prompt))  # the last token is never read again
+    room = max(1, base.context - len(prompt))  # the last token is not fed back
     stop_tokens, stop_strings = _stops(params.stop, base.eos_tokens)
     _check_stops(stop_tokens, stop_strings)
     seed = params.seed
@@ -173,7 +173,7 @@ def _check_prompt_scores(request: types.SampleRequest, length: int, vocab: int) 
         )
 
 
-#: What a request may name to stop at: each costs time at every token.
+#: Limits of stop tokens and strings: each costs time at every token.
 MOST_STOP_TOKENS = 1024
 MOST_STOP_STRINGS = 64
 MOST_STOP_LENGTH = 512

@@ -16,7 +16,7 @@ MOST_ROWS = 256
 
 
 class Rows:
-    """The running sequences: one row of numbers each, in arrays."""
+    """The running sequences: one row each, in arrays of their settings and tokens."""
 
     def __init__(self) -> None:
         self.job: list[Job | None] = [None] * MOST_ROWS
@@ -70,7 +70,7 @@ class Rows:
     def append(
         self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray
     ) -> npt.NDArray[np.bool_]:
-        """Add a token to each row; give which of them a stop token has ended."""
+        """Append a token to each row; return which rows it ends, as a stop token."""
         longest = int(self.length[rows].max()) + 1
         if longest > self.tokens.shape[1]:
             more = ((0, 0), (0, self.tokens.shape[1]))

@@ -1,7 +1,7 @@
-"""How much one sampling step does, and whose turn it is where there is more to do.
+"""The budget of a sampling step, and which samples advance when it is too small for all.
 
-Whoever asks for something waits for the step that is running, so steps are kept short. Does not
-know what is computed; a share is whatever users share by.
+New requests wait for the running step to end, so steps are kept short. Does not know what is
+computed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import attrs
 
 from tinkex.engine.linears import Linear
 
-#: Keys and values, in bytes, that a step reads at most where samples take turns. Not less than
-#: twice the base model, which is read in every step.
+#: Most bytes of keys and values that a step reads before samples take turns; at least twice the
+#: size of the base model, which every step reads.
 STEP_BYTES = {"cpu": 2**28, "cuda": 2**34}
 
 #: Floating-point operations of a step: a tenth of a second of two CPU cores.
@@ -24,7 +24,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 def matrix_operations(linears: Mapping[str, Linear]) -> float:
-    """Floating-point operations of one token in a model's matrices, the head's left out."""
+    """Floating-point operations of one token in a model's matrices, without the head."""
     sizes = {key: linear.weight.numel() for key, linear in linears.items()}
     return 2.0 * (sum(sizes.values()) - sizes["head"])
 
@@ -44,16 +44,15 @@ class Turns(Generic[Item]):
         costs: Mapping[Item, float],
         most: float | None,
     ) -> list[Item]:
-        """The items that a step advances: all, or as many as may cost *most*.
+        """The items that a step advances: all, or as many as cost no more than *most*.
 
-        First comes the one with samples of the share that has got the fewest tokens, and among
-        these the one that has waited longest. The one that has waited longest of all is never left
-        out.
+        Items with samples of the share with the fewest tokens come first; among them, the one that
+        has waited longest. The item that has waited longest of all is always included.
 
         Args:
-            rows: the samples of each item, one at least.
+            rows: the samples of each item, at least one.
             shares: of each sample.
-            most: None if all are to advance.
+            most: None to advance all.
         """
         self._last = {item: self._last.get(item, 0) for item in rows}
         self._forget_shares({shares[row] for own in rows.values() for row in own})
@@ -71,7 +70,7 @@ class Turns(Generic[Item]):
     def _in_turn(
         self, tokens: Mapping[Item, int], costs: Mapping[Item, float], most: float
     ) -> list[Item]:
-        """Items for *most*, the one with the fewest *tokens* first."""
+        """Items that fit in *most*, those with the fewest *tokens* first."""
         first, *others = sorted(tokens, key=lambda item: (tokens[item], self._last[item]))
         oldest = min(tokens, key=lambda item: self._last[item])
         chosen = list(dict.fromkeys([first, oldest]))
@@ -85,7 +84,7 @@ class Turns(Generic[Item]):
         return chosen
 
     def _forget_shares(self, present: set[Hashable]) -> None:
-        """Count for *present* alone; who joins starts with the count of the one with the fewest."""
+        """Keep counts of *present* only; a new share starts with the lowest count."""
         kept = {share: count for share, count in self._tokens.items() if share in present}
         fewest = min(kept.values(), default=0)
         self._tokens = {share: kept.get(share, fewest) for share in present}

@@ -1,10 +1,10 @@
 """Sampling with continuous batching: requests join and leave the running batch at every step.
 
-A step admits waiting requests (their prompts are computed together, a prompt asked for twice only
-once; of long ones only a piece), then gives every running sequence one more token; where that would
-take long, some of the sequences in turn. One `Sampler` serves one base model and any number of
-adapters over it; numbers are computed by the base model's `SamplingState`. Does not know about
-HTTP, users, or where adapters come from.
+A step admits waiting requests (it computes their prompts together, equal prompts once, long prompts
+in pieces), then advances every running sequence by one token, or only some in turn if all would
+take too long. One `Sampler` serves one base model and any number of adapters over it; the base
+model's `SamplingState` does the computation. Does not know about HTTP, users, or where adapters
+come from.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tinkex.engine.sample_rows import MOST_ROWS, Rows
 
 logger = logging.getLogger(__name__)
 
-#: Samples of one prompt that share its keys and values; more form further groups.
+#: Most samples of one prompt in a group that shares its keys and values.
 GROUP_WIDTH = 16
 
-#: For so many seconds after several shares have had something to do, steps are short. Longer ones
-#: are a tenth quicker in all, which is right for a user who is alone.
+#: Steps stay short for this many seconds after several shares were active. Longer steps have a
+#: tenth more throughput, which is better for a single user.
 SHARING_SECONDS = 60.0
 
 Decode = Callable[[Sequence[int]], str]
@@ -49,11 +49,11 @@ class Sampler:
     """The running batch of one base model.
 
     Args:
-        load_decode: gives ids -> text; called when a stop string is first asked for, unless it has
-            been read before (`unread_decoder`).
+        load_decode: returns ids -> text; called at the first request with a stop string, unless
+        `unread_decoder` has loaded it before.
         memory: bytes that keys and values may take; requests beyond that wait.
-        workers: compute shares of the prompts.
-        new_state: makes an empty sampling state; None is the base model's own.
+        workers: compute the prompts in parallel.
+        new_state: makes an empty sampling state; None is the base model's.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Sampler:
         self._state = self._new_state()
         self._prompts = LongPrompts(base, self._state)
         self._reserved: dict[int, int] = {}
-        self._unit: dict[int, Unit] = {}  # of each running row; the youngest last
+        self._unit: dict[int, Unit] = {}  # of each running row, oldest first
         self._finished: list[Outcome] = []
         self._answers_first = False
         self._shared_until = 0.0
-        self._begun: dict[Job, None] = {}  # jobs that a failing step may have half computed
-        # After a step has failed: groups of jobs to compute again, and the waiting units of the
-        # group that is computed now. Nothing else is admitted until both are empty.
+        self._begun: dict[Job, None] = {}  # jobs that a failed step may have computed in part
+        # After a failed step: groups of jobs to recompute, and the waiting units of the current
+        # group. Nothing else is admitted until both are empty.
         self._suspects: deque[list[Job]] = deque()
         self._trial = SampleQueue()
         self._isolating = False
@@ -100,7 +100,7 @@ class Sampler:
             self._shared_until = time.monotonic() + SHARING_SECONDS
 
     def unread_decoder(self, stop: types.sampling.Stop) -> Callable[[], None] | None:
-        """What reads the decoder that stop strings need, on any thread; None if none is needed."""
+        """A callable that loads the decoder for stop strings, on any thread; or None."""
         has_strings = isinstance(stop, str) or any(isinstance(item, str) for item in stop or ())
         return self._read_decoder if has_strings and self._decode is None else None
 
@@ -108,7 +108,7 @@ class Sampler:
         self._decode = self._load_decode()
 
     def cancel(self, ticket: Hashable) -> None:
-        """Forget a job; nothing is returned for it."""
+        """Drop a job; nothing is returned for it."""
         self._drop(lambda job: job.ticket == ticket)
 
     def _drop(self, matches: Callable[[Job], bool]) -> None:
@@ -123,42 +123,42 @@ class Sampler:
                 self._release(row)
 
     def free_idle(self) -> None:
-        """Free what only makes the next step quicker, unless there is something to do."""
+        """Free caches that only make the next step faster, unless there is work."""
         if not self.is_busy:
             self._forget_state()
 
     @torch.no_grad()
     def step(self) -> list[Outcome]:
-        """Admit, then advance every running sequence by a token; give what is finished.
+        """Admit, then advance running sequences by a token; return the outcomes of finished jobs.
 
-        If that fails, the jobs of the step are computed again in smaller groups, until the one
-        that fails alone is found. It ends with its exception. The others get the answer that they
-        would have got: their tokens depend on their seeds only.
+        If a step fails, its jobs are recomputed in smaller groups until the job that fails alone is
+        found. That job ends with its exception. The other jobs get the same results as without the
+        failure, since their tokens depend on their seeds only.
         """
         try:
             self._prompts.begin_step(is_alone=not self._is_shared)
             spent = self._admit()
-            # What has ended with its first token is answered before the others get their next one,
-            # but not twice in a row: they are not to wait forever.
+            # Jobs that end with their first token are returned before the others advance, but not
+            # twice in a row, so that running sequences always make progress.
             self._answers_first = bool(self._finished) and not self._answers_first
             if not self._answers_first:
                 for rows, logits in self._prompts.read(spent):
                     self._take_tokens(np.array(rows), logits.repeat(len(rows), 1))
                 if len(self._unit) > self._prompts.waiting:
                     self._advance()
-        except Exception as exc:  # handed to whoever waits for the job that caused it
+        except Exception as exc:  # returned as the outcome of the job that caused it
             self._isolate(exc)
         done, self._finished = self._finished, []
         return done
 
     def _fail(self, job: Job, exc: Exception) -> None:
-        """End a job with the failure that it alone has caused."""
+        """End a job with the exception that it caused alone."""
         logger.warning("Sample request %s failed: %s", job.ticket, exc, exc_info=exc)
         self._drop(lambda other: other is job)
         self._finished.append((job.ticket, exc))
 
     def _isolate(self, exc: Exception) -> None:
-        """Start again after a failed step: halve the jobs that were in it, or end the only one."""
+        """After a failed step: split its jobs into two groups to retry, or end its only job."""
         answered = {ticket for ticket, _ in self._finished}
         jobs = [job for job in self._begun if job.ticket not in answered]
         logger.warning("A sampling step of %d requests failed: %s", len(jobs), exc, exc_info=exc)
@@ -177,7 +177,7 @@ class Sampler:
             self._suspects.extendleft([jobs[half:], jobs[:half]])
 
     def _forget_state(self) -> None:
-        """Nothing runs. What a failure may have left half changed is made again."""
+        """Drop all running rows and make a new state: a failure may have left it inconsistent."""
         self._rows = Rows()
         self._reserved.clear()
         self._unit.clear()
@@ -186,7 +186,7 @@ class Sampler:
         self._prompts = LongPrompts(self._base, self._state)
 
     def _line(self) -> SampleQueue:
-        """The units that may start now: after a failure, those of one group of suspects."""
+        """The units that may start now: after a failure, only those of the group being retried."""
         while self._isolating and not self._trial and not self._unit:
             if not self._suspects:
                 self._isolating = False
@@ -202,12 +202,11 @@ class Sampler:
 
     @property
     def _is_shared(self) -> bool:
-        """True if several shares have had something to do a short time ago."""
+        """True if several shares were active within `SHARING_SECONDS`."""
         return time.monotonic() < self._shared_until
 
     def _admit(self) -> float:
-        """Start waiting units, as many as there is room for; give the operations of their prompts,
-        but for long ones."""
+        """Start the waiting units that fit; return the operations of their short prompts."""
         queue = self._line()
         if not queue:
             return 0.0
@@ -248,7 +247,7 @@ class Sampler:
         self._take_tokens(np.array(flat), logits[which])
 
     def _usage(self) -> tuple[dict[Hashable, int], dict[Hashable, int]]:
-        """Rows and bytes that each share has in the running batch."""
+        """Rows and bytes of each share in the running batch."""
         rows: dict[Hashable, int] = {}
         reserved: dict[Hashable, int] = {}
         for row, unit in self._unit.items():
@@ -258,10 +257,10 @@ class Sampler:
         return rows, reserved
 
     def _choose_units(self, queue: SampleQueue) -> list[Unit]:
-        """Which units start now: as many as fit, of the share that has the fewest rows first.
+        """Which units start now: as many as fit, beginning with the share that has the fewest rows.
 
-        While several shares have something to do, none gets more than its part of the rows and of
-        the memory, but for one unit.
+        While several shares are active, each gets at most an equal part of the rows and the memory,
+        but always at least one unit.
         """
         chosen: list[Unit] = []
         used, reserved = self._usage()
@@ -269,7 +268,7 @@ class Sampler:
         heads = {share: unit for share, line in lines.items() if (unit := next(line, None))}
         parts = len(used.keys() | lines.keys())
         spent, rows = 0.0, len(self._rows.free)
-        counted: set[Job] = set()  # jobs whose prompt is in what is spent
+        counted: set[Job] = set()  # jobs whose prompt is counted in `spent`
         while heads:
             share = min(heads, key=lambda share: used.get(share, 0))
             unit, needed = heads[share], self._bytes(heads[share])
@@ -281,7 +280,7 @@ class Sampler:
                 and mine[1] + needed <= self._memory // parts
             )
             if unit.count > rows or not fits or not (is_fair or parts == 1):
-                del heads[share]  # what is behind it in its line waits for it
+                del heads[share]  # the rest of its queue waits behind it
                 continue
             if unit.job not in counted and not self._prompts.is_long(unit.job):
                 counted.add(unit.job)
@@ -299,10 +298,10 @@ class Sampler:
         return chosen
 
     def _make_room(self, queue: SampleQueue) -> None:
-        """Take rows back from shares that have more than their part, for those that have less.
+        """Preempt samples of shares above an equal part, to make room for shares below it.
 
-        The youngest samples go back to the head of their line and are computed again later, to the
-        same tokens. Those within a share's part are never taken, so every share makes progress.
+        The newest samples return to the head of their queue and are recomputed later, with the same
+        tokens. Samples within a share's part are never preempted, so every share makes progress.
         """
         parts = len(self._usage()[0].keys() | set(queue.shares()))
         if parts == 1:
@@ -328,7 +327,7 @@ class Sampler:
                 self._preempt(largest, queue)
 
     def _preempt(self, share: Hashable, queue: SampleQueue) -> None:
-        """Put the youngest running unit of a share back into its line."""
+        """Return the newest running unit of a share to its queue."""
         youngest = next(u for u in reversed(self._unit.values()) if u.job.share == share)
         rows = [row for row, unit in self._unit.items() if unit is youngest]
         indexes = [int(self._rows.index[row]) for row in rows]
@@ -344,7 +343,7 @@ class Sampler:
         return [Unit(job, i, min(width, count - i)) for i in range(0, count, width)]
 
     def _bytes(self, unit: Unit) -> int:
-        """What a unit's keys and values may come to."""
+        """Most bytes that a unit's keys and values may take."""
         return self._state.bytes_needed(len(unit.job.prompt), unit.count, unit.job.limit)
 
     def _start(self, unit: Unit) -> list[int]:
@@ -357,7 +356,7 @@ class Sampler:
         return rows
 
     def _scorer(self, groups: Sequence[Sequence[Unit]]) -> OnHidden | None:
-        """What fills in the scores of the jobs of each group; None if none wants any."""
+        """A callback that fills in the scores of each group's jobs; None if no job requests any."""
         asking: list[list[Job]] = [[] for _ in groups]
         for group, wanting in zip(groups, asking):
             for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
@@ -374,7 +373,7 @@ class Sampler:
         return score
 
     def _score(self, asking: Sequence[Sequence[Job]], states: Sequence[Tensor]) -> None:
-        """Fill in what the jobs of each prompt want to know of it; those of an adapter together."""
+        """Fill in the requested scores of each prompt's jobs, one adapter at a time."""
         by_adapter: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
         for jobs, own in zip(asking, states):
             for job in jobs:
@@ -386,8 +385,7 @@ class Sampler:
     # -- tokens ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """One more token for every running sequence, or for those whose turn it is; or what a
-        block of steps has come to."""
+        """Advance all running sequences, or those whose turn it is, by a token or a block."""
         if isinstance(self._state, BlockDecoding):
             self._advance_block(self._state)
             return
@@ -424,7 +422,7 @@ class Sampler:
     def _keep_topk(
         self, rows: Ints, ids: npt.NDArray[np.int32], logprobs: npt.NDArray[np.float32]
     ) -> None:
-        """Keep as many of the likeliest tokens (n, K) of each row as its job has asked for."""
+        """Keep as many of the likeliest tokens (n, K) of each row as its job requests."""
         for i, row in enumerate(rows.tolist()):
             job = self._rows.job[row]
             k = 0 if job is None else job.request.topk_sample_logprobs
@@ -432,7 +430,7 @@ class Sampler:
                 self._rows.topk[row].append((ids[i : i + 1, :k], logprobs[i : i + 1, :k]))
 
     def _record_tokens(self, rows: Ints, tokens: Ints, logprobs: npt.NDArray[np.float32]) -> None:
-        """Add a token to each row, and end the sequences that it ends."""
+        """Append a token to each row, and end the sequences that are complete."""
         state = self._rows
         stopped = state.append(rows, tokens, logprobs)
         full = state.length[rows] >= state.limit[rows]
@@ -440,7 +438,7 @@ class Sampler:
             job = state.job[row]
             if job is None:
                 continue
-            try:  # what is of this job alone
+            try:  # a failure here concerns this job only
                 if job.on_token is not None:
                     place = int(state.index[row]), int(state.length[row])
                     job.tell_token(*place, int(tokens[i]), float(logprobs[i]))
@@ -476,7 +474,7 @@ class Sampler:
         self._begun.pop(job, None)
 
     def _record(self, row: int, job: Job, reason: types.sampling.StopReason) -> None:
-        """Copy a sequence that has ended out of its row."""
+        """Copy a finished sequence out of its row."""
         length = int(self._rows.length[row])
         topk = self._rows.topk[row]
         job.sequences[int(self._rows.index[row])] = types.SampledSequence(

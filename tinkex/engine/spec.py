@@ -17,8 +17,8 @@ class Spec:
         residual_scale: factor on what attention and MLP add to their input.
         logit_scale: factor on logits.
         activation: "silu" or "gelu_pytorch_tanh", of the MLP's gate.
-        windows: of each layer, positions that a token attends to, itself among them; 0 is all.
-            Empty if no layer has one.
+        windows: of each layer, positions that a token attends to, including its own; 0 is all.
+        Empty if no layer has a window.
         interleaved: True if rotated pairs are (2 i, 2 i + 1), not (i, i + D / 2).
     """
 
@@ -53,10 +53,10 @@ class Spec:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def window(self, layer: int) -> int:
-        """Positions that a token of *layer* attends to; 0 is all before it, and itself."""
+        """Positions that a token of *layer* attends to, including its own; 0 is all."""
         return self.windows[layer] if self.windows else 0
 
     @property
     def distinct_windows(self) -> tuple[int, ...]:
-        """Every window that a layer has."""
+        """The different windows of the layers."""
         return tuple(sorted(set(self.windows))) or (0,)

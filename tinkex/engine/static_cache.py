@@ -1,9 +1,9 @@
-"""Keys and values of running samples in tensors that stay where they are.
+"""The KV cache of running samples in tensors at fixed addresses.
 
 Samples are grouped by length: a slab has room for rows of T positions, T being a power of two. A
-sample moves to the next slab when it has outgrown its own. New keys are written, and read, at
-places that the device computes from its own numbers; so the steps of some rows all have one shape,
-and can be recorded (decode_graph.py).
+sample that outgrows its slab moves to the next. The device computes the places where keys are
+written and read, so all steps over the same number of rows have one shape and can be recorded
+(decode_graph.py).
 
 Notation as in attention.py: G key/value heads, D head size, T positions, R rows of a slab.
 """
@@ -28,7 +28,7 @@ _numbers = itertools.count(1)
 
 
 def positions_of_row(needed: int) -> int:
-    """Positions of the rows in which *needed* fit."""
+    """Positions of the shortest rows that hold *needed* positions."""
     return max(SHORTEST, _power_of_two(needed))
 
 
@@ -43,10 +43,10 @@ class Slab:
         filler: the number in `members` of a row that is not in use.
 
     Attributes:
-        number: no other slab has the same.
+        number: unique among slabs.
         k, v: (layers, R, G, T, D).
-        members: (R,) int64 on the device, whose row each is; what a step reads.
-        rows: the same as the host knows it, None where free.
+        members: (R,) int64 on the device, the sequence in each row; read by steps.
+        rows: the same on the host, None where free.
     """
 
     def __init__(
@@ -74,23 +74,23 @@ class Slab:
 
     @property
     def used(self) -> list[int]:
-        """The rows of `rows` that are in use."""
+        """The sequences in `rows`."""
         return [slot for slot, row in enumerate(self.rows) if row is not None]
 
     @property
     def prefix(self) -> int:
-        """So many rows from the first on hold all that are in use: a power of two, or all."""
+        """How many rows from the first one cover all rows in use: a power of two, or all."""
         return min(len(self.rows), _power_of_two(max(self.used, default=0) + 1))
 
     def tell_members(self, going: Set[int]) -> None:
-        """Copy to `members` the rows that are *going*."""
+        """Copy the rows of *going* sequences to `members`."""
         members = [self._filler if row is None or row not in going else row for row in self.rows]
         if members != self._told:
             self._told = members
             copy_in(self.members, np.array(members, np.int64))
 
     def move(self, source: int, target: Slab, slot: int) -> None:
-        """Row *source* becomes row *slot* of *target*, which is no shorter."""
+        """Move row *source* to row *slot* of *target*, whose rows are at least as long."""
         size = self.positions
         target.k[:, slot, :, :size] = self.k[:, source]
         target.v[:, slot, :, :size] = self.v[:, source]
@@ -109,8 +109,8 @@ class StaticCache:
     """The slabs of one base model, one for each length in use.
 
     Args:
-        budget: bytes that slabs may take; beyond that, one only gets the rows that it needs.
-        filler: the number of no row.
+        budget: bytes that slabs may take; beyond that, a slab gets only the rows it needs.
+        filler: a number that no sequence has.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class StaticCache:
 
     @property
     def rows(self) -> list[int]:
-        """All rows that have a place."""
+        """All sequences that have a row."""
         return list(self._places)
 
     @property
@@ -143,8 +143,7 @@ class StaticCache:
         return 2 * spec.layers * spec.kv_heads * spec.head_dim * self._made_of[1].itemsize
 
     def add(self, rows: Sequence[int], prompt_length: int) -> tuple[StaticCache, int]:
-        """Make room for samples of one prompt; give what takes their keys and values, and which
-        place of it to `fill`."""
+        """Make room for samples of one prompt; return the cache, and the place in it to `fill`."""
         slab = self._with_room(positions_of_row(prompt_length + 1), len(rows))
         free = [slot for slot, row in enumerate(slab.rows) if row is None]
         for row, slot in zip(rows, free):
@@ -190,7 +189,7 @@ class StaticCache:
                     self._places[row] = slab, target
 
     def tell_members(self, going: Set[int]) -> list[Slab]:
-        """Let the next steps read the rows that are *going*; give the slabs that have any."""
+        """Let the next steps read the rows of *going* sequences; return the slabs that have any."""
         slabs = [slab for slab in self if not going.isdisjoint(slab.rows)]
         for slab in slabs:
             slab.tell_members(going)

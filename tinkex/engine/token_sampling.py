@@ -2,8 +2,8 @@
 
 The noise is Gumbel noise (the likeliest token after adding it is a sample), computed from the
 sequence's key, the position and the token by a counter-based generator. So a sequence's tokens do
-not depend on what else is in the batch; and since only a near tie can be turned by the last bits
-of a logit, not on how the batch was multiplied either. Does not know about models or requests.
+not depend on what else is in the batch. Nor do they depend on how the batch was multiplied, since
+the last bits of a logit can decide only near ties. Does not know about models or requests.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
-#: How many of the likeliest tokens a top-p choice looks at first; eight times more if too few.
+#: How many of the likeliest tokens top-p considers at first; eight times more if these are too few.
 FIRST_CANDIDATES = 128
 
 
 def mix(x: Keys) -> Keys:
-    """SplitMix64's finaliser (Steele et al. 2014): every bit of x reaches all of the result."""
+    """SplitMix64's finaliser (Steele et al. 2014): each bit of x affects the whole result."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
@@ -50,7 +50,7 @@ def gumbel(keys: Keys, positions: Ints, streams: Ints) -> Floats:
 
 @attrs.frozen(eq=False)
 class Settings:
-    """How each of n rows chooses: arrays of length n.
+    """Sampling settings of n rows: arrays of length n.
 
     Attributes:
         keys, positions: what the noise depends on.
@@ -77,9 +77,9 @@ class Settings:
 
 
 def usable_temperature(temperature: float) -> float:
-    """A temperature by which float32 logits can be divided without overflow.
+    """Clamp a temperature so that float32 logits can be divided by it without overflow.
 
-    Below 1e-6 the likeliest token is the only one left, as at 0; above 1e30 all are alike.
+    Below 1e-6 only the likeliest token remains, as at 0; above 1e30 all tokens are equally likely.
     """
     return 0.0 if temperature < 1e-6 else min(temperature, 1e30)
 
@@ -111,14 +111,14 @@ def _greedy(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
 
 
 def _scaled(logits: Tensor, settings: Settings) -> Tensor:
-    """Logits at each row's temperature; the same tensor where that is 1 everywhere."""
+    """Logits divided by each row's temperature; the same tensor if all are 1."""
     if (settings.temperature == 1).all():
         return logits
     return logits / torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
 
 
 def in_blocks(probs: Tensor) -> Tensor:
-    """(n, V) as (n, blocks, tokens of a block), about as many of each; padded with 0."""
+    """(n, V) as (n, blocks, tokens of a block), about equally many of both; padded with 0."""
     vocab = probs.shape[1]
     block = 1 << ((vocab - 1).bit_length() + 1) // 2
     blocks = -(-vocab // block)
@@ -128,13 +128,13 @@ def in_blocks(probs: Tensor) -> Tensor:
 
 
 def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
-    """A choice among all tokens: first among blocks of the vocabulary, then within the block.
+    """Sample from all tokens: first a block of the vocabulary, then a token in the block.
 
-    Noise is then needed for about 2 sqrt(V) numbers a row, not for V.
+    This needs about 2 sqrt(V) random numbers a row instead of V.
     """
     scaled = _scaled(logits, settings)
     largest = scaled.amax(dim=1, keepdim=True)
-    probs = torch.sub(scaled, largest).exp_()  # not divided by their sum, which changes no choice
+    probs = torch.sub(scaled, largest).exp_()  # not normalised, which does not change the result
     probs = in_blocks(probs)
     _, blocks, block = probs.shape
     totals = probs.sum(dim=2)
@@ -156,7 +156,7 @@ def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:
 
 
 def _filtered(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
-    """A choice among the top_k likeliest, and of these among the top_p (Holtzman et al. 2020)."""
+    """Sample from the top_k likeliest tokens, restricted to top_p (Holtzman et al. 2020)."""
     scaled = _scaled(logits, settings)
     vocab = scaled.shape[1]
     limit = np.where(settings.top_k > 0, np.minimum(settings.top_k, vocab), vocab)

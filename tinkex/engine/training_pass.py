@@ -25,17 +25,17 @@ from tinkex.engine.lm_head import Rows, target_logprobs
 from tinkex.engine.lora import TrainedLinears
 from tinkex.engine.memory import kind_of, total_memory
 
-#: Fewest and most tokens that a micro-batch aims for, by kind of device. With fewer, matrix
-#: products are slower and the workers' shares become too small; more are no faster.
-#: Between two micro-batches other work may be computed, so they should not be larger than needed.
+#: Least and greatest target size of a micro-batch in tokens, by kind of device. With fewer, matrix
+#: products are slower and the workers' shares become too small; more are no faster. Other work may
+#: run between micro-batches, so they should not be larger than needed.
 MIN_TOKENS = {"cpu": 1024, "cuda": 4096}
 MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-#: Bytes of activations up to which a micro-batch takes more than the fewest tokens.
+#: Bytes of activations up to which a micro-batch takes more than the least number of tokens.
 COMFORTABLE_ACTIVATIONS = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
 
-#: Part of the memory that activations may take before layers keep only their inputs and are
-#: computed again in the backward pass (which costs a third more arithmetic).
+#: Fraction of memory that activations may take before layers save only their inputs and are
+#: recomputed in the backward pass (which costs a third more arithmetic).
 ACTIVATION_SHARE = 0.125
 
 
@@ -47,7 +47,7 @@ class Prepared:
         tokens: (N,) int32.
         targets: (N, K) int64; K = 1 unless the datum has several targets per token.
         arrays: float inputs of the loss by name, (N, K) float32 each, defaults filled in.
-        shape: of target_tokens as they came.
+        shape: of target_tokens in the request.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -62,7 +62,7 @@ class Prepared:
 def prepare(
     data: Sequence[types.Datum], loss_fn: str, config: Mapping[str, float]
 ) -> list[Prepared]:
-    """The inputs that *loss_fn* reads, of data that `types.check_data` has passed.
+    """The inputs of *loss_fn* as arrays, from data that passed `types.check_data`.
 
     Raises:
         ValueError: If an input has another shape than the targets.
@@ -120,10 +120,10 @@ def _prepare_one(
 
 
 def tokens_per_batch(device: torch.device, activation_bytes: int) -> int:
-    """Tokens of a micro-batch; depends on the model and the kind of device alone.
+    """Tokens of a micro-batch; depends only on the model and the kind of device.
 
     Args:
-        activation_bytes: that a token needs.
+        activation_bytes: per token.
     """
     kind = kind_of(device)
     comfortable = COMFORTABLE_ACTIVATIONS[kind] // activation_bytes
@@ -137,14 +137,14 @@ def tokens_to_keep(base: BaseModel) -> int:
 
 
 def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of the sequences of each micro-batch: at most *most* tokens, or one sequence.
+    """Indices of the sequences of each micro-batch: at most *most* tokens, or one sequence.
 
-    Sorted by length, longest first, so that those of one batch are similar; a batch has one width
-    (targets per token).
+    Sorted by length, longest first, so that a batch holds similar lengths; all its sequences have
+    the same width (targets per token).
     """
     order = sorted(range(len(lengths)), key=lambda i: (widths[i], -lengths[i], i))
     total = sum(lengths)
-    even = -(-total // -(-total // most))  # as few batches as can be, all about as large
+    even = -(-total // -(-total // most))  # as few batches as possible, of about equal size
     batches: list[list[int]] = []
     tokens = 0
     for i in order:
@@ -159,7 +159,7 @@ def micro_batches(lengths: Sequence[int], widths: Sequence[int], most: int) -> l
 
 @attrs.frozen(eq=False)
 class _Outcome:
-    """What came of the datums *numbers*: loss, metrics, and arrays (N, K) of all rows by name."""
+    """Results of the datums *numbers*: loss, metrics, and arrays (N, K) of all rows by name."""
 
     numbers: Sequence[int]
     lengths: Sequence[int]
@@ -172,13 +172,13 @@ class Pass:
     """The computation of one request, micro-batch by micro-batch.
 
     Args:
-        linears: the matrices; the gradient is all there once every batch has been computed and
-            `output` was called.
+        linears: the matrices; the gradient is complete once every batch has been computed and
+        `output` has been called.
         workers: compute the shares of a micro-batch.
-        forward_only: take no gradients.
+        forward_only: compute no gradients.
 
     Attributes:
-        batches: what to give to `compute`, one after the other.
+        batches: arguments for `compute`, one after the other.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Attention over packed sequences by torch's kernel for them, where there is one: CUDA, 16 bits.
+"""Attention over packed sequences by torch's varlen kernel, where available: CUDA, 16 bits.
 
-It reads sequences one after the other, without padding, with windows. It is used if it gives on
-this device what padded attention gives. Does not know how sequences are batched otherwise.
+The kernel needs no padding and supports windows. It is used only if its results on this device
+agree with padded attention. Does not know how sequences are batched otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int], Tensor]
 
 @attrs.frozen(eq=False)
 class Saved:
-    """What the backward pass needs: the output, and the queries, keys and values it is of."""
+    """What the backward pass needs: queries, keys, values and the output."""
 
     out: Tensor
     parts: Sequence[Tensor]
@@ -33,10 +33,10 @@ class Saved:
 def torch_kernel(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, window: int
 ) -> Tensor:
-    """torch's own; *window* positions, the query's among them, 0 is all."""
+    """torch's kernel; *window* positions, including the query's, 0 is all."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # The kernel counts the positions before the query's.
+    # The kernel counts only positions before the query's.
     sides = (window - 1 if window else -1, 0)
     out: Tensor = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides, enable_gqa=True
@@ -46,7 +46,7 @@ def torch_kernel(
 
 @cache
 def kernel_for(device: torch.device, dtype: torch.dtype, size: int) -> Kernel | None:
-    """The kernel for heads of *size* numbers; None where there is none, or it is not right."""
+    """The kernel for heads of *size* numbers; None if it is unavailable or inaccurate."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     try:
@@ -61,7 +61,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype, size: int) -> Kernel | 
 
 @torch.enable_grad()
 def agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, size: int) -> bool:
-    """True if outputs and gradients over two sequences are those of padded attention."""
+    """True if outputs and gradients of two sequences agree with padded attention."""
     lengths, generator = (5, 12), torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, size) for heads in (4, 2, 2)]
     drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]

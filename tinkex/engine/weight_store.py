@@ -1,7 +1,7 @@
 """Storage of frozen weights: in memory, or in files that are memory-mapped.
 
-Pages of a file are read when a layer needs them, and dropped when memory is needed elsewhere. So a
-model may be larger than the memory, at the price of reading it from disk in every step.
+Pages of a file are read when a layer needs them, and dropped when memory is short. So a model may
+be larger than memory, at the cost of reading it from disk in every step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class WeightStore:
     """Room for frozen weights.
 
     Attributes:
-        folder: where the files are; None keeps weights in memory. Files have no name: they are gone
-            when the process ends, however it ends.
+        folder: where the files are; None keeps weights in memory. Files are unlinked, so they
+        disappear when the process ends, however it ends.
     """
 
     folder: Path | None = None
@@ -41,13 +41,13 @@ class WeightStore:
         if self.folder is None or count * like.element_size() < SMALLEST:
             return like.new_empty(shape)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".weights-") as file:
-            if hasattr(os, "posix_fallocate"):  # a disk that is full later would end the process
+            if hasattr(os, "posix_fallocate"):  # a full disk would kill the process later
                 os.posix_fallocate(file.fileno(), 0, count * like.element_size())
             flat = torch.from_file(file.name, shared=True, size=count, dtype=like.dtype)
         return flat.view(*shape)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """*tensor* where it is kept: itself, or a copy in a file."""
+        """*tensor* itself, or a copy of it in a file."""
         if self.folder is None or tensor.nbytes < SMALLEST:
             return tensor
         return self.empty(tensor.shape, tensor).copy_(tensor)

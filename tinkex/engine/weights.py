@@ -1,6 +1,6 @@
 """Weights of a Hugging Face directory: find the files, check them, and read tensor by tensor.
 
-A tensor is read from disk, in blocks, when it is taken, straight into its final type and device.
+A tensor is read from disk, in blocks, when it is accessed, straight into its final type and device.
 So loading needs little more memory than the weights themselves. Errors name the file and the fix.
 """
 
@@ -25,7 +25,7 @@ SINGLE = "model.safetensors"
 #: Bytes of a tensor that are read at a time.
 BLOCK = 4 * 2**20
 
-#: Types that weights are stored in, by safetensors' names.
+#: Types of stored weights, by safetensors' names.
 FLOATS = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -33,13 +33,13 @@ FLOATS = {
     "F64": torch.float64,
 }
 
-#: What a file begins with that git-lfs has not replaced by its content.
+#: The first bytes of a git-lfs pointer file.
 _POINTER = b"version https://git-lfs"
 
-#: Buffers in old checkpoints that are computed from the configuration today.
+#: Buffers in old checkpoints that are now computed from the configuration.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
-#: Ends of tensor names that only quantized checkpoints have.
+#: Suffixes of tensor names that only quantized checkpoints have.
 _QUANTIZED_SUFFIXES = (
     ".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_packed", ".absmax",
     ".SCB", ".quant_map",
@@ -87,7 +87,7 @@ def _quantized(name: str, method: str) -> ValueError:
 
 @attrs.frozen
 class _Place:
-    """Where a tensor lies on disk: file, offset of its first byte, and how it is stored."""
+    """A tensor's place on disk: file, offset of its first byte, type and shape."""
 
     path: Path
     offset: int
@@ -125,7 +125,7 @@ class Weights(MutableMapping[str, Tensor]):
         self._dtype = dtype
         self._device = device
         self._places: dict[str, _Place] = {}
-        # One buffer for all: if each access allocated one, the heap would be left with gaps.
+        # One buffer for all accesses: a new one each time would fragment the heap.
         self._buffer = torch.empty(BLOCK, dtype=torch.uint8)
         for path in _weight_files(directory):
             self._add_file(name, path)
@@ -149,7 +149,7 @@ class Weights(MutableMapping[str, Tensor]):
         for key, entry in header.items():
             if key.endswith(_QUANTIZED_SUFFIXES) or entry["dtype"] not in FLOATS:
                 raise _quantized(name, f"{path.name} holds {key!r} of type {entry['dtype']}")
-            # A file of the decoder alone, without a head, omits the first part of names.
+            # A file of the decoder without a head omits the prefix of names.
             full = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
             offset = 8 + size + entry["data_offsets"][0]
             self._places[full] = _Place(path, offset, tuple(entry["shape"]), FLOATS[entry["dtype"]])
@@ -157,14 +157,14 @@ class Weights(MutableMapping[str, Tensor]):
     def check(
         self, name: str, expected: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()
     ) -> None:
-        """Check that there are exactly the tensors of the model.
+        """Check that the files hold exactly the tensors of the model.
 
         Args:
             expected: shapes by name.
-            ignored: may be there or not, as the head of a model with tied embeddings.
+            ignored: optional tensors, such as the head of a model with tied embeddings.
 
         Raises:
-            ValueError: Naming what is missing, unexpected, or of another shape.
+            ValueError: Naming what is missing, unexpected, or has a wrong shape.
         """
         for key in [key for key in self._places if key.endswith(_IGNORED_SUFFIXES)]:
             del self[key]
@@ -225,7 +225,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def is_complete(directory: Path) -> bool:
-    """True if all files that hold weights are there (not whether they are whole)."""
+    """True if all files that hold weights exist; does not check their content."""
     try:
         return bool(_weight_files(directory))
     except ValueError:
