@@ -49,7 +49,7 @@ FLOORS = [
 ]
 
 #: The server and the client meet on the wire alone.
-ENGINE_MAY_USE = {"engine", "types", "errors", "text"}
+ENGINE_MAY_USE = {"engine", "types", "errors", "text", "config"}
 SERVER_MAY_USE = {"server", "engine", "types", "errors", "wire", "text", "config", "_version"}
 
 #: Part of the extra `local`, or slow to import: never at the top of a module outside of engine/ and

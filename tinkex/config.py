@@ -357,6 +357,11 @@ def home() -> Path:
     return Path(variable("TINKEX_HOME") or "~/.tinkex").expanduser()
 
 
+def cache() -> Path:
+    """The folder of what can be made again: tinkex/ in XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinkex"
+
+
 def engine_key_file(base_url: str) -> Path:
     """The file with the key of the embedded engine at *base_url*, while that runs.
 

@@ -51,6 +51,17 @@ def test_few_rows_and_many_are_the_product_with_the_rounded_matrix(rows, bias, m
     assert float((out.double() - exact).norm() / exact.norm()) < 0.01
 
 
+@pytest.mark.parametrize("columns", [20, 40, 47])
+def test_rows_that_torchs_product_would_read_beyond_are_left_to_another(columns):
+    weight, x = matrix(64, columns), matrix(3, columns)
+    rounded, scales = int8.round_rows(weight)
+
+    out = int8.linear(x, rounded, scales)
+
+    exact = (x.double() @ rounded.double().T) * scales.double()
+    assert float((out.double() - exact).norm() / exact.norm()) < 0.01
+
+
 def test_without_torchs_product_for_few_rows_the_numbers_are_the_same(monkeypatch):
     weight, x = matrix(64, 96), matrix(3, 96)
     rounded, scales = int8.round_rows(weight)

@@ -75,6 +75,14 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
     "in every step, which is slow. Default: such a model is refused. On a CPU only.",
 )
 @click.option(
+    "--compiled/--no-compiled",
+    default=True,
+    envvar="TINKEX_COMPILED",
+    show_envvar=True,
+    help="Decode tokens on a CPU with code that the machine's C compiler compiles once, or with "
+    "PyTorch alone, which is slower. Without a compiler it is always PyTorch.",
+)
+@click.option(
     "--user-models", type=click.IntRange(1), metavar="N", help="Live models that a user may have."
 )
 @click.option(

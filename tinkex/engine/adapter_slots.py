@@ -108,9 +108,9 @@ class AdapterSlots:
             if thin is None:
                 continue
             parts, rank = len(buffer.b), adapter.rank
-            buffer.a[slot, :, :rank].copy_(thin.a.T.reshape(parts, rank, -1))
+            buffer.a[slot, :, :rank].copy_(thin.a.view(parts, rank, -1))
             for target, b in zip(buffer.b, thin.b):
-                target[slot, :rank].copy_(b)
+                target[slot, :rank].copy_(b.T)
         self._owners[slot] = weakref.ref(adapter)
 
     def linears(self, slots: Tensor | None) -> SlotLinears:

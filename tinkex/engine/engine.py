@@ -8,6 +8,7 @@ ValueError with a full sentence. Long, because it is one class with every operat
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from functools import partial
@@ -19,12 +20,22 @@ import torch
 from torch import Tensor
 
 from tinkex import types
-from tinkex.engine import checkpoints, finished_lora, int8, loading, lora, losses, optim
-from tinkex.engine.base_model import BaseModel
+from tinkex.engine import (
+    checkpoints,
+    cpu_decoding,
+    cpu_kernels,
+    finished_lora,
+    int8,
+    loading,
+    lora,
+    losses,
+    optim,
+)
+from tinkex.engine.base_model import BaseModel, SamplingState
 from tinkex.engine.block_decoding import BlockDecoding
 from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.decode_graph import CudaCapture
-from tinkex.engine.fast_path import FastModel
+from tinkex.engine.fast_path import FastModel, FastSampling
 from tinkex.engine.memory import keep_freed_memory, total_memory
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
@@ -110,8 +121,10 @@ class Engine:
             no log-probabilities of prompts are given.
         names: directories (or GGUF files) by name; only the name is shown to clients.
         weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
+        compiled: True decodes with a step that the machine's C compiler compiles (cpu_decoding.py),
+            on a CPU with such a compiler and for families of the fast path.
         in_blocks: True samples in blocks of steps with a static cache (block_decoding.py), for
-        families of the fast path; None does so on CUDA only.
+            families of the fast path; None does so on CUDA only.
 
     Raises:
         ValueError: If the device cannot be used or the dtype is unknown.
@@ -126,6 +139,7 @@ class Engine:
         names: Mapping[str, str] | None = None,
         weights_folder: Path | None = None,
         in_blocks: bool | None = None,
+        compiled: bool = True,
     ) -> None:
         self._weights_folder = weights_folder
         self._directories = dict(names or {})
@@ -135,6 +149,9 @@ class Engine:
         is_cuda = self._device.type == "cuda"
         self._in_blocks = is_cuda if in_blocks is None else in_blocks
         self._capture = CudaCapture(self._device) if is_cuda and self._in_blocks else None
+        self._compiled = compiled and self._device.type == "cpu"
+        if self._compiled:  # compiles while a model is being read, the first time on a machine
+            threading.Thread(target=cpu_kernels.load, name="tinkex-compile", daemon=True).start()
         self._is_rounded = dtype == loading.INT8
         self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
@@ -204,11 +221,20 @@ class Engine:
             loaded.tokenizer_id if is_mapped else "",
         )
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
-        new_state = None
-        if self._in_blocks and isinstance(loaded.base, FastModel):
-            new_state = partial(BlockDecoding, loaded.base, self._workers, memory, self._capture)
+        new_state = self._state_maker(loaded.base, memory)
         sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers, new_state)
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
+
+    def _state_maker(
+        self, base: BaseModel, memory: int
+    ) -> Callable[[], SamplingState | BlockDecoding] | None:
+        """What makes the sampling state of *base*; None for its own."""
+        if not isinstance(base, FastModel):
+            return None
+        if self._in_blocks:
+            return partial(BlockDecoding, base, self._workers, memory, self._capture)
+        compiled = cpu_decoding.step_of(base) if self._compiled else None
+        return partial(FastSampling, base, self._workers, compiled=compiled)
 
     def _check_exact(self, lacks: str) -> None:
         if self._is_rounded:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from tinkex.engine.attention import PackedAttention, Packing, attention
 from tinkex.engine.base_model import Ints, OnHidden, Prompt
+from tinkex.engine.cpu_decoding import CompiledStep
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
 from tinkex.engine.linears import Linears
 from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
-from tinkex.engine.model import Base, Forward, Training
-from tinkex.engine.sample_pools import Pools
+from tinkex.engine.model import Attend, Base, Forward, Training
+from tinkex.engine.sample_pools import Pool, Pools
 from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 
 #: An adapter with at least this many rows is merged into copies of the matrices.
@@ -99,11 +100,19 @@ class FastSampling:
 
     Args:
         store: keeps the keys and values instead of the pools, for callers that do not use
-        `advance`.
+            `advance`.
+        compiled: computes the steps of `advance`; None is PyTorch.
     """
 
-    def __init__(self, base: Base, workers: Workers, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        workers: Workers,
+        store: Store | None = None,
+        compiled: CompiledStep | None = None,
+    ) -> None:
         self._base = base
+        self._compiled = compiled
         self._workers = workers
         step_bytes = max(STEP_BYTES[kind_of(base.device)], 2 * base.nbytes)
         self._token_operations = matrix_operations(base.linears)
@@ -247,14 +256,36 @@ class FastSampling:
         bounds = np.cumsum([0, *(len(m) for m in members)])
         rows = np.concatenate([np.array(m, np.int64) for m in members])
         adapters = self._numbers(rows)
-        to_pools = from_pools = None
+        order = None
         if (np.diff(adapters) < 0).any():  # rows of one adapter side by side: one product
             order = np.argsort(adapters, kind="stable")
             rows, adapters = rows[order], adapters[order]
+        base = self._base
+        at = torch.from_numpy(positions[rows]).to(base.device)
+        x = base.embed(torch.from_numpy(tokens[rows]).to(base.device))
+        if self._compiled is not None:
+            spans = np.concatenate([pool.spans() for pool in pools])
+            spans = spans if order is None else spans[order]
+            logits = self._compiled.logits(x, at, spans, self._stack.adapters, adapters)
+        else:
+            attend = self._attend_in(pools, bounds, order)
+            logits = self._logits(x, at, int(positions[rows].max()) + 1, adapters, attend)
+        for pool in pools:
+            pool.end_step()
+        return rows, logits
+
+    def _attend_in(self, pools: Sequence[Pool], bounds: Ints, order: Ints | None) -> Attend:
+        """Attention of rows, in an *order* that may not be that of the pools.
+
+        Args:
+            bounds: (pools + 1,) the first row of each, and their number.
+        """
+        spec = self._base.spec
+        split = [spec.heads, spec.kv_heads, spec.kv_heads]
+        to_pools = from_pools = None
+        if order is not None:
             to_pools = torch.from_numpy(np.argsort(order)).to(self._base.device)
             from_pools = torch.from_numpy(order).to(self._base.device)
-        base, spec = self._base, self._base.spec
-        split = [spec.heads, spec.kv_heads, spec.kv_heads]
 
         def attend(layer: int, qkv: Tensor) -> tuple[Tensor, object]:
             own = qkv if to_pools is None else qkv.index_select(0, to_pools)
@@ -265,17 +296,20 @@ class FastSampling:
             out = outs[0] if len(outs) == 1 else torch.cat(outs)
             return (out if from_pools is None else out.index_select(0, from_pools)), None
 
+        return attend
+
+    def _logits(
+        self, x: Tensor, positions: Tensor, longest: int, adapters: Ints, attend: Attend
+    ) -> Tensor:
+        """Logits (N, V) of embedded tokens (N, d)."""
+        base = self._base
         single = self._stack.adapters[0] if len(self._stack.adapters) == 1 else None
-        room = self._room(single, len(rows) >= MERGE_ROWS)
+        room = self._room(single, len(x) >= MERGE_ROWS)
         linears = MixedLinears(base.linears, self._stack, adapters, room)
-        at = torch.from_numpy(positions[rows]).to(base.device)
-        forward = Forward(base, linears, at, int(positions[rows].max()) + 1, attend)
-        x = base.embed(torch.from_numpy(tokens[rows]).to(base.device))
-        for i in range(spec.layers):
+        forward = Forward(base, linears, positions, longest, attend)
+        for i in range(base.spec.layers):
             x, _ = forward.layer(i, x)
-        for pool in pools:
-            pool.end_step()
-        return rows, head_logits(linears, base.finish(x)[0], spec.logit_cap)
+        return head_logits(linears, base.finish(x)[0], base.spec.logit_cap)
 
     def _numbers(self, rows: Ints) -> Ints:
         """Number of each row's adapter in the stack, which is rebuilt when the adapters change.

@@ -24,35 +24,37 @@ from tinkex.engine.lora import Layout, Pair, Workspace, of_experts
 class Finished:
     """A finished adapter: its low-rank matrices, ready to multiply with.
 
-    `thin[key]` is a `Pair` of A^T (in, parts * rank) and, part by part, scale B^T (rank, out).
+    `thin[key]` is a `Pair` of A (parts * rank, in) and, part by part, scale B (out, rank). The
+    latter follow each other in memory.
     """
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
         self.rank = layout.shape.rank
         self.thin: dict[str, Pair] = {}
         for key, pair in layout.pairs(flat).items():
-            b = tuple((m.T * layout.shape.scale).to(dtype).contiguous() for m in pair.b)
-            self.thin[key] = Pair(pair.a.T.to(dtype).contiguous(), b)
+            scaled = (torch.cat(pair.b) * layout.shape.scale).to(dtype)
+            b = scaled.split([len(m) for m in pair.b])
+            self.thin[key] = Pair(pair.a.to(dtype, copy=True), b)
 
     def add(self, key: str, y: Tensor, x: Tensor, linear: Linear) -> None:
         """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
         if key not in self.thin:
             return
         pair = self.thin[key]
-        inner = (x @ pair.a).split(self.rank, dim=1)
+        inner = matmul.linear(x, pair.a).split(self.rank, dim=1)
         for part, columns, b in zip(linear.parts, inner, pair.b):
-            y[:, part.start : part.stop].addmm_(columns, b)
+            y[:, part.start : part.stop].addmm_(columns, b.T)
 
     def merge_into(self, out: Tensor, key: str, linear: Linear) -> None:
         """Write W + scale B A into *out*, of the shape of W."""
         pair = self.thin[key]
         if linear.weight.dim() == 3:
-            a, b = of_experts(pair.a.T, pair.b[0].T, linear.experts)
+            a, b = of_experts(pair.a, pair.b[0], linear.experts)
             torch.baddbmm(linear.weight, b, a, out=out)
             return
-        for part, columns, b in zip(linear.parts, pair.a.split(self.rank, dim=1), pair.b):
+        for part, a, b in zip(linear.parts, pair.a.split(self.rank), pair.b):
             rows = slice(part.start, part.stop)
-            torch.addmm(linear.weight[rows], b.T, columns.T, out=out[rows])
+            torch.addmm(linear.weight[rows], b, a, out=out[rows])
 
 
 @attrs.frozen(eq=False)
@@ -121,23 +123,23 @@ class Stack:
         filled = [self._of_highest_rank(pair, first) for pair in thin]
         segments, start = [], 0
         every = range(len(first.b))
-        for width, parts in itertools.groupby(every, lambda i: first.b[i].shape[1]):
+        for width, parts in itertools.groupby(every, lambda i: len(first.b[i])):
             alike = list(parts)
-            b = torch.stack([pair.b[i] for pair in filled for i in alike])
+            b = torch.stack([pair.b[i].T for pair in filled for i in alike])
             segments.append(Segment(start, len(alike), b))
             start += len(alike) * width
-        return Stacked(torch.stack([pair.a.T for pair in filled]), tuple(segments))
+        return Stacked(torch.stack([pair.a for pair in filled]), tuple(segments))
 
     def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
         """*pair*, or zeros in the shape of *like*, zero-padded to the highest rank."""
         if pair is None:
-            pair = Pair(like.a[:, :0], tuple(m[:0] for m in like.b))
-        rank = len(pair.b[0])
+            pair = Pair(like.a[:0], tuple(m[:, :0] for m in like.b))
+        rank = pair.b[0].shape[1]
         if rank == self.rank:
             return pair
         more = self.rank - rank
-        a = F.pad(pair.a.reshape(len(pair.a), len(pair.b), rank), (0, more)).flatten(1)
-        return Pair(a, tuple(F.pad(m, (0, 0, 0, more)) for m in pair.b))
+        a = F.pad(pair.a.reshape(len(pair.b), rank, pair.a.shape[1]), (0, 0, 0, more))
+        return Pair(a.flatten(0, 1), tuple(F.pad(m, (0, more)) for m in pair.b))
 
 
 class MixedLinears:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tinkex.engine.linears import Linear
 
-#: Up to this many rows are multiplied by torch's int8 kernel; for more rows, the matrix is
-#: converted to bfloat16 block by block.
+#: Up to FEW rows are multiplied by torch's int8 kernel, which reads past the end of a matrix whose
+#: columns are not a multiple of WHOLE. Otherwise the matrix is converted to bfloat16 by blocks.
 FEW = 8
+WHOLE = 16
 BLOCK = 2**20
 
 
@@ -46,7 +47,7 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, in) bfloat16 times (weight (out, in) times scales (out,)) transposed, plus bias (out,)
     -> (N, out)."""
-    if 0 < len(x) <= FEW and _few_rows is not None:
+    if 0 < len(x) <= FEW and weight.shape[1] % WHOLE == 0 and _few_rows is not None:
         out = _few_rows(x.contiguous(), weight, scales)
     else:
         out = x.new_empty(len(x), len(weight))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tinkex.engine.attention import soft_cap_
+from tinkex.engine.cpu_kernels import SPAN
 from tinkex.engine.spec import Spec
 
 Ints = npt.NDArray[np.int64]
@@ -84,6 +85,15 @@ class Cache:
         for cache, values in ((self.k, k), (self.v, v)):
             cache[layer].view(-1, size).index_copy_(0, places, values.reshape(-1, size))
 
+    def spans(self, rows: Ints, lengths: Ints) -> npt.NDArray[np.void]:
+        """(n,) of `SPAN`: the first *lengths* positions of some rows; true until it grows."""
+        spans = np.zeros(len(rows), SPAN)
+        layer, row, head = self.k.stride()[:3]
+        for name, tensor in (("k", self.k), ("v", self.v)):
+            spans[name] = tensor.data_ptr() + rows * (row * tensor.element_size())
+        spans["layer"], spans["head"], spans["length"] = layer, head, lengths
+        return spans
+
     @property
     def nbytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
@@ -115,6 +125,7 @@ class SinglePool:
         self._cache = Cache(spec, device, dtype)
         self.members: list[int] = []
         self._lengths: list[int] = []
+        self._seen: dict[int, tuple[int, Tensor]] | None = None  # of a step, when first needed
 
     @property
     def nbytes(self) -> int:
@@ -148,19 +159,31 @@ class SinglePool:
 
     def begin_step(self) -> list[int]:
         """Make room for one more position of every sequence; return the sequences in row order."""
+        self._cache.reserve(len(self._lengths), max(self._lengths) + 1)
+        self._seen = None
+        return list(self.members)
+
+    def spans(self) -> npt.NDArray[np.void]:
+        """(n, 2) of `SPAN`, in row order, for attention outside of `attend`: no shared prompt, and
+        the positions of each sequence with the new one."""
+        lengths = np.array(self._lengths, np.int64) + 1
+        spans = np.zeros((len(lengths), 2), SPAN)
+        spans[:, 1] = self._cache.spans(np.arange(len(lengths)), lengths)
+        return spans
+
+    def _look(self) -> dict[int, tuple[int, Tensor]]:
+        """By window: the first position that this step reads, and the bias."""
         lengths = np.array(self._lengths, np.int64)
-        longest = int(lengths.max()) + 1
-        self._cache.reserve(len(lengths), longest)
-        self._span = self._cache.span(longest)
+        self._span = self._cache.span(int(lengths.max()) + 1)
         ends = np.repeat(lengths, self._spec.kv_heads)[:, None]
-        self._seen = {}  # by window: first position read, and the bias
+        found = {}
         for window in self._spec.distinct_windows:
             first = _first_seen(lengths, window, self._span)
             at = np.arange(first, self._span)
             seen = (at <= ends) & (at > ends - window) if window else at <= ends
-            self._seen[window] = first, _bias(seen, self._cache.k).unsqueeze(1)
+            found[window] = first, _bias(seen, self._cache.k).unsqueeze(1)
         self._ends = self._cache.places(np.arange(len(lengths)), lengths)
-        return list(self.members)
+        return found
 
     def end_step(self) -> None:
         """Count the new position of every sequence as written."""
@@ -168,6 +191,7 @@ class SinglePool:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v (n, G, D) of the new position; attend with q (n, H, D) -> (n, H D)."""
+        self._seen = self._seen or self._look()
         n, spec, span = len(q), self._spec, self._span
         self._cache.write(layer, self._ends, k, v)
         first, bias = self._seen[spec.window(layer)]
@@ -219,6 +243,7 @@ class SharedPool:
         self.members = np.empty((0, width), np.int64)
         self._prompt_lengths: list[int] = []
         self._own_lengths = np.empty((0, width), np.int64)
+        self._seen: dict[int, tuple[int, Tensor]] | None = None  # of a step, when first needed
 
     @property
     def nbytes(self) -> int:
@@ -272,14 +297,30 @@ class SharedPool:
     def begin_step(self) -> list[int]:
         """Make room for one more position of every sample; return the live ones in row order."""
         self._live = self.members.reshape(-1) >= 0
-        prompts = np.array(self._prompt_lengths, np.int64)
-        own = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
-        longest = int(own.max())
-        self._own.reserve(len(own), longest)
-        self._prompt_span, self._own_span = int(prompts.max()), self._own.span(longest)
+        self._counts = np.where(self._live, self._own_lengths.reshape(-1) + 1, 1)
+        self._own.reserve(len(self._counts), int(self._counts.max()))
+        self._live_rows = np.flatnonzero(self._live)
+        self._seen = None
+        members: list[int] = self.members.reshape(-1)[self._live_rows].tolist()
+        return members
+
+    def spans(self) -> npt.NDArray[np.void]:
+        """(n, 2) of `SPAN` of the live samples, in row order, for attention outside of `attend`:
+        the prompt, and the sample's own positions with the new one."""
+        rows = self._live_rows
+        groups = rows // self._width
+        spans = np.zeros((len(rows), 2), SPAN)
+        spans[:, 0] = self._prompts.spans(groups, np.array(self._prompt_lengths, np.int64)[groups])
+        spans[:, 1] = self._own.spans(rows, self._counts[rows])
+        return spans
+
+    def _look(self) -> dict[int, tuple[int, Tensor]]:
+        """By window: the first prompt position that this step reads, and the bias."""
+        prompts, own = np.array(self._prompt_lengths, np.int64), self._counts
+        self._prompt_span, self._own_span = int(prompts.max()), self._own.span(int(own.max()))
         before = np.repeat(prompts, self._width)[:, None]  # positions of the prompt of each sample
         ends, in_own = before + own[:, None] - 1, np.arange(self._own_span)
-        self._seen = {}  # by window: first prompt position read, and the bias
+        found = {}
         for window in self._spec.distinct_windows:
             first = _first_seen(ends, window, self._prompt_span)
             in_prompt = np.arange(first, self._prompt_span)
@@ -288,13 +329,12 @@ class SharedPool:
                 places = np.concatenate([in_prompt + 0 * before, in_own + before], axis=1)
                 seen &= places > ends - window
             shape = (len(prompts), 1, self._width, 1, seen.shape[1])
-            self._seen[window] = first, _bias(seen, self._own.k).view(shape)
-        rows = np.flatnonzero(self._live)
+            found[window] = first, _bias(seen, self._own.k).view(shape)
+        rows = self._live_rows
         self._all_live = len(rows) == len(own)
         self._rows = torch.from_numpy(rows).to(self._own.k.device)
         self._ends = self._own.places(rows, own[rows] - 1)
-        members: list[int] = self.members.reshape(-1)[rows].tolist()
-        return members
+        return found
 
     def end_step(self) -> None:
         """Count the new position of every live sample as written."""
@@ -302,6 +342,7 @@ class SharedPool:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `SinglePool.attend`, with q, k, v of the live samples only."""
+        self._seen = self._seen or self._look()
         spec, groups, width = self._spec, len(self._prompt_lengths), self._width
         rows, size = groups * width, spec.head_dim
         self._own.write(layer, self._ends, k, v)

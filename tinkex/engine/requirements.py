@@ -12,7 +12,7 @@ import sys
 import attrs
 import torch
 
-from tinkex.engine import loading, lora, memory, training_pass
+from tinkex.engine import cpu_kernels, loading, lora, memory, training_pass
 from tinkex.engine.cpu_parallel import available_cores
 from tinkex.engine.memory import gigabytes
 
@@ -39,11 +39,12 @@ class Device:
     dtype: str
     total: int
     free: int
+    decoding: str
 
     def __str__(self) -> str:
         return (
             f"{self.name} ({self.hardware}), base weights in {self.dtype}; "
-            f"{gigabytes(self.free)} of {gigabytes(self.total)} memory are free"
+            f"{gigabytes(self.free)} of {gigabytes(self.total)} memory are free; {self.decoding}"
         )
 
 
@@ -109,7 +110,15 @@ def device(name: str = "auto", dtype: str = "auto") -> Device:
         str(loading.dtype_of(dtype, found)).removeprefix("torch."),
         memory.total_memory(found),
         memory.available_memory(found),
+        _decoding(found),
     )
+
+
+def _decoding(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "tokens are decoded by PyTorch"
+    reason = cpu_kernels.why_not()
+    return f"PyTorch decodes tokens: {reason}" if reason else "tokens are decoded by compiled code"
 
 
 def _hardware(device: torch.device) -> str:

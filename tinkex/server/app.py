@@ -70,13 +70,14 @@ def make_engine(
     names: Mapping[str, str] | None = None,
     device: str = "auto",
     weights_on_disk: bool = False,
+    compiled: bool = True,
 ) -> Any:
     """Create the real engine; arguments as `main` takes them. Imports torch, which takes
     seconds."""
     from tinkex.engine.engine import Engine
 
     folder = config.home() if weights_on_disk else None
-    return Engine(device=device, dtype=dtype, names=names, weights_folder=folder)
+    return Engine(device=device, dtype=dtype, names=names, weights_folder=folder, compiled=compiled)
 
 
 class LocalServer:
@@ -307,6 +308,7 @@ def main(
     device: str = "auto",
     dtype: str = "auto",
     weights_on_disk: bool = False,
+    compiled: bool = True,
     engine: Callable[[], Any] | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> int:
@@ -326,6 +328,7 @@ def main(
         device: what computes: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16"; "int8" to sample only.
         weights_on_disk: True if base weights that do not fit in memory may stay on disk.
+        compiled: False decodes with PyTorch alone, even where there is a C compiler.
         engine: makes the engine; None is `make_engine` with *device* and *dtype*.
         on_ready: called with the server's address when it accepts requests.
 
@@ -355,7 +358,7 @@ def main(
             keys=lambda home: _keys(home, api_keys, made_up),
             dialect=dialect,
             limits=attrs.evolve(limits or Limits(), **chosen),
-            engine=engine or partial(make_engine, dtype, names, device, weights_on_disk),
+            engine=engine or partial(make_engine, dtype, names, device, weights_on_disk, compiled),
             on_failure=lambda: server.stop(),
             certificate=_certificate(ssl_certfile, ssl_keyfile),
         )
