@@ -50,7 +50,8 @@ class World:
 
     def promise(self, operation=wire.OPTIM_STEP, request_id="r1", **options):
         future = OperationFuture(f"{operation.path} on m1")
-        return Promise(request_id, operation, future, **options)
+        wait = self.transport.waits.begin(future.what, request_id)
+        return Promise(request_id, operation, future, wait, **options)
 
     def watch(self, operation=wire.OPTIM_STEP, ordered=True, **options):
         promise = self.promise(operation, **options)
@@ -336,7 +337,8 @@ def test_half_a_protobuf_is_asked_for_again():
     )
     server.script("retrieve_future", half_protobuf(), half_protobuf())
     future = OperationFuture("forward_backward")
-    poller.watch(Promise(sent["request_id"], wire.FORWARD_BACKWARD, future))
+    wait = way.waits.begin("forward_backward")
+    poller.watch(Promise(sent["request_id"], wire.FORWARD_BACKWARD, future, wait))
 
     assert 1 == len(future.result(10).loss_fn_outputs)
     poller.close()

@@ -12,6 +12,7 @@ from tinkex.futures import OperationFuture
 from tinkex.runtime import sample_watch
 from tinkex.runtime.polling import Promise
 from tinkex.runtime.sample_watch import CompletionWatch
+from tinkex.runtime.wait_log import WaitLog
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def watch(server):
 
 
 def promise(request_id, **options):
-    return Promise(request_id, wire.SAMPLE, OperationFuture(f"sample {request_id}"), **options)
+    future = OperationFuture(f"sample {request_id}")
+    return Promise(request_id, wire.SAMPLE, future, WaitLog().begin(future.what), **options)
 
 
 def finished(*request_ids, cursor=0):

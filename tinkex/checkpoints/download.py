@@ -14,8 +14,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import attrs
 import requests
@@ -25,7 +25,15 @@ from tinkex import errors, types, wire
 from tinkex.checkpoints.archive import unpack
 from tinkex.runtime.connection import Connection
 from tinkex.runtime.responses import Answer, Stream, is_missing_route, not_offered
-from tinkex.runtime.retry import CUT, CUT_TRIES, PACKING, Retry, seconds
+from tinkex.runtime.retry import (
+    CUT,
+    CUT_TRIES,
+    PACKING_PAUSE,
+    PACKING_TRIES,
+    Retry,
+    repeat,
+    seconds,
+)
 
 logger = logging.getLogger("tinkex")
 
@@ -45,18 +53,21 @@ def archive_url(
         on_wait: called before each pause with its length in seconds.
     """
 
-    def note(state: tenacity.RetryCallState) -> None:
-        pause = state.upcoming_sleep
-        logger.warning(
-            "the server is still packing %s; next attempt in %.0f s", path.tinker_path, pause
-        )
+    def note(_: object) -> None:
+        pause = f"next attempt in {PACKING_PAUSE:.0f} s"
+        logger.warning("the server is still packing %s; %s", path.tinker_path, pause)
         if on_wait is not None:
-            on_wait(pause)
+            on_wait(PACKING_PAUSE)
 
-    pause: Any = connection.transport.sleep
-    retrying = tenacity.Retrying(before_sleep=note, sleep=pause, **PACKING)
     try:
-        return retrying(_ask_for_url, connection, path)
+        return repeat(
+            partial(_ask_for_url, connection, path),
+            lambda exc: getattr(exc, "status", 0) == 503,
+            stop=tenacity.stop_after_attempt(PACKING_TRIES),
+            wait=tenacity.wait_fixed(PACKING_PAUSE),
+            sleep=connection.transport.sleep,
+            note=note,
+        )
     except errors.APIStatusError as exc:
         if is_missing_route(exc):
             return _ask_without_segment(connection, path, exc)
@@ -172,41 +183,36 @@ def fetch(
         DownloadError: If the connection breaks time after time without progress, or what came is
             not what the server announced.
     """
-    url = archive_url(connection, path).url
-    if not url.startswith(("http://", "https://")):  # TuFT: a folder on its own disk
-        raise errors.DownloadError(
-            f"the server gives {url} as the address of {path.tinker_path}, which only programs on "
-            "the server's machine can read; copy the checkpoint from there."
-        )
-    state = _Download(target, progress)
-
-    def attempt() -> None:
-        nonlocal url
-        if state.is_refused:
-            url = archive_url(connection, path).url  # the URL has expired
-        state.fetch_rest(connection, url)
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(state.may_help),
-        stop=lambda _: state.cuts >= CUT_TRIES,
-        wait=lambda _: seconds(CUT, max(state.cuts, 1)),
-        sleep=connection.transport.sleep,  # type: ignore[arg-type]
-        reraise=True,
-    )
+    state = _Download(connection, path, target, progress)
     try:
-        retrying(attempt)
+        repeat(
+            state.fetch_rest,
+            state.may_help,
+            stop=lambda _: state.cuts >= CUT_TRIES,
+            wait=lambda _: seconds(CUT, max(state.cuts, 1)),
+            sleep=connection.transport.sleep,
+        )
     except errors.APIConnectionError as exc:
         raise errors.DownloadError(
             f"the download of {path.tinker_path} broke off after {state.size} bytes, "
             f"{CUT_TRIES} times in a row: {exc}"
         ) from exc
-    state.check(path.tinker_path)
+    state.check()
 
 
 class _Download:
     """A growing file, and the size and hash that the server announced."""
 
-    def __init__(self, target: Path, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        path: types.ParsedCheckpointTinkerPath,
+        target: Path,
+        progress: Progress | None,
+    ) -> None:
+        self._connection = connection
+        self._path = path
+        self._url = self._find()
         self._target = target
         self._progress = progress
         self._total: int | None = None
@@ -217,7 +223,7 @@ class _Download:
         self.cuts = 0  # failures in a row without progress
         self.is_refused = False  # the last failure was an error status
 
-    def may_help(self, exc: BaseException) -> bool:
+    def may_help(self, exc: errors.APIError) -> bool:
         """Note a failure. Returns True if another try may help."""
         status = getattr(exc, "status", None)
         self.is_refused = status in (403, 410, 416, 503)
@@ -227,15 +233,18 @@ class _Download:
             self.size = 0
         return self.is_refused or isinstance(exc, errors.APIConnectionError)
 
-    def fetch_rest(self, connection: Connection, url: str) -> None:
-        """Fetch what is missing from *url*."""
+    def fetch_rest(self) -> None:
+        """Fetch what is missing, from a new URL if the last one has expired."""
+        if self.is_refused:
+            self._url = self._find()
+        url = self._url
         self._size_before, self.is_refused = self.size, False
         headers = {"Accept": "*/*"}
         if self.size:
             headers["Range"] = f"bytes={self.size}-"
             if self._etag:
                 headers["If-Range"] = self._etag
-        with connection.transport.open_stream("GET", url, headers=headers) as response:
+        with self._connection.transport.open_stream("GET", url, headers=headers) as response:
             if response.status != 206:
                 self.size = 0  # the server starts again
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
@@ -256,6 +265,15 @@ class _Download:
             raise errors.APIConnectionError(
                 f"only {self.size} of {self._total} bytes arrived.", url=url
             )
+
+    def _find(self) -> str:
+        url = archive_url(self._connection, self._path).url
+        if not url.startswith(("http://", "https://")):  # TuFT: a folder on its own disk
+            raise errors.DownloadError(
+                f"the server gives {url} as the address of {self._path.tinker_path}, which only "
+                "programs on the server's machine can read; copy the checkpoint from there."
+            )
+        return url
 
     def _note(self, response: Stream) -> None:
         length = response.headers.get("Content-Length", "")
@@ -291,7 +309,8 @@ class _Download:
                     self._progress(self.size, self._total)
             file.truncate(self.size)
 
-    def check(self, tinker_path: str) -> None:
+    def check(self) -> None:
+        tinker_path = self._path.tinker_path
         if self._total is not None and self.size != self._total:
             raise errors.DownloadError(
                 f"{tinker_path}: {self.size} bytes arrived, but the server announced {self._total}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -42,8 +43,9 @@ class Promise(Generic[T]):
         request_id: the server's handle.
         operation: what it is.
         future: to be resolved.
+        wait: notes failures and what the server says; ends with the promise.
         queue: name of its queue; a queue is polled oldest first, see `Poller`.
-        deadline: on the poller's clock; None is never.
+        deadline: on the poller's clock.
         resubmit: sends the same request again (same seq_id) and returns the server's handle; for
             a server that has lost the promise. None where that cannot be done.
         on_queue_state: called with (state, reason) when the server says why it waits.
@@ -52,13 +54,13 @@ class Promise(Generic[T]):
     request_id: str
     operation: wire.Operation[T]
     future: OperationFuture[T]
+    wait: Wait
     queue: str = ""
-    deadline: float | None = None
+    deadline: float = math.inf
     resubmit: Callable[[], str] | None = None
     on_queue_state: Callable[[str, str | None], None] | None = None
     sequence_ids: list[str] | None = None
 
-    wait: Wait | None = None
     iteration: int = 0
     metadata_only: bool = True
     resubmits: int = 0
@@ -122,8 +124,6 @@ class Poller:
 
     def watch(self, promise: Promise[Any], *, ordered: bool = True) -> None:
         """Resolve the promise's future with its result, when there is one."""
-        if promise.wait is None:
-            promise.wait = self.begin_wait(promise)
         width = self.ORDERED_WIDTH if ordered else self.UNORDERED_WIDTH
         with self._lock:
             closed, asked = self._closed.is_set(), self._asked.get(promise.queue, 0)
@@ -142,12 +142,6 @@ class Poller:
             self._pool.start(self._run_queue, promise.queue, ordered)
         if grow:
             self._pool.start(self._grow, promise.queue)
-
-    def begin_wait(self, promise: Promise[Any]) -> Wait:
-        """Report the wait for *promise* from now on."""
-        wait = self._transport.waits.begin(promise.what, promise.request_id)
-        wait.progress = promise.future.progress
-        return wait
 
     def in_flight(self, queue: str) -> int:
         """How many promises of *queue* are not resolved yet."""
@@ -210,10 +204,7 @@ class Poller:
                 self._succeed(promise, self.ask(promise))
                 return
             except NotYet as not_yet:
-                pause = not_yet.pause
-                if promise.deadline is not None:
-                    pause = min(pause, promise.deadline - self.now())
-                if pause > 0:
+                if (pause := min(not_yet.pause, promise.deadline - self.now())) > 0:
                     self._sleep(pause)
                 # One that holds bytes keeps its thread: the others may all be waiting for them.
                 if not ordered and waiting and not promise.reserved_bytes:
@@ -234,8 +225,7 @@ class Poller:
         fail(promise.future, exc)
 
     def _end(self, promise: Promise[Any]) -> None:
-        if promise.wait is not None:
-            promise.wait.end()
+        promise.wait.end()
         self._release(promise)
         with self._lock:
             self._open.discard(promise)
@@ -289,25 +279,20 @@ class Poller:
             "X-Tinker-Request-Type": promise.operation.name,
             "X-Tinker-Request-Iteration": str(promise.iteration),
         }
+        patience = self._transport.config.patience.poll
         body = {"request_id": promise.request_id, "allow_metadata_only": promise.metadata_only}
         return self._transport.send(
             "POST",
             self._transport.url(wire.RETRIEVE_FUTURE.path),
             json.dumps(body, separators=(",", ":")).encode(),
             headers=headers,
-            timeout=self._poll_timeout(promise),
+            timeout=min(patience, max(0.05, promise.deadline - self.now())),
             most_bytes=wire.RETRIEVE_FUTURE.most_bytes,
             retry=ONCE,
             accept=frozenset({408}),
             parse=lambda answer: answer,
             wait=promise.wait,
         )
-
-    def _poll_timeout(self, promise: Promise[Any]) -> float:
-        timeout = self._transport.config.patience.poll
-        if promise.deadline is not None:
-            timeout = min(timeout, max(0.05, promise.deadline - self.now()))
-        return timeout
 
     def _read(self, promise: Promise[T], answer: Answer, took: float) -> T:
         """The result in *answer*, or NotYet, or the failure it tells."""
@@ -344,8 +329,7 @@ class Poller:
     def _note_queue_state(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
         now = queue_state(payload)
         promise.attempts.answered(is_news=now != promise.queue_state)
-        if promise.wait is not None:
-            promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
+        promise.wait.state = f"queue state {now[0]}" + (f": {now[1]}" if now[1] else "")
         if now == promise.queue_state:
             return
         promise.queue_state = now
@@ -390,8 +374,7 @@ class Poller:
 
     def _failed_once(self, promise: Promise[Any], exc: errors.TinkexError) -> Exception:
         """A question failed in a way that may pass: NotYet, or *exc* when patience is over."""
-        if promise.wait is not None:
-            promise.wait.failed_once(exc)
+        promise.wait.failed_once(exc)
         patience = self._transport.config.patience.no_answer
         pause = promise.attempts.failed(exc, self.now(), patience)
         return exc if pause is None else NotYet(pause)
@@ -412,7 +395,7 @@ class Poller:
         return NotYet(promise.attempts.pause(LOST))
 
     def _check_deadline(self, promise: Promise[Any]) -> None:
-        if promise.deadline is None or self.now() < promise.deadline:
+        if self.now() < promise.deadline:
             return
         if promise.attempts.last_error is not None:
             raise promise.attempts.last_error

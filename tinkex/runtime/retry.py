@@ -9,15 +9,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Container
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import tenacity
 
 from tinkex import errors
-from tinkex.config import Config, check_seconds
-from tinkex.runtime.responses import retold
-from tinkex.runtime.wait_log import Wait
+from tinkex.config import check_seconds
 
 R = TypeVar("R")
 
@@ -60,6 +58,39 @@ def failure_of(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome is not None else None
 
 
+def repeat(
+    attempt: Callable[[], R],
+    may_help: Callable[[errors.APIError], bool],
+    *,
+    stop: Callable[[tenacity.RetryCallState], bool],
+    wait: Callable[[tenacity.RetryCallState], float],
+    sleep: Callable[[float], object],
+    note: Callable[[BaseException | None], None] = lambda _: None,
+) -> R:
+    """Call *attempt* until it returns, another try may not help, or *stop* is true.
+
+    *note* is called with each failure before the pause after it.
+    """
+    try:
+        return attempt()  # nearly always the only one, and cheaper without the machinery
+    except errors.APIError as exc:
+        failures = [exc]  # the first, for tenacity to judge
+
+    def again() -> R:
+        if failures:
+            raise failures.pop()
+        return attempt()
+
+    return tenacity.Retrying(
+        retry=lambda state: isinstance(exc := failure_of(state), errors.APIError) and may_help(exc),
+        stop=stop,
+        wait=wait,
+        sleep=sleep,  # type: ignore[arg-type]
+        before_sleep=lambda state: note(failure_of(state)),
+        reraise=True,
+    )(again)
+
+
 #: Between two polls that were answered "not yet" sooner than a long poll would be; the same, while
 #: the server has paused the work.
 NOT_YET, PAUSED = Backoff(0.02, 2.0), Backoff(1.0, 1.0)
@@ -67,16 +98,10 @@ NOT_YET, PAUSED = Backoff(0.02, 2.0), Backoff(1.0, 1.0)
 POLL_FAILED, LOST = Backoff(0.1, 10.0), Backoff(0.05, 1.0)
 #: After the one poll for all samples failed: everybody waits for it.
 WATCH_FAILED = Backoff(0.5, 0.5, least=1.0)
-#: While a server packs an archive.
-PACKING: dict[str, Any] = {
-    "retry": tenacity.retry_if_exception(lambda exc: getattr(exc, "status", 0) == 503),
-    "stop": tenacity.stop_after_attempt(6),
-    "wait": tenacity.wait_fixed(30.0),
-    "reraise": True,
-}
+#: While a server packs an archive: seconds, and how often it is asked.
+PACKING_PAUSE, PACKING_TRIES = 30.0, 6
 #: After a download that broke off; `CUT_TRIES` of these in a row without progress end it.
-CUT = Backoff(0.2, 5.0, least=1.0)
-CUT_TRIES = 8
+CUT, CUT_TRIES = Backoff(0.2, 5.0, least=1.0), 8
 
 #: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
 LONG_POLL = 1.0  # seconds
@@ -180,97 +205,6 @@ def check_retry(retry_config: object) -> None:
         raise TypeError(f"retry_config must be a tinkex.Retry or None, got {retry_config!r}.")
 
 
-class Server(Protocol):
-    """What the tries need to know of the server they are made at."""
-
-    config: Config
-    #: Whether it has ever answered; until then, failures are raised at once.
-    established: bool
-    clock: Callable[[], float]
-    sleep: Callable[[float], object]
-    #: What to say of it if it is known to be gone for good; None while it may answer.
-    obituary: Callable[[], str | None]
-
-    @property
-    def is_closed(self) -> bool: ...
-
-
-class Tries:
-    """One request's tries, one after another."""
-
-    def __init__(self, server: Server, policy: Retry, wait: Wait) -> None:
-        self._server = server
-        self._policy = policy
-        self._wait = wait
-        self._started = server.clock()
-        self._number = 0
-        self._seen = False  # an earlier try may have reached the server, and been executed
-        self._attempts = Attempts()
-        self._failed: errors.APIError | None = None  # already, for the strategies to judge
-
-    def run(self, once: Callable[[int, float | None], R]) -> R:
-        """Call *once*, with the try's number from 0 and the seconds it has if they are few, until
-        it returns or another try is no use."""
-        try:
-            return self._try(once)  # nearly always the only one, and cheaper without the machinery
-        except errors.APIError as exc:
-            self._failed = exc
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(self._may_help),
-            stop=lambda state: self._elapsed() + state.upcoming_sleep >= self._budget(),
-            wait=self._policy.wait,
-            sleep=self._server.sleep,  # type: ignore[arg-type]
-            before_sleep=lambda state: self._wait.failed_once(failure_of(state)),
-            reraise=True,
-        )
-        result: R = retrying(self._try, once)
-        return result
-
-    def _try(self, once: Callable[[int, float | None], R]) -> R:
-        if self._failed is not None:
-            failure, self._failed = self._failed, None
-            raise failure
-        if self._server.is_closed:
-            last = self._wait.last_error
-            raise errors.ClientClosedError(
-                f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
-            )
-        is_first_contact = not self._server.established
-        left = max(1.0, self._budget() - self._elapsed()) if is_first_contact else None
-        self._number += 1
-        try:
-            return once(self._number - 1, left)
-        except errors.APIError as exc:
-            exc.attempts = self._number
-            if isinstance(exc, errors.APIConnectionError) and (died := self._server.obituary()):
-                raise errors.EngineError(died) from exc
-            if isinstance(exc, errors.ConflictError) and self._seen:
-                unknown = retold(exc, errors.OutcomeUnknownError, _OUTCOME_UNKNOWN.format(exc))
-                unknown.outcome_unknown = True
-                raise unknown from exc
-            self._seen = self._seen or _may_have_been_seen(exc)
-            exc.outcome_unknown = self._seen
-            raise
-
-    def _may_help(self, exc: BaseException) -> bool:
-        """True if another try may."""
-        is_final = getattr(exc, "status", 0) in self._policy.pass_on
-        if is_final or not isinstance(exc, errors.APIError):
-            return False
-        if not self._server.established and _is_hopeless(exc, self._elapsed()):
-            return False
-        return self._attempts.may_pass(exc, may_explain=(409,))
-
-    def _elapsed(self) -> float:
-        return self._server.clock() - self._started
-
-    def _budget(self) -> float:
-        if self._policy.budget is not None:
-            return self._policy.budget
-        patience = self._server.config.patience
-        return patience.no_answer if self._server.established else patience.first_contact
-
-
 def is_stray(exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
     """True for an answer that a proxy between may have made: a success that cannot be read, or a
     400 or 409 without the server's own sentence (which statuses in *may_explain* may have)."""
@@ -281,13 +215,7 @@ def is_stray(exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
     return exc.status in may_explain or not (isinstance(exc.body, dict) and exc.detail)
 
 
-_OUTCOME_UNKNOWN = (
-    "outcome unknown: an earlier try got no answer, and the resend was refused ({}). It may or may "
-    "not have run; load the last checkpoint into a new client to continue."
-)
-
-
-def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
+def is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
     """On first contact: an unknown name, a bad certificate, a port without a server."""
     cause = str(exc.__cause__)
     if any(word in cause for word in ("NameResolution", "getaddrinfo", "certificate", "SSLError")):
@@ -295,7 +223,7 @@ def _is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
     return "refused" in cause and elapsed >= 2.0
 
 
-def _may_have_been_seen(exc: errors.APIError) -> bool:
+def may_have_been_seen(exc: errors.APIError) -> bool:
     """True if the server may have executed the request."""
     if isinstance(exc, errors.APIStatusError):
         return exc.status >= 500 or exc.status == 408

@@ -21,7 +21,7 @@ from tinkex.futures import OperationFuture, fail, succeed
 from tinkex.runtime import batching, operation_log, rate_limit
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT
 from tinkex.runtime.queue_state import Observer
-from tinkex.runtime.retry import Retry, failure_of
+from tinkex.runtime.retry import Retry, failure_of, repeat
 from tinkex.runtime.sample_watch import CompletionWatch
 from tinkex.runtime.session import Session
 from tinkex.runtime.wait_log import Wait
@@ -167,7 +167,6 @@ class _Sample:
     _poll_timeout: float | None
     _on_response: Callable[[types.SampleResponse], None]
     _lost: int = 0
-    _give_up_at: float = math.inf
 
     def take_place(self) -> None:
         """Start; at the end, leave the place to another sample."""
@@ -196,18 +195,17 @@ class _Sample:
         inner: OperationFuture[types.SampleResponse]
         inner = OperationFuture(self._future.what, self._future.progress)
         inner.add_done_callback(self._finish)
-        if queue.retry is not None and queue.retry.budget is not None:
-            self._give_up_at = queue.session.transport.waits.now() + queue.retry.budget
-        with queue.session.transport.waits.begin(f"the server to take {inner.what}") as wait:
-            retrying = tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(errors.RateLimitError),
-                stop=self._has_given_up,
-                wait=self._note_rate_limit,
+        waits, budget = queue.session.transport.waits, queue.retry.budget if queue.retry else None
+        give_up_at = math.inf if budget is None else waits.now() + budget
+        with waits.begin(f"the server to take {inner.what}") as wait:
+            repeat(
+                partial(self._send, inner, wait),
+                lambda exc: isinstance(exc, errors.RateLimitError),
+                stop=lambda state: waits.now() + state.upcoming_sleep >= give_up_at,
+                wait=self._hold_back,
                 sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
-                before_sleep=lambda state: wait.failed_once(failure_of(state)),
-                reraise=True,
+                note=wait.failed_once,
             )
-            retrying(self._send, inner, wait)
 
     def _send(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
         """Submit when there is room. RateLimitError if the server answers 429."""
@@ -217,13 +215,9 @@ class _Sample:
             self._start(inner, wait)
         queue.pace.succeeded()
 
-    def _note_rate_limit(self, state: tenacity.RetryCallState) -> float:
+    def _hold_back(self, state: tenacity.RetryCallState) -> float:
         retry_after = getattr(failure_of(state), "retry_after", None)
         return self._queue.pace.throttled(self._nbytes, retry_after)
-
-    def _has_given_up(self, state: tenacity.RetryCallState) -> bool:
-        now = self._queue.session.transport.waits.now()
-        return now + state.upcoming_sleep >= self._give_up_at
 
     def _start(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
         session = self._queue.session

@@ -7,6 +7,7 @@ nothing of sampling but the session's id.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from typing import Any
 
@@ -52,7 +53,6 @@ class CompletionWatch:
 
     def watch(self, promise: Promise[Any]) -> None:
         """Resolve the promise's future when the server says that it is done."""
-        promise.wait = self._session.poller.begin_wait(promise)
         promise.future.add_done_callback(lambda _: self._done(promise))
         with self._changed:
             closed = self._closed
@@ -79,8 +79,7 @@ class CompletionWatch:
 
     def _done(self, promise: Promise[Any]) -> None:
         """Its future is resolved. Unless it is called lost, the server may forget it."""
-        if promise.wait is not None:
-            promise.wait.end()
+        promise.wait.end()
         lost = not promise.future.cancelled() and isinstance(
             promise.future.exception(), errors.PromiseExpiredError
         )
@@ -93,9 +92,7 @@ class CompletionWatch:
 
     def _run(self) -> None:
         """Runs on the watch's thread."""
-        cursor, now = 0, self._session.poller.now
-        patience = self._session.config.patience.no_answer
-        self._news_at = now()
+        cursor, self._news_at = 0, self._session.poller.now()
         while True:
             with self._changed:
                 if not self._waiting and not self._closed:
@@ -106,33 +103,20 @@ class CompletionWatch:
                 timeout = self._expire()
             try:
                 cursor = self._ask(cursor, timeout)
-            except (errors.ClientClosedError, errors.EngineError) as exc:
-                self._fail_all(exc)
-            except errors.APIError as exc:
-                cursor = 0
-                self._note(exc)
-                if not self._attempts.may_pass(exc):
-                    self._offered = False
-                    self._poll_each()
-                elif (pause := self._attempts.failed(exc, now(), patience, WATCH_FAILED)) is None:
-                    self._fail_all(exc)
-                else:
-                    self._session.transport.sleep(pause)
             except BaseException as exc:  # whatever it is, no sample may wait forever
-                logger.exception("waiting for samples failed")
-                self._fail_all(exc)
+                cursor = 0
+                self._failed(exc)
         if self._session.is_closed:
             self._fail_all(errors.ClientClosedError("The session was closed."))
 
     def _expire(self) -> float:
         """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
         now = self._session.poller.now()
-        limits = [p.deadline for p in self._waiting.values() if p.deadline is not None]
-        for promise in [p for p in self._waiting.values() if (p.deadline or now) < now]:
+        for promise in [p for p in self._waiting.values() if p.deadline < now]:
             del self._waiting[promise.request_id]
             self._session.poller.watch(promise, ordered=False)  # which raises the timeout
-        patience = self._session.config.patience.poll
-        return min([patience, *(max(limit - now, 0.05) for limit in limits)])
+        soonest = min((p.deadline for p in self._waiting.values()), default=math.inf)
+        return min(self._session.config.patience.poll, max(soonest - now, 0.05))
 
     def _ask(self, cursor: int, timeout: float) -> int:
         with self._changed:
@@ -159,13 +143,24 @@ class CompletionWatch:
             self._session.transport.sleep(pause)
         return answer.cursor
 
-    def _note(self, exc: errors.APIError) -> None:
-        logger.debug("waiting for samples: %s", exc)
+    def _failed(self, exc: BaseException) -> None:
+        """Pause after a question that failed, or poll or fail what waits if another is no use."""
+        now, patience = self._session.poller.now(), self._session.config.patience.no_answer
+        if not isinstance(exc, errors.APIError):
+            if not isinstance(exc, (errors.ClientClosedError, errors.EngineError)):
+                logger.exception("waiting for samples failed")
+            return self._fail_all(exc)
         with self._changed:
-            waiting = list(self._waiting.values())
-        for promise in waiting:
-            if promise.wait is not None:
-                promise.wait.failed_once(exc)
+            waits = [promise.wait for promise in self._waiting.values()]
+        for wait in waits:
+            wait.failed_once(exc)
+        if not self._attempts.may_pass(exc):
+            self._offered = False
+            self._poll_each()
+        elif (pause := self._attempts.failed(exc, now, patience, WATCH_FAILED)) is None:
+            self._fail_all(exc)
+        else:
+            self._session.transport.sleep(pause)
 
     def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
         """Hand what is finished to the poller. Returns True if anything was new.

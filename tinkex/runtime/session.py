@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import os
 import threading
 import time
@@ -194,11 +195,12 @@ class Session(Connection):
             succeed(future, answer)
             return
         operation_log.accepted(future, seq_id, answer.request_id)
-        deadline = None if poll_timeout is None else self.poller.now() + poll_timeout
+        deadline = self.poller.now() + (math.inf if poll_timeout is None else poll_timeout)
         promise = Promise(
             answer.request_id,
             operation,
             future,
+            self.transport.waits.begin(future.what, answer.request_id, future.progress),
             queue=queue,
             deadline=deadline,
             resubmit=partial(self._resubmit, send) if ordered else None,

@@ -1,6 +1,6 @@
-"""One HTTP exchange: authentication, headers, time limits.
+"""One request and its tries: authentication, headers, time limits.
 
-Connections belong to http_session.py, when to send again to retry.py, what an answer means to
+Connections belong to http_session.py, the rules of retries to retry.py, what an answer means to
 responses.py. Does not know operations or their order.
 """
 
@@ -25,7 +25,6 @@ import requests
 from tinkex import errors, wire
 from tinkex._version import __version__
 from tinkex.config import PROTOCOL_VERSION, Config
-from tinkex.futures import Progress
 from tinkex.runtime import tracing
 from tinkex.runtime.exchange_limits import ExchangeLimits
 from tinkex.runtime.http_adapter import read_within
@@ -35,10 +34,11 @@ from tinkex.runtime.responses import (
     Stream,
     check_whole,
     exchange_error,
+    retold,
     status_error,
     without_secrets,
 )
-from tinkex.runtime.retry import Retry, Tries
+from tinkex.runtime.retry import Attempts, Retry, is_hopeless, may_have_been_seen, repeat
 from tinkex.runtime.wait_log import Wait, WaitLog, one_line
 
 #: Words in the names of headers whose values are secrets.
@@ -46,21 +46,6 @@ SECRET_HEADERS = ("auth", "cookie", "key", "secret", "token")
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@attrs.define(eq=False)
-class _Request(Generic[R]):
-    """What `Transport.send` was asked for."""
-
-    method: str
-    url: str
-    body: bytes
-    headers: Mapping[str, str]
-    timeout: float
-    most_bytes: int
-    accept: frozenset[int]
-    parse: Callable[[Answer], R]
-    progress: Progress | None
 
 
 class Transport:
@@ -200,49 +185,35 @@ class Transport:
         if query:
             given = {k: v for k, v in query.items() if v is not None}
             url += "?" + urlencode(given, doseq=False) if given else ""
-        request = _Request(
-            method,
-            url,
-            body,
-            {**self._headers, **(headers or {}), **_own_headers(method, body, headers)},
-            timeout or self.config.patience.request,
-            most_bytes,
-            accept,
-            parse,
-            wait.progress if wait is not None else None,
-        )
         what = f"{method} {url.split('?')[0]}"
         with nullcontext(wait) if wait is not None else self.waits.begin(what) as wait:
-            return Tries(self, retry or Retry(), wait).run(partial(self._once, request))
-
-    def _once(self, request: _Request[R], number: int, left: float | None) -> R:
-        timeout = request.timeout if left is None else min(request.timeout, left)
-        answer = self._exchange(request, timeout, number)
-        invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
-        if answer.status == 401 and invalid and self.refresh_key():
-            answer = self._exchange(request, timeout, number)
-        self.waits.heard()
-        is_answer = 200 <= answer.status < 300 or answer.status in request.accept
-        if is_answer:
-            check_whole(answer)
-        answer = without_secrets(answer, self._secrets())
-        if is_answer:
-            parsed = request.parse(answer)
-            self.established = True
-            return parsed
-        raise status_error(answer, request.method)
+            request = _Request(
+                self,
+                method,
+                url,
+                body,
+                {**self._headers, **(headers or {}), **_own_headers(method, body, headers)},
+                timeout or self.config.patience.request,
+                most_bytes,
+                accept,
+                parse,
+                wait,
+                retry or Retry(),
+                self.clock(),
+            )
+            return request.send()
 
     def _secrets(self) -> set[str]:
         """What we send and nothing that is shown may hold."""
         return {self.config.api_key, self.get_key(), *self._secret_headers}
 
-    def _exchange(self, request: _Request[Any], timeout: float, number: int) -> Answer:
-        headers = {**request.headers, "x-stainless-retry-count": str(number)}
+    def _exchange(self, request: _Request[Any], timeout: float) -> Answer:
+        headers = {**request.headers, "x-stainless-retry-count": str(request.tries - 1)}
         key = self.get_key()
         if key:
             headers["X-API-Key"] = key
         limits = ExchangeLimits(self.config.patience.connect, timeout, request.most_bytes)
-        progress = request.progress
+        progress = request.wait.progress
         if progress is not None:
             progress.sent += len(request.body)
         send = partial(self._send, request.method, request.url, headers, request.body, limits)
@@ -312,6 +283,102 @@ class Transport:
         self._closed.set()
         self._http.close()
         self.waits.close()
+
+
+@attrs.define(eq=False)
+class _Request(Generic[R]):
+    """What `Transport.send` was asked for, and how its tries went."""
+
+    transport: Transport
+    method: str
+    url: str
+    body: bytes
+    headers: Mapping[str, str]
+    timeout: float
+    most_bytes: int
+    accept: frozenset[int]
+    parse: Callable[[Answer], R]
+    wait: Wait
+    policy: Retry
+    started: float
+    tries: int = 0
+    seen: bool = False  # an earlier try may have reached the server, and been executed
+    attempts: Attempts = attrs.field(factory=Attempts)
+
+    def send(self) -> R:
+        """Try until an answer comes that can be used, or another try is no use."""
+        return repeat(
+            self._try,
+            self._may_help,
+            stop=lambda state: self._elapsed() + state.upcoming_sleep >= self._budget(),
+            wait=self.policy.wait,
+            sleep=self.transport.sleep,
+            note=self.wait.failed_once,
+        )
+
+    def _try(self) -> R:
+        if self.transport.is_closed:
+            last = self.wait.last_error
+            raise errors.ClientClosedError(
+                f"The client was closed; this was not sent{f' again: {last}' if last else '.'}"
+            )
+        timeout = self.timeout
+        if not self.transport.established:
+            timeout = min(timeout, max(1.0, self._budget() - self._elapsed()))
+        self.tries += 1
+        try:
+            return self._once(timeout)
+        except errors.APIError as exc:
+            exc.attempts = self.tries
+            if isinstance(exc, errors.APIConnectionError) and (died := self.transport.obituary()):
+                raise errors.EngineError(died) from exc
+            if isinstance(exc, errors.ConflictError) and self.seen:
+                unknown = retold(exc, errors.OutcomeUnknownError, _OUTCOME_UNKNOWN.format(exc))
+                unknown.outcome_unknown = True
+                raise unknown from exc
+            self.seen = self.seen or may_have_been_seen(exc)
+            exc.outcome_unknown = self.seen
+            raise
+
+    def _once(self, timeout: float) -> R:
+        transport = self.transport
+        answer = transport._exchange(self, timeout)
+        invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
+        if answer.status == 401 and invalid and transport.refresh_key():
+            answer = transport._exchange(self, timeout)
+        transport.waits.heard()
+        is_answer = 200 <= answer.status < 300 or answer.status in self.accept
+        if is_answer:
+            check_whole(answer)
+        answer = without_secrets(answer, transport._secrets())
+        if is_answer:
+            parsed = self.parse(answer)
+            transport.established = True
+            return parsed
+        raise status_error(answer, self.method)
+
+    def _may_help(self, exc: errors.APIError) -> bool:
+        """True if another try may."""
+        if getattr(exc, "status", 0) in self.policy.pass_on:
+            return False
+        if not self.transport.established and is_hopeless(exc, self._elapsed()):
+            return False
+        return self.attempts.may_pass(exc, may_explain=(409,))
+
+    def _elapsed(self) -> float:
+        return self.transport.clock() - self.started
+
+    def _budget(self) -> float:
+        if self.policy.budget is not None:
+            return self.policy.budget
+        patience = self.transport.config.patience
+        return patience.no_answer if self.transport.established else patience.first_contact
+
+
+_OUTCOME_UNKNOWN = (
+    "outcome unknown: an earlier try got no answer, and the resend was refused ({}). It may or may "
+    "not have run; load the last checkpoint into a new client to continue."
+)
 
 
 def _answer(response: requests.Response, url: str) -> Answer:

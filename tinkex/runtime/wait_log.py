@@ -103,13 +103,13 @@ class WaitLog:
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
-    def begin(self, what: str, detail: str = "") -> Wait:
+    def begin(self, what: str, detail: str = "", progress: Progress | None = None) -> Wait:
         """Something is waited for from now on; call `end()` on what this returns.
 
         *detail* says which of many; waits that differ in that alone are reported as one.
         """
         now = self.now()
-        wait = Wait(self, what, detail, now, now + self.report_after)
+        wait = Wait(self, what, detail, now, now + self.report_after, progress=progress)
         with self._lock:
             self._waits[id(wait)] = wait
             if self._thread is None and not self._closed.is_set():
