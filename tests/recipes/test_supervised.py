@@ -241,7 +241,7 @@ def test_learning_rate_schedules(schedule, expected):
 # Divergence
 
 
-class Spoiled(FakeService):
+class ScaledLogprobs(FakeService):
     """From a step on, the log-probabilities of training are multiplied."""
 
     def __init__(self, step, factor):
@@ -253,7 +253,7 @@ class Spoiled(FakeService):
         forward_backward = training.forward_backward
         steps = itertools.count(1)
 
-        def spoiled(data, loss_fn):
+        def scaled(data, loss_fn):
             future = forward_backward(data, loss_fn)
             if next(steps) >= self.step:
                 for out in future.result().loss_fn_outputs:
@@ -261,7 +261,7 @@ class Spoiled(FakeService):
                     out["logprobs"] = types.TensorData.from_numpy(logprobs)
             return future
 
-        training.forward_backward = spoiled
+        training.forward_backward = scaled
         return training
 
 
@@ -271,7 +271,7 @@ LONG = attrs.evolve(SETTINGS, epochs=8, save_every=2)  # 40 steps
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     """A checkpoint after it would be of no use."""
     with pytest.raises(loop.DivergedError, match=r"loss nan at step 7.*learning rate is 0\.5"):
-        run(service=Spoiled(7, np.nan), settings=LONG)
+        run(service=ScaledLogprobs(7, np.nan), settings=LONG)
 
     state = run_folder.load_state(tmp_path / "run")
     assert 6 >= state.step
@@ -280,11 +280,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 def test_a_loss_that_stays_far_above_the_first_stops_the_run(run):
     """Twenty steps in a row, for single batches may be hard."""
     with pytest.raises(loop.DivergedError, match=r"at step 2[1-9]"):
-        run(service=Spoiled(2, 1e6), settings=LONG)
+        run(service=ScaledLogprobs(2, 1e6), settings=LONG)
 
 
 def test_a_single_hard_batch_does_not(run):
-    service = Spoiled(39, 1e6)
+    service = ScaledLogprobs(39, 1e6)
 
     assert run(service=service, settings=LONG).adapter is not None
 

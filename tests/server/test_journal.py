@@ -97,13 +97,13 @@ def test_a_snapshot_replaces_the_one_before(path, tmp_path):
     old.mkdir()
     new.mkdir()
     journal.snapshot("m", "{}", old, 1, None, None)
-    journal.snapshot("m", "{}", new, 2, "spoilt", old)
+    journal.snapshot("m", "{}", new, 2, "failed", old)
     journal = reopened(journal, path)
     [model] = journal.models()
     journal.remove_model("m", new)
     journal = reopened(journal, path)
 
-    assert ("spoilt", str(new)) == (model.spoilt, model.snapshot)
+    assert ("failed", str(new)) == (model.gradient_failure, model.snapshot)
     assert [] == journal.models()
     assert not old.exists()
     assert not new.exists()
@@ -111,7 +111,7 @@ def test_a_snapshot_replaces_the_one_before(path, tmp_path):
 
 
 def test_a_failure_keeps_its_sentence_when_it_is_forgotten(path):
-    """The gradients it spoilt must be spoilt again, with the same message."""
+    """After a restart the gradients are incomplete again, with the same message."""
     journal = Journal(path)
     journal.accept(row(0), new_model="{}")
     journal.accept(row(1))

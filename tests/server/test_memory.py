@@ -22,14 +22,14 @@ from tinkex.server.results import explained
 def test_the_request_fails_with_what_it_needed_and_the_next_works(client, caplog):
     model = client.model()
     failed = client.result(client.forward_backward(model, 1, [668]))
-    spoilt = client.result(client.optim_step(model, 2))
+    refused = client.result(client.optim_step(model, 2))
     good = client.result(client.forward_backward(model, 3, [5]))
     step = client.result(client.optim_step(model, 4))
 
     assert "it needs" in failed["error"]
     assert "send fewer or shorter sequences" in failed["error"]
     assert "user" == failed["category"]
-    assert "gradients are incomplete" in spoilt["error"]
+    assert "gradients are incomplete" in refused["error"]
     assert "metrics" in good
     assert "metrics" in step
     assert any("ForwardBackward (operation 1)" in r.getMessage() for r in caplog.records)

@@ -192,7 +192,7 @@ def test_after_a_failed_batch_the_step_fails_and_the_model_goes_on(served):
     assert reference["metrics"] == good["metrics"]
 
 
-def test_a_failed_forward_spoils_nothing(served):
+def test_a_failed_forward_keeps_the_gradients(served):
     """It touches no gradients."""
     client = served.client
     model = client.model()

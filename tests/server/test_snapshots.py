@@ -89,7 +89,7 @@ def test_real_weights_gradients_and_optimizers_come_back_to_the_bit(tmp_path):
     assert results[1] == results[0]
 
 
-def test_a_spoilt_model_is_still_spoilt_when_it_comes_back(serve, tmp_path):
+def test_incomplete_gradients_are_still_refused_after_the_model_was_on_disk(serve, tmp_path):
     engine = CountingEngine()
     client = serve(engine=engine, limits=IDLE, port=free_port()).client
     model = client.model()

@@ -1,4 +1,4 @@
-"""The training server: connects the port, the home, and all parts between them.
+"""The training server: connects the port, the home, and all components between them.
 
     socket -> uvicorn -> routes -> ledger -> scheduler -> engine
                             |         +----> journal
@@ -88,8 +88,8 @@ class LocalServer:
         base_models: loaded at the start, and listed in this order.
         with_tiny: True if the built-in model "tiny" is available, too.
         engine: creates the engine; called on the compute thread.
-        on_failure: called there if that fails. The server then refuses every operation with the
-            reason until it is stopped.
+        on_failure: called on the compute thread if that fails. The server then refuses every
+        operation with the reason until it is stopped.
 
     Raises:
         HomeError: If the home or the port cannot be used.
@@ -151,7 +151,7 @@ class LocalServer:
         self._thread: threading.Thread | None = None
 
     def _open_storage(self, port: int, limits: Limits) -> None:
-        """Take the server's folder, and open what is in it. Raises HomeError."""
+        """Lock the server's folder, and open its files. Raises HomeError."""
         try:
             self._folder = self._home.claim(port)
         except HomeError:
@@ -160,7 +160,7 @@ class LocalServer:
         try:
             self.store = Store(self._home, user_bytes=limits.user_disk_bytes)
             self._clean_up()
-            # No client can come back to a random free port, so there is nothing to journal.
+            # No client can reconnect to a random free port, so a journal would be useless.
             self._journal = Journal(self._folder.journal) if self._folder.lasting else None
         except BaseException:
             self._folder.release()
@@ -181,7 +181,7 @@ class LocalServer:
         self.ledger.workshop.loader.preload(engine, base_model, self.scheduler.put_chore)
 
     def _tell_users(self, keys: Keys) -> None:
-        """Log the ids of users' keys, and whose work no key can reach."""
+        """Log the ids of users' keys, and the owners whose objects no key can reach."""
         for line in keys.describe():
             logger.info("Keys of %s", line)
         hidden = [row[0] for row in self.store.owners() if row[0] not in keys.owners]
@@ -193,7 +193,7 @@ class LocalServer:
             )
 
     def _clean_up(self) -> None:
-        """Delete what dead servers left that no server can take over."""
+        """Delete files of dead servers that no server can take over."""
         for name in self._home.purge_dead(self.store.bury_server):
             logger.info("Removed the files of the dead server %s.", name)
         self.store.checkpoints.delete_expired()
@@ -321,11 +321,12 @@ def main(
         api_keys: "name=key" for each key of a user, or a key alone. Without keys, every client on
             loopback is the user "local"; on another address a key is generated and printed once.
         announce: file to write {"url", "pid", "version"} to when the server accepts requests.
-        parent_pid: the server ends when this process does, even if it is killed.
+        parent_pid: the server ends when this process ends, even if it is killed.
         user_models, user_queue, user_disk, drain: as in `Limits`.
         ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
-        session_timeout: seconds of silence after which a session ends; by default as in *limits*.
-        device: what computes: "auto", "cpu", "cuda", ...
+        session_timeout: seconds without a request after which a session ends; default as in
+        *limits*.
+        device: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16"; "int8" to sample only.
         weights_on_disk: True if base weights that do not fit in memory may stay on disk.
         compiled: False decodes with PyTorch alone, even where there is a C compiler.
@@ -395,8 +396,7 @@ def _certificate(certificate: Path | None, key: Path | None) -> tuple[Path, Path
 
 
 def _prepare_process() -> None:
-    """Settings of the whole process: its log, permissions of new files, turns of its threads, their
-    memory."""
+    """Settings of the whole process: log, umask, thread switch interval, malloc arenas."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )

@@ -1,7 +1,7 @@
-"""A folder as a tar stream: its size is known in advance, and any range can be read.
+"""A folder as a tar stream: the size is known in advance, and any range can be read.
 
-The tar is not compressed (safetensors do not shrink) and not written to disk. It has the same bytes
-each time: sorted members, no owners, one date. Does not know about checkpoints or HTTP.
+The tar is not compressed (safetensors do not compress) and not written to disk. Its bytes are
+reproducible: sorted members, no owners, one date. Does not know about checkpoints or HTTP.
 """
 
 from __future__ import annotations

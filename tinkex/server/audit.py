@@ -1,7 +1,7 @@
 """The audit log: who did what, when and from where; no data, no keys.
 
-One JSON object a line. Batches, samples and polls are not in it: they are many, and change nothing
-but the caller's own models.
+One JSON object a line. Batches, samples and polls are not logged: there are many of them, and they
+change nothing but the caller's own models.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tinkex.server.database import iso
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a file, and how many full ones are kept.
+#: Bytes of a file, and how many full files are kept.
 FILE_BYTES = 10 * 2**20
 FILES = 9
 #: Seconds between two log lines about an audit log that cannot be written.
 _LOG_SECONDS = 60.0
-#: What is not noted, unless it is refused for its key.
+#: Requests that are not logged, unless they are refused because of their key.
 _MANY = {
     wire.PREFIX + path
     for path in (
@@ -35,7 +35,7 @@ _MANY = {
 
 
 class _File(RotatingFileHandler):
-    """Says in the log that it cannot be written, once a minute."""
+    """Logs at most once a minute that the audit log cannot be written."""
 
     _logged_at = -_LOG_SECONDS
 
@@ -67,11 +67,12 @@ class Audit:
         key_id: Callable[[], str | None],
         host: str | None,
     ) -> None:
-        """Note a request that was answered.
+        """Log an answered request.
 
         Args:
-            owner: "" for one without a valid key.
-            key_id: gives `auth.key_id`; host: the address that it came from.
+            owner: "" for a request without a valid key.
+            key_id: returns `auth.key_id`; host: the
+            client's address.
         """
         denied = status in (401, 403)
         reads = method in ("GET", "HEAD") and not path.endswith("/archive")

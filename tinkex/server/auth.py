@@ -1,7 +1,7 @@
 """API keys and the owners that they stand for.
 
-Objects are stored under the owner's name: the one that the user was given, or one that does not
-reveal the key. Keys are kept as digests.
+Objects are stored under the owner's name: the name given to the user, or one that does not reveal
+the key. Keys are stored as digests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOCAL = "local"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-#: Names of users. Others could be taken for a path, or for an owner that is named after a key.
+#: Valid user names. Others could be mistaken for a path, or for an owner named after a key.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 _NAMED_KEY = re.compile(rf"({_NAME.pattern})=(.{{8,}})", re.DOTALL)
 #: Hexadecimal digits of a key's id.
@@ -35,7 +35,7 @@ def check_name(name: str) -> None:
     """Check the name of a user.
 
     Raises:
-        ValueError: If it has other characters than these, or is one that the server gives.
+        ValueError: If it has other characters, or is a name that the server assigns.
     """
     if not _NAME.fullmatch(name) or name == LOCAL or name.startswith("key-"):
         raise ValueError(
@@ -45,7 +45,7 @@ def check_name(name: str) -> None:
 
 
 def key_id(key: str, secret: bytes) -> str:
-    """A name of the key for logs, from which the key cannot be computed."""
+    """An id of the key for logs, from which the key cannot be computed."""
     digest = hmac.new(secret, b"id of " + _encoded(key), "sha256").hexdigest()
     return digest[:_ID_LENGTH]
 
@@ -59,7 +59,7 @@ class Revoked:
         self._ids: frozenset[str] = frozenset()
 
     def __contains__(self, key: str) -> bool:
-        """Whether the key with the id *key* is revoked, by the file as it is now."""
+        """True if the current file lists the key with the id *key*."""
         try:
             status = self._path.stat()
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class Revoked:
         return key in self._ids
 
     def add(self, key: str) -> None:
-        """Revoke the key with the id *key*; it is on disk when this returns. Raises OSError."""
+        """Revoke the key with the id *key*, and sync the file to disk. Raises OSError."""
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(handle, f"{key}\n".encode("ascii"))
@@ -100,7 +100,7 @@ class Keys:
         The owner of a key alone is named by the hash of the key with *secret*.
 
         Raises:
-            ValueError: If a name is not valid, or one key is given to two users.
+            ValueError: If a name is not valid, or two users have the same key.
         """
         known: dict[bytes, _Known] = {}
         for text in keys:
@@ -139,14 +139,14 @@ class Keys:
 
     @property
     def several_users(self) -> bool:
-        """True if users must be kept apart; paths on this machine are then refused."""
+        """True if users must be separated; paths on this machine are then refused."""
         return any(known.owner != LOCAL for known in self._known.values())
 
     def check_visitor(self, headers: Mapping[str, str]) -> None:
-        """On a server without a key, refuse what a web page in a browser here could have sent.
+        """On a server without a key, refuse requests that a web page in a local browser could send.
 
-        Origin or Sec-Fetch-Site shows such a request, and so does a host name that was made to
-        lead to this machine. A page of another port is another's page.
+        Such requests have Origin or Sec-Fetch-Site, or a host name other than loopback (DNS
+        rebinding). A page served from another port counts as foreign.
 
         Raises:
             Refusal: 403.
@@ -202,7 +202,7 @@ class Keys:
         return known.key_id if known is not None else None
 
     def revoke(self, key: str) -> None:
-        """Accept the key no more, here and at the other servers of the home.
+        """Revoke the key, for this server and the other servers of the home.
 
         Raises:
             Refusal: 404 if the server has a single user, 401 if the key is not valid.

@@ -1,9 +1,8 @@
-"""Reads base models on separate threads, so that nothing else waits for a slow or hostile one.
-Their tokenizers, too.
+"""Reads base models and tokenizers on separate threads, so that slow or hostile ones block nothing.
 
-All operations that need a model wait for one reading of it. It ends when none of them waits any
-more, or when it takes too long; a thread that hangs in the file system is then left alone. Does not
-know what a base model consists of.
+All operations that need a model wait for the same read. It is cancelled when no operation waits for
+it any more, or when it takes too long; a thread that hangs in the file system is then abandoned.
+Does not know what a base model consists of.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from tinkex.server.scheduler import Steps, Wait
 
 logger = logging.getLogger(__name__)
 
-#: Models that are read at the same time.
+#: Models read at the same time.
 AT_ONCE = 2
 
 
 class Unwanted(ValueError):
-    """The reading was stopped, because no operation waited for the model any more."""
+    """The read was cancelled, because no operation waited for the model any more."""
 
 
 class Loading:
-    """One reading of a base model, for all who need it."""
+    """One read of a base model, for all operations that need it."""
 
     def __init__(self, base_model: str) -> None:
         self.base_model = base_model
@@ -42,7 +41,7 @@ class Loading:
         self._bytes = (0, 0)
 
     def wait(self) -> Wait:
-        """What a job yields until it is `done`. Without such a job, the reading ends."""
+        """A `Wait` to yield until `done`. Without a waiting job, the read is cancelled."""
         with self._lock:
             self._waiting += 1
         return Wait(self.done, self._describe, self._leave)
@@ -59,7 +58,7 @@ class Loading:
                 self.done.set_result(loaded)
 
     def fail(self, exc: BaseException) -> None:
-        """End with an exception, unless it has ended. A thread that reads stops when it can."""
+        """Fail the read, unless it has ended. Its thread stops at the next progress report."""
         with self._lock:
             self._stopped = True
         with suppress(InvalidStateError):
@@ -94,14 +93,14 @@ class BaseLoader:
     """The base models of a server.
 
     Args:
-        seconds: a reading may take so long.
+        seconds: time limit of a read.
     """
 
     def __init__(self, seconds: float) -> None:
         #: Metadata of the loaded base models, by name.
         self.bases: dict[str, Any] = {}
         self._seconds = seconds
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards everything below
         self._current: dict[str, Loading] = {}
         self._aside: dict[str, Future[None]] = {}
         self._queue: deque[tuple[Loading, Any]] = deque()
@@ -118,14 +117,15 @@ class BaseLoader:
             yield loading.wait()
             try:
                 self._enter(engine, base_model, loading.done.result())
-            except Unwanted:  # stopped for others, at the moment when this job came
+            except Unwanted:  # cancelled just as this job arrived: start again
                 continue
         self._note(engine, base_model)
 
     def aside(self, title: str, read: Callable[[], None]) -> Steps:
         """A part of a job: waits until *read* has been called, on a separate thread.
 
-        It is called once for all jobs that wait for the same *title*. Raises what it raises.
+        It is called once for all jobs that wait for the same *title*. Its exceptions are raised
+        here.
         """
         with self._lock:
             done = self._aside.get(title)
@@ -162,7 +162,7 @@ class BaseLoader:
 
         Args:
             put_chore: see `Scheduler.put_chore`.
-            then: called on the compute thread at the end, also after a failure, which is logged.
+            then: called on the compute thread afterwards, also after a failure, which is logged.
         """
 
         def enter(engine: Any) -> None:
@@ -188,7 +188,7 @@ class BaseLoader:
         self.bases[base_model] = engine.base_info(base_model)
 
     def _start(self, engine: Any, base_model: str) -> Loading:
-        """Begin to read a model, or join the reading that has begun."""
+        """Start reading a model, or join a read in progress."""
         with self._lock:
             loading = self._current.get(base_model)
             if loading is not None and not loading.done.done():

@@ -1,8 +1,7 @@
 """Names of base models: what `--base-model` maps to directories, and variants of a model.
 
 Qwen/Qwen3-8B                a model by its name
-Qwen/Qwen3-8B:peft:32768     the same with a context of 32,768 tokens, as the official service
-                             names it
+Qwen/Qwen3-8B:peft:32768     the same with a context of 32,768 tokens (official notation)
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def parse(options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The names in *options* (MODEL or NAME=DIRECTORY), and the directory of each mapped name.
 
     Raises:
-        ValueError: If a name is given twice, is not one, or its directory is not there.
+        ValueError: If a name is given twice or not valid, or its directory does not exist.
     """
     names: list[str] = []
     directories: dict[str, str] = {}
@@ -59,6 +58,6 @@ def _checked(name: str, directory: str) -> str:
 
 
 def split_variant(base_model: str) -> tuple[str, int | None]:
-    """The name of the model itself, and the context that the variant asks for, or None."""
+    """The name of the model itself, and the variant's context, or None."""
     match = _VARIANT.match(base_model)
     return (match.group(1), int(match.group(2))) if match else (base_model, None)

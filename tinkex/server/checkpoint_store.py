@@ -1,7 +1,7 @@
 """Checkpoints on disk: saving, finding, copying, publishing, expiring and deleting them.
 
-A checkpoint exists when its row does. The row is added after its files are complete and on disk,
-and removed before they are deleted. Does not know what the files contain.
+A checkpoint exists if and only if its row exists. The row is added after the files are complete and
+synced, and removed before they are deleted. Does not know what the files contain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinkex.server.limits import MIB
 
 logger = logging.getLogger(__name__)
 
-#: A checkpoint folder without a row that is older than this was left by a server that died.
+#: A checkpoint folder without a row and older than this was left by a server that died.
 _ORPHAN_SECONDS = 3600.0
 
 
@@ -32,7 +32,7 @@ class Checkpoints:
     """The checkpoints of a home. Safe to share between threads.
 
     Args:
-        user_bytes: what all checkpoints and sampler weights of one user may take; None is no limit.
+        user_bytes: limit of all checkpoints and sampler weights of one user; None is no limit.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Checkpoints:
         return row
 
     def check_room(self, owner: str, size: int, replaces: int = 0) -> None:
-        """Check that a user may store *size* more bytes, in place of others.
+        """Check that a user may store *size* more bytes after deleting *replaces* bytes.
 
         Raises:
-            Refusal: 400 with what they have and may have.
+            Refusal: 400 with the current usage and the limit.
         """
         if self._user_bytes is None:
             return
@@ -90,7 +90,7 @@ class Checkpoints:
             )
 
     def used_by(self, owner: str) -> int:
-        """Bytes of a user's checkpoints, and of the weights that only their samplers have."""
+        """Bytes of a user's checkpoints, and of weights that only the user's samplers have."""
         [(checkpoints,)] = self._db.select(
             "SELECT COALESCE(SUM(size_bytes), 0) FROM checkpoints WHERE owner = ?", owner
         )
@@ -105,11 +105,11 @@ class Checkpoints:
         """Compare a checkpoint's files with the hashes made at saving.
 
         Args:
-            directory: where it is. Folders that are not checkpoints, and checkpoints of versions
-                that saved no hashes, are not checked.
+            directory: the checkpoint's folder. Folders that are not checkpoints, and checkpoints of
+            versions that saved no hashes, are not checked.
 
         Raises:
-            Refusal: 400 if a file is missing or has changed: the name of the file.
+            Refusal: 400, naming the file, if one is missing or has changed.
         """
         row = self._db.one(
             CheckpointRow, "SELECT * FROM checkpoints WHERE directory = ?", str(directory)
@@ -139,7 +139,7 @@ class Checkpoints:
     def find(
         self, path: str, owner: str, *, own: bool = False, reader: str | None = None
     ) -> CheckpointRow:
-        """A checkpoint that *owner* (or *reader*) may read, or with *own* may change.
+        """A checkpoint that *owner* (or *reader*) may read, or, if *own*, may change.
 
         Raises:
             Refusal: 400 if the path is not valid, 404 if the owner has no such checkpoint.
@@ -164,7 +164,7 @@ class Checkpoints:
         return row
 
     def find_model(self, path: str, owner: str, reader: str | None = None) -> CheckpointRow:
-        """A checkpoint that *owner* (or *reader*) may read, for a model or a sampler to be made of.
+        """A checkpoint that *owner* (or *reader*) may read, to make a model or a sampler from.
 
         Raises:
             Refusal: As `find`; 400 for external weights, which may be encrypted.
@@ -191,7 +191,7 @@ class Checkpoints:
         """Checkpoints of a run, oldest first; of another owner's run, only published ones.
 
         Raises:
-            Refusal: 404 if there is no such run, or none that the owner may see.
+            Refusal: 404 if there is no such run, or the owner may not see it.
         """
         rows = self._db.all(
             CheckpointRow,
@@ -330,7 +330,7 @@ class Checkpoints:
         return [row.path for row in rows]
 
     def delete_orphans(self) -> Sequence[Path]:
-        """Delete checkpoint folders without a row, left by a server that was killed.
+        """Delete checkpoint folders without a row, left by a killed server.
 
         It died between moving the files and adding the row, or while deleting.
         """
@@ -366,7 +366,7 @@ class Checkpoints:
         return count, size
 
     def counts(self, owner: str) -> dict[str, int]:
-        """How many checkpoints each run of an owner has; runs without any are left out."""
+        """The number of checkpoints of each of an owner's runs; runs without any are omitted."""
         rows = self._db.select(
             "SELECT run_id, COUNT(*) FROM checkpoints WHERE owner = ? GROUP BY run_id", owner
         )

@@ -19,16 +19,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
 
-#: Descriptors that connections never use: about 16 for what the server has open all the time
+#: File descriptors reserved for everything but connections: about 16 that are always open
 #: (database, journal, lock, event loop), the others for checkpoint files.
 RESERVED_DESCRIPTORS = 48
 #: Connections accepted in one turn of the event loop.
 _AT_ONCE = 64
-#: Seconds after which a paused listener looks again.
+#: Seconds after which a paused listener tries again.
 _PAUSE_SECONDS = 0.1
 #: Seconds between two log lines about pauses.
 _LOG_SECONDS = 60.0
-#: accept() failed because the process or the machine has run out of something.
+#: Errors of accept() when the process or the machine has run out of a resource.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -41,16 +41,15 @@ def most_connections(limit: int) -> int:
 
 
 class Connection(H11Protocol):
-    """An HTTP connection that is closed when a request head, or taking an answer, takes too long.
+    """An HTTP connection, closed if the client sends a head, or reads a response, too slowly.
 
-    The time counts from the moment when the server could have read it: the accept for the first
-    request, the first byte for later ones. A connection that idles between two requests is
-    uvicorn's keep-alive limit's.
+    The time limit of a head starts with the accept for the first request, and with the first byte
+    for later ones. Idle connections between requests are closed by uvicorn's keep-alive limit.
     """
 
     #: Seconds; set for each server.
     head_seconds = 30.0
-    #: Seconds in which the client must take something of an answer that waits for it.
+    #: Seconds within which the client must read something of a pending response.
     answer_seconds = 60.0
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -73,7 +72,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than the answer is made."""
+        """The client reads more slowly than the response is produced."""
         super().pause_writing()
         self._watch_answer()
 
@@ -82,7 +81,7 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """No request came for long: close, unless the client is still taking its last answer."""
+        """Close the idle connection, unless the client is still reading its last response."""
         if not self.transport.get_write_buffer_size():
             super().timeout_keep_alive_handler()
             return
@@ -101,7 +100,7 @@ class Connection(H11Protocol):
         left = self.transport.get_write_buffer_size()
         if 0 < left < self._unsent:
             self._watch_answer()
-        elif left:  # nothing was taken, and close() would wait until it is
+        elif left:  # nothing was read; close() would wait for it
             self.transport.abort()
 
     def _stop_answer_timer(self) -> None:
@@ -135,17 +134,16 @@ class Connection(H11Protocol):
 
 
 class Acceptor:
-    """Accepts connections as long as there is room for them, on the event loop.
+    """Accepts connections up to a limit, on the event loop.
 
     asyncio's own accept loop fails in a loop when descriptors run out. This one stops listening
     until a connection is closed; new ones wait in the listener's backlog.
 
     Args:
-        listener: listens already; it is made non-blocking.
-        make_protocol: gives the protocol of a new connection.
-        connections: those that are open.
-        most: how many of them there may be.
-        tls: for encrypted connections, or None; handshake_seconds: what its beginning may take.
+        listener: a listening socket; made non-blocking.
+        make_protocol: returns the protocol of a
+        new connection. connections: the open ones. most: limit of open connections.
+        tls: for encrypted connections, or None; handshake_seconds: time limit of the TLS handshake.
     """
 
     def __init__(
@@ -172,7 +170,7 @@ class Acceptor:
         self._listen()
 
     def close(self) -> None:
-        """Accept no more. The listener is the caller's to close."""
+        """Stop accepting. The caller closes the listener."""
         if self._timer is not None:
             self._timer.cancel()
         self._loop.remove_reader(self._listener)
@@ -203,7 +201,7 @@ class Acceptor:
     async def _start(self, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._make_protocol, accepted, **self._tls)
-        except OSError as exc:  # it was closed at once
+        except OSError as exc:  # the client closed it at once
             accepted.close()
             logger.debug("A connection ended before it began: %s", exc)
 

@@ -1,6 +1,6 @@
 """The SQLite database of a home: its tables, their rows as objects, and access to them.
 
-Does not know what the rows mean; `Store` and `Checkpoints` do.
+`Store` and `Checkpoints` give the rows their meaning.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ CREATE INDEX IF NOT EXISTS checkpoints_listed
 CREATE INDEX IF NOT EXISTS checkpoints_by_expiry ON checkpoints (expires_at);
 """
 
-#: Of the tables, in SQLite's user_version. 0 is a file from before there were numbers; its tables
-#: are those of 1, but for the columns below. A change that older versions cannot work with gets a
-#: new number, and a step in `_migrate` from the one before.
+#: Version of the schema, in SQLite's user_version. Files with 0 are older than these numbers; their
+#: tables are those of 1 without the columns below. A change that older versions cannot work with
+#: needs a new number, and a migration in `_migrate`.
 _VERSION = 1
 
 #: Columns that earlier versions did not have.
@@ -98,8 +98,8 @@ class RunRow:
 
 @attrs.frozen
 class SamplerRow:
-    """directory: of the checkpoint model_path, or, without one, of a snapshot that belongs to the
-    sampler alone; origin: what made it."""
+    """directory: of the checkpoint model_path, or, without one, of the sampler's own snapshot;
+    origin: the operation that made it."""
 
     sampler_id: str
     session_id: str
@@ -117,8 +117,8 @@ class CheckpointRow:
     """A checkpoint.
 
     Attributes:
-        origin: the operation that made it, by which a repeat of that operation is known.
-        sha256: of its archive, once that was asked for.
+        origin: the operation that made it, to detect repeats of that operation. sha256: of its
+        archive, once it was requested.
         file_hashes: file name -> SHA-256 at saving; None for those of earlier versions.
     """
 
@@ -219,7 +219,7 @@ class Database:
             )
 
     def _migrate(self) -> None:
-        """A database of an earlier version gets what was added since, in one transaction."""
+        """Add what an earlier version's database lacks, in one transaction."""
         with self.transaction() as db:
             for table, column, kind in _ADDED_COLUMNS:
                 there = {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}
@@ -239,7 +239,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Commits when the block ends, rolls back when it raises."""
+        """Commit when the block ends, roll back if it raises."""
         with self._lock:
             self.identity.check()
             self._db.execute("BEGIN IMMEDIATE")
@@ -283,6 +283,6 @@ class Database:
             return count
 
     def change(self, sql: str, *values: Any) -> int:
-        """Execute one statement in a transaction; the number of changed rows."""
+        """Execute one statement in a transaction; return the number of changed rows."""
         with self.transaction() as db:
             return db.execute(sql, values).rowcount

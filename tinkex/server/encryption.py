@@ -15,10 +15,10 @@ SUFFIX = ".age"
 
 
 def recipients_of(keys: Sequence[str]) -> list[Any]:
-    """The public keys as pyrage takes them.
+    """Parse public keys for pyrage.
 
     Raises:
-        ValueError: If one is none, or pyrage is not installed.
+        ValueError: If one is not a public key, or pyrage is not installed.
     """
     checked = types.check_recipients(keys) or []
     pyrage = _pyrage()
@@ -36,7 +36,7 @@ def recipients_of(keys: Sequence[str]) -> list[Any]:
 
 
 def encrypt_folder(folder: Path, keys: Sequence[str]) -> None:
-    """Replace every file in *folder* by its encrypted form, which has `SUFFIX` behind its name."""
+    """Replace every file in *folder* by its encrypted form, with `SUFFIX` appended to its name."""
     recipients = recipients_of(keys)
     pyrage = _pyrage()
     for file in [path for path in folder.rglob("*") if path.is_file()]:

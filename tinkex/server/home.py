@@ -6,8 +6,8 @@
     servers/<name>/     files of one running server: lock, journal, snapshots, samplers, drafts
 
 A server locks its folder while it runs. A server on a fixed port is named after the port, and takes
-over the folder of a dead predecessor of that name; folders of dead servers without a fixed port are
-deleted. Does not know what the folders contain.
+over the folder of a dead predecessor with that name. Folders of dead servers without a fixed port
+are deleted. Does not know what the folders contain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import attrs
 
 logger = logging.getLogger(__name__)
 
-#: Servers on a fixed port are named port-<n> and can be taken over.
+#: Prefix of servers on a fixed port (port-<n>), whose folders can be taken over.
 _LASTING = "port-"
 
 
@@ -35,10 +35,10 @@ class HomeError(Exception):
     """The home cannot be used. The message gives the reason and the fix."""
 
 
-#: What marks a folder as a home: made by `Home.open`, or by versions that wrote no marker.
+#: Files that mark a folder as a home. `Home.open` writes the first; older versions did not.
 _MARKER = "tinkex-home"
 _MARKERS = (_MARKER, "tinkex.sqlite")
-#: What other parts of tinkex may have put into a home before a server opens it.
+#: Files that other parts of tinkex may create in a home before a server opens it.
 _NOT_OTHERS = frozenset(
     {
         "cache",
@@ -56,7 +56,7 @@ _NOT_OTHERS = frozenset(
 
 @attrs.frozen
 class FileIdentity:
-    """The file that a path led to, to notice when it is deleted or replaced.
+    """The identity of the file at a path, to detect that it is deleted or replaced.
 
     A deleted file that is still open can be written without an error, but the data is lost.
     """
@@ -71,7 +71,7 @@ class FileIdentity:
         return cls(path, status.st_dev, status.st_ino)
 
     def check(self) -> None:
-        """Raises OSError if the path no longer leads to that file."""
+        """Raise OSError if the path no longer leads to that file."""
         try:
             found = self.path.stat()
         except OSError:
@@ -117,19 +117,19 @@ class Reserve:
 
 @attrs.frozen
 class Home:
-    """A usable home folder. Only its user can read it (0700, files 0600)."""
+    """A usable home folder. Only its owner can read it (0700, files 0600)."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> Home:
-        """Make or check the folder.
+        """Create or check the folder.
 
-        A home is a folder that this made, or that is empty and the user's own. The mode of any
-        other folder is never changed: others may use it.
+        A home is a folder that this method created, or an empty one that belongs to the user. The
+        mode of any other folder is never changed, because others may use it.
 
         Raises:
-            HomeError: If it is not the user's, holds other things, or cannot be written.
+            HomeError: If it belongs to another user, holds other files, or cannot be written.
         """
         home = cls(path.expanduser().absolute())
         try:
@@ -207,7 +207,7 @@ class Home:
         return self.path / "servers"
 
     def audit_log(self, port: int) -> Path:
-        """The file of a server on *port*."""
+        """The audit log of a server on *port*."""
         return self.path / "audit" / f"port-{port}.jsonl"
 
     @property
@@ -245,7 +245,7 @@ class Home:
         return folder
 
     def purge_dead(self, forget: Callable[[str], None]) -> list[str]:
-        """Delete the folders of dead servers that cannot be taken over; their names.
+        """Delete the folders of dead servers that cannot be taken over; return their names.
 
         `forget` is called with each server's name first, while its folder is still locked.
         """
@@ -317,7 +317,7 @@ class ServerFolder:
         return self.path / "spool"
 
     def draft(self) -> Path:
-        """Create an empty folder for files that are moved to their place when complete."""
+        """Create an empty folder for files that are moved into place when complete."""
         path = self.drafts / secrets.token_hex(8)
         path.mkdir()
         return path
@@ -335,7 +335,7 @@ class ServerFolder:
 
 
 def move_into_place(draft: Path, place: Path) -> None:
-    """Sync *draft* to disk and rename it to *place*: a power cut leaves all of it or nothing."""
+    """Sync *draft* to disk and rename it to *place*: atomic even across a power failure."""
     sync_tree(draft)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.rename(draft, place)

@@ -1,8 +1,8 @@
 """Backs up a home while servers run, and restores a home from a backup.
 
-A backup is a tar file of the index and of everything that it lists: checkpoints, metrics of runs,
-the secret that names of owners come from, revoked keys. Live models are not in it; what they saved
-is.
+A backup is a tar file of the database and of everything that it lists: checkpoints, metrics of
+runs, the secret from which owner names are derived, revoked keys. Live models are not included, but
+their checkpoints are.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tinkex.server.home import Home, HomeError, sync_path
 from tinkex.server.home_check import check_home
 from tinkex.server.store import Store
 
-#: The file in a backup that says what it is.
+#: The manifest in a backup: its version and content.
 _MANIFEST = "tinkex-backup.json"
 _VERSION = 1
-#: What is copied as it is, where it is there.
+#: Files that are copied unchanged, if they exist.
 _FILES = ("secret", "revoked-keys", "metrics")
 
 
 @attrs.frozen
 class Backup:
-    """What a backup holds.
+    """The content of a backup.
 
     Attributes:
         bytes: of the checkpoints.
@@ -46,8 +46,8 @@ class Backup:
 def backup(home: Path, out: Path) -> Backup:
     """Write a backup of a home to the new file *out*. Servers may be running.
 
-    It is of one moment: a checkpoint that is saved later is not in it, and one that is deleted
-    while it is copied is left out as a whole.
+    It is a consistent snapshot: a checkpoint saved later is not included, and one that is deleted
+    while it is copied is omitted completely.
 
     Raises:
         HomeError: If *home* is not a home, *out* exists, or a file cannot be read or written.
@@ -93,7 +93,7 @@ def _write(home: Path, index: Path, tar: tarfile.TarFile, folder: Path) -> Backu
         for path, directory, stored in rows:
             place = Path(directory)
             try:
-                # Copied first: a checkpoint that is deleted meanwhile must not be half in the tar.
+                # Copied first: a checkpoint deleted meanwhile must not be in the tar in part.
                 shutil.copytree(place, folder / "copy")
             except (OSError, shutil.Error):
                 if _is_listed(live, path, directory):
@@ -121,13 +121,13 @@ def _write(home: Path, index: Path, tar: tarfile.TarFile, folder: Path) -> Backu
 
 
 def _is_listed(live: sqlite3.Connection, path: str, directory: str) -> bool:
-    """True if the files of a checkpoint are whole: they are deleted after its row is."""
+    """True if the files of a checkpoint are complete: they are deleted after its row."""
     query = "SELECT 1 FROM checkpoints WHERE path = ? AND directory = ?"
     return live.execute(query, (path, directory)).fetchone() is not None
 
 
 def restore(path: Path, home: Path) -> int:
-    """Make a home of a backup: an empty or a new folder. Returns the number of checkpoints.
+    """Restore a backup to an empty or new folder. Returns the number of checkpoints.
 
     Raises:
         HomeError: If *path* is not a backup, the folder is not empty, or a checkpoint is damaged.
@@ -164,7 +164,7 @@ def restore(path: Path, home: Path) -> int:
 
 
 def _move_directories(index: Path, old: Path, new: Path) -> None:
-    """Let the index lead to the files where they are now."""
+    """Update the paths in the database to where the files are now."""
     with contextlib.closing(sqlite3.connect(index)) as database, database:
         for path, directory in database.execute("SELECT path, directory FROM checkpoints"):
             place = new / Path(directory).relative_to(old)
@@ -174,10 +174,10 @@ def _move_directories(index: Path, old: Path, new: Path) -> None:
 
 
 def collect_garbage(home: Path) -> int:
-    """Delete expired checkpoints, and what dead servers left. Servers may be running.
+    """Delete expired checkpoints, and files of dead servers. Servers may be running.
 
     Returns:
-        How many checkpoints and folders are gone.
+        How many checkpoints and folders were deleted.
 
     Raises:
         HomeError: If *home* is not a home.

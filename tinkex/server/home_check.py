@@ -16,8 +16,8 @@ class CheckedCheckpoint:
     """One checkpoint.
 
     Attributes:
-        status: "ok", "damaged", or "unknown" for one that a version without hashes saved.
-        detail: what is wrong; "" if nothing is.
+        status: "ok", "damaged", or "unknown" if saved by a version without hashes.
+        detail: the damage; "" if there is none.
     """
 
     path: str

@@ -1,7 +1,7 @@
 """The owners of a home's objects: lists them, and gives objects to another owner.
 
-Objects belong to the name of a user. Those made without a key, or under a key that has no name,
-belong to names that no later key stands for; `adopt` gives them to one.
+Objects belong to a user name. Those created without a key, or with an unnamed key, belong to names
+that a later key may not map to; `adopt` gives them to a user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinkex.server.store import Store
 
 @attrs.frozen
 class Owner:
-    """What belongs to an owner.
+    """An owner and the amount of stored objects.
 
     Attributes:
         bytes: of all checkpoints.
@@ -51,10 +51,10 @@ def owners(path: Path) -> list[Owner]:
 
 
 def adopt(path: Path, old: str, new: str) -> int:
-    """Give everything of one owner to another: what is stored, and what servers will resume.
+    """Give everything of one owner to another: stored objects, and operations to resume.
 
     Returns:
-        How many objects the home's index has of it.
+        How many rows of the database have changed.
 
     Raises:
         HomeError: If *path* is not a home, a server runs on it, *old* owns nothing, or *new* is not
@@ -81,7 +81,7 @@ def revoke(path: Path, *, key_id: str | None = None, key: str | None = None) -> 
     """Revoke a key by its id, or the key itself; servers notice at once. Returns its id.
 
     Raises:
-        HomeError: If *path* is not a home, or the id has not the form of one.
+        HomeError: If *path* is not a home, or the id is malformed.
     """
     home = Home(path.expanduser().absolute())
     if not home.database.is_file():

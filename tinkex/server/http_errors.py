@@ -32,12 +32,12 @@ class Refusal(Exception):
 
 
 def not_found(what: str, name: object) -> Refusal:
-    """404 for an object that does not exist or belongs to another user, in the same words."""
+    """404 for an object that does not exist or belongs to another user: the same text for both."""
     return Refusal(404, f"{what} {shown(name)} is not known to this server.")
 
 
 def not_offered(what: str, instead: str = "") -> Refusal:
-    """404 for a feature that this server does not have; clients would retry a 501."""
+    """404 for an unsupported feature; clients would retry a 501."""
     return Refusal(404, f"this server does not offer {what}." + (f" {instead}" if instead else ""))
 
 

@@ -1,7 +1,7 @@
 """The journal of one server: accepted operations and their results, to resume after a restart.
 
 One thread writes in groups: writes that arrive during a transaction go into the next one. An
-operation is accepted when its row is written; its result follows. After a snapshot of a model, the
+operation is accepted when its row is written; its result follows. Once a model has a snapshot, the
 bodies of earlier operations are not needed. Does not know what operations mean, except which of
 them change a model.
 """
@@ -27,6 +27,7 @@ from tinkex.server.results import Answer
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
+# The column `spoilt` is `ModelRow.gradient_failure`.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS operations (
     number INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL UNIQUE, name TEXT NOT NULL,
@@ -52,11 +53,11 @@ class OperationRow:
         in_line: True for a model's numbered operations, whose numbers have no gaps.
         changes_model: True if it must run again after a restart to rebuild the model.
         body: as received, decompressed; None when it is no longer needed, or not read.
-        body_size: its bytes, also if it is not read.
+        body_size: bytes of the body, even if it is not read.
         extra: JSON with decisions made at acceptance (random seeds).
         ended: None while it runs, then "failure" or the form of the result.
-        answer: the result; None if there is none yet, or if it is forgotten.
-        forgotten: the client has the result; the row is kept for its body or its number only.
+        answer: the result; None if there is none yet, or it was forgotten.
+        forgotten: the client has the result; the row is kept only for its body or its number.
     """
 
     request_id: str
@@ -84,14 +85,14 @@ class ModelRow:
     Attributes:
         info: JSON description, see `LiveModel.info`.
         snapshot: the folder of the newest one, or None; snapshot_seq: the last operation in it.
-        spoilt: why the gradients in the snapshot must not be stepped with, or None.
+        gradient_failure: why the gradients in the snapshot are incomplete, or None.
     """
 
     model_id: str
     info: str
     snapshot: str | None
     snapshot_seq: int
-    spoilt: str | None
+    gradient_failure: str | None
 
 
 @attrs.frozen
@@ -114,9 +115,9 @@ class Journal:
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # of a file that is made now
+            self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # takes effect for new files only
             self._db.execute("PRAGMA journal_mode=WAL")
-            # A killed process loses nothing; a power cut may lose the last transactions.
+            # A killed process loses nothing; a power failure may lose the last transactions.
             self._db.execute("PRAGMA synchronous=NORMAL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -187,10 +188,10 @@ class Journal:
         )
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop results that clients have, as far as a restart does not need them.
+        """Drop results that clients have received and that a restart does not need.
 
-        A numbered operation is needed, if only for its number, until a snapshot contains it or
-        the model is gone.
+        A numbered operation is needed, at least for its number, until a snapshot contains it or the
+        model is removed.
         """
         statements: list[tuple[str, tuple[Any, ...]]] = []
         for request_id in request_ids:
@@ -214,20 +215,20 @@ class Journal:
         info: str,
         directory: Path,
         seq: int,
-        spoilt: str | None,
+        gradient_failure: str | None,
         replaces: Path | None,
     ) -> None:
-        """Note the snapshot of a model after operation *seq*; it is complete and synced to disk.
+        """Record the snapshot of a model after operation *seq*; it is complete and synced to disk.
 
         Args:
-            info: see `ModelRow`; by now with what the engine has chosen.
-            replaces: a snapshot that is deleted once the switch survives a power cut.
+            info: see `ModelRow`; now includes the engine's choices.
+            replaces: the previous snapshot, deleted once the switch is synced to disk.
         """
         statements: list[tuple[str, tuple[Any, ...]]] = [
             (
                 "UPDATE models SET info = ?, snapshot = ?, snapshot_seq = ?, spoilt = ? "
                 "WHERE model_id = ?",
-                (info, str(directory), seq, spoilt, model_id),
+                (info, str(directory), seq, gradient_failure, model_id),
             ),
             (
                 "DELETE FROM operations WHERE target = ? AND seq <= ? AND forgotten",
@@ -237,7 +238,7 @@ class Journal:
         ]
 
         def afterwards() -> None:
-            # The old one may be deleted only when the switch to the new one survives a power cut.
+            # The old snapshot may be deleted only once the switch to the new one is synced.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             if replaces is not None:
                 shutil.rmtree(replaces, ignore_errors=True)
@@ -256,7 +257,7 @@ class Journal:
         ]
 
         def afterwards() -> None:
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()  # its pages, to the disk
+            self._db.execute("PRAGMA incremental_vacuum").fetchall()  # frees its pages on disk
             if snapshot is not None:
                 shutil.rmtree(snapshot, ignore_errors=True)
 
@@ -267,7 +268,7 @@ class Journal:
         return [ModelRow(*row) for row in rows]
 
     def operations(self, most_bytes: int = 2**62) -> list[OperationRow]:
-        """All operations in the order of acceptance, with bodies up to *most_bytes*."""
+        """All operations in order of acceptance, with bodies up to *most_bytes*."""
         rows = self._db.execute(
             "SELECT request_id, name, owner, session_id, target, seq, in_line, changes_model, "
             "content_type, CASE WHEN length(body) <= ? THEN body END AS body, extra, fingerprint, "
@@ -313,7 +314,7 @@ class Journal:
                 if not group:
                     return
             self._write(group)
-            del group  # so that its bodies are not kept until there is something to write again
+            del group  # so that its bodies are not kept in memory until the next write
 
     def _write(self, group: list[_Write]) -> None:
         try:
@@ -334,7 +335,7 @@ class Journal:
                 write.afterwards()
 
     def _could_not_write(self, group: list[_Write], exc: Exception) -> None:
-        """Fail the writes that a request waits for; retry the others later, in order."""
+        """Fail the writes that requests wait for; retry the others later, in order."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
         logger.error("The journal cannot be written, requests are refused: %s", exc)

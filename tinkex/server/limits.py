@@ -19,46 +19,46 @@ class Limits:
             after decompression.
         small_body_bytes: largest body of any other request, as sent and after decompression.
         json_values, json_containers: numbers, strings, lists and objects of a JSON body; lists and
-            objects alone.
+        objects only.
         datums, proto_fields: datums of a batch in protobuf; fields of all its messages.
-        decoding_bytes: memory for all bodies that are being received and decoded; requests beyond
-            get a 503, and clients retry them.
+        decoding_bytes: memory for all bodies being received and decoded; further requests get a
+        503, which clients retry.
         inline_bytes: bodies and results up to this size are encoded and decoded on the event loop.
         poll_seconds: a poll is answered with 408 after this time; clients time out at 45 s.
-        metadata_bytes: for larger results the size is sent first, if the client asks for it.
+        metadata_bytes: for results larger than this, the size is sent first if the client requests
+        it.
         model_queue, model_queue_bytes: waiting operations of one model, and their bodies.
         sample_queue: waiting and running sample requests of all clients.
         sample_queue_bytes: bodies of these requests.
-        user_models, user_queue, user_disk_bytes: what one user may have: live models, waiting
-            operations and sample requests, bytes of checkpoints and sampler weights. None is no
-            limit.
+        user_models, user_queue, user_disk_bytes: limits per user of live models, waiting operations
+        and sample requests, and bytes of checkpoints and sampler weights. None is no limit.
         num_samples, max_tokens: of one sample request.
         session_seconds: a session without a request for this time is closed; its models are freed.
-            Clients send a heartbeat every 10 s, and wait for a server for 600 s; it is longer.
-        grace_seconds: a fetched result can be fetched again within this time.
-        fetched_bytes: fetched results that are kept; the oldest are dropped first.
+            Longer than the 600 s for which clients wait for a server; heartbeats come every 10 s.
+        grace_seconds: how long a fetched result can be fetched again.
+        fetched_bytes: bytes of fetched results that are kept; the oldest are dropped first.
         result_seconds: a result that is not fetched is kept for this time.
-        result_bytes: all results that are kept; the oldest are dropped first.
+        result_bytes: bytes of all results that are kept; the oldest are dropped first.
         snapshot_seconds: compute time on a model that a restart may have to repeat.
         snapshot_bytes: request bodies that the journal keeps for one model.
-        load_seconds: reading a base model may take so long.
-        idle_model_seconds: models and samplers that are not used for this time leave the memory;
-            they come back from disk when they are used.
-        trim_seconds: freed memory is given back to the system when nothing was computed for this
-            time.
+        load_seconds: time limit for reading a base model.
+        idle_model_seconds: models and samplers that are not used for this time are moved to disk,
+        and loaded again when they are used.
+        trim_seconds: freed memory is returned to the system after this time without computation.
         spool_bytes: larger requests wait on disk, not in memory.
-        drain_seconds: a server that is to stop finishes what it has accepted for this time,
-            and accepts nothing new. What is left continues after a restart if there is a journal.
+        drain_seconds: a stopping server accepts nothing new, and finishes accepted operations for
+        this time. With a journal, the others continue after a restart.
         reap_seconds: interval of the housekeeping that removes expired objects.
         connections: open connections; fewer if the process may not open that many files.
         head_seconds: the connection is closed if a request head takes longer.
         body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
-        answer_seconds: the connection is closed if a client takes nothing of its answer for this
-            time.
-        idle_seconds: an idle connection is closed after this time. It is longer than clients
-            keep theirs: a connection that the server closes first can lose a request.
-        page_seconds: interval at which changes are sent to the web page.
-        open_samplers: adapters kept in memory for sampling; idle ones beyond are closed.
+        answer_seconds: the connection is closed if a client reads nothing of its response for this
+        time.
+        idle_seconds: an idle connection is closed after this time. Longer than clients' own limit,
+        because a request can be lost if the server closes first.
+        page_seconds: interval of updates to the web page.
+        open_samplers: adapters kept in memory for sampling; beyond this number, idle ones are
+        closed.
     """
 
     body_bytes: int = 64 * MIB

@@ -1,4 +1,4 @@
-"""The port: listening with or without TLS, connections within limits, and an orderly end.
+"""The port: listening with or without TLS, connections within limits, graceful shutdown.
 
 Does not know what requests mean.
 """
@@ -28,19 +28,19 @@ from tinkex.server.limits import Limits
 
 logger = logging.getLogger(__name__)
 
-#: Connections beyond the limit that are accepted, to answer them with a 503.
+#: Connections accepted beyond the limit, to answer them with a 503.
 _REFUSED_CONNECTIONS = 100
-#: Seconds between two looks at what is still open when the server ends.
+#: Seconds between two checks for open connections during shutdown.
 _LOOK_SECONDS = 0.005
 
 
 class HttpServer(uvicorn.Server):
-    """Accepts connections within limits, answers waiting polls before it shuts down, and handles
-    SIGTERM as a request for an orderly end.
+    """Accepts connections within limits, answers waiting polls before it shuts down, and shuts down
+    gracefully on SIGTERM.
 
-    uvicorn looks every 0.1 s whether it is to end and whether connections are closed. Whoever waits
-    for the end, as each program with an embedded engine does, would wait 0.2 s for nothing; so this
-    one is woken.
+    uvicorn checks every 0.1 s whether to shut down and whether connections are closed. Every
+    program with an embedded engine waits for the shutdown, and would lose 0.2 s; so this class
+    wakes up at once.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class HttpServer(uvicorn.Server):
         self._asked_to_end = asyncio.Event()
 
     def stop(self) -> None:
-        """Ask the server to end. Can be called from any thread, and from a signal handler."""
+        """Ask the server to stop. Can be called from any thread, and from a signal handler."""
         self.should_exit = True
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
+            with contextlib.suppress(RuntimeError):  # already stopped: the loop is closed
                 self._loop.call_soon_threadsafe(self._asked_to_end.set)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -94,7 +94,7 @@ class HttpServer(uvicorn.Server):
         return protocol
 
     async def main_loop(self) -> None:
-        """Set the date of answers once a second until the server is asked to end."""
+        """Set the Date header of responses once a second until the server is asked to stop."""
         while not await self.on_tick(0):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._asked_to_end.wait(), 1.0)
@@ -111,11 +111,11 @@ class HttpServer(uvicorn.Server):
             await self.lifespan.shutdown()
 
     async def _end_connections(self, seconds: float) -> None:
-        """Close idle connections; answers under way have *seconds*."""
+        """Close idle connections; responses in progress get *seconds*."""
         state, deadline = self.server_state, time.monotonic() + seconds
         for connection in list(state.connections):
             connection.shutdown()
-        await asyncio.sleep(0)  # for the closed ones to be gone
+        await asyncio.sleep(0)  # let closed connections be removed
         while (state.connections or state.tasks) and not self.force_exit:
             if time.monotonic() > deadline:
                 if unanswered := len(state.tasks):
@@ -140,7 +140,7 @@ class HttpServer(uvicorn.Server):
 
 
 def tls_of(certificate: Path, key: Path) -> ssl.SSLContext:
-    """The settings of TLS. Raises HomeError if the files cannot be used."""
+    """The TLS context. Raises HomeError if the files cannot be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         # An encrypted key would ask for its password in the terminal.
@@ -167,14 +167,14 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {reason}; choose another --port (0 takes a free "
             "one) or --host."
         ) from exc
-    # Connections inherit this. Without it a response, which is written in two pieces, is delayed
-    # by 40 ms.
+    # TCP_NODELAY, which connections inherit: without it, responses, which are written in two
+    # pieces, are delayed by 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def allow_many_connections() -> None:
-    """Raise the limit of open files as far as the process may."""
+    """Raise the soft limit of open files to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(OSError, ValueError):

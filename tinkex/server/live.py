@@ -18,15 +18,15 @@ class LiveModel:
     """A model in the engine.
 
     Attributes:
-        adapter: a PEFT adapter directory that it starts from, or None.
-        broken: the reason why it could not be created, or None.
-        spoilt: the reason why the accumulated gradients are incomplete, or None.
+        adapter: the PEFT adapter directory that it starts from, or None.
+        broken: why it could not be created, or None.
+        gradient_failure: why the accumulated gradients are incomplete, or None.
         done_seq: number of the last completed operation.
         seconds, size: compute time and body bytes since the last snapshot.
         snapshot: folder of the last snapshot; snapshot_seq: the last operation in it;
             snapshot_seconds: how long it took.
-        in_memory: False while only its snapshot exists.
-        busy: an operation on it has begun and not ended.
+        in_memory: False while only the snapshot exists.
+        busy: True while an operation on it runs.
         used_at: time of its last operation, on the monotonic clock.
     """
 
@@ -38,7 +38,7 @@ class LiveModel:
     user_metadata: dict[str, Any] | None = None
     created: bool = False
     broken: str | None = None
-    spoilt: str | None = None
+    gradient_failure: str | None = None
     done_seq: int = -1
     seconds: float = 0.0
     size: int = 0
@@ -65,7 +65,7 @@ class LiveModel:
 
 @attrs.define(eq=False)
 class LiveSampler:
-    """A sampling session's weights: a base model, a checkpoint, or a snapshot of its own."""
+    """The weights of a sampling session: a base model, a checkpoint, or their own snapshot."""
 
     sampler_id: str
     session_id: str
@@ -73,12 +73,12 @@ class LiveSampler:
     base_model: str
     model_path: str | None
     directory: Path | None
-    #: The model whose newest weights for it are sampled from, where they are not fixed.
+    #: The model whose newest `inflight` weights are used; None if the weights are fixed.
     follows: str | None = None
 
     @property
     def engine_id(self) -> str:
-        """The sampler's id at the engine; samplers of the same weights share it."""
+        """The sampler's id in the engine; samplers with the same weights share it."""
         return f"base:{self.base_model}" if self.directory is None else str(self.directory)
 
 
@@ -86,7 +86,7 @@ class StoredRequest(Protocol):
     """A request on disk."""
 
     def read(self) -> Future[Any]:
-        """Begin to read and decode it."""
+        """Start reading and decoding it."""
 
 
 @attrs.frozen
@@ -94,12 +94,12 @@ class Work:
     """One operation on a model.
 
     Attributes:
-        name: as in the wire table; request: decoded, or None if only its number must be used up.
-        seed: drawn at acceptance, for requests without a seed.
+        name: as in the wire table; request: decoded, or None if only its number must be consumed.
+        seed: drawn at acceptance for requests without a seed.
         ended: True if it ended before a restart; failure: the error it ended with, or None.
         size: bytes of the request body.
         stored: where the request is kept until it runs, instead of in `request`, or None.
-        accepted_at: on the monotonic clock; trace: what it belongs to, or None.
+        accepted_at: on the monotonic clock; trace: the client's trace, or None.
     """
 
     name: str
@@ -127,12 +127,12 @@ class Work:
 
 @attrs.frozen
 class Refused:
-    """Takes the number of a refused request: fails in its turn with the same sentence."""
+    """Consumes the number of a refused request: fails in its turn with the same message."""
 
     model_id: str
     seq_id: int
     sentence: str
 
 
-#: Operations that must run again after a restart to rebuild a model.
+#: Operations that must be replayed after a restart to rebuild a model.
 CHANGES_MODEL = frozenset({"CreateModel", "ForwardBackward", "OptimStep", "LoadWeights"})

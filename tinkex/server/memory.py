@@ -1,4 +1,4 @@
-"""Out of memory: how much was needed and how much was free; and freed memory for the system."""
+"""Errors of memory allocation, explained; and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 #: M_ARENA_MAX of malloc.h.
 _ARENA_MAX = -8
 
-#: What torch's allocators write. They raise RuntimeError, on a GPU a subclass of it.
+#: Messages of torch's allocators, which raise RuntimeError, on a GPU a subclass of it.
 _ON_CPU = re.compile(r"tried to allocate (\d+) bytes")
 _ON_GPU = re.compile(r"[Tt]ried to allocate ([\d.]+) (KiB|MiB|GiB)")
 _FREE_ON_GPU = re.compile(r"of which ([\d.]+) (KiB|MiB|GiB) is free")
 _MIB = {"KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0}
-#: Parts of their messages for other failures to allocate.
+#: Parts of the messages of other allocation failures.
 _MARKS = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
 
 
 def out_of_memory(exc: BaseException) -> str | None:
-    """A sentence for an exception that means that memory has run out; None for any other."""
+    """A sentence for an out-of-memory exception; None for any other."""
     text = str(exc)
     is_torch = isinstance(exc, RuntimeError) and any(mark in text for mark in _MARKS)
     if not isinstance(exc, MemoryError) and not is_torch:
@@ -48,7 +48,7 @@ def _needed(text: str) -> float | None:
 
 
 def _free(text: str) -> float | None:
-    """MiB that were free: on the GPU by the message, else on this machine now."""
+    """MiB that were free: on the GPU from the message, else on this machine now."""
     on_gpu = _FREE_ON_GPU.search(text)
     if on_gpu is not None:
         return float(on_gpu[1]) * _MIB[on_gpu[2]]
@@ -60,10 +60,10 @@ def _free(text: str) -> float | None:
 
 
 def use_one_arena() -> None:
-    """Let all threads take memory from malloc's main arena: `trim` cannot give back the end of
-    another. Call before there are other threads, which may have theirs already.
+    """Let all threads allocate from malloc's main arena, since `trim` cannot shrink the others.
+    Call it before other threads start, which may get their own arenas.
 
-    With several, a body of 30 MB that a thread had freed stayed taken until its next allocation.
+    With several arenas, a freed body of 30 MB stayed allocated until its thread's next allocation.
     """
     mallopt = _of_c_library("mallopt")
     if mallopt is not None and sys.platform.startswith("linux"):
@@ -71,14 +71,14 @@ def use_one_arena() -> None:
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system, as far as the C library can (glibc can)."""
+    """Return freed memory to the system, if the C library supports it (glibc does)."""
     malloc_trim = _of_c_library("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def _of_c_library(name: str) -> Callable[..., int] | None:
-    """A function of malloc's; None if the C library is another."""
+    """A malloc function of glibc; None with other C libraries."""
     try:
         function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):

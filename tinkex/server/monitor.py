@@ -1,7 +1,7 @@
 """Metrics of the server for Prometheus: `/metrics`.
 
-Labels are base models, operations, endpoints and outcomes: nothing of a user's, and no more of them
-than a monitoring system can hold.
+Labels are base models, operations, endpoints and outcomes: no user data, and a bounded number of
+values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinkex.server.live import Work
 _SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
 CONTENT_TYPE = exposition.CONTENT_TYPE_PLAIN_1_0_0
 
-#: A gauge: its value now.
+#: Gauges: name -> (description, function that returns the current value).
 Gauges = Mapping[str, tuple[str, Callable[[], float]]]
 
 
@@ -63,11 +63,11 @@ class Monitor:
         return Histogram(name, text, labels, registry=self._registry, buckets=_SECONDS)
 
     def watch(self, gauges: Gauges) -> None:
-        """Report these, too: name -> (what it is, its value now)."""
+        """Add gauges to the report."""
         self._registry.register(_Gauges(gauges))
 
     def operation_ended(self, work: Work, started: float, outcome: str) -> None:
-        """Count an operation. *started* is of time.monotonic()."""
+        """Count an operation. *started* is a time.monotonic() value."""
         self._operations.labels(work.name, work.model.base_model, outcome).inc()
         self._running.labels(work.name).observe(time.monotonic() - started)
         self._waiting.labels(work.name).observe(started - work.accepted_at)
@@ -76,7 +76,7 @@ class Monitor:
         self._tokens.labels("trained", base_model).inc(tokens)
 
     def sample_ended(self, base_model: str, accepted_at: float, outcome: Any) -> None:
-        """Count a sample request by what it ended with: a response, or an exception."""
+        """Count a sample request by its outcome: a response, or an exception."""
         is_done = isinstance(outcome, types.SampleResponse)
         self._samples.labels(base_model, "done" if is_done else "failed").inc()
         self._sampling.observe(time.monotonic() - accepted_at)

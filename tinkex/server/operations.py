@@ -1,8 +1,8 @@
 """The operations: what each does with the engine and the store, on the compute thread.
 
 An operation is a generator that yields where other models may run first. The state of its model is
-a `LiveModel`. Does not know about HTTP, about the order
-of operations (see `scheduler`), or about who waits for results.
+a `LiveModel`. Does not know about HTTP, the order of operations (see `scheduler`), or the clients
+that wait for results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @attrs.define
 class _OpenSampler:
-    """A sampler in the engine: its samples in flight, and when the last one ended."""
+    """A sampler in the engine: its running samples, and when the last one ended."""
 
     running: int = 0
     used_at: float = attrs.field(factory=time.monotonic)
@@ -52,8 +52,8 @@ _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights
 class Workshop:
     """Runs operations for the scheduler.
 
-    `on_sampler` is called (on the compute thread) with each sampling session that an unnamed
-    save_weights_for_sampler makes; `on_unloaded` with each model that is gone.
+    Both callbacks run on the compute thread: `on_sampler` gets each sampling session that an
+    unnamed save_weights_for_sampler creates, `on_unloaded` each unloaded model.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Workshop:
         self.snapshots = Snapshots(folder, journal, self.loader, limits)
         self.monitor = Monitor()
         self.metrics = RunMetrics(store.home.path / "metrics")
-        #: The newest weights that were saved as `inflight`, by model.
+        #: The newest weights saved as `inflight`, by model.
         self._inflight: dict[str, LiveSampler] = {}
 
     # Operations on models.
@@ -103,7 +103,7 @@ class Workshop:
         try:
             if work.ended and work.failure is None and work.name not in CHANGES_MODEL:
                 return None
-            if work.name == "UnloadModel":  # of a broken model, too
+            if work.name == "UnloadModel":  # allowed for a broken model, too
                 return self._unload_model(work, engine)
             yield from self.snapshots.bring_back(engine, model)
             if work.failure is not None:
@@ -151,12 +151,12 @@ class Workshop:
         return operations[work.name](work, engine)
 
     def _fail_again(self, work: Work, failure: str, engine: Any) -> None:
-        """Repeat what a failure before a restart did to the model."""
+        """Repeat the effect on the model of a failure before a restart."""
         if work.name == "ForwardBackward":
-            self._spoil(work, engine, failure)
+            self._drop_gradients(work, engine, failure)
         elif work.name == "OptimStep":
             engine.clear_gradients(work.model.model_id)
-            work.model.spoilt = None
+            work.model.gradient_failure = None
         elif work.seq == 0:
             work.model.broken = failure
 
@@ -174,7 +174,7 @@ class Workshop:
             model.broken = f"{work.title}: {explained(exc)[0]}"
             raise
         if adapter is not None:
-            model.seconds = math.inf  # snapshot soon: the files may be gone at a restart
+            model.seconds = math.inf  # snapshot soon: the files may be missing at a restart
         self._enter_run(model, engine)
         return types.CreateModelResponse(model.model_id)
 
@@ -217,20 +217,20 @@ class Workshop:
                 work.model.model_id, request.data, request.loss_fn, request.loss_fn_config
             )
         except Exception as exc:
-            self._spoil(work, engine, f"{work.title}: {explained(exc)[0]}")
+            self._drop_gradients(work, engine, f"{work.title}: {explained(exc)[0]}")
             raise
         return result
 
-    def _spoil(self, work: Work, engine: Any, failure: str) -> None:
+    def _drop_gradients(self, work: Work, engine: Any, failure: str) -> None:
         engine.clear_gradients(work.model.model_id)
-        if work.model.spoilt is None:
-            work.model.spoilt = failure
+        if work.model.gradient_failure is None:
+            work.model.gradient_failure = failure
 
     def _optim_step(self, work: Work, engine: Any) -> Steps:
         model = work.model
         yield from ()
-        if model.spoilt is not None:
-            reason, model.spoilt = model.spoilt, None
+        if model.gradient_failure is not None:
+            reason, model.gradient_failure = model.gradient_failure, None
             engine.clear_gradients(model.model_id)
             raise ValueError(
                 f"no step was taken, because the gradients are incomplete ({reason}) They were "
@@ -363,7 +363,7 @@ class Workshop:
         request: types.LoadWeightsRequest = work.request
         model = work.model
         try:
-            reader = request.weights_access_token  # by now the name of an owner
+            reader = request.weights_access_token  # already replaced by the name of an owner
             row = self._store.checkpoints.find_model(request.path, model.owner, reader)
             self._store.checkpoints.verify(Path(row.directory))
             if work.seq == 0:
@@ -376,8 +376,8 @@ class Workshop:
             raise
         if work.seq == 0:
             self._enter_run(model, engine)
-        model.spoilt = None
-        model.seconds = math.inf  # snapshot soon: the checkpoint may be gone at a restart
+        model.gradient_failure = None
+        model.seconds = math.inf  # snapshot soon: the checkpoint may be missing at a restart
         return types.LoadWeightsResponse(request.path, model.model_id)
 
     def _load(self, work: Work, engine: Any, directory: Path) -> None:
@@ -398,9 +398,9 @@ class Workshop:
     # Sampling.
 
     def newest(self, sampler: LiveSampler) -> LiveSampler:
-        """What to sample from now: for an `inflight` sampler the model's newest such weights.
+        """The weights to sample from: for an `inflight` sampler, the model's newest such weights.
 
-        After a restart it is its own weights again, until the model saves others.
+        After a restart these are the sampler's own weights, until the model saves new ones.
         """
         return self._inflight.get(sampler.follows or "", sampler)
 
@@ -427,7 +427,7 @@ class Workshop:
         read = engine.unread_tokenizer(sampler.base_model, request)
         if read is not None:
             yield from self.loader.aside(f"the tokenizer of {sampler.base_model!r}", read)
-        if engine_id not in self._open:  # still: others may have opened it meanwhile
+        if engine_id not in self._open:  # check again: it may have been opened meanwhile
             engine.open_sampler(engine_id, sampler.base_model, directory=sampler.directory)
             self._open[engine_id] = _OpenSampler()
         engine.submit_sample(ticket, engine_id, request, on_token=on_token, share=sampler.owner)
@@ -435,7 +435,7 @@ class Workshop:
         self._open.move_to_end(engine_id)
 
     def sample_ended(self, engine: Any, sampler: LiveSampler) -> None:
-        """Note that a sample request has ended; close idle samplers beyond the limit."""
+        """Count a sample request as ended; close idle samplers beyond the limit."""
         opened = self._open.get(sampler.engine_id)
         if opened is not None:
             opened.running -= 1
@@ -445,7 +445,7 @@ class Workshop:
             self._close(engine, engine_id)
 
     def close_idle_samplers(self, engine: Any) -> None:
-        """Take adapters out of memory that nothing was sampled from for the time that is set."""
+        """Free adapters that have not been sampled from for `Limits.idle_model_seconds`."""
         idle_since = time.monotonic() - self._limits.idle_model_seconds
         for engine_id, opened in list(self._open.items()):
             if not opened.running and opened.used_at < idle_since:

@@ -1,7 +1,7 @@
 """Keeps sampled sequences for a day, for requests that train on them.
 
-A sample request with `record_stability_info` has its sequences kept here. Datums name them in their
-provenance spans; `check` compares both. Does not know what a loss does with it.
+The sequences of sample requests with `record_stability_info` are kept here. Datums refer to them in
+their provenance spans; `check` compares both. Does not know how losses use them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinkex.server.http_errors import Refusal, shown
 
 #: Seconds that a sequence is kept after it was sampled or last trained on.
 KEPT_SECONDS = 86_400.0
-#: Sequences that are asked for in one query; SQLite takes no more than a few hundred values.
+#: Sequences per query; SQLite limits a query to a few hundred values.
 _AT_A_TIME = 500
 
 
@@ -71,12 +71,12 @@ class Recorded:
             )
 
     def check(self, owner: str, session_id: str, data: Sequence[types.Datum]) -> None:
-        """Check the spans of *data* against what was recorded; restart the day of what is used.
+        """Compare the spans of *data* with the recorded sequences, which are then kept longer.
 
-        Spans of sequences that were not recorded are taken as they are.
+        Spans of sequences that were not recorded are not checked.
 
         Raises:
-            Refusal: 400 if a sequence is of another session, or its tokens are others.
+            Refusal: 400 if a sequence belongs to another session, or its tokens differ.
         """
         spans = [
             span
@@ -120,8 +120,8 @@ class Recorded:
 
 
 def _check_datum(index: int, datum: types.Datum, rows: dict[str, RecordedRow]) -> None:
-    """Compare tokens with the record. Targets in the prompt may be anything: nothing is learned
-    there, and the official recipes put zeros."""
+    """Compare tokens with the recorded ones. Targets in the prompt may be anything: they are not
+    trained on, and the official recipes put zeros there."""
     targets = datum.loss_fn_inputs.get("target_tokens")
     fields = [("model_input", datum.model_input_spans, datum.model_input.to_ints)]
     if targets is not None and len(targets.shape) == 1:

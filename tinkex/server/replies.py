@@ -1,4 +1,4 @@
-"""Answers to POSTs by their X-Idempotency-Key: a repeat gets the first one's answer."""
+"""Responses to POSTs by X-Idempotency-Key: a repeated request gets the first response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from tinkex.server.http_errors import Refusal
 
-#: Answers that are kept. Clients repeat a request for minutes at most.
+#: Responses that are kept. Clients repeat a request for minutes at most.
 MOST = 10_000
 
 
@@ -23,10 +23,10 @@ class _Reply:
 
 
 class Replies:
-    """Lives on the event loop.
+    """Use it on the event loop only.
 
-    Only successes are kept: what was refused has done nothing and may be tried again. Answers are
-    promises and ids, so they are small; the process forgets them when it ends.
+    Only successes are kept: a refused request had no effect and may be retried. Responses are
+    promises and ids, so they are small; they are lost when the process ends.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,10 @@ class Replies:
         make: Callable[[], Awaitable[Response]],
         read_body: Callable[[], Awaitable[bytes]],
     ) -> Response:
-        """The answer to the request named *key*: the first one's, or that of *make*.
+        """The response to the request with *key*: the stored one, or else the result of *make*.
 
-        A repeat that comes while the first one runs waits for it. `read_body` gives the body of
-        this request, before or after *make* has run.
+        A repeat that arrives while the first request runs waits for it. `read_body` returns the
+        body of this request, before or after *make* has run.
 
         Raises:
             Refusal: 400 if the key was used for another body; whatever *make* raises.

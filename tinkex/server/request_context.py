@@ -1,7 +1,7 @@
 """The context of one HTTP request: its owner, its body within limits, and the response.
 
-Every refusal is sent as JSON with one sentence, a category and a Content-Length, never as a
-traceback. Does not know what the endpoints do.
+Every refusal is sent as JSON with a message, a category and a Content-Length, never as a traceback.
+Does not know what the endpoints do.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ T = TypeVar("T")
 
 #: Largest window, in bytes, that a zstd frame may require.
 _MAX_WINDOW = 128 * 1024 * 1024
-#: What a decoded value of JSON, and a field of protobuf, take in memory on average.
+#: Average bytes in memory of a decoded JSON value or protobuf field.
 _VALUE_BYTES = 32
 _FIELD_BYTES = 100
 
 
 @attrs.define(eq=False)
 class Site:
-    """Everything that endpoints share."""
+    """The objects that all endpoints share."""
 
     ledger: Ledger
     store: Store
@@ -60,12 +60,12 @@ class Site:
     public_url: str | None = None
     #: Download tickets of archives: token -> ticket (see routes/archives.py).
     tickets: dict[str, Any] = attrs.field(factory=dict)
-    #: Bytes that the bodies of all current requests take; used on the event loop only.
+    #: Bytes of the bodies of all current requests; used on the event loop only.
     decoding: int = 0
     replies: Replies = attrs.field(factory=Replies)
     audit: Audit = attrs.field(factory=lambda: Audit(None))
     sign_ins: SignIns = attrs.field(factory=SignIns)
-    #: What the open pages of each user show: owner -> overview (see page/state.py).
+    #: The overview shown on each user's open pages, by owner (see page/state.py).
     pages: dict[str, Any] = attrs.field(factory=dict)
 
     def in_pool(self, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
@@ -75,12 +75,12 @@ class Site:
 
 @attrs.define(eq=False)
 class Call:
-    """One request, as an endpoint handles it."""
+    """One request, passed to an endpoint."""
 
     site: Site
     request: Request
     owner: str
-    #: The API key that it came with.
+    #: The API key of the request.
     key: str | None = attrs.field(default=None, repr=False)
     #: The decompressed body, once it has been read.
     unpacked: bytes | None = None
@@ -136,7 +136,7 @@ class Call:
         return self.unpacked
 
     async def read_already(self) -> bytes:
-        """The body, whether an endpoint has read it or not."""
+        """The body, read now if the endpoint has not read it."""
         return await self.body(data=True) if self.unpacked is None else self.unpacked
 
     async def _packed_body(self, limit: int) -> bytes:
@@ -148,7 +148,7 @@ class Call:
                 parts.append(part)
                 self.hold(len(part))
             elif size > max(2 * limit, self.site.limits.body_bytes):
-                break  # beyond this, reading on just to deliver the refusal is too expensive
+                break  # reading more just to deliver the refusal would be too expensive
         if size > limit:
             raise Refusal(
                 413,
@@ -182,7 +182,8 @@ class Call:
         """Count memory that this request needs until it is answered.
 
         Raises:
-            Refusal: 503 if all requests together need too much. A single request is always taken.
+            Refusal: 503 if all requests together need too much. A single request is always
+            accepted.
         """
         site = self.site
         if site.decoding > self.held and site.decoding + size > site.limits.decoding_bytes:
@@ -195,12 +196,12 @@ class Call:
         site.decoding += size
 
     def release(self) -> None:
-        """The request is answered: give its memory back."""
+        """Release the memory counted by `hold`, when the request is answered."""
         self.site.decoding -= self.held
         self.held = 0
 
     async def read(self, cls: type[T], *, data: bool = False) -> tuple[T, bytes]:
-        """The JSON body as *cls*, and as it came. Raises Refusal or DecodeError."""
+        """The JSON body as *cls*, and its bytes. Raises Refusal or DecodeError."""
         body = await self.json_body(data=data)
         return await self.decoded(lambda: wire.from_json(cls, wire.loads(body)), body), body
 
@@ -212,7 +213,7 @@ class Call:
     async def json_body(self, *, data: bool = False) -> bytes:
         """Read a body with Content-Type JSON that is not too large to parse. Raises Refusal."""
         if self.content_type != wire.JSON:
-            # Browsers let web pages send other types, or none, without a CORS preflight.
+            # Browsers allow web pages to send some other types, or none, without a CORS preflight.
             sent = f"not {shown(self.content_type)}" if self.content_type else "and it is missing"
             raise Refusal(415, f"this endpoint takes Content-Type {wire.JSON}, {sent}.")
         body = await self.body(data=data)
@@ -220,10 +221,10 @@ class Call:
         return body
 
     async def check_size(self, body: bytes) -> None:
-        """Check how many objects the body will become, before it is decoded.
+        """Check the number of objects in the body before it is decoded.
 
         Raises:
-            Refusal: 413 if that is too much, 503 as for `hold`.
+            Refusal: 413 if there are too many, 503 as for `hold`.
         """
         limits = self.site.limits
         if self.content_type == wire.JSON:
@@ -297,7 +298,7 @@ def refuse(refusal: Refusal) -> Response:
 
 
 def header_key(request: Request) -> str | None:
-    """The API key where the Tinker API has it."""
+    """The API key in the header that the Tinker API uses."""
     return request.headers.get("x-api-key")
 
 
@@ -311,7 +312,7 @@ Handler = Callable[[Call], Awaitable[Response]]
 
 
 class Framing:
-    """Refuses requests whose end a proxy and the server could see differently."""
+    """Refuses requests with ambiguous framing, which proxies may split differently."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -338,10 +339,10 @@ def guarded(
     key_of: Callable[[Request], str | None] = header_key,
     refuse: Callable[[Refusal], Response] = refuse,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Make an endpoint that authenticates, and that turns every exception into a response.
+    """Wrap *handler* with authentication, and turn every exception into a response.
 
     Args:
-        name: for `/metrics`; "" is the handler's.
+        name: for `/metrics`; "" is the handler's name.
         public: no key is required.
         once: a repeat with the same X-Idempotency-Key gets the first response.
         key_of: reads the API key of a request.

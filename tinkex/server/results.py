@@ -1,8 +1,8 @@
 """Results and failures of operations: how they are stored and sent.
 
 A result is encoded once, on the compute thread: results of training and sampling in protobuf,
-others in JSON. They are converted to JSON when a client without protobuf asks for them. Does not
-know about HTTP, except content types.
+others in JSON. Protobuf is converted to JSON for clients that do not accept it. Does not know about
+HTTP, except content types.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ class Answer:
 def answer(outcome: Any, what: str) -> Answer:
     """Encode a result, or the exception that was raised instead.
 
-    Failures of the server are logged, those caused by the request are not. *what* names the
-    operation.
+    Server failures are logged, those caused by the request are not. *what* names the operation.
     """
     if isinstance(outcome, Exception):
         return failure(outcome, what)
@@ -83,7 +82,7 @@ def answer(outcome: Any, what: str) -> Answer:
 def failure(exc: Exception, what: str) -> Answer:
     """Encode an exception as a sentence and a category."""
     sentence, category = explained(exc)
-    if category == "server" or out_of_memory(exc) is not None:  # the allocator's text, to the log
+    if category == "server" or out_of_memory(exc) is not None:  # log the allocator's message
         logger.error("%s failed: %s", what, sentence, exc_info=exc)
     return Answer("failure", wire.dumps({"error": f"{what}: {sentence}", "category": category}))
 

@@ -1,9 +1,8 @@
-"""The metrics of training runs, and what each user has used.
+"""The metrics of training runs, and the usage of each user.
 
 Every optimizer step adds a point to its run: loss per token, tokens, tokens per second. Clients can
-add points of their own, such as a held-out loss, and samples. Both are files of JSON lines in the
-home, so that they outlive the server. Nothing else depends on them: a full disk costs points, never
-a step.
+add points, such as a held-out loss, and samples. Both are JSON Lines files in the home, so that
+they outlive the server. Nothing else depends on them: a full disk loses points, but no step fails.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from tinkex.server.live import Work
 
 logger = logging.getLogger(__name__)
 
-#: One point: numbers by name. "step" and "time" (seconds since the epoch) say where it belongs.
+#: One point: numbers by name, including "step" and "time" (seconds since the epoch).
 Point = dict[str, float]
 
-#: A file larger than this takes no more points.
+#: No more points are added to a file larger than this.
 _MOST_BYTES = 64 * 2**20
-#: The most points in one answer; of more, every n-th is sent.
+#: Most points in one response; if there are more, every n-th is sent.
 MOST_POINTS = 2000
-#: The newest samples of a run are kept, and so many characters of each text.
+#: How many of a run's newest samples are kept, and how many characters of each text.
 MOST_SAMPLES, _MOST_CHARACTERS = 200, 4000
 
 
 @attrs.define
 class Usage:
-    """What a user has used since the server started."""
+    """A user's usage since the server started."""
 
     operations: int = 0
     tokens_trained: int = 0
@@ -46,7 +45,7 @@ class Usage:
 
 @attrs.define(eq=False)
 class _Step:
-    """The step that a run is working on."""
+    """The current step of a run."""
 
     number: int
     loss: float = 0.0
@@ -142,12 +141,12 @@ class RunMetrics:
     # What clients add and read.
 
     def add(self, run_id: str, points: Sequence[Mapping[str, float]]) -> None:
-        """Add points; those without a "time" get the present one."""
+        """Add points; those without a "time" get the current time."""
         with self._lock:
             self._write(run_id, [{"time": self._clock(), **point} for point in points])
 
     def add_samples(self, run_id: str, samples: Sequence[types.RunSample]) -> None:
-        """Add what the model of a run has said."""
+        """Add samples of the run's model."""
         if not samples:
             return
         cut = [
@@ -193,13 +192,13 @@ class RunMetrics:
             return dict(self._latest[run_id])
 
     def read(self, run_id: str, after: int = 0) -> tuple[list[Point], int]:
-        """Points in the order in which they came.
+        """Points in order of arrival.
 
         Args:
-            after: what an earlier call returned; 0 for all.
+            after: the position returned by an earlier call; 0 for all points.
 
         Returns:
-            At most `MOST_POINTS` points, evenly taken, with the newest; and where to continue.
+            At most `MOST_POINTS` evenly spaced points, including the newest; and where to continue.
         """
         with self._lock:
             data = self._bytes(run_id, after)
@@ -224,7 +223,7 @@ class RunMetrics:
             return []
         try:
             return [json.loads(line) for line in text.splitlines()]
-        except ValueError:  # cut short when the machine lost power
+        except ValueError:  # truncated by a power failure
             return []
 
     def _warn_once(self, exc: OSError) -> None:
@@ -241,7 +240,7 @@ class RunMetrics:
             return b""
 
     def _last_of_file(self, run_id: str) -> Point:
-        """The newest value of each metric, of the last points in the file."""
+        """The newest value of each metric in the last points of the file."""
         path, latest = self._path(run_id), {}
         size = path.stat().st_size if path.exists() else 0
         start = max(0, size - 2**16)
@@ -269,7 +268,7 @@ class RunMetrics:
 
 
 def _weighted_tokens(datum: types.Datum) -> int:
-    """How many tokens the loss is over: those whose weight is not 0."""
+    """The number of tokens with a nonzero weight, which the loss covers."""
     weights = datum.loss_fn_inputs.get("weights")
     if weights is None:
         return datum.model_input.length

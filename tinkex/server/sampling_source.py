@@ -1,4 +1,4 @@
-"""Decides what a caller may sample from: base models of this server, and readable checkpoints."""
+"""Resolves what a caller may sample from: base models of this server, and readable checkpoints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tinkex.server.request_context import Call
 
 
 def checked_base_model(call: Call, base_model: str) -> str:
-    """The name of the model that *base_model*, which may be a variant of it, stands for.
+    """The name of the base model that *base_model*, possibly a variant, stands for.
 
-    With several users, it may only be a directory given at the start.
+    With several users, directories are allowed only if they were given at the start.
 
     Raises:
         Refusal: 400.

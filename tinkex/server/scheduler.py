@@ -5,9 +5,9 @@ gaps; an early job waits until those before it have arrived. Lines and sampling 
 fairly by time: training and sampling get half each while both have work, and the lines share
 training's half. A job can be interrupted at every `yield`, so small jobs do not wait for big ones.
 
-A job that waits for a file, say, yields a `Wait`: it is parked, and others run until that is done.
-States of a line: open; closing (a last job waits for those before it); removed.
-Does not know about HTTP, users, files, or what a job computes; takes callables.
+A job that waits, for a file for example, yields a `Wait`: it is parked, and others run until the
+wait is done. States of a line: open; closing (a last job waits for those before it); removed. Does
+not know about HTTP, users, files, or what a job computes; takes callables.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 @attrs.define(eq=False)
 class Wait:
-    """What a job waits for without using the compute thread.
+    """An event that a job waits for without using the compute thread.
 
     Attributes:
-        done: it is parked until this ends, in whatever way.
-        describe: what is waited for and how far it is, for those who wait for the job.
-        leave: called once when the job no longer waits: it continues or was cancelled.
+        done: the job is parked until this future ends, with or without an error.
+        describe: the
+        reason and progress of the wait, for clients that wait for the job.
+        leave: called once when the job no longer waits, because it continues or was cancelled.
     """
 
     done: Future[Any]
@@ -49,10 +50,10 @@ class Job:
 
     Attributes:
         steps: called with the engine when the job starts; a generator that yields None where other
-            work may run first, or a `Wait`, and returns the result.
+        work may run first, or yields a `Wait`, and returns the result.
         finish: called once, on the compute thread, with the result or the exception.
         after: called with the engine after `finish`, for work that no client waits for.
-        size: bytes of memory while it waits.
+        size: bytes of memory that it holds while it waits.
     """
 
     steps: Callable[[Any], Steps]
@@ -66,9 +67,9 @@ class SampleJob:
     """One sample request.
 
     Attributes:
-        ticket: its id at the engine.
-        submit: called with the engine; submits the request with that ticket. A generator if it has
-            to wait for something first.
+        ticket: its id in the engine.
+        submit: called with the engine; submits the request under that ticket. A generator if it
+        must wait first.
         finish: called once, on the compute thread, with the response or the exception.
         after: called with the engine after `finish`, if the request had been submitted.
     """
@@ -82,12 +83,12 @@ class SampleJob:
 
 @attrs.frozen
 class Load:
-    """What the compute thread has to do.
+    """The load of the compute thread.
 
     Attributes:
-        running: the line that was served last, if it has more to do.
-        waiting: jobs of each line that wait or run, without idle lines.
-        samples: sample requests that wait or run.
+        running: the line that ran last, if it has more work.
+        waiting: number of waiting and running jobs of each line, without idle lines.
+        samples: number of waiting and running sample requests.
     """
 
     running: str | None
@@ -120,7 +121,7 @@ class _Line:
         return self.running is not None or self.next_seq in self.waiting or self.last is not None
 
     def take(self) -> Job | None:
-        """The next job; the last one only if no other can run."""
+        """The next job; the closing job only if no other can run."""
         job = self.waiting.pop(self.next_seq, None)
         if job is not None:
             self.next_seq += 1
@@ -181,12 +182,12 @@ class Scheduler:
         return self._thread.is_alive() and self.failure is None
 
     def open_line(self, line_id: str, next_seq: int = 0) -> None:
-        """Create the line of a model whose first job has the number *next_seq*."""
+        """Create the line of a model; its first job has the number *next_seq*."""
         with self._changed:
             self._lines.setdefault(line_id, _Line(next_seq))
 
     def drop_line(self, line_id: str) -> None:
-        """Remove a line that is empty."""
+        """Remove an empty line."""
         with self._changed:
             self._lines.pop(line_id, None)
 
@@ -216,13 +217,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel_sample(self, ticket: str) -> None:
-        """Cancel a sample request; it ends with `Cancelled` unless it has ended already."""
+        """Cancel a sample request; unless it has ended, it ends with `Cancelled`."""
         with self._changed:
             self._cancelled.append(ticket)
             self._changed.notify()
 
     def cancel_parked(self, line_id: str, seq: int) -> None:
-        """Cancel job *seq* if it is parked; it ends with `Cancelled`. Others are not stopped."""
+        """Cancel job *seq* if it is parked; it ends with `Cancelled`. Running jobs continue."""
         with self._changed:
             line = self._lines.get(line_id)
             wait = None if line is None or seq != line.next_seq - 1 else line.parked
@@ -304,12 +305,12 @@ class Scheduler:
 
     @property
     def turns(self) -> int:
-        """Slices of jobs and samples that have run: the same again if nothing ran since."""
+        """The number of slices of jobs and samples run so far; unchanged if nothing ran."""
         return self._turns
 
     @property
     def is_settled(self) -> bool:
-        """True if all has run that can run without anything new."""
+        """True if nothing can run until something new arrives."""
         with self._changed:
             parked = self._parked or any(line.parked for line in self._lines.values())
             return not (self._active or self._has_samples() or parked)
@@ -318,7 +319,7 @@ class Scheduler:
 
     def _wake(self, line_id: str, line: _Line) -> None:
         """Called with the lock held."""
-        # The active line of that name may be a removed one that has not ended yet.
+        # The active line with that id may be a removed one that has not ended yet.
         if line.ready and self._active.get(line_id) is not line:
             if self._active:
                 line.used = max(line.used, min(other.used for other in self._active.values()))
@@ -328,7 +329,7 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._engine = self._make_engine()
-        except ValueError as exc:  # a setting that cannot be: the caller reports it
+        except ValueError as exc:  # an invalid setting: the caller reports it
             self.failure = exc
             self._on_failure()
         except BaseException as exc:
@@ -344,7 +345,7 @@ class Scheduler:
             try:
                 turn()
             except BaseException as exc:
-                # A bug of the scheduler, not a failure of a job: continuing could run a job twice.
+                # A bug in the scheduler, not a failed job: continuing could run a job twice.
                 self._fail(exc)
 
     def _fail(self, exc: BaseException) -> None:
@@ -378,7 +379,7 @@ class Scheduler:
         return lambda: self._train_turn(line_id, line)
 
     def _chore_turn(self, chore: Callable[[Any], None]) -> None:
-        self._submit_and_cancel()  # requests from before the chore come first
+        self._submit_and_cancel()  # earlier requests come first
         try:
             chore(self._engine)
         except Exception:

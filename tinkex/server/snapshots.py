@@ -1,7 +1,7 @@
 """Snapshots of models: they shorten a restart, and free the memory of idle models.
 
-A model that is not used for a while is kept as its snapshot only, and comes back, bit for bit, with
-its next operation. Runs on the compute thread.
+A model that is not used for a while is kept only as a snapshot; its next operation restores it bit
+for bit. Runs on the compute thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tinkex.server.scheduler import Steps
 
 logger = logging.getLogger(__name__)
 
-#: A snapshot is taken when repeating the work since the last one would take this many times as
-#: long as the snapshot, so that snapshots cost a few percent at most.
+#: A snapshot is taken when replaying the work since the last one would take this many times as long
+#: as the snapshot, so that snapshots cost at most a few percent.
 _RATIO = 20.0
 
 
@@ -30,7 +30,7 @@ class Snapshots:
     """The snapshots of one server's models.
 
     Args:
-        journal: None for a server that is not restarted; its snapshots only save memory.
+        journal: None for a server that cannot be restarted; its snapshots only save memory.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Snapshots:
         self._in_memory[model.model_id] = model
 
     def remove(self, engine: Any, model: LiveModel) -> None:
-        """Remove a model that is unloaded, from the engine and from the disk."""
+        """Remove an unloaded model from the engine and from the disk."""
         if self._in_memory.pop(model.model_id, None) is not None:
             model.in_memory = False
             engine.unload(model.model_id)
@@ -58,7 +58,7 @@ class Snapshots:
             shutil.rmtree(model.snapshot, ignore_errors=True)
 
     def bring_back(self, engine: Any, model: LiveModel) -> Steps:
-        """A part of a job: brings a model back from its snapshot if it is not in memory.
+        """A part of a job: restores a model from its snapshot if it is not in memory.
 
         If that fails, the model is broken.
         """
@@ -84,7 +84,7 @@ class Snapshots:
             self._try(engine, model)
 
     def swap_out(self, engine: Any) -> None:
-        """Take the models out of memory that were idle for the time that is set."""
+        """Move models that have been idle for `Limits.idle_model_seconds` to disk."""
         idle_since = time.monotonic() - self._limits.idle_model_seconds
         for model in list(self._in_memory.values()):
             if model.busy or model.used_at > idle_since:
@@ -99,7 +99,7 @@ class Snapshots:
         try:
             self._take(engine, model)
         except Exception:
-            # Nothing is lost: the journal has all operations, and the model is in memory.
+            # Nothing is lost: all operations are in the journal, and the model is in memory.
             logger.exception("A snapshot of model %s failed; it is tried again.", model.model_id)
             model.used_at = time.monotonic()  # not at once
             return False
@@ -126,7 +126,7 @@ class Snapshots:
         old, model.snapshot = model.snapshot, place
         if self._journal is not None:
             self._journal.snapshot(
-                model.model_id, model.info, place, model.done_seq, model.spoilt, old
+                model.model_id, model.info, place, model.done_seq, model.gradient_failure, old
             )
         elif old is not None:
             shutil.rmtree(old, ignore_errors=True)

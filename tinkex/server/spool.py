@@ -1,7 +1,7 @@
 """Keeps large requests on disk while they wait.
 
-With a journal they are on disk already; else each gets a file. Reading and decoding run on a thread
-of their own.
+With a journal they are on disk already; otherwise each gets a file. A separate thread reads and
+decodes them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Spool:
     """The requests of one server that wait on disk.
 
     Args:
-        folder: for files; it is emptied by whoever makes the server's folder.
-        journal: where accepted requests are anyway, or None.
+        folder: for files; emptied when the server's folder is created.
+        journal: contains accepted requests anyway; or None.
 
     Attributes:
-        kept: how many requests there have been.
+        kept: how many requests have been stored so far.
     """
 
     def __init__(self, folder: Path, journal: Journal | None) -> None:
@@ -46,7 +46,7 @@ class Spool:
         return path
 
     def in_file(self, path: Path, decode: Callable[[bytes], Any]) -> Stored:
-        """A request that `write` has written; *decode* makes it of its body."""
+        """A request written by `write`; *decode* turns its body into the request."""
         self.kept += 1
         return Stored(self._pool, partial(_read_once, path), decode)
 
@@ -70,7 +70,7 @@ class Stored:
     _decode: Callable[[bytes], Any]
 
     def read(self) -> Future[Any]:
-        """Begin to read and decode it. To be called once."""
+        """Start reading and decoding it. Call it once."""
         return self._pool.submit(lambda: self._decode(self._body()))
 
 

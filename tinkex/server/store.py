@@ -1,8 +1,8 @@
-"""What outlives the process: sessions, training runs, samplers and checkpoints.
+"""Persistent objects: sessions, training runs, samplers and checkpoints.
 
 Several servers share one store (SQLite in WAL mode); all see all checkpoints. Every lookup takes
-the owner who asks: another owner's objects look like objects that do not exist, except published
-checkpoints. Does not know about HTTP.
+the caller's owner: other owners' objects are treated as missing, except published checkpoints. Does
+not know about HTTP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinkex.server.recorded import Recorded
 
 
 class Store:
-    """Sessions, runs and samplers of a home, its `checkpoints`, and what is `recorded` of samples.
+    """Sessions, runs and samplers of a home, its `checkpoints`, and the `recorded` samples.
 
     Safe to share between threads.
 
@@ -44,7 +44,7 @@ class Store:
         self.recorded = Recorded(self._db, now)
 
     def problem(self) -> str | None:
-        """Why nothing can be stored any more (the home was deleted or replaced), or None."""
+        """Why nothing can be stored (the home was deleted or replaced), or None."""
         try:
             self._db.identity.check()
         except OSError as exc:
@@ -55,7 +55,8 @@ class Store:
         self._db.close()
 
     def owners(self) -> list[tuple[str, int, int, int, int]]:
-        """Each owner, with the numbers of sessions, runs and checkpoints, and their bytes."""
+        """Each owner, with the numbers of sessions, runs and checkpoints, and bytes of
+        checkpoints."""
         rows = self._db.select(
             "SELECT owner, SUM(s), SUM(r), SUM(c), SUM(b) FROM ("
             "SELECT owner, 1 AS s, 0 AS r, 0 AS c, 0 AS b FROM sessions UNION ALL "
@@ -178,7 +179,7 @@ class Store:
     def runs(
         self, owner: str, limit: int, offset: int, project_id: str | None = None
     ) -> tuple[list[RunRow], int]:
-        """A page of runs, last used first, and the total number; of one project, if it is given."""
+        """A page of runs, last used first, and the total number; of one project if given."""
         where, values = "owner = ?", [owner]
         if project_id is not None:
             where += " AND session_id IN (SELECT session_id FROM sessions WHERE project_id = ?)"
@@ -194,7 +195,7 @@ class Store:
         return rows, self._db.count(f"SELECT COUNT(*) FROM runs WHERE {where}", *values)
 
     def training_run(self, row: RunRow) -> types.TrainingRun:
-        """A run with its last checkpoints, as the API returns it."""
+        """A run with its last checkpoints, in the form of the API."""
         last = {
             kind: self.checkpoints.last_of_run(row.run_id, kind) for kind in ("training", "sampler")
         }

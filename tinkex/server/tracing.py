@@ -1,4 +1,4 @@
-"""OpenTelemetry on the server: operations join the trace of the client that asked for them.
+"""OpenTelemetry on the server: operations join the trace of the client that requested them.
 
 Spans are recorded if the package is installed and a provider is set up, as by
 `opentelemetry-instrument tinkex serve`.
@@ -22,7 +22,7 @@ _incoming: ContextVar[Any] = ContextVar("incoming", default=None)
 
 
 def enter(headers: Mapping[str, str]) -> None:
-    """Note the trace of a request, for the operations that it starts; by its `traceparent`."""
+    """Store the trace of a request (from `traceparent`) for the operations that it starts."""
     if trace is not None and "traceparent" in headers:
         _incoming.set(propagate.extract(dict(headers)))
 
@@ -33,7 +33,7 @@ def current() -> Any:
 
 
 def begin(name: str, parent: Any, model_id: str, seq: int) -> Any:
-    """Start the span of an operation in the trace *parent*; None where nothing is recorded."""
+    """Start the span of an operation in the trace *parent*; None if spans are not recorded."""
     if trace is None:
         return None
     tracer = trace.get_tracer("tinkex.server", __version__)
@@ -47,7 +47,7 @@ def begin(name: str, parent: Any, model_id: str, seq: int) -> Any:
 
 
 def end(span: Any, exc: BaseException | None = None) -> None:
-    """End what `begin` has started."""
+    """End a span started by `begin`."""
     if span is None:
         return
     if exc is not None:

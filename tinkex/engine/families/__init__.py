@@ -1,4 +1,4 @@
-"""Families of models that the fast path computes: packed sequences, backward passes by hand.
+"""Model families of the fast path: packed sequences, hand-written backward passes.
 
 To add a family, add a module with its differences from Llama, as `FAMILY`, and a row to
 tests/engine/test_families.py.

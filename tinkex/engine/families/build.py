@@ -1,4 +1,4 @@
-"""Make a `FastModel` of a family's configuration and tensors."""
+"""Builds a `FastModel` from a family's configuration and tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tinkex.engine.model import ACTIVATIONS, HeadNorm, Norms, Rope
 from tinkex.engine.spec import Spec
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore
 
-#: Kinds of position embedding. Angles of LongRoPE depend on the length of the text: those of texts
-#: within the original context are computed.
+#: Supported kinds of position embedding. LongRoPE's angles depend on the length of the text; only
+#: texts within the original context are supported.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def check_config(family: Family, config: Any) -> None:
-    """Check that the fast path computes what a configuration of *family* asks for.
+    """Check that the fast path supports a configuration of *family*.
 
     Raises:
         Unsupported: With the reason.
@@ -56,7 +56,7 @@ def spec_of(family: Family, config: Any, generation_config: Any = None) -> Spec:
     """Sizes and settings of a model, from its configuration.
 
     Raises:
-        Unsupported: If the family is not computed so.
+        Unsupported: If the fast path does not support these settings.
     """
     return Spec(
         layers=config.num_hidden_layers,
@@ -83,7 +83,7 @@ def ropes_of(
         rotary: transformers' module that holds the angles.
 
     Raises:
-        Unsupported: If it rotates less of each head than the family can.
+        Unsupported: If it rotates only a part of each head and the family does not support that.
     """
     ropes: dict[str | None, Rope | None] = {None: None}
     head_dim, kinds = _head_dim(config), family.ropes(config)
@@ -110,7 +110,7 @@ def assemble(
     """Fuse tensors with Hugging Face's names into a `FastModel`; removes them from *tensors*.
 
     Args:
-        tensors: may read each tensor only when it is taken, as `weights.Weights` does.
+        tensors: may read each tensor only when it is accessed, as `weights.Weights` does.
         store: where matrices and embedding are kept.
     """
     linears: dict[str, Linear] = {}
@@ -123,23 +123,23 @@ def assemble(
             linears[f"{i}.{key}"] = _fuse(tensors, named, group, embedding, store)
         norms.append(_norms(family, spec, tensors, layer))
     own_head = tensors.pop("lm_head.weight", None)
-    head = embedding if own_head is None else store.keep(own_head)  # tied where there is none
+    head = embedding if own_head is None else store.keep(own_head)  # tied if there is none
     linears["head"] = Linear(head, None, (Part("lm_head", 0, len(head)),), "unembed")
     final_norm = _norm_weight(family, tensors.pop("model.norm.weight"))
-    if spec.logit_scale != 1:  # a head without bias: a factor on its input is one on the logits
+    if spec.logit_scale != 1:  # the head has no bias, so a factor on its input scales the logits
         final_norm = final_norm.float() * spec.logit_scale
     return FastModel(_rounded(spec, embedding), embedding, tuple(norms), final_norm, linears, ropes)
 
 
 def _rounded(spec: Spec, embedding: Tensor) -> Spec:
-    """With the factor on embeddings as their type has it, as models were trained."""
+    """Round the factor on embeddings to their type, as in training of these models."""
     return attrs.evolve(
         spec, embedding_scale=torch.tensor(spec.embedding_scale).to(embedding.dtype).item()
     )
 
 
 def _matrices(family: Family, spec: Spec) -> list[tuple[str, str, dict[str, int]]]:
-    """Of a layer: key, group, and rows of the modules that are fused into it."""
+    """For each matrix of a layer: key, group, and rows of the modules fused into it."""
     heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     qkv = [heads, kv_heads, kv_heads] if len(family.qkv) == 3 else [spec.qkv]
     gate_up = [spec.mlp, spec.mlp] if len(family.gate_up) == 2 else [2 * spec.mlp]
@@ -182,7 +182,7 @@ def _head_norms(
 
 
 def _norm_weight(family: Family, weight: Tensor) -> Tensor:
-    """In float32 if something is added, which 16 bits would round away."""
+    """In float32 if an offset is added, which 16 bits would round away."""
     return weight.float() + family.norm_offset if family.norm_offset else weight
 
 
@@ -195,7 +195,7 @@ def _fuse(
 ) -> Linear:
     """Stack the matrices of modules that read the same input.
 
-    Each matrix is copied and dropped before the next one is taken, so that they are never all in
+    Each matrix is copied and freed before the next one is read, so that at most one of them is in
     memory beside the result.
 
     Args:

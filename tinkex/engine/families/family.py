@@ -1,6 +1,6 @@
 """How a family of models differs from Llama: names of tensors, norms and settings.
 
-Does not import torch, so that programs can ask which families there are without it.
+Does not import torch, so that programs can list the families without it.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def windows(config: Any) -> tuple[int, ...]:
 
 
 def window_everywhere(config: Any) -> Mapping[str, Any]:
-    """The settings of a family whose only difference is one sliding window for all layers."""
+    """Settings of a family whose only difference is one sliding window for all layers."""
     window = getattr(config, "sliding_window", None) or 0
     return {"windows": (window,) * config.num_hidden_layers}
 
 
 def ropes_by_layer_type(config: Any) -> tuple[str | None, ...]:
-    """Layers with a window rotate by other angles than those without."""
+    """Layers with a window use different angles from layers without."""
     return tuple(config.layer_types)
 
 
 def sliding_settings(config: Any) -> Mapping[str, Any]:
-    """The settings of a family whose only difference are sliding windows by `layer_types`."""
+    """Settings of a family whose only difference is sliding windows by `layer_types`."""
     return {"windows": windows(config)}
 
 
@@ -61,15 +61,15 @@ class Family:
     Attributes:
         model_type: its name in config.json.
         title: its models, as users know them.
-        norms: where the norms of a layer stand.
+        norms: names of a layer's norms.
         qkv: modules of queries, keys and values, or the one module that holds all three.
         gate_up: the same for the two matrices into the MLP.
         norm_offset: added to every norm's weight.
-        partial_rotary: True if only the first part of each head may be rotated by position.
+        partial_rotary: True if models may rotate only the first part of each head.
         settings: configuration -> fields of `Spec` that are not sizes.
-        ropes: configuration -> kind of rotary embedding of each layer: "" is the only one, another
-            name one of several, None a layer without.
-        limits: what of the family is not computed; "" is nothing.
+        ropes: configuration -> kind of rotary embedding of each layer: "" if there is one kind, its
+        name if there are several, None for a layer without.
+        limits: unsupported parts of the family; "" if there are none.
     """
 
     model_type: str

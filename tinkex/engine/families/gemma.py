@@ -1,4 +1,4 @@
-"""Gemma: norm weights are stored less one, embeddings are scaled by the root of their width."""
+"""Gemma: norm weights are stored minus 1, embeddings are scaled by the root of their width."""
 
 from __future__ import annotations
 

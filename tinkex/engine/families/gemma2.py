@@ -18,7 +18,7 @@ NORMS = NormNames(
 
 
 def settings(config: Any) -> Mapping[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+    """Settings that Gemma 2 and 3 share."""
     if getattr(config, "use_bidirectional_attention", False):
         raise Unsupported("attends to later tokens, too; only causal models can be trained here")
     return {

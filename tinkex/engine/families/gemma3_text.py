@@ -1,4 +1,4 @@
-"""Gemma 3: Gemma 2 with norms of queries and keys, not caps, and with two sets of angles."""
+"""Gemma 3: Gemma 2 with norms of queries and keys instead of caps, and two sets of angles."""
 
 from __future__ import annotations
 

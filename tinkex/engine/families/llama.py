@@ -1,4 +1,4 @@
-"""Llama, with which every other family is compared, and models built like it."""
+"""Llama and models with its architecture; other families are described as differences from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with sliding windows in most layers, which rotate by other angles."""
+"""OLMo 3: OLMo 2 with sliding windows in most layers, which use different angles."""
 
 from __future__ import annotations
 

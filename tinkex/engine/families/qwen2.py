@@ -1,4 +1,4 @@
-"""Qwen2: biases on queries, keys and values; sliding windows in upper layers where asked for."""
+"""Qwen2: biases on queries, keys and values; optional sliding windows in upper layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3: norms of each query and key head; sliding windows in upper layers where asked for."""
+"""Qwen3: norms of each query and key head; optional sliding windows in upper layers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """LoRA in the modules of a transformers model: which matrices are adapted, and how they apply.
 
-Adapted are all linear layers of attention and MLP in the model's layers: torch's Linear and its
-subclasses, GPT-2's Conv1D, and experts that are stacked in one parameter (experts, out, in). A
-router is not. A module then computes what the `Linears` in use say, in the forward and in the
-backward pass; autograd does the rest.
+All linear layers of attention and MLP are adapted: torch's Linear and its subclasses, GPT-2's
+Conv1D, and experts stacked in one parameter (experts, out, in). Routers are not. The adapted
+modules call the `Linears` in use, in the forward and the backward pass; autograd does the rest.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from tinkex.engine.lora import TrainedLinears
 
 HEAD = "head"
 
-#: Names of modules that choose experts, if they stand beside some.
+#: Names of routers: modules beside experts that choose among them.
 _ROUTER = re.compile(r"(?:^|_)(?:gate|router|wg)$")
 _ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
 
-#: The matrices of the pass that is computed.
+#: The matrices of the running pass.
 InUse = TrainedLinears | MixedLinears
 
 
 class Adapted:
-    """A model whose linear layers can be adapted. Changes the modules of *model* for good.
+    """A model whose linear layers can be adapted. Changes the modules of *model* permanently.
 
     Args:
         model: a causal language model of transformers, its parameters frozen.
 
     Attributes:
-        model: itself.
-        linears: the matrices by key, that of the head among them.
+        model: the same model.
+        linears: the matrices by key, including the head's.
         takes_positions: True if its forward takes position_ids.
 
     Raises:
@@ -108,7 +107,7 @@ class Adapted:
         return forward
 
     def _take_head(self, name: str, head: nn.Linear) -> None:
-        """Let the module that computes logits keep what it should read."""
+        """Replace the head's forward: store its input instead of computing logits."""
         self.linears[HEAD] = head_linear(name, head)
 
         def forward(x: Tensor) -> Tensor:
@@ -139,7 +138,7 @@ class Adapted:
             self._linears, self._recompute, self._hidden = None, False, None
 
     def take_hidden(self) -> Tensor:
-        """(B, T, d) what the head should have read since `using` began."""
+        """(B, T, d) input of the head, stored since `using` began."""
         hidden, self._hidden = self._hidden, None
         if hidden is None:
             raise RuntimeError("the model did not call the module of its head.")
@@ -219,7 +218,7 @@ def _matrices(full: str, name: str, module: Any) -> dict[str, Linear]:
 
 
 def head_of(model: Any) -> tuple[str, nn.Linear]:
-    """Name and module of what computes the logits.
+    """Name and module of the head, which computes the logits.
 
     Raises:
         ValueError: If that is not a linear layer.
@@ -249,7 +248,7 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _is_router(layer: Any, name: str) -> bool:
-    """True if the module chooses experts, or is part of one that does."""
+    """True if the module is a router, or part of one."""
     path = name.split(".")
     for i, part in enumerate(path):
         if _ROUTER.search(part):

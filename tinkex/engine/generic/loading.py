@@ -1,7 +1,7 @@
 """Loads a model for the generic path, and tests what it supports.
 
-What transformers cannot load as a causal language model is refused with the reason. What its head
-and cache do is measured: a few tokens are computed in several ways, and the results compared.
+Models that transformers cannot load as causal language models are refused with the reason. The
+behaviour of head and cache is measured: a few tokens are computed in several ways and compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinkex.engine.linears import Linear
 
 logger = logging.getLogger("tinkex.engine")
 
-#: Settings that are, or may be, a factor on logits or a cap of them.
+#: Settings that may be a soft cap of the logits.
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 #: Largest difference between two ways to compute one number, relative to the largest number.
@@ -40,7 +40,7 @@ _TEXT_PART = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 
-#: What of a checkpoint its text model does not read, if it is a vision-language model.
+#: Parts of a vision-language checkpoint that its text model does not use.
 _OTHER_PARTS = ("vis", "image", "audio", "projector", "merger", "mtp", "speech", "embed_")
 
 
@@ -73,7 +73,7 @@ def text_model(config: Any) -> tuple[Any, type]:
 
 
 def _check_positions(config: Any) -> None:
-    """Check that a token's position is the same in a text of any length: a batch has several.
+    """Check that position embeddings do not depend on the length of the text: a batch has several.
 
     Raises:
         Unsupported: If it is not.
@@ -90,7 +90,7 @@ def read(directory: Path, config: Any = None, dtype: Any = "auto") -> Any:
     """The module of the model in *directory*, on the CPU, its parameters frozen.
 
     Args:
-        config: as transformers reads it from the directory; None reads it.
+        config: read by transformers from the directory; None reads it here.
 
     Raises:
         Unsupported: If its files do not fit.
@@ -120,7 +120,7 @@ class Description:
     Attributes:
         kind: the class of its module.
         parameters: how many; tied ones count once.
-        linears: the matrices that can be adapted, without memory.
+        linears: the matrices that can be adapted, on the meta device.
     """
 
     kind: type
@@ -130,7 +130,7 @@ class Description:
 
 
 def describe(config: Any) -> Description:
-    """What is known of a model by its configuration alone.
+    """What is known of a model from its configuration alone.
 
     Raises:
         Unsupported: As `text_model`, or if it has layers that cannot be adapted.
@@ -161,7 +161,7 @@ def load(config: Any, directory: Path, device: torch.device, dtype: torch.dtype)
 
 
 def prepare(model: Any) -> GenericModel:
-    """Make a `GenericModel` of a loaded module. Changes the module for good.
+    """Make a `GenericModel` from a loaded module. Changes the module permanently.
 
     Raises:
         Unsupported: As `load`.
@@ -182,7 +182,7 @@ def prepare(model: Any) -> GenericModel:
 
 
 def _check_report(report: Any, *, is_part: bool) -> None:
-    """Check what transformers says of the names in the files.
+    """Check transformers' report on the tensor names in the files.
 
     Args:
         is_part: True if the files hold more than the model.
@@ -206,7 +206,7 @@ def _check_report(report: Any, *, is_part: bool) -> None:
 
 
 def _tokens(base: GenericModel, count: int, start: int = 0) -> Tensor:
-    """(count,) token ids of a probe, all different if there are so many."""
+    """(count,) token ids of a probe, all different if the vocabulary is large enough."""
     few = min(base.vocab, base.adapted.model.get_input_embeddings().weight.shape[0])
     return ((torch.arange(count) * 7 + start + 1) % few).to(base.device)
 
@@ -227,7 +227,7 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
 
 
 def _with_head(base: GenericModel) -> GenericModel:
-    """*base* with what its model does to the product of its head: a factor, or a soft cap.
+    """*base* with the factor or soft cap that its model applies to the head's output.
 
     Raises:
         ValueError: If it is neither.
@@ -263,11 +263,11 @@ def _check_causal(base: GenericModel) -> None:
 
 
 def _heads(base: GenericModel, product: Tensor, expected: Tensor) -> list[GenericModel]:
-    """What the head may do, likeliest first."""
+    """Candidates for the head's factor or cap, likeliest first."""
     config = base.adapted.model.config
     caps = [float(getattr(config, name)) for name in _CAPS if getattr(config, name, None)]
     heads = [base, *(attrs.evolve(base, logit_cap=cap) for cap in caps)]
-    if base.linears[HEAD].bias is None:  # a factor is applied to what the head reads
+    if base.linears[HEAD].bias is None:  # a factor can be applied to the head's input
         measured = float((product * expected).sum() / product.square().sum())
         known = [value for n, value in config.to_dict().items() if "scal" in n or "mult" in n]
         factors = [float(f) for f in known if isinstance(f, (int, float)) and f]
@@ -277,7 +277,7 @@ def _heads(base: GenericModel, product: Tensor, expected: Tensor) -> list[Generi
 
 
 def _activation_bytes(base: GenericModel) -> int:
-    """Bytes of activations that autograd keeps, for one token: measured."""
+    """Bytes of activations that autograd saves per token, measured."""
     count = 32
     own = {parameter.data_ptr() for parameter in base.adapted.model.parameters()}
     kept: list[Tensor] = []
@@ -298,7 +298,7 @@ def _activation_bytes(base: GenericModel) -> int:
 
 
 def _with_cache(base: GenericModel) -> GenericModel:
-    """*base* with what its cache takes, if sequences can join and leave it; else as it is."""
+    """*base* with the sizes of its cache if sequences can join and leave it; else unchanged."""
     for equal in (False, True):
         tried = attrs.evolve(base, position_bytes=1, needs_equal_lengths=equal)
         try:
@@ -319,7 +319,7 @@ def _with_cache(base: GenericModel) -> GenericModel:
 
 
 def _try_cache(base: GenericModel) -> tuple[int, int] | None:
-    """Bytes of a position and of a sequence in the cache; None if it gives other logits.
+    """Bytes of a position and of a sequence in the cache; None if its logits differ.
 
     Three sequences of different lengths: two begin together, one joins later, one leaves.
     """
@@ -360,8 +360,8 @@ def _try_cache(base: GenericModel) -> tuple[int, int] | None:
 
 
 def _can_read_in_pieces(base: GenericModel) -> bool:
-    """True if a prompt read a piece at a time comes to the same. Some models with states begin
-    again at every piece of more than a token."""
+    """True if a prompt read in pieces gives the same logits. Some models with states restart at
+    every piece of more than one token."""
     text = _tokens(base, 19)
     state = GenericSampling(base)
     reader = state.read(Prompt(text.cpu().numpy().astype(np.int32), None))
@@ -377,7 +377,7 @@ def _can_read_in_pieces(base: GenericModel) -> bool:
 
 
 def _cache_bytes(state: GenericSampling) -> tuple[int, int]:
-    """Of one position, and of one sequence of no length."""
+    """Bytes of one position, and of one empty sequence."""
     [cache] = state.caches
     positions = sequences = 0
     for layer in cache.layers:

@@ -17,7 +17,7 @@ from tinkex.engine.lora import Pair, merge_into
 
 @torch.no_grad()
 def merge(source: Path, tensors: Mapping[tuple[str, str], Tensor], scale: float, out: Path) -> None:
-    """Write the model in *source*, with an adapter folded in, into the directory *out*.
+    """Write the model in *source*, with an adapter merged in, into the directory *out*.
 
     Args:
         tensors: the adapter's matrices by (module, "A" or "B").
@@ -34,7 +34,7 @@ def merge(source: Path, tensors: Mapping[tuple[str, str], Tensor], scale: float,
     name, head = head_of(model)
     linears = [linear for _, found in adaptable(model) for linear in found.values()]
     if name in left and model.config.tie_word_embeddings:
-        # The head changes and the embedding does not: from here on they are two.
+        # The head changes and the embedding does not: they are no longer tied.
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
     for linear in [*linears, head_linear(name, head)]:

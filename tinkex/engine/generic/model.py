@@ -1,8 +1,8 @@
 """A base model computed by the modules of transformers, as the rest of the engine sees it.
 
 Sequences are computed in batches of similar length, padded on the right: in a causal model, no
-token sees what comes after it, so padding changes nothing and needs no mask. Losses that a model
-adds for its router are not trained.
+token sees later ones, so padding changes nothing and needs no mask. Auxiliary router losses are not
+trained.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ class GenericModel:
     """A causal language model of transformers. Implements `base_model.BaseModel`.
 
     Attributes:
-        adapted: its modules, which compute with the adapter in use.
+        adapted: the modules, which compute with the adapter in use.
         vocab, context, eos_tokens, logit_cap: as in `BaseModel`.
-        logit_scale: factor on what the head reads.
+        logit_scale: factor on the head's input.
         activation_bytes: measured.
-        position_bytes: what the cache takes for one token; None if the model has no cache that
-            sequences can join and leave, so that every token is computed from the whole text.
-        sequence_bytes: what it takes for a sequence of any length.
-        needs_equal_lengths: True if padding would change what the cache holds.
-        reads_in_pieces: True if a prompt may be computed a piece at a time.
+        position_bytes: bytes of one token in the cache; None if the model has no cache that
+        sequences can join and leave, so that every token is computed from the whole text.
+        sequence_bytes: bytes of a sequence in the cache besides those of its tokens.
+        needs_equal_lengths: True if padding would change the cache.
+        reads_in_pieces: True if a
+        prompt can be computed in pieces.
     """
 
     adapted: Adapted
@@ -87,7 +88,7 @@ class GenericModel:
         return GenericSampling(self)
 
     def hidden(self, ids: Tensor, **inputs: Any) -> Tensor:
-        """(B, T) token ids -> (B, T, d) what the head reads. Within `Adapted.using`."""
+        """(B, T) token ids -> (B, T, d) hidden states. Call within `Adapted.using`."""
         self.adapted.model(input_ids=ids, return_dict=True, **inputs)
         hidden = self.adapted.take_hidden()
         return hidden if self.logit_scale == 1 else hidden * self.logit_scale
@@ -125,7 +126,7 @@ class GenericBatch:
             raise RuntimeError("backward() needs forward(save=True) before it.")
         graph, self._graph = self._graph, None
         if graph.requires_grad:
-            with self._using():  # for layers that are computed again
+            with self._using():  # for recomputed layers
                 torch.autograd.backward(graph, dhidden)
 
     def _using(self) -> Any:

@@ -1,9 +1,9 @@
 """Sampling with transformers' modules: continuous batching with their cache, or without one.
 
-Sequences of one adapter and share form a batch. Its cache is padded on the left, so that all of
-them continue at the same place: a sequence joins with its prompt's entries moved to the right, and
-leaves with its row. Where a model's cache does not allow that, every token is computed from the
-whole text. Batches take turns where a step would take long.
+Sequences of one adapter and share form a batch. Its cache is padded on the left, so that all rows
+continue at the same position: a sequence joins with its prompt's entries moved to the right, and
+leaves with its row. If a model's cache does not allow that, every token is computed from the whole
+text. Batches take turns if a step over all would take long.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
 from tinkex.engine.sample_turns import STEP_BYTES, STEP_OPERATIONS, Turns, matrix_operations
 
-#: Tokens of prompts, padding among them, that are computed together.
+#: Most prompt tokens, including padding, that are computed together.
 MOST_TOKENS = 4096
 
-#: Sequences of one batch; more form further ones.
+#: Most sequences of one batch; more form further batches.
 BATCH_ROWS = {"cpu": 64, "cuda": 256}
 
 
@@ -64,8 +64,8 @@ class Model(Protocol):
 
 
 class _Matrices:
-    """The matrices with one adapter at a time, merged where there is room and no other runs: a
-    step of several would merge each of them again."""
+    """The matrices with one adapter at a time, merged if it is the only one running: a step with
+    several would merge each of them again."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -77,7 +77,7 @@ class _Matrices:
 
 
 class Recomputing:
-    """Sequences as tokens; nothing is kept of what was computed. Implements `SamplingState`."""
+    """Sampling without a cache: each step computes whole texts. Implements `SamplingState`."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -129,7 +129,7 @@ class Recomputing:
         adapters: Sequence[Finished | None],
         on_hidden: OnHidden | None,
     ) -> Tensor:
-        """(texts, V) of what follows each."""
+        """(texts, V) logits of the token after each text."""
         found: dict[int, Tensor] = {}
         running = {*adapters, *self._adapter.values()}
         for some in in_batches([len(text) for text in texts], adapters):
@@ -150,7 +150,7 @@ class Recomputing:
 
 
 def in_batches(lengths: Sequence[int], adapters: Sequence[object]) -> list[list[int]]:
-    """Numbers of the texts of each batch: of one adapter, similar lengths first."""
+    """Indices of the texts of each batch: one adapter, similar lengths."""
     number = {adapter: i for i, adapter in enumerate(dict.fromkeys(adapters))}
     order = sorted(range(len(lengths)), key=lambda i: (number[adapters[i]], -lengths[i], i))
     batches: list[list[int]] = []
@@ -165,7 +165,7 @@ def in_batches(lengths: Sequence[int], adapters: Sequence[object]) -> list[list[
 
 
 class CacheError(Exception):
-    """A model's cache holds something else than keys, values and states by sequence."""
+    """A model's cache holds more than keys, values and states by sequence."""
 
 
 @attrs.define(eq=False)
@@ -174,9 +174,9 @@ class _Batch:
 
     Attributes:
         owner: adapter and share.
-        cache: transformers' `DynamicCache` of all of them.
-        rows: their numbers.
-        lengths: of the text of each that is in the cache.
+        cache: transformers' `DynamicCache` of all sequences.
+        rows: the numbers of the sequences.
+        lengths: tokens of each sequence in the cache.
     """
 
     owner: tuple[Finished | None, Hashable]
@@ -235,7 +235,7 @@ class GenericSampling:
         return torch.stack([found[i] for i in range(len(prompts))])
 
     def _alike(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """*numbers*, longest first, in groups whose prompts are computed together."""
+        """*numbers*, longest first, in groups of prompts that are computed together."""
         least = 1.0 if self._model.needs_equal_lengths else LEAST_FILL
         groups: list[list[int]] = []
         for i in numbers:
@@ -245,7 +245,7 @@ class GenericSampling:
         return groups
 
     def _prefill(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Hidden states (T, d) of each prompt; what the cache holds joins the running batch."""
+        """Hidden states (T, d) of each prompt; its cache joins the running batch."""
         lengths = [len(prompt.tokens) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for own, prompt in zip(ids, prompts):
@@ -258,7 +258,7 @@ class GenericSampling:
         return [own[:length] for own, length in zip(hidden, lengths)]
 
     def _start(self, prompts: Sequence[Prompt], cache: Any) -> None:
-        """The sequences of prompts of one adapter join; a row of *cache* is of a prompt."""
+        """Let the sequences of one adapter's prompts join; each row of *cache* is one prompt."""
         lengths = [len(prompt.tokens) for prompt in prompts]
         most = BATCH_ROWS[kind_of(self._model.device)]
         of_share: dict[Hashable, list[tuple[int, int]]] = {}  # (number of the prompt, row)
@@ -280,7 +280,7 @@ class GenericSampling:
             self._join(_Batch(owner, own, [row for _, row in pairs], joining), most)
 
     def _join(self, new: _Batch, most: int) -> None:
-        """Join a batch of the same owner that has room, of *most* rows, or be one more."""
+        """Add to a batch of the same owner with room, of *most* rows, or to the list of batches."""
         for batch in self._batches:
             if batch.owner == new.owner and len(batch.rows) + len(new.rows) <= most:
                 join(batch.cache, new.cache)
@@ -356,7 +356,7 @@ class GenericReader:
 
     Args:
         linears: (adapter, rows) -> the matrices with it.
-        start: makes the sequences of prompts join those that run, with a cache.
+        start: lets the sequences of prompts join the running ones, with a cache.
     """
 
     def __init__(
@@ -394,10 +394,10 @@ class GenericReader:
 
 
 def new_cache(model: Any) -> Any:
-    """An empty cache that keeps all positions, also of layers that see a window only.
+    """An empty cache that keeps all positions, also for layers with a window.
 
     Raises:
-        CacheError: If a layer keeps something that cannot be moved between batches.
+        CacheError: If a layer's state cannot be moved between batches.
     """
     from transformers import cache_utils
 
@@ -410,7 +410,7 @@ def new_cache(model: Any) -> Any:
     )
     for i, layer in enumerate(cache.layers):
         if type(layer) is cache_utils.DynamicSlidingWindowLayer:
-            # The mask of the model hides what is beyond the window.
+            # The model's mask hides positions beyond the window.
             cache.layers[i] = cache_utils.DynamicLayer()
         elif type(layer) not in movable:
             raise CacheError(f"its cache has layers of type {type(layer).__name__}")

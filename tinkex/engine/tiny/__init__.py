@@ -1,7 +1,7 @@
 """The built-in model "tiny": an untrained Llama of 4 layers, 128 wide, that needs no download.
 
-It reads bytes: token id = byte value, then a few special tokens. Its weights are random, drawn from
-a fixed seed, in sizes that let a LoRA adapter alone learn on top of them. `python -m
+Its tokens are bytes: token id = byte value, then a few special tokens. Its weights are random,
+drawn from a fixed seed, scaled so that a LoRA adapter alone can learn on top of them. `python -m
 tinkex.engine.tiny` writes the tokenizer's files into this directory, where the SDK finds them.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "tiny"
 
-#: What the tokenizer is called on the wire.
+#: The tokenizer's id on the wire.
 TOKENIZER_ID = "tinkex/tiny"
 
 #: Where tokenizer.json and tokenizer_config.json are.
@@ -87,7 +87,7 @@ def weights() -> dict[str, Tensor]:
         tensors[f"{layer}.input_layernorm.weight"] = torch.ones(WIDTH)
         tensors[f"{layer}.post_attention_layernorm.weight"] = torch.ones(WIDTH)
     tensors["model.norm.weight"] = torch.ones(WIDTH)
-    # Small, so that the untrained model is unsure rather than sure of nonsense: ln 512 a token.
+    # Small, so that the untrained model's distribution is nearly uniform: a loss of ln 512 a token.
     tensors["lm_head.weight"] = matrix(VOCAB, WIDTH, gain=0.1)
     return tensors
 

@@ -1,9 +1,9 @@
 """Everything that one server has accepted: sessions, models, samplers, operations, results.
 
-Every operation has one record (a repeat gets the same one and does not run again). It is passed to
-the scheduler once the journal has it, and its result is kept until the client has fetched it. Runs
-on the event loop; the compute thread passes results through `Shared.on_loop`. Does not know about
-HTTP.
+Every operation has one record; a repeated request gets the same record and does not run again. The
+operation is passed to the scheduler once the journal has stored it, and its result is kept until
+the client has fetched it. Runs on the event loop; the compute thread passes results through
+`Shared.on_loop`. Does not know about HTTP.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Ledger:
         self._still_since = 0.0
 
     def start(self) -> None:
-        """Read what a predecessor on this port left, and start housekeeping."""
+        """Restore the state of a predecessor on this port, and start housekeeping."""
         self.shared.loop = asyncio.get_running_loop()
         if self._journal is not None:
             Restart(
@@ -96,9 +96,9 @@ class Ledger:
         self._reaper = self.shared.loop.create_task(self._reap_forever())
 
     async def drain(self, is_impatient: Callable[[], bool] = lambda: False) -> None:
-        """Accept nothing new, and wait until what was accepted is done, for the time that is set.
+        """Accept nothing new, and wait up to `Limits.drain_seconds` for accepted operations.
 
-        Without a journal, also until the results are fetched: nothing else keeps them.
+        Without a journal, also wait until the results are fetched, because nothing else keeps them.
         """
         deadline = time.monotonic() + self.shared.limits.drain_seconds
         self.shared.draining = True
@@ -126,9 +126,9 @@ class Ledger:
         self.samplers.release()
 
     async def base_info(self, base_model: str) -> Any | None:
-        """Metadata of a base model, which is loaded first if that is needed.
+        """Metadata of a base model, which is loaded first if needed.
 
-        None if it cannot be loaded, or not while a poll may take.
+        None if it cannot be loaded, or not within the time of a poll.
         """
         bases, shared = self.workshop.loader.bases, self.shared
         if base_model not in bases:
@@ -145,8 +145,8 @@ class Ledger:
         return bases.get(base_model)
 
     def cancel(self, owner: str, request_id: str) -> None:
-        """Cancel a sample request, or a creation that waits for its base model. Other operations
-        continue. Raises Refusal (410)."""
+        """Cancel a sample request, or a model creation that waits for its base model. Other
+        operations continue. Raises Refusal (410)."""
         record = self.records.of_owner(request_id, owner)
         if record.name == "Sample" and record.answer is None:
             self.shared.scheduler.cancel_sample(request_id)
@@ -176,7 +176,7 @@ class Ledger:
             await asyncio.sleep(self.shared.limits.reap_seconds)
 
     def _check_home(self) -> None:
-        """Note whether the home is still there, and log it once if it is not."""
+        """Check whether the home still exists, and log once if it does not."""
         problem = self.shared.store.problem()
         if problem is not None and self.shared.home_problem is None:
             logger.critical("Nothing can be saved: %s.", problem)
@@ -201,16 +201,16 @@ class Ledger:
 
     @property
     def _activity(self) -> tuple[int, ...]:
-        """Changes with all that may leave memory behind: what is computed, large requests (which
-        may wait for an operation that never comes), the end of a session, and the journal's
-        writing, which may take longer than all these."""
+        """Counters of everything that can leave freed memory behind: computation, large requests
+        (which may wait for an operation that never arrives), ended sessions, and writes of the
+        journal, which may end last."""
         written = 0 if self._journal is None else self._journal.transactions
         return self.shared.scheduler.turns, self.spool.kept, self._ended, written
 
     def _free_memory(self) -> None:
-        """Give freed memory back to the system, once after each time that something was done.
+        """Return freed memory to the system, once after each period of activity.
 
-        Not at once: the next operation would have to get it again, page by page.
+        Not immediately: the next operation would have to request it again, page by page.
         """
         scheduler, now, activity = self.shared.scheduler, time.monotonic(), self._activity
         if activity != self._seen or not scheduler.is_settled:

@@ -1,4 +1,4 @@
-"""Models as clients see them: operations are accepted by number, in any order."""
+"""Models: operations are accepted by number, in any order of arrival."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Models:
         return record
 
     async def _without_request(self, work: Work, body: bytes, content_type: str) -> Work:
-        """*work* with a large request on disk instead of in memory."""
+        """*work* with its request moved to disk if it is large."""
         if len(body) <= self._shared.limits.spool_bytes:
             return work
         if not self._spool.has_journal:
@@ -209,17 +209,17 @@ class Models:
         return self.stored(work, content_type)
 
     def stored(self, work: Work, content_type: str) -> Work:
-        """*work* with the request that the journal has."""
+        """*work* with its request read from the journal when it runs."""
         read = partial(decode, work.name, content_type)
         stored = self._spool.in_journal(work.origin, read)
         return attrs.evolve(work, request=None, stored=stored)
 
     async def refuse(self, owner: str, name: str, model_id: str, seq: int, sentence: str) -> None:
-        """Note that the request with this number was refused.
+        """Remember that the request with this number was refused.
 
-        The client may send a valid request with the same number. Or it continues with the next
-        number, as the official SDK does: that would wait forever for the missing one, so a failed
-        operation takes the refused number.
+        The client may send a valid request with the same number. Or it may continue with the next
+        number, as the official SDK does; that operation would wait forever for the missing one, so
+        a failed operation takes the refused number.
         """
         place = self._by_id.get(model_id)
         if place is None or place.live.owner != owner or not 1 <= seq < 2**31:
@@ -229,7 +229,7 @@ class Models:
             await self._fail_refused(place)
 
     async def _fail_refused(self, place: ModelPlace) -> None:
-        """Use up the numbers of refused requests that later operations wait for."""
+        """Consume the numbers of refused requests that later operations wait for."""
         while place.refused:
             seq = min(place.refused)
             if seq > place.used.highest:

@@ -1,4 +1,4 @@
-"""Records of accepted operations and their results, kept until the client has fetched them.
+"""Records of accepted operations with their results, kept until the client has fetched them.
 
 States of a record: being accepted (the journal is writing it); waiting or running; ended; fetched;
 forgotten (polls get a 410). Used on the event loop, except `Records.journal`.
@@ -65,7 +65,7 @@ class Record:
         request: Any,
         body: bytes,
     ) -> Record:
-        """Create the record of a numbered request; it is not added to `Records`."""
+        """Create the record of a numbered request, without adding it to `Records`."""
         mark = fingerprint(request)
         return cls(f"{target}:{seq}", name, owner, session_id, target, seq, mark, len(body))
 
@@ -84,7 +84,7 @@ class Records:
 
     Args:
         check_running: raises a Refusal if operations do not run any more.
-        on_forgotten: called with each record that is dropped.
+        on_forgotten: called with each dropped record.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Records:
         in_line: bool,
         new_model: str | None = None,
     ) -> None:
-        """Add the record. It is accepted when the journal has written it.
+        """Add the record, and return when the journal has written it.
 
         Args:
             seed: drawn for the request; in_line, new_model: see `Journal.accept`.
@@ -202,7 +202,7 @@ class Records:
     def journal(self, record: Record, result: Answer) -> None:
         """Journal a result. Can be called from any thread.
 
-        Called where the result is created, so that it is written before a snapshot that includes
+        Called where the result is created, so that it is written before any snapshot that includes
         the operation.
         """
         if self._journal is not None:
@@ -222,7 +222,7 @@ class Records:
         return record.answer
 
     def fetched(self, record: Record) -> None:
-        """Note that the result was sent. It is kept for a while in case the response was lost."""
+        """Mark the result as sent. It is kept for a while in case the response was lost."""
         if record.fetched_at is None and record.answer is not None:
             record.fetched_at = time.monotonic()
             self._fetched[record.request_id] = record

@@ -73,7 +73,7 @@ class Restart:
     def _read_model(self, row: ModelRow) -> None:
         live = LiveModel.from_info(row.model_id, row.info)
         live.snapshot = None if row.snapshot is None else Path(row.snapshot)
-        live.spoilt, live.done_seq = row.spoilt, row.snapshot_seq
+        live.gradient_failure, live.done_seq = row.gradient_failure, row.snapshot_seq
         live.created, live.snapshot_seq = live.snapshot is not None, row.snapshot_seq
         place = self._models.enter(live, first=row.snapshot_seq + 1)
         for seq in range(row.snapshot_seq + 1):
@@ -139,7 +139,7 @@ class Restart:
             self._samplers.add_completion(place, record)
 
     def _fail(self, record: Record) -> None:
-        """Fail an operation whose model or sampler is gone."""
+        """Fail an operation whose model or sampler no longer exists."""
         gone = ValueError(
             "the server was restarted before it ran, and its session is gone; send it again."
         )

@@ -1,4 +1,4 @@
-"""Sampling sessions as clients see them: requests arrive and end in any order."""
+"""Sampling sessions: requests arrive and end in any order."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Samplers:
         self._submit(place.live, record.request_id, _seeded(request, seed), ended)
 
     def _recorded(self, outcome: Any, record: Record, request: types.SampleRequest) -> Any:
-        """Keep the sequences of a response, if it was asked for; what fails then is the outcome."""
+        """Store a response's sequences if requested; a failure to store them is the outcome."""
         if not request.record_stability_info or not isinstance(outcome, types.SampleResponse):
             return outcome
         try:
@@ -261,7 +261,7 @@ class Samplers:
     async def completions(
         self, place: SamplerPlace, clone: int, after: int, seconds: float
     ) -> list[Record]:
-        """Requests of one clone that ended after a cursor. Waits until there is one."""
+        """Requests of one clone that ended after a cursor. Waits until there is at least one."""
         deadline = time.monotonic() + seconds
         while True:
             found = []

@@ -1,4 +1,4 @@
-"""Sessions, and what all parts of the ledger share: store, scheduler, event loop, thread pool."""
+"""Sessions, and what the ledger's parts share: store, scheduler, event loop, thread pool."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RETRY_LATER = {"Retry-After": "1"}
 
 
 class Shared:
-    """Store, scheduler, event loop, and a thread pool for what would block the loop."""
+    """Store, scheduler, event loop, and a thread pool for calls that would block the loop."""
 
     def __init__(self, store: Store, server: str, scheduler: Scheduler, limits: Limits) -> None:
         self.store = store
@@ -39,7 +39,7 @@ class Shared:
         self.scheduler = scheduler
         self.limits = limits
         self.stopping = False
-        self.draining = False  # what was accepted is finished, and nothing else is accepted
+        self.draining = False  # accepted operations are finished, nothing new is accepted
         self.home_problem: str | None = None  # why nothing can be stored, or None
         self.waiting: Counter[str] = Counter()  # unfinished operations and samples of each owner
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -74,7 +74,7 @@ class Shared:
             )
 
     def check_accepting(self) -> None:
-        """Raises Refusal: 503 if nothing new is accepted."""
+        """Raises Refusal: 503 if new operations are not accepted."""
         if self.draining:
             raise Refusal(
                 503,
@@ -106,10 +106,10 @@ class Session:
 
     Attributes:
         seen_at: time of its last request, on the monotonic clock.
-        models, samplers: ids of those that are live.
-        created: numbers of all models that it ever had.
-        claims: those of these numbers that were used for something other than a live model.
-        origins: what created each of its samplers, by number.
+        models, samplers: ids of the live ones.
+        created: numbers of all models created so far.
+        claims: the numbers that were used for something other than a live model.
+        origins: the operation that created each of its samplers, by number.
     """
 
     session_id: str
@@ -211,7 +211,7 @@ class Sessions:
         self._by_id[row.session_id] = Session(row.session_id, row.owner, time.monotonic())
 
     async def live(self, session_id: str, owner: str) -> Session:
-        """A live session; its time of last request is updated.
+        """A live session; updates the time of its last request.
 
         Raises:
             Refusal: 410 if it has ended, 404 if it is not known to this server.

@@ -1,5 +1,4 @@
-"""Conversations: what `/v1/chat/completions` and `/anthropic/.../messages` have in common, and
-the first of them."""
+"""`/v1/chat/completions`, and the conversations that it shares with `/anthropic/.../messages`."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from tinkex.text.streaming import StopStrings
 MOST_LOGPROBS = 20
 MOST_STOPS = 64
 ROLES = ("system", "developer", "user", "assistant", "tool")
-#: A template with these marks (gpt-oss) says in control tokens what is answer and what is not.
+#: A template with this mark (gpt-oss) separates reasoning and answer by control tokens.
 _CHANNELS = "<|channel|>"
 _THINK, _THINK_END = "<think>", "</think>"
 
@@ -36,8 +35,8 @@ class Chat:
     """A conversation, ready to be continued.
 
     Attributes:
-        stops: the caller's stop strings, and the template's where it ends turns with text.
-        has_tools: tool calls are looked for in the answers.
+        stops: the caller's stop strings, and the template's if it ends turns with text.
+        has_tools: True if answers are searched for tool calls.
     """
 
     model: Model
@@ -50,7 +49,7 @@ class Chat:
 
     @property
     def is_parsed_whole(self) -> bool:
-        """What the answer says is clear only when all of it is there."""
+        """True if an answer can be parsed only when it is complete."""
         template = getattr(self.model.tokenizer, "chat_template", None) or ""
         return self.has_tools or _CHANNELS in template
 
@@ -66,7 +65,7 @@ class Chat:
         )
 
     def message(self, sequence: Collected) -> dict[str, Any]:
-        """What a sequence says: content, and where there are some reasoning_content, tool_calls."""
+        """A sequence as a message: content, and reasoning_content and tool_calls if any."""
         opened = _THINK if self.prompt.text.rstrip().endswith(_THINK) else ""
         if sequence.stop_string is None and self.is_parsed_whole:
             message = parse_response(
@@ -118,7 +117,7 @@ class AnswerText:
     Splits text that arrives in pieces into reasoning and answer, at <think> and </think>.
 
     Args:
-        opened: the prompt has opened the reasoning already.
+        opened: True if the prompt ends with an opened <think>.
     """
 
     def __init__(self, *, opened: bool) -> None:
@@ -129,7 +128,7 @@ class AnswerText:
         self._skips = False  # blank lines between the reasoning and the answer
 
     def push(self, text: str, *, final: bool = False) -> tuple[str, str]:
-        """What is new of (reasoning, answer)."""
+        """The new text of (reasoning, answer)."""
         reasoning = answer = ""
         if not self._reasoning and self._opening is not None:
             answer, text = self._before_opening(text, final)
@@ -148,7 +147,7 @@ class AnswerText:
         return reasoning, answer
 
     def _before_opening(self, text: str, final: bool) -> tuple[str, str]:
-        """Reasoning is opened at the beginning of an answer or not at all."""
+        """Reasoning can open only at the beginning of an answer."""
         opening = self._opening
         if opening is None:
             return "", text
@@ -229,7 +228,7 @@ def _refuse_what_is_not_there(fields: Fields) -> None:
 
 
 def _known_role(message: Mapping[str, Any]) -> dict[str, Any]:
-    """ "developer" is what newer clients call "system"."""
+    """Replace "developer", newer clients' name of "system"."""
     role = message.get("role")
     if role not in ROLES:
         raise Refusal(400, f"role must be one of {', '.join(ROLES)}, got {shown(role)}.")
@@ -332,7 +331,7 @@ async def _stream(
 
 
 def delta_of(answer: AnswerText, piece: Piece) -> dict[str, Any]:
-    """What a piece adds to the message."""
+    """The part of the message that a piece adds."""
     reasoning, text = answer.push(piece.text, final=piece.finish is not None)
     delta = {"reasoning_content": reasoning, "content": text}
     return {name: value for name, value in delta.items() if value}

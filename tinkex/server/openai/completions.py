@@ -1,4 +1,4 @@
-"""`/v1/completions`: text or tokens, continued as they are."""
+"""`/v1/completions`: continues text or tokens, without a chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinkex.server.openai.generation import Collected, Generation, Piece, collec
 from tinkex.server.openai.names import Model, find_model
 from tinkex.server.request_context import Call, reply
 
-#: What OpenAI's API has where max_tokens is left out.
+#: OpenAI's default of max_tokens.
 DEFAULT_TOKENS = 16
 MOST_LOGPROBS = 20
 MOST_PROMPTS = 1024
@@ -34,9 +34,9 @@ class CompletionRequest:
     Attributes:
         prompts: token ids of each.
         count: completions of each prompt.
-        logprobs: how many of the likeliest tokens to tell at each position; None: no
-            log-probabilities at all.
-        max_tokens: 0 is possible with *echo*: then the prompt alone is scored.
+        logprobs: how many of the likeliest tokens to report at each position; None reports no
+        log-probabilities.
+        max_tokens: 0 is allowed with *echo*: only the prompt is scored.
     """
 
     model: Model
@@ -177,7 +177,7 @@ def _logprobs(
     generation: Generation,
     index: int,
 ) -> dict[str, Any]:
-    """Four lists with an entry for each token: of the prompt (with echo), then of what follows."""
+    """Four lists with an entry per token: of the prompt (with echo), then of the completion."""
     response = generation.response
     if response is None:
         raise RuntimeError("a generation with log-probabilities did not run to its end.")
@@ -210,7 +210,7 @@ def _top_of(
     token: int,
     logprob: float | None,
 ) -> dict[str, float] | None:
-    """The likeliest tokens of one position and the one that stands there, as OpenAI tells them."""
+    """The likeliest tokens of one position and its actual token, in OpenAI's form."""
     if logprob is None:
         return None
     tokenizer = request.model.tokenizer

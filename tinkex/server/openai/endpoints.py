@@ -17,10 +17,10 @@ from tinkex.server.openai.events import error_body
 from tinkex.server.openai.names import find_model, model_names
 from tinkex.server.request_context import Call, Handler, guarded, header_key, reply
 
-#: OpenAI's own prefix, and the one of the official service.
+#: OpenAI's prefix, and the official service's.
 OPENAI_PREFIXES = ("/v1/", "/oai/api/v1/")
-#: Where the official service has Anthropic's form: its clients add "/v1/" to a base URL; and with
-#: "/anthropic" as base URL.
+#: Prefixes of Anthropic's form: the official service's, whose clients append "/v1/" to the base
+#: URL, and that of clients with "/anthropic" as base URL.
 ANTHROPIC_PREFIXES = ("/anthropic/api/v1/", "/anthropic/v1/")
 
 
@@ -39,7 +39,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def bearer_key(request: Request) -> str | None:
-    """The API key as clients of OpenAI send it, or in our own header."""
+    """The API key from OpenAI's header, or from our own."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" and key else header_key(request)
 

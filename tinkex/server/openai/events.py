@@ -10,14 +10,14 @@ from starlette.responses import Response, StreamingResponse
 from tinkex import wire
 from tinkex.server.http_errors import Refusal
 
-#: No cache on the way keeps the answer, and no proxy collects it.
+#: No cache may store the response, and no proxy may buffer it.
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 DONE = b"data: [DONE]\n\n"
 
 
 def event(payload: Mapping[str, Any], name: str = "") -> bytes:
-    """One event; *name* where the API names them."""
+    """One event; *name* if the API names its events."""
     line = f"event: {name}\n".encode() if name else b""
     return line + b"data: " + wire.dumps(payload) + b"\n\n"
 
@@ -37,7 +37,7 @@ async def event_stream(payloads: AsyncIterator[Mapping[str, Any]]) -> Response:
     """*payloads* as events, then [DONE]. A failure in the middle is an event, too.
 
     Raises:
-        Refusal: If there is no first payload: then the answer can still be an error.
+        Refusal: If the first payload fails, since the response can then still be an error.
     """
     try:
         first = await payloads.__anext__()

@@ -1,4 +1,4 @@
-"""Reading the fields of a JSON body, with one sentence for whatever is wrong."""
+"""Reads and checks the fields of a JSON body; errors name the field and the value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinkex.server.http_errors import Refusal, shown
 
 
 class Fields:
-    """The fields of one JSON object. What is read is checked; null counts as absent.
+    """The fields of one JSON object, checked when they are read; null counts as absent.
 
     Raises:
         Refusal: 400, by every method, naming the field, its value and what is expected.
@@ -64,7 +64,7 @@ class Fields:
         return float(value)
 
     def strings(self, name: str, most: int) -> list[str]:
-        """A string or a list of strings; empty ones are left out."""
+        """A string or a list of strings; empty ones are omitted."""
         value = self.get(name, [])
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -80,7 +80,7 @@ class Fields:
         return value
 
     def refuse_unless(self, name: str, accepted: Sequence[Any], instead: str) -> None:
-        """For what this server does not do: every other value than *accepted* is refused."""
+        """Refuse every value except *accepted*, for features that this server does not support."""
         value = self._body.get(name)
         if value is not None and value not in accepted:
             raise Refusal(
@@ -88,7 +88,7 @@ class Fields:
             )
 
     def sampling(self, max_tokens: int | None, stop: Sequence[int] | None) -> types.SamplingParams:
-        """`temperature`, `top_p`, `top_k`, `seed`, as all these APIs name them."""
+        """`temperature`, `top_p`, `top_k`, `seed`: the names in all these APIs."""
         return types.SamplingParams(
             max_tokens=max_tokens,
             seed=self.integer("seed", None, 0, 2**63 - 1),

@@ -22,19 +22,19 @@ from tinkex.text.streaming import HALF, StopStrings, TokenText
 
 Finish = Literal["stop", "length"]
 
-#: Seconds between two looks at whether the client or the server has gone.
+#: Seconds between two checks whether the client has disconnected or the server is stopping.
 _LOOK_SECONDS = 0.5
 
 
 @attrs.frozen(eq=False)
 class Piece:
-    """What is new of one sequence.
+    """New text and tokens of one sequence.
 
     Attributes:
         index: of the sequence.
         text: may be "" while a character or a stop string is incomplete.
-        tokens, logprobs: that have arrived; not all of their text may be in *text* yet.
-        finish: why the sequence has ended, in its last piece.
+        tokens, logprobs: the new ones; their text may not be complete in *text* yet.
+        finish: in the last piece, why the sequence has ended.
         stop_string: the stop string that ended it, if one did.
     """
 
@@ -58,13 +58,13 @@ class Generation:
     The sequences of one request.
 
     Args:
-        stops: strings that end a sequence; unlike `SamplingParams.stop` they leave the tokens that
-            end a text in force.
-        needs_response: run to the end even if stop strings have ended every sequence, for what
-            only the whole response has (`response`).
+        stops: strings that end a sequence; unlike `SamplingParams.stop`, they do not replace the
+        model's end tokens.
+        needs_response: run to the end even if stop strings have ended every sequence, because
+        `response` is needed.
 
     Attributes:
-        response: of the engine, once `pieces` is through; None if it was not waited for.
+        response: of the engine, once `pieces` has ended; None if it was not waited for.
         completion_tokens: how many tokens were sampled.
     """
 
@@ -91,10 +91,10 @@ class Generation:
         self.completion_tokens = 0
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The text as it comes; the request is taken back when the caller stops reading.
+        """The text as it arrives; the request is cancelled when the caller stops reading.
 
         Raises:
-            Refusal: If the model does not take the request, or the server stops.
+            Refusal: If the request is not valid for the model, or the server stops.
         """
         events: asyncio.Queue[Any] = asyncio.Queue()
         cancel = self._call.site.ledger.samplers.stream(
@@ -170,7 +170,7 @@ def _decode(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token; "token_id:N", as vLLM has it, for a part of a character."""
+    """The text of one token; "token_id:N", as in vLLM, for a part of a character."""
     text: str = tokenizer.decode([token])
     return text if HALF not in text else f"token_id:{token}"
 
@@ -186,7 +186,7 @@ def _whole(outcome: Any) -> types.SampleResponse:
 
 @attrs.define(eq=False)
 class Collected:
-    """All of one sequence."""
+    """One whole sequence, collected from its pieces."""
 
     text: str = ""
     tokens: list[int] = attrs.field(factory=list)

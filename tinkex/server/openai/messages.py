@@ -46,7 +46,7 @@ async def messages(call: Call) -> Response:
     if fields.flag("stream"):
         generation = chat.generation(call)
         pieces = generation.pieces()
-        first = await pieces.__anext__()  # a refusal can still be an error here
+        first = await pieces.__anext__()  # an error can still be sent as a status here
         return named_event_stream(_stream(chat, generation, name, first, pieces))
     generation = chat.generation(call)
     [sequence] = await collect(generation, 1)
@@ -87,7 +87,7 @@ def _system(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates know it."""
+    """A tool in the form of chat templates."""
     described = {"description": tool["description"]} if tool.get("description") else {}
     function = {"name": tool.get("name"), **described, "parameters": tool.get("input_schema") or {}}
     return {"type": "function", "function": function}
@@ -111,7 +111,7 @@ def _conversation(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _messages_of(
     number: int, role: Any, blocks: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One of Anthropic's messages: results of tools are messages of their own elsewhere."""
+    """One of Anthropic's messages as ours: each tool result becomes a separate message."""
     if role not in ("user", "assistant"):
         raise Refusal(400, f"messages[{number}].role must be user or assistant, got {shown(role)}.")
     texts, thoughts, calls, results = [], [], [], []
@@ -243,7 +243,7 @@ class _Blocks:
         self._index = -1
 
     def add(self, kind: str, text: str) -> list[bytes]:
-        """Text of a block of *kind*; begins one if the last is of another kind."""
+        """Add text to a block of *kind*; begins a new block if the last one is of another kind."""
         if not text:
             return []
         events = []

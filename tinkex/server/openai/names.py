@@ -18,18 +18,18 @@ from tinkex.text import registry
 from tinkex.text import tokenizer as tokenizers
 
 SCHEME = "tinker://"
-#: The kind of a checkpoint that is saved to sample from.
+#: The kind of checkpoints with sampler weights.
 SAMPLER_KIND = "sampler"
-#: Of a user's runs, so many that were used last are looked through for a name.
+#: How many of a user's last used runs are searched for a name.
 _MOST_RUNS = 1000
 
 
 @attrs.frozen(eq=False)
 class Model:
-    """What a request samples from.
+    """The model that a request samples from.
 
     Attributes:
-        name: as the request has it; answers repeat it.
+        name: as in the request; repeated in responses.
         tokenizer: the base model's.
     """
 
@@ -44,8 +44,8 @@ async def find_model(call: Call, name: str) -> Model:
 
     Args:
         name: a base model; "tinker://..." of a checkpoint; "BASE;tinker://..."; or a training run,
-            which means its newest sampler checkpoint: by its id, or by the "name" in the metadata
-            that it was created with (the run that was used last, if several have that name).
+        which stands for its newest sampler checkpoint. A run is given by its id, or by the "name"
+        in its metadata (the last used run, if several have that name).
 
     Raises:
         Refusal: 400, or 404 if the caller has nothing of that name.
@@ -75,12 +75,12 @@ def _base_models(call: Call) -> list[str]:
 
 
 def _is_base_model(call: Call, name: str) -> bool:
-    """False for a name that cannot be one, such as "gpt-4o": the hub is not asked for it."""
+    """False for a name that cannot be one, such as "gpt-4o", so that the hub is not queried."""
     return name in _base_models(call) or "/" in name or os.path.isdir(name)
 
 
 async def _run_named(call: Call, name: str) -> str:
-    """The id of the caller's run of that name. Raises Refusal (404)."""
+    """The id of the caller's run with that name. Raises Refusal (404)."""
     runs, _ = await call.site.in_pool(call.site.store.runs, call.owner, _MOST_RUNS, 0)
     for row in runs:
         if (row.user_metadata or {}).get("name") == name:

@@ -1,1 +1,1 @@
-"""The web page of the server: what runs, how it goes, and a conversation with the result."""
+"""The web page of the server: runs, their metrics, and a chat with the trained model."""

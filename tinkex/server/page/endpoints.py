@@ -1,7 +1,7 @@
-"""The paths of the page: its files, signing in, what it shows as it changes, and what it can do.
+"""The endpoints of the page: its files, signing in, live updates, and actions.
 
-Everything but the files and signing in needs the cookie, or an API key. Deleting, publishing,
-downloading and chatting are the endpoints of the API, reached with the cookie.
+Everything except the files and signing in needs the cookie or an API key. Deleting, publishing,
+downloading and chatting use the API's own endpoints, with the cookie.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TYPES = {
     ".css": "text/css",
     ".svg": "image/svg+xml",
 }
-#: Nothing but our own files runs, loads or is shown, whatever a name or a prompt holds.
+#: The browser loads and runs our own files only, whatever a name or a prompt contains.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -42,7 +42,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-#: Seconds after which a silent stream says that it is still there.
+#: Seconds after which an idle stream sends a keep-alive comment.
 _KEEP_ALIVE_SECONDS = 15.0
 
 
@@ -69,12 +69,12 @@ async def asset(call: Call) -> Response:
 
 
 def _cookie_name(request: Request) -> str:
-    """With the port, because browsers share cookies between the ports of a host."""
+    """The cookie's name, with the port, because browsers share cookies between ports of a host."""
     return f"tinkex_{request.url.port or 0}"
 
 
 def cookie_key(request: Request) -> str | None:
-    """The API key in the header, or the one that the cookie stands for. Raises Refusal (403)."""
+    """The API key from the header, or from the cookie's sign-in. Raises Refusal (403)."""
     key = header_key(request)
     cookie = request.cookies.get(_cookie_name(request))
     if key is not None or cookie is None:
@@ -97,7 +97,7 @@ def _signed_in(call: Call, cookie: str, response: Response) -> Response:
 
 
 async def give_token(call: Call) -> Response:
-    """A path that signs a browser in once: what `tinkex ui` opens."""
+    """A path that signs a browser in once, for `tinkex ui` to open."""
     key = header_key(call.request)
     if key is None:
         return reply({"path": "/"})
@@ -110,7 +110,7 @@ async def enter(call: Call) -> Response:
 
 
 async def sign_in(call: Call) -> Response:
-    """With a key that the user has typed."""
+    """Sign in with a key that the user has typed."""
     check_same_origin(call.request.headers)
     body = await call.read_json()
     key = body.get("key") if isinstance(body, dict) else None
@@ -129,7 +129,7 @@ async def sign_out(call: Call) -> Response:
     return response
 
 
-# What is shown.
+# Live updates.
 
 
 async def state(call: Call) -> Response:
@@ -141,7 +141,7 @@ async def run(call: Call) -> Response:
 
 
 async def events(call: Call) -> Response:
-    """Server-sent events: "state" whenever it has changed, "points" of the run in view.
+    """Server-sent events: "state" when it has changed, "points" of the displayed run.
 
     Query: run, and after (see `RunMetrics.read`).
     """
@@ -182,7 +182,7 @@ def _is_signed_in(call: Call) -> bool:
         return False
 
 
-#: What the page does through the API's own endpoints.
+#: Endpoints of the API that the page uses.
 _SHARED = [
     endpoint
     for endpoint in (*archives.ENDPOINTS, *checkpoints.ENDPOINTS, *metrics.ENDPOINTS)

@@ -1,7 +1,7 @@
-"""Signing in to the page: a cookie stands for the API key, which no page holds.
+"""Signing in to the page: a cookie stands for the API key, which the page never has.
 
-`tinkex ui` asks for a one-time token with its key and opens the page with that in the address; the
-page gets a cookie for it. Keys stay in memory, and are checked again at every request.
+`tinkex ui` requests a one-time token with its key and opens the page with the token in the URL; the
+page exchanges it for a cookie. Keys stay in memory, and are checked again at every request.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import attrs
 
 from tinkex.server.http_errors import Refusal
 
-#: Seconds that a one-time token is good for, and a cookie.
+#: Lifetime in seconds of a one-time token, and of a cookie.
 TOKEN_SECONDS = 120.0
 COOKIE_SECONDS = 12 * 3600.0
-#: The most of each that are kept; the oldest are dropped first.
+#: Most tokens, and most cookies, that are kept; the oldest are dropped first.
 _MOST = 1000
 
 
@@ -37,7 +37,7 @@ class SignIns:
         self._cookies: dict[str, _Given] = {}
 
     def give_token(self, key: str) -> str:
-        """A token that signs in once, soon."""
+        """A token for signing in once, within `TOKEN_SECONDS`."""
         return self._give(self._tokens, key, TOKEN_SECONDS)
 
     def exchange(self, token: str) -> str:
@@ -55,7 +55,7 @@ class SignIns:
         return self._give(self._cookies, key, COOKIE_SECONDS)
 
     def key_of(self, cookie: str) -> str | None:
-        """The key that a cookie stands for; None if it has expired or is not ours."""
+        """The key that a cookie stands for; None if it has expired or is unknown."""
         given = self._cookies.get(cookie)
         return given.key if given is not None and given.until >= self._clock() else None
 
@@ -74,9 +74,9 @@ class SignIns:
 
 
 def check_same_origin(headers: Mapping[str, str]) -> None:
-    """Refuse what a page of another origin could have sent with our cookie.
+    """Refuse requests that a page of another origin could have sent with our cookie (CSRF).
 
-    Another port of the same host is another origin, but gets the cookie all the same.
+    Another port of the same host is another origin, although browsers send it the cookie.
 
     Raises:
         Refusal: 403.

@@ -16,7 +16,7 @@ from tinkex.server.openai.events import event
 from tinkex.server.request_context import Call
 from tinkex.server.run_metrics import Point
 
-#: The newest of each are shown.
+#: How many of the newest of each are shown.
 _MOST_RUNS, _MOST_SESSIONS, _MOST_SAMPLES = 100, 20, 50
 
 _STARTED = time.monotonic()
@@ -24,7 +24,7 @@ _STARTED = time.monotonic()
 
 @attrs.define(eq=False)
 class _Seen:
-    """The overview of one user: the event, and until when it holds."""
+    """The cached overview of one user: the event, and until when it is valid."""
 
     payload: dict[str, Any] | None = None
     encoded: bytes = b""
@@ -33,9 +33,9 @@ class _Seen:
 
 
 async def overview_event(call: Call) -> bytes:
-    """The overview as a "state" event: read at most twice a second for all of a user's pages.
+    """The overview as a "state" event, built at most twice a second for all of a user's pages.
 
-    The same object as before, if nothing has changed.
+    The same object as before if nothing has changed.
     """
     seen: _Seen = call.site.pages.setdefault(call.owner, _Seen())
     async with seen.lock:
@@ -48,7 +48,7 @@ async def overview_event(call: Call) -> bytes:
 
 
 async def overview(call: Call) -> dict[str, Any]:
-    """The newest runs and sessions of the caller, what is computed, usage and health."""
+    """The newest runs and sessions of the caller, current work, usage and health."""
     shared = call.site.ledger.shared
     load = shared.scheduler.load()
     runs, latest, sampled, saved, sessions = await call.site.in_pool(_stored, call)
@@ -164,7 +164,7 @@ def _health(call: Call) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, IndexError, ValueError):

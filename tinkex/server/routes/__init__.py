@@ -46,7 +46,7 @@ def routes() -> list[Route]:
     found = page.routes()
     numbers = guarded(sessions.numbers, key_of=openai.bearer_key)
     found.append(Route("/metrics", numbers, methods=["GET"]))
-    # Where load balancers and orchestrators look, beside the paths of the API.
+    # Health checks of load balancers and orchestrators, beside the paths of the API.
     for method, path, handler in sessions.PUBLIC:
         endpoint = guarded(handler, name=path, public=True)
         found.append(Route(f"/{path}", endpoint, methods=[method]))

@@ -21,7 +21,7 @@ from tinkex.server.http_errors import Refusal, not_found, shown
 from tinkex.server.request_context import Call, reply
 from tinkex.server.routes.checkpoints import CHECKPOINT, checkpoint_path
 
-#: Seconds in which a download can be started or resumed with a ticket.
+#: Seconds during which a ticket can start or resume a download.
 TICKET_SECONDS = 3600
 
 
@@ -56,7 +56,7 @@ async def give_ticket(call: Call) -> Response:
 def base_url(call: Call) -> str:
     """The server's address for the client: the configured one, or a name of this machine.
 
-    Another Host header is not repeated; "" makes the URL relative to the one that was requested.
+    Other Host headers are not repeated; "" makes the URL relative to the requested one.
     """
     if call.site.public_url is not None:
         return call.site.public_url
@@ -137,7 +137,7 @@ def _range(call: Call, size: int, etag: str) -> tuple[int, int]:
         return 0, size
     match = _RANGE.match(text)
     if match is None or match.groups() == ("", ""):
-        return 0, size  # several ranges or another unit: HTTP allows to send everything
+        return 0, size  # several ranges or another unit: HTTP allows sending everything
     first, last = match.groups()
     if first:
         start, end = int(first), int(last) + 1 if last else size

@@ -95,7 +95,7 @@ async def weights_info(call: Call) -> Response:
 
 @attrs.frozen
 class CopyRequest:
-    """Copy a checkpoint into a run of the caller, in a session or outside of one."""
+    """Copy a checkpoint into a run of the caller, in a session or outside a session."""
 
     source_path: str
     session_id: str | None = None

@@ -1,7 +1,7 @@
-"""External weights: files of a model that can be fetched one by one, by URLs that need no key.
+"""External weights: files of a model that are fetched one by one, from URLs that need no key.
 
-A URL is signed with the secret of the home: it holds until it expires, also over a restart, and
-for one file only.
+A URL is signed with the secret of the home. It is valid for one file until it expires, even across
+a restart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinkex.server.routes.archives import base_url
 from tinkex.server.routes.checkpoints import CHECKPOINT, checkpoint_path
 from tinkex.server.routes.training import check_name, check_ttl, numbered, submit
 
-#: Seconds in which the URLs can be used.
+#: Lifetime of the URLs in seconds.
 URL_SECONDS = 3600
 
 
@@ -78,14 +78,14 @@ def _signed(call: Call, row: CheckpointRow, name: str, expires: int) -> str:
 
 
 def _signature(call: Call, row: CheckpointRow, name: str, expires: int) -> str:
-    """Of one file of one save: what is saved later under the same name has another."""
+    """The signature of one file of one save; a later save under the same name has another."""
     signed = "\n".join(["external weights", row.path, str(row.created_at), name, str(expires)])
     secret = call.site.store.home.secret()
     return hmac.new(secret, signed.encode(), hashlib.sha256).hexdigest()
 
 
 async def download(call: Call) -> Response:
-    """One file; its URL is permission enough. Supports Range, If-Range and HEAD."""
+    """One file; the signed URL grants access. Supports Range, If-Range and HEAD."""
     run_id, checkpoint, name = (call.parameter(key) for key in ("run_id", "checkpoint", "name"))
     query = call.request.query_params
     expires, signature = query.get("expires", ""), query.get("signature", "")

@@ -1,4 +1,4 @@
-"""The metrics of a training run: what the server has seen of it, and what its client reports."""
+"""The metrics of a training run: measured by the server, and reported by its client."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tinkex import types, wire
 from tinkex.server.http_errors import Refusal, shown
 from tinkex.server.request_context import Call, reply
 
-#: Bounds of one report.
+#: Limits of one report.
 _MOST_SAMPLES = 100
 _MOST_POINTS, _MOST_NAMES, _LONGEST_NAME = 1000, 64, 64
 
 
 async def read_metrics(call: Call) -> Response:
-    """Points after the number that an earlier answer had as "next"."""
+    """Points after the number in "next" of an earlier response."""
     run = await _run(call)
     after = call.number("after", 0, 2**53)
     points, following = await call.site.in_pool(
@@ -28,7 +28,7 @@ async def read_metrics(call: Call) -> Response:
 
 
 async def report_metrics(call: Call) -> Response:
-    """Add what the client has: {"points": [{"step": 3, "held_out_loss": 2.5}, ...]}, "samples"."""
+    """Add the client's {"points": [{"step": 3, "held_out_loss": 2.5}, ...]} and "samples"."""
     run = await _run(call)
     body = await call.read_json()
     points = body.get("points") if isinstance(body, dict) else None

@@ -24,7 +24,7 @@ async def about(call: Call) -> Response:
 
 
 async def healthz(call: Call) -> Response:
-    """200 as long as operations run, or will once the engine has started."""
+    """200 as long as operations run, or will run once the engine has started."""
     scheduler = call.site.ledger.shared.scheduler
     engine = "ready" if scheduler.ready.is_set() else "starting"
     headers = {"X-Tinkex-Version": call.site.version, "X-Tinkex-Engine": engine}
@@ -49,7 +49,7 @@ async def readyz(call: Call) -> Response:
 
 
 async def numbers(call: Call) -> Response:
-    """What Prometheus reads."""
+    """Metrics for Prometheus."""
     report = await call.site.in_pool(call.site.ledger.workshop.monitor.report)
     return Response(report, media_type=CONTENT_TYPE)
 
@@ -182,7 +182,7 @@ def _search(
 
 
 def _after_cursor(call: Call, cursor: dict[str, Any] | None) -> list[SessionRow]:
-    """The caller's sessions, newest first, behind the last one of the page before."""
+    """The caller's sessions, newest first, after the last one of the previous page."""
     if cursor is None:
         return call.site.store.sessions_before(call.owner, 2.0**53, "")
     created_at, session_id = cursor.get("last_created_at"), cursor.get("last_session_id")
@@ -192,7 +192,7 @@ def _after_cursor(call: Call, cursor: dict[str, Any] | None) -> list[SessionRow]
         moment = None
     if moment is None or not isinstance(session_id, str):
         raise Refusal(400, f"cursor must be one that this server returned, got {shown(cursor)}.")
-    # Text has no more than microseconds, so that the last session itself is among these.
+    # The text is rounded to microseconds, so these include the last session itself.
     rows = call.site.store.sessions_before(call.owner, moment + 2e-6, "")
     seen = next((i + 1 for i, row in enumerate(rows) if row.session_id == session_id), 0)
     return rows[seen:]

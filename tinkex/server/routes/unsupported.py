@@ -1,4 +1,4 @@
-"""Endpoints of the protocol that this server does not have: each is refused with a sentence."""
+"""Endpoints of the protocol that this server does not support: refused with the reason."""
 
 from __future__ import annotations
 
