@@ -12,7 +12,7 @@ def pieces(
     sampler: Any, prompt: Any, params: Any, tokenizer: Any, tokens: list[int] | None = None
 ) -> Iterator[str]:
     """
-    The text of one sample, piece by piece; in one piece from a server that does not stream.
+    Yield the text of one sample in pieces; in one piece if the server does not stream.
 
     Special tokens, and the token that ends the sample, are not shown.
 
@@ -43,7 +43,7 @@ def pieces(
 
 
 def shown(text: str) -> str:
-    """*text* for standard output: a terminal must not obey control characters of a model."""
+    """*text* for standard output, without control characters that a terminal would execute."""
     if not sys.stdout.isatty():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)

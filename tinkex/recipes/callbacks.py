@@ -1,7 +1,7 @@
 """Callbacks: the events that a run reports while it trains.
 
-A callback is an object with some of the methods of `Callback`. An error in one is logged and does
-not end the run. Does not know what is trained: each recipe reports through `Callbacks`.
+A callback is an object with some of the methods of `Callback`. Its errors are logged and do not end
+the run. Does not know what is trained: each recipe reports through `Callbacks`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tinkex.recipes.run import Run
 
 logger = logging.getLogger("tinkex")
 
-#: A callback that failed this often in a row is not called again.
+#: A callback that fails this many times in a row is not called again.
 MAX_FAILURES = 5
 
 
 @attrs.frozen
 class Checkpoint:
-    """What was saved on the server.
+    """A checkpoint on the server.
 
     Attributes:
-        step: after which it was saved.
+        step: the step after which it was saved.
         path: tinker://...
         kind: "state" (weights and optimizer), or "sampler" (the final weights).
         adapter: local folder of the PEFT adapter; None except for the final weights.
@@ -40,7 +40,7 @@ class Checkpoint:
 
 @attrs.frozen
 class Sample:
-    """A prompt, and what the model said to it after a step."""
+    """A prompt, and the model's completion of it after a step."""
 
     step: int
     prompt: str
@@ -68,38 +68,38 @@ class Callback:
     """
 
     def on_start(self, run: Run) -> None:
-        """Training begins: at run.step, of run.total_steps. Again after a restart."""
+        """Training begins at run.step, of run.total_steps. Called again after a restart."""
 
     def on_step(self, run: Run, row: dict[str, float]) -> None:
-        """A step was taken. *row* has "step", "train_loss", "learning_rate" and more."""
+        """A step is complete. *row* has "step", "train_loss", "learning_rate" and more."""
 
     def on_eval(self, run: Run, row: dict[str, float]) -> None:
-        """An evaluation was made. *row* has "step", "eval_loss" and more."""
+        """An evaluation is complete. *row* has "step", "eval_loss" and more."""
 
     def on_save(self, run: Run, checkpoint: Checkpoint) -> None:
-        """A checkpoint, or the final weights, were saved."""
+        """A checkpoint or the final weights have been saved."""
 
     def on_sample(self, run: Run, samples: Sequence[Sample]) -> None:
-        """The model was sampled from as training goes."""
+        """Samples were taken during training."""
 
     def on_restart(self, run: Run, reason: str) -> None:
         """The model or the server was lost; the run resumes from its last checkpoint."""
 
     def on_end(self, run: Run, end: End) -> None:
-        """The run ended, in whichever way. Called once."""
+        """The run ended, successfully or not. Called once."""
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
 class Callbacks:
-    """Calls every callback in order, and keeps their errors away from the run.
+    """Calls every callback in order, and isolates the run from their errors.
 
     Args:
         callbacks: objects with some of the methods of `Callback`.
 
     Raises:
-        TypeError: If one has none of the methods, or one that is not called like any of them.
+        TypeError: If one has none of the methods, or has an `on_...` method with another name.
     """
 
     def __init__(self, callbacks: Sequence[Any] = ()) -> None:
@@ -135,7 +135,7 @@ class Callbacks:
             if method is None or self._failures[number] == MAX_FAILURES:
                 continue
             try:
-                # A copy, so that a callback that changes the row changes it for itself alone.
+                # A copy, so that a callback that changes the row changes only its own.
                 method(*(dict(v) if isinstance(v, dict) else v for v in values))
             except Exception as exc:
                 self._failures[number] += 1
@@ -158,7 +158,7 @@ class Callbacks:
 
 
 def check(callback: Any) -> None:
-    """TypeError, naming what is wrong, if *callback* cannot be one."""
+    """Raise TypeError with the reason if *callback* is not a callback."""
     if isinstance(callback, type):
         raise TypeError(
             f"a callback must be an object, got the class {callback.__name__}; "

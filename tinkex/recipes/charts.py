@@ -17,11 +17,11 @@ WIDTH, HEIGHT = 720, 380
 TOP, LEFT, BOTTOM, RIGHT = 56, 72, 48, 24
 #: Colors that people of any color vision can tell apart (Okabe and Ito 2008).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-#: A point gets a dot if the line has at most so many.
+#: Points are drawn as dots on lines with at most this many points.
 MAX_DOTS = 40
 #: Key in metrics.jsonl and label of the losses.
 LOSSES = {"train_loss": "training", "eval_loss": "held out"}
-#: The same of rewards.
+#: The same for rewards.
 REWARDS = {"reward": "sampled answers", "eval_reward": "held out, likeliest answers"}
 
 Point = tuple[float, float]
@@ -29,7 +29,7 @@ Point = tuple[float, float]
 
 @attrs.frozen
 class Line:
-    """A curve: (step, value) in order. Values that are not finite are left out."""
+    """A curve: (step, value) in order. Values that are not finite are omitted."""
 
     label: str
     points: Sequence[Point]
@@ -40,7 +40,7 @@ class Line:
 
 
 class Plot:
-    """A picture that notebooks show, and that can be saved."""
+    """A picture that notebooks display, and that can be saved."""
 
     def __init__(self, lines: Sequence[Line], title: str = "Loss per token") -> None:
         self.svg = draw(lines, title)
@@ -69,7 +69,7 @@ def losses(rows: Iterable[Mapping[str, Any]]) -> list[Line]:
 
 
 def plot(rows: Iterable[Mapping[str, Any]]) -> Plot:
-    """The curves that show how a run goes: its rewards if it has some, else its losses."""
+    """The main curves of a run: its rewards if it has any, else its losses."""
     rows = list(rows)
     if not any("reward" in row for row in rows):
         return Plot(losses(rows))
@@ -78,7 +78,7 @@ def plot(rows: Iterable[Mapping[str, Any]]) -> Plot:
 
 
 def line(rows: Iterable[Mapping[str, Any]], key: str, label: str) -> Line:
-    """The line of one metric: of the rows that have it."""
+    """The line of one metric, from the rows that have it."""
     return Line(label, [(float(row["step"]), float(row[key])) for row in rows if key in row])
 
 

@@ -1,6 +1,6 @@
 """Configuration files of a run: JSON, TOML or YAML in, YAML out.
 
-What is written is one `key: value` a line, each value as JSON has it: that is YAML, and is read
+Files are written with one `key: value` a line, each value as JSON. This is valid YAML, and is read
 here without PyYAML. Other YAML needs PyYAML (the extra `yaml`). Does not know what settings mean.
 """
 
@@ -18,18 +18,18 @@ from tinkex import errors
 
 #: A key and a value on one line, without YAML's other forms.
 _LINE = re.compile(r"^([A-Za-z_][\w-]*):(?:[ \t]+(.*))?$")
-#: A value without quotes that means itself in YAML, too.
+#: An unquoted value that is the same text in YAML.
 _PLAIN = re.compile(r"^[\w./~+-][\w ./~+:,=()-]*$")
-#: A number that YAML 1.1, and so PyYAML, takes for text: it wants a dot before the exponent.
+#: A number that YAML 1.1, and so PyYAML, reads as text: it requires a dot before the exponent.
 _EXPONENT = re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
 
 
 def read(path: Path) -> dict[str, Any]:
     """
-    The keys and values of a configuration file; keys with underscores.
+    The keys and values of a configuration file; dashes in keys become underscores.
 
     Raises:
-        ValueError: If the file is not understood.
+        ValueError: If the file cannot be parsed.
         MissingExtraError: If it is YAML that needs PyYAML, which is not installed.
         OSError: If it cannot be read.
     """
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def text(values: Mapping[str, Any]) -> str:
-    """*values* as YAML, a line each; those that are None are left out."""
+    """*values* as YAML, one line each; those that are None are omitted."""
     return "".join(
         f"{key}: {json.dumps(value, ensure_ascii=False)}\n"
         for key, value in values.items()
@@ -57,7 +57,7 @@ def text(values: Mapping[str, Any]) -> str:
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """ValueError, with the nearest known key, if *given* has an unknown one."""
+    """Raise ValueError, with the closest known key, if *given* has an unknown one."""
     known = list(known)
     for key in given:
         if key not in known:
@@ -85,7 +85,7 @@ def _toml(path: Path, text: str) -> Any:
 
 
 def _lines(text: str) -> dict[str, Any] | None:
-    """The values of a file of `key: value` lines, or None if it has anything else."""
+    """The values of a file of `key: value` lines, or None if it has other lines."""
     found: dict[str, Any] = {}
     for line in text.splitlines():
         if not line.strip() or line.lstrip().startswith("#"):
@@ -101,7 +101,7 @@ def _lines(text: str) -> dict[str, Any] | None:
 
 
 def _value(text: str) -> Any:
-    """JSON, or plain text without quotes. ValueError for what only YAML can say."""
+    """A value in JSON, or plain text without quotes. ValueError if it needs YAML."""
     try:
         return json.loads(text)
     except ValueError:

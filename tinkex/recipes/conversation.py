@@ -23,23 +23,23 @@ class Settings:
 
 
 class Speaker(Protocol):
-    """What answers a conversation: a model that is sampled from, or a server of another API."""
+    """Answers a conversation: by sampling from a model, or through the API of another server."""
 
     @property
     def has_template(self) -> bool:
-        """False if the conversation is written as plain text, which a model may not follow."""
+        """False if conversations are rendered as plain text, which a model may not understand."""
 
     @property
     def message(self) -> dict[str, Any] | None:
-        """The last answer, as far as it was taken; None if nothing was said."""
+        """The last answer, as far as it was read; None if it is empty."""
 
     def pieces(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[str]:
-        """The answer to *messages*, piece by piece. Raises ValueError, TinkexError."""
+        """Yield the answer to *messages* in pieces. Raises ValueError, TinkexError."""
 
 
 class Sampled:
     """
-    A model that is sampled from.
+    A speaker that samples from a model.
 
     Args:
         sampler: a `SamplingClient`; tokenizer: its tokenizer.
@@ -74,10 +74,10 @@ class Sampled:
 
 class Conversation:
     """
-    What was said, and who says the rest.
+    The history of a conversation, and the speaker that continues it.
 
     Args:
-        base: makes the speaker of the base model; None if there is nothing to compare with.
+        base: creates the speaker of the base model; None if there is no model to compare with.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Conversation:
 
     def ask(self, text: str) -> Iterator[str]:
         """
-        The answer to *text*, piece by piece. It is remembered, also if it is stopped half-way.
+        Yield the answer to *text* in pieces. It is added to the history, even if it is interrupted.
 
         Raises:
-            ValueError, TinkexError: If the model does not take the conversation. *text* is
-                forgotten then.
+            ValueError, TinkexError: If the model cannot answer. *text* is then removed from the
+            history.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
@@ -118,10 +118,11 @@ class Conversation:
 
     def compare(self, text: str) -> tuple[str, str]:
         """
-        The answers of the base model and of this one to *text*, here in the conversation.
+        The answers of the base model and of this model to *text*, at this point of the
+        conversation.
 
         Raises:
-            ValueError: If there is nothing to compare or to answer.
+            ValueError: If there is no base model to compare with, or no question to answer.
         """
         if self._make_base is None:
             raise ValueError("there is no base model to compare with.")

@@ -1,4 +1,4 @@
-"""Evaluation: measures models on data by loss, by their answers, or by your own function.
+"""Evaluation: measures models on data by loss, by their answers, or by a user's function.
 
 Several models are measured on the same examples. Does not know about runs or the command line.
 """
@@ -17,12 +17,12 @@ from tinkex.data import datums, files, records
 from tinkex.recipes import rewards, rollouts
 from tinkex.sampling import SamplingClient
 
-#: Metrics by name that compare an answer with the right one.
+#: Metrics by name that compare an answer with the reference answer.
 ANSWER_METRICS: Mapping[str, Callable[[str, str], float]] = {
     "exact": lambda answer, right: float(answer.strip() == right.strip()),
     "contains": lambda answer, right: float(right.strip() in answer),
 }
-#: (answer, row) -> number. The row has "prompt", and "answer" if the data has a right one.
+#: (answer, row) -> number. The row has "prompt", and "answer" if the data has a reference answer.
 Metric = Callable[[str, Mapping[str, Any]], Any]
 
 
@@ -30,12 +30,12 @@ Metric = Callable[[str, Mapping[str, Any]], Any]
 class Options:
     """
     Args:
-        max_length: tokens of an example that are read for the loss.
-        max_tokens: of an answer.
-        temperature: of answers; 0 takes the likeliest tokens.
-        stop: texts that end an answer, besides what ends the model's turn or text.
-        limit: examples that are taken, from the first; None is all.
-        timeout: seconds that a function may take.
+        max_length: most tokens of an example for the loss.
+        max_tokens: limit of an answer.
+        temperature: for sampling answers; 0 is greedy.
+        stop: strings that end an answer, besides the model's own end tokens.
+        limit: use only this many examples, from the first; None is all.
+        timeout: time limit of a function, in seconds.
     """
 
     max_length: int = 1024
@@ -51,9 +51,9 @@ class Value:
     """A metric of a model.
 
     Attributes:
-        mean: over examples; of the loss over the tokens that count, in nats.
-        error: standard error of the mean; of the loss over examples. NaN of a single example.
-        count: examples.
+        mean: over examples; for the loss, over the weighted tokens, in nats.
+        error: standard error of the mean, over examples. NaN for a single example.
+        count: number of examples.
     """
 
     mean: float
@@ -63,19 +63,19 @@ class Value:
 
 @attrs.frozen
 class Evaluation:
-    """What `evaluate` found.
+    """The results of `evaluate`.
 
     Attributes:
         values: by metric and model.
-        answers: a dict an example: "prompt", "answer" (the right one, or None) and, by model, what
-            it said; [] if no metric needs answers.
+        answers: a dict per example: "prompt", "answer" (the reference answer, or None), and each
+        model's answer by its name; [] if no metric needs answers.
     """
 
     values: dict[str, dict[str, Value]]
     answers: list[dict[str, Any]] = attrs.field(factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict a metric: its name, and the mean of each model."""
+        """A dict per metric: its name, and the mean of each model."""
         return [
             {"metric": metric, **{model: value.mean for model, value in models.items()}}
             for metric, models in self.values.items()
@@ -83,7 +83,7 @@ class Evaluation:
 
 
 def needs_answers(metrics: Sequence[str | Metric]) -> bool:
-    """True unless all that is asked for is the loss."""
+    """True unless the loss is the only metric."""
     return any(metric != "loss" for metric in metrics)
 
 
@@ -91,12 +91,12 @@ def read(
     source: Any, metrics: Sequence[str | Metric], shape: str | None = None, renames: Any = None
 ) -> files.DataFile:
     """
-    The data of an evaluation: a path, several, or rows in memory.
+    Read the data of an evaluation: a path, several paths, or rows in memory.
 
-    Rows without a right answer are read if nothing but functions judge.
+    Rows may lack a reference answer if all metrics are functions.
 
     Raises:
-        ValueError: If rows are bad, or a metric needs a right answer that is not there.
+        ValueError: If rows are invalid, or lack a reference answer that a metric needs.
     """
     needs_right = any(isinstance(m, str) and ":" not in m for m in metrics)
     if shape is None and not needs_right:
@@ -122,14 +122,15 @@ def evaluate(
 
     Args:
         models: name -> client.
-        data: examples as `tinkex train` reads them: a path, several, or rows in memory.
-        metrics: "loss" (of the tokens that count), "exact" (the answer is the right one, but for
-            space around it), "contains" (the right one is in it), "my.py:fn", or functions
-            `fn(answer, row)` that return a number, or a dict with "reward" and other numbers.
+        data: examples as for `tinkex train`: a path, several paths, or rows in memory.
+        metrics: "loss" (of the weighted tokens), "exact" (equal to the reference answer, ignoring
+            surrounding whitespace), "contains" (contains the reference answer), "my.py:fn", or
+            functions `fn(answer, row)` that return a number, or a dict with "reward" and other
+            numbers.
         shape, renames: as for `tinkex.data.files.read`.
 
     Raises:
-        ValueError: If the data is bad, a metric is not known, or a function fails (RewardError).
+        ValueError: If the data is invalid, a metric is unknown, or a function fails (RewardError).
         TinkexError: If a request to the server fails.
     """
     options = options or Options()
@@ -202,7 +203,7 @@ def _loss(
 
 
 def _task(record: records.Record) -> records.Task:
-    """The prompt of an example and its right answer."""
+    """The prompt of an example and its reference answer."""
     if isinstance(record, records.Task):
         return record
     if isinstance(record, records.Completion):
@@ -224,7 +225,7 @@ def _task(record: records.Record) -> records.Task:
 def _answers(
     client: SamplingClient, tasks: Sequence[records.Task], options: Options, pool: rewards.Pool
 ) -> list[str]:
-    """What the model says to each; to text as it is, as in training."""
+    """The model's answer to each prompt; text is continued without a template, as in training."""
     how = rollouts.Options(1, options.max_tokens, options.temperature, options.stop, plain=True)
     made = rollouts.Rollouts(client.get_tokenizer(), how, pool)
     return [episode.text for episode in made.sample(client, tasks, seed=0)]
@@ -237,7 +238,7 @@ def _judged(
     said: Sequence[str],
     tasks: Sequence[records.Task],
 ) -> dict[str, list[float]]:
-    """By metric: the numbers of all examples; other numbers of a function as NAME/KEY."""
+    """The numbers of all examples, by metric; a function's additional numbers as NAME/KEY."""
     calls = [pool.start(judge, text, task.row) for text, task in zip(said, tasks)]
     found: dict[str, list[float]] = {name: []}
     for call, task in zip(calls, tasks):

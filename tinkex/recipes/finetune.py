@@ -1,7 +1,7 @@
 """`tinkex.finetune`: supervised fine-tuning in one call; `tinkex train` is the same with flags.
 
-Starts or resumes a run in its folder, starts the embedded engine again if that dies, and reports
-the end. The training itself is supervised.py.
+Starts or resumes a run in its folder, restarts the embedded engine if it dies, and reports the end.
+The training is in supervised.py.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from tinkex.text import registry, tokenizer
 
 logger = logging.getLogger("tinkex")
 
-#: How often a run starts the embedded engine again after that has died.
+#: How many times a run restarts the embedded engine after it has died.
 RESTARTS = 3
 
 
 class UsageError(ValueError):
-    """The arguments of a run cannot be right together."""
+    """The arguments of a run contradict each other."""
 
 
 @attrs.frozen
@@ -52,10 +52,10 @@ class Recipe:
 
     Attributes:
         name: of the command.
-        function: of the function in Python.
+        function: name of the Python function.
         settings: the class of its settings.
-        run: trains; arguments as `supervised.run`.
-        unused: settings that mean nothing to it, and are not options of the command.
+        run: trains; takes the arguments of `supervised.run`.
+        unused: settings that do not apply to it, and are not options of the command.
     """
 
     name: str
@@ -85,28 +85,30 @@ def finetune(
     """
     Fine-tune *base_model* on *data*, evaluate it on held-out examples, and write a PEFT adapter.
 
-    The same as `tinkex train`: a run that was started by one can be resumed by the other. Ctrl-C
-    saves a checkpoint and then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
+    The same as `tinkex train`: a run started by one can be resumed by the other. Ctrl-C saves a
+    checkpoint and then raises KeyboardInterrupt; a second Ctrl-C raises it at once.
 
     Args:
         data: a path, or several; a list of dicts, a DataFrame or a `datasets.Dataset`, with rows as
-            `tinkex train` reads them; or an iterable of `types.Datum`. Objects are kept as
-            data.jsonl in *output*. None takes the data of the run that is resumed.
+            `tinkex train` reads them; or an iterable of `types.Datum`. Objects are stored as
+            data.jsonl in *output*. None uses the data of the resumed run.
         base_model: "smollm2", "tiny", a model directory, a GGUF file, or a hub id.
-        output: folder of the run; it is made.
+        output: folder of the run; it is created.
         eval_data: held-out examples, given like *data*; None holds out a part of *data*.
-        resume: continue the run in *output*, if there is one; settings that are not given are its.
-        base_url, api_key: of the server; without both (and TINKER_*) the embedded engine.
+        resume: continue the run in *output*, if there is one, with its settings where none are
+        given.
+        base_url, api_key: of the server; without them (and without TINKER_*) the embedded engine.
         service: a client to use instead; it stays open.
         callbacks: objects like `tinkex.Callback`, which receive the events of the run.
-        progress: show a bar (on stderr, or in a notebook, there with a plot of the losses).
+        progress: show a progress bar on stderr, or in a notebook together with a plot of the
+        losses.
         settings: fields of `tinkex.recipes.settings.Settings`: rank, learning_rate, batch_size,
             epochs, report_to and others; see docs/finetune.md.
 
     Raises:
-        ValueError: If a setting or the data is bad; *output* is in use or holds a run already; or
-            the run to resume has other settings or data.
-        TypeError: If a callback or *data* is of a wrong type.
+        ValueError: If a setting or the data is invalid; *output* is in use or already holds a run;
+        or the run to resume has other settings or data.
+        TypeError: If a callback or *data* has a wrong type.
         DivergedError: If the loss is not finite, or stays far above the first one.
         TinkexError: If a request to the server fails. The run can be resumed.
         KeyboardInterrupt: After Ctrl-C. The run can be resumed.
@@ -141,8 +143,8 @@ def call(
     callbacks: Sequence[Any] = (),
     progress: bool = True,
 ) -> Run:
-    """`finetune` for any recipe; arguments and errors are its."""
-    from tinkex.cli import progress as terminal  # tqdm takes long to import
+    """`finetune` for any recipe; same arguments and errors."""
+    from tinkex.cli import progress as terminal  # tqdm is slow to import
 
     if service is not None and (base_url is not None or api_key is not None):
         raise ValueError("give either service, or base_url and api_key; not both.")
@@ -180,7 +182,7 @@ def call(
 
 
 def _in_python(exc: ValueError) -> ValueError:
-    """The error with its flags written as arguments: --eval-every as eval_every."""
+    """The error with flags written as Python arguments: --eval-every as eval_every."""
     text = re.sub(r"--([a-z][a-z-]*)", lambda match: match[1].replace("-", "_"), str(exc)).replace(
         "with resume,", "with resume=True,"
     )
@@ -210,18 +212,17 @@ def start(
 
     Args:
         data, eval_data: as for `finetune`.
-        given: settings by name; those that are missing have their defaults, or those of the run
-            that is resumed.
+        given: settings by name; missing ones get the resumed run's values, or the defaults.
         connect: opens a client, which is closed at the end; called again if the engine dies.
         guard: as for `supervised.run`.
-        fetched: called with the base model before its tokenizer is needed; returns its directory.
+        fetched: fetches the base model before its tokenizer is needed; returns its directory.
         base_url: of the server, for config.yaml.
 
     Returns:
         The run; it is not finished if it was stopped.
 
     Raises:
-        UsageError: If there is a run already, or something is missing.
+        UsageError: If there is a run already, or an argument is missing.
         ValueError, TinkexError: As for `finetune`.
     """
     known = [field.name for field in attrs.fields(recipe.settings)]
@@ -267,7 +268,7 @@ def start(
 
 
 def _state(folder: Path, resume: bool) -> State | None:
-    """That of the run to resume; None if a new one starts."""
+    """The state of the run to resume; None for a new run."""
     state = run_folder.load_state(folder)
     if state is not None and not state.has_begun and not resume:
         return None  # it failed before it created a model
@@ -309,9 +310,8 @@ def _wanted(
 
 
 def _known_tokenizer(base_model: str) -> Any:
-    """The tokenizer, to check the data before the model is loaded; None if only the server has
-    it."""
-    if base_model in registry.KNOWN:  # a name of ours, and of nothing on the hub
+    """The tokenizer, to check data before the model is loaded; None if only the server has it."""
+    if base_model in registry.KNOWN:  # our own short names are not names on the hub
         return None
     try:
         return tokenizer.load(tokenizer.tokenizer_id(base_model))
@@ -347,7 +347,7 @@ def _restarting(
     report: Report,
     callbacks: Callbacks,
 ) -> None:
-    """Train; with a new engine, from the last checkpoint, when the engine died."""
+    """Train; if the engine dies, resume from the last checkpoint with a new engine."""
     restarts = 0
     while True:
         began = False
@@ -382,7 +382,7 @@ def _reported(train: Callable[[], None], folder: Path, callbacks: Callbacks) -> 
         raise
     try:
         reports.write(run)
-    except OSError as exc:  # the run is worth more than its report
+    except OSError as exc:  # a failed report must not fail the run
         logger.warning("The report of the run could not be written: %s", exc)
     callbacks.end(run, End("finished" if run.is_finished else "stopped"))
     return run

@@ -1,7 +1,7 @@
 """The data of a run: files, objects in memory, or datums.
 
-Objects are kept as a file in the run's folder, so that the run can be resumed, by a script or by
-the command line.
+Objects are stored in a file in the run's folder, so that a script or the command line can resume
+the run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinkex.data import datums, files
 from tinkex.recipes import preference_losses, preference_pairs
 from tinkex.recipes.settings import Settings
 
-#: Objects are kept under this name.
+#: The name of the file with stored objects.
 FILE = "data.jsonl"
 
 
@@ -27,12 +27,13 @@ def read(data: Any, told: str | None, settings: Settings, keep: Path) -> files.D
 
     Args:
         data: a path, or several; a list of dicts, a DataFrame, a `datasets.Dataset`, or an iterable
-            of datums. None reads what is *told*.
-        told: sources of the run that is resumed, one a line; None if it is a new one.
-        keep: where objects are kept.
+        of datums. None reads *told*.
+        told: data sources of the resumed run, one a line; None for a new run.
+        keep: where objects
+        are stored.
 
     Raises:
-        ValueError: If data is bad, or objects are not those of the run that is resumed.
+        ValueError: If data is invalid, or objects differ from those of the resumed run.
         TypeError: If *data* is none of these.
     """
     if data is None:
@@ -54,7 +55,7 @@ def read(data: Any, told: str | None, settings: Settings, keep: Path) -> files.D
 
 def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
     rows = _rows(data)
-    # Before anything is written: bad rows are named by their number.
+    # Before anything is written, so that errors give the row's number.
     file = files.from_rows(
         rows, settings.skip_bad_lines, shape=settings.data_format, renames=settings.data_map
     )
@@ -75,7 +76,7 @@ def _kept(data: Any, settings: Settings, path: Path, is_resumed: bool) -> Path:
 
 
 def _check_method(file: files.DataFile, settings: Settings) -> None:
-    """Refuse rows that are for another method."""
+    """Raise ValueError for rows that are meant for another method."""
     if settings.method in preference_losses.LOSSES:
         preference_pairs.as_conversations(file, settings.method)
     elif settings.method == "sft" and not settings.skip_bad_lines:
@@ -98,7 +99,7 @@ def _rows(data: Any) -> list[dict[str, Any]]:
 
 
 def _row(datum: types.Datum, number: int) -> dict[str, Any]:
-    """A datum of cross-entropy as tokens and weights, for `records.Tokens`."""
+    """A cross-entropy datum as tokens and weights, for `records.Tokens`."""
     inputs = datum.loss_fn_inputs
     if "target_tokens" not in inputs:
         raise ValueError(f"datum {number} has no target_tokens, which cross_entropy needs.")
@@ -117,10 +118,10 @@ def _row(datum: types.Datum, number: int) -> dict[str, Any]:
 
 def read_prompts(path: Path) -> list[str]:
     """
-    The prompts in a file: a text a line, or JSON lines with "prompt".
+    The prompts in a file: one text a line, or JSON Lines with "prompt".
 
     Raises:
-        ValueError: If there is none, or a line of JSON has no prompt.
+        ValueError: If there are no prompts, or a JSON line has no prompt.
         OSError: If the file cannot be read.
     """
     found = []

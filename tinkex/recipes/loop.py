@@ -1,9 +1,9 @@
 """The training loop that the recipes share: steps, evaluations, samples and checkpoints.
 
-All are jobs in one line; the next is submitted before the one before it is awaited, so the server
-never waits for us. What a step does depends on its number alone, so a run that is resumed from a
-checkpoint ends in the weights of one that was never stopped. Does not know what is trained: that
-is the `Objective` of a recipe. Does not know about the command line, the terminal or signals.
+All are jobs in one queue; the next job is submitted before the previous one is awaited, so the
+server never idles. A step depends only on its number, so a run resumed from a checkpoint ends with
+the same weights as an uninterrupted one. Does not know what is trained: that is the recipe's
+`Objective`. Does not know about the command line, the terminal or signals.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from tinkex.training import TrainingClient
 IN_FLIGHT = 2
 #: Tokens of each shown completion.
 SHOWN_TOKENS = 64
-#: Checkpoints and evaluations of a run, unless the settings say how often.
+#: Default number of checkpoints and evaluations in a run.
 PARTS = 10
-#: Steps over which the speed is taken: the results of two can arrive together.
+#: Steps over which the speed is averaged: the results of two steps can arrive together.
 SPEED_STEPS = 8
-#: Seconds to save a checkpoint in when the run is stopped.
+#: Time limit, in seconds, for the checkpoint when the run is stopped.
 STOP_SECONDS = 3.5
-#: Seconds between two looks at whether the run is to stop.
+#: Seconds between two checks whether to stop the run.
 LOOK_SECONDS = 0.1
-#: A run has diverged when its loss was this many times the first one for so many steps.
+#: A run has diverged when its loss exceeds the first one by this factor for this many steps.
 DIVERGED_FACTOR, DIVERGED_STEPS = 3.0, 20
 
 Guard = Callable[[], AbstractContextManager[Callable[[], bool]]]
@@ -58,7 +58,7 @@ class Stopped(Exception):
 
 
 class Report(Protocol):
-    """Shows a person how a run goes. The events come in this order; `say` at any time."""
+    """Displays the progress of a run. Events come in this order; `say` at any time."""
 
     def say(self, text: str) -> None: ...
 
@@ -76,8 +76,8 @@ class Work:
     """Requests that were submitted, and how their results become metrics.
 
     Attributes:
-        read: takes the results of *futures*, in order; returns what the row gets.
-        tokens: that the requests send; for tokens_per_second.
+        read: turns the results of *futures*, in order, into metrics of the row.
+        tokens: number of tokens in the requests, for tokens_per_second.
     """
 
     futures: Sequence[Future[Any]]
@@ -87,7 +87,7 @@ class Work:
 
 @attrs.frozen
 class Prompt:
-    """Tokens to continue, and the text that people read."""
+    """Tokens to continue, and their text for display."""
 
     tokens: types.ModelInput
     text: str
@@ -95,15 +95,15 @@ class Prompt:
 
 
 class Objective(Protocol):
-    """What a recipe trains and evaluates: all in which two recipes differ.
+    """What a recipe trains and evaluates; recipes differ only in this.
 
     Attributes:
-        examples: how many there are to train on; steps are given their positions, from 0.
-        is_evaluated: True if there is a held-out part.
-        falls: True if the loss falls as the model learns, so that one that stays far above the
-            first means that the run diverged.
-        shown: held-out prompts whose completions are kept, before and after.
-        prompts: those that the settings ask to sample from as training goes.
+        examples: number of training examples; steps receive their positions, from 0.
+        is_evaluated: True if there are held-out examples.
+        falls: True if the loss falls as the model learns, so that a loss far above the first one
+        means divergence.
+        shown: held-out prompts whose completions are stored, before and after training. prompts:
+        the settings' prompts, sampled during training.
     """
 
     examples: int
@@ -115,14 +115,14 @@ class Objective(Protocol):
     def train(self, training: TrainingClient, batches: Sequence[Sequence[int]]) -> Work:
         """Submit forward and backward passes of *batches*, which make one optimizer step.
 
-        `read` returns "train_loss" and whatever else a step's row is to have.
+        `read` returns "train_loss" and the other metrics of the step's row.
         """
 
     def evaluate(self, training: TrainingClient) -> Iterator[Work]:
-        """Submit the evaluation, part by part. `read` of the last returns "eval_loss" and more."""
+        """Submit the evaluation in parts. `read` of the last part returns "eval_loss" and more."""
 
 
-# Requests that were submitted, and what to do with their results once they are all there.
+# Submitted requests, and what to do with their results once all have arrived.
 _Job = tuple[Sequence[Future[Any]], Callable[[list[Any]], None]]
 
 
@@ -161,14 +161,14 @@ class Loop:
         self.trained = state.step  # the last step submitted
         self.metrics = RowFile(self.folder, state.step)
         self.samples = RowFile(self.folder, state.step, "samples.jsonl")
-        self._row: dict[str, float] | None = None  # of a step whose evaluation is under way
+        self._row: dict[str, float] | None = None  # of a step whose evaluation is in progress
         self._clock = time.monotonic()
         self._speed: deque[tuple[int, float]] = deque(maxlen=SPEED_STEPS)
         self._is_stopped: Callable[[], bool] = lambda: False
         self.is_over = self._has_lost_patience()
 
     def run(self, is_stopped: Callable[[], bool]) -> bool:
-        """Train; True at the end, False if stopped before it (after saving a checkpoint)."""
+        """Train; return True at the end, False if stopped earlier (after saving a checkpoint)."""
         in_flight: deque[_Job] = deque()
         self.report.begin(self.state.step, self.total)
         self._note()
@@ -228,7 +228,7 @@ class Loop:
         return is_due or (self.settings.tracks_best and self._evaluates(step))
 
     def _reopened_row(self, step: int) -> bool:
-        """True if *step* still has to be evaluated: at the start, or after a stop right there."""
+        """True if *step* must still be evaluated: at the start, or after a stop at that step."""
         if not self.metrics.rows:
             self._row = {"step": step}
         elif "eval_loss" not in self.metrics.rows[-1]:
@@ -246,7 +246,7 @@ class Loop:
 
         def settled(results: list[Any]) -> None:
             if self.is_over:
-                return  # submitted before the evaluation that ended the run was there
+                return  # submitted before the evaluation that ended the run had arrived
             row = {"step": step, **work.read(results[:-1])}
             self._speed.append((work.tokens, self._lap()))
             tokens, seconds = map(sum, zip(*self._speed))
@@ -260,7 +260,7 @@ class Loop:
         return futures, settled
 
     def _evaluate(self) -> Iterator[_Job]:
-        """Evaluate the held-out part, with the weights after the jobs submitted so far."""
+        """Evaluate the held-out examples, with the weights after the jobs submitted so far."""
         for work in self.objective.evaluate(self.training):
 
             def settled(results: list[Any], work: Work = work) -> None:
@@ -311,7 +311,7 @@ class Loop:
         return max(self._clock - before, 1e-9)
 
     def _close_row(self) -> None:
-        """Write the open row: it is complete, or the run ends."""
+        """Write the open row, when it is complete or the run ends."""
         row, self._row = self._row, None
         if row is None or len(row) == 1:
             return
@@ -334,9 +334,9 @@ class Loop:
 
     def _check_convergence(self, row: dict[str, float]) -> None:
         """
-        DivergedError if the loss is not finite, or was far above the first one for long.
+        Raise DivergedError if the loss is not finite, or far above the first one for many steps.
 
-        No checkpoint follows, so that the last one is still good.
+        No checkpoint follows, so that the last one stays usable.
         """
         losses = [r["train_loss"] for r in [*self.metrics.rows, row] if "train_loss" in r]
         recent = losses[-DIVERGED_STEPS:] if self.objective.falls else []
@@ -355,7 +355,7 @@ class Loop:
     # Early stopping, and which checkpoints are kept
 
     def _evaluated(self) -> dict[int, float]:
-        """Step -> held-out loss, without that of the untrained model."""
+        """Step -> held-out loss, without the untrained model's."""
         rows = self.metrics.rows
         return {int(r["step"]): r["eval_loss"] for r in rows if "eval_loss" in r and r["step"]}
 
@@ -374,7 +374,7 @@ class Loop:
         )
 
     def _note_checkpoint(self, step: int, path: str) -> None:
-        """Record the checkpoint, and delete those that are no longer kept."""
+        """Record the checkpoint, and delete those beyond the `keep` setting."""
         saved = [*map(tuple, self.state.checkpoints), (step, path)]
         known = dict(saved)
         if self.state.best is not None:
@@ -393,7 +393,7 @@ class Loop:
                 self._delete(old)
 
     def _delete(self, path: str) -> None:
-        """After state.json no longer names it. A failure costs space, not the run."""
+        """Delete a checkpoint that state.json no longer names. A failure does not end the run."""
         try:
             self.service.create_rest_client().delete_checkpoint_from_tinker_path(path)
         except errors.TinkexError as exc:
@@ -404,7 +404,7 @@ class Loop:
         save_state(self.folder, self.state)
 
     def _save_what_there_is(self, in_flight: deque[_Job]) -> None:
-        """Save a checkpoint of the last submitted step, if the server does so in time."""
+        """Save a checkpoint of the last submitted step, if the server manages it in time."""
         deadline = time.monotonic() + STOP_SECONDS
         self._is_stopped = lambda: time.monotonic() > deadline
         try:
@@ -430,7 +430,7 @@ class Loop:
             )
 
     def _say(self, sampler: SamplingClient, prompts: Sequence[Prompt]) -> list[str]:
-        # Half-way to the likeliest token: of a small model that alone is a word over and over.
+        # A temperature between 0 and 1: greedy samples of a small model repeat one word.
         futures = [
             sampler.sample(
                 prompt.tokens,
@@ -469,7 +469,7 @@ class Loop:
 
 
 def result_of(future: Future[Any], is_stopped: Callable[[], bool]) -> Any:
-    """The result of *future*; raises `Stopped` if the run is to stop before it is there."""
+    """The result of *future*; raises `Stopped` if the run is stopped before it arrives."""
     while not wait([future], timeout=LOOK_SECONDS).done:
         if is_stopped():
             raise Stopped

@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
     from tinkex.recipes.conversation import Settings
 
-#: Seconds to connect, and between two pieces of an answer.
+#: Timeouts in seconds: to connect, and between two pieces of an answer.
 TIMEOUT = (10.0, 300.0)
-#: An answer of more characters than this is cut off.
+#: Answers are truncated to this many characters.
 MOST_CHARACTERS = 10_000_000
 
 
 def is_openai_style(base_url: str | None) -> bool:
-    """True if the address is the one that OpenAI's clients take: it ends in /v1."""
+    """True if the address is a base URL of OpenAI's clients: it ends in /v1."""
     return base_url is not None and urlsplit(base_url).path.rstrip("/").endswith("/v1")
 
 
 class OpenAIServer:
     """
-    A model of such a server, as a `Speaker`.
+    A model of an OpenAI-style server, as a `Speaker`.
 
     Args:
         base_url: ends in /v1.
         api_key: "" for none.
-        model: as the server names it.
+        model: the server's name of the model.
     """
 
-    has_template = True  # it is the server's affair
+    has_template = True  # the server applies it
 
     def __init__(self, base_url: str, api_key: str, model: str) -> None:
         self._url = f"{base_url.rstrip('/')}/chat/completions"
@@ -49,10 +49,10 @@ class OpenAIServer:
 
     def pieces(self, messages: list[dict[str, Any]], settings: Settings) -> Iterator[str]:
         """
-        The answer to *messages*, piece by piece; reasoning is remembered and not shown.
+        Yield the answer to *messages* in pieces; reasoning is stored but not yielded.
 
         Raises:
-            TinkexError: If the server does not answer, or refuses.
+            TinkexError: If the server does not answer, or refuses the request.
         """
         import requests
 
@@ -92,7 +92,7 @@ class OpenAIServer:
 
 
 def _new_text(data: bytes) -> dict[str, str]:
-    """What an event adds: to "content" and to "reasoning_content". Raises TinkexError."""
+    """The text that an event adds to "content" and "reasoning_content". Raises TinkexError."""
     try:
         event = json.loads(data)
         if event.get("error"):

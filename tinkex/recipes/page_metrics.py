@@ -1,7 +1,7 @@
-"""Reports what a recipe measures and samples to the server, whose web page then shows it.
+"""Reports a recipe's metrics and samples to the server, whose web page shows them.
 
-The server sees the losses of training itself; what it cannot know is the learning rate, the
-held-out loss, and the metrics of a recipe's own.
+The server records training losses itself; it cannot know the learning rate, the held-out loss, or
+the recipe's own metrics.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ logger = logging.getLogger("tinkex")
 
 #: Seconds between two reports.
 INTERVAL = 2.0
-#: The server has these by itself.
+#: Metrics that the server records itself.
 _KNOWN = ("train_loss", "tokens", "tokens_per_second")
 
 
 class PageMetrics:
     """
-    The metrics of one model, sent every few seconds.
+    Sends the metrics of one model every few seconds.
 
-    A server that does not take them (others than tinkex's own) is asked once. A report that fails
-    is the last one: it costs a curve, never the run.
+    Reporting ends with the first failed report, for example on servers other than tinkex's, which
+    do not support it. The run continues.
 
     Args:
         service: a ServiceClient; run_id: of the training run.
@@ -43,7 +43,7 @@ class PageMetrics:
         self._is_on = True
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Note a row of metrics by name; "step" says where it belongs."""
+        """Queue a row of metrics by name, including "step"."""
         told = {
             name: value
             for name, value in row.items()
@@ -55,12 +55,12 @@ class PageMetrics:
                 self.flush()
 
     def add_samples(self, samples: Sequence[types.RunSample]) -> None:
-        """Note what the model has said; it is sent with the next row."""
+        """Queue samples of the model; they are sent with the next row."""
         if self._is_on:
             self._samples += samples
 
     def flush(self) -> None:
-        """Send what is left."""
+        """Send everything that is queued."""
         if not (self._rows or self._samples) or not self._is_on:
             return
         rows, self._rows = self._rows[-1000:], []

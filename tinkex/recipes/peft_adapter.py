@@ -17,7 +17,7 @@ class PeftAdapter:
     """An adapter to start training from.
 
     Attributes:
-        base_model: the name in its configuration; "" without one.
+        base_model: the name in its configuration; "" if there is none.
     """
 
     base_model: str
@@ -49,7 +49,7 @@ def read(folder: Path) -> PeftAdapter:
 
 
 def _tensor_names(path: Path) -> list[str]:
-    """From the header of a safetensors file: its length in 8 bytes, then JSON."""
+    """Tensor names from the header of a safetensors file: its length in 8 bytes, then JSON."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > path.stat().st_size:

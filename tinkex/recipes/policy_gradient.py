@@ -1,7 +1,7 @@
-"""Policy gradients: the model's own answers, weighted by their advantages, as an `Objective`.
+"""Policy gradients on sampled answers, weighted by their advantages, as an `Objective`.
 
-Rollouts are rollouts.py's, the losses the server's. Distillation is the same with a teacher in the
-place of the reference and no reward. Does not know about folders or the command line.
+rollouts.py samples, the server computes the losses. Distillation is the same with a teacher instead
+of the reference, and without rewards. Does not know about folders or the command line.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tinkex.recipes.settings import RewardSettings
 from tinkex.sampling import SamplingClient
 from tinkex.training import TrainingClient
 
-#: Held-out prompts whose answers are shown before and after.
+#: Held-out prompts whose answers are shown before and after training.
 SHOWN_PROMPTS = 3
-#: Sampler and trainer should agree on log-probabilities; a divergence above this is logged.
+#: A divergence between the log-probabilities of sampler and trainer above this is logged.
 MOST_SAMPLER_KL = 0.05
 #: A group's rewards are divided by their standard deviation plus this.
 LEAST_DEVIATION = 1e-4
@@ -40,13 +40,13 @@ logger = logging.getLogger("tinkex")
 
 def advantages(rewards: Sequence[float], kind: str) -> npt.NDArray[np.float64]:
     """
-    How much better than its group each episode is.
+    The advantage of each episode over its group.
 
     Args:
         rewards: of the episodes of one group.
-        kind: "grpo": reward less mean, divided by the standard deviation (Shao et al. 2024);
-            "centered": without the division (Liu et al. 2025, Dr. GRPO); "rloo": reward less the
-            mean of the others (Ahmadian et al. 2024).
+        kind: "grpo": reward minus mean, divided by the standard deviation (Shao et al. 2024);
+        "centered": without the division (Liu et al. 2025, Dr. GRPO); "rloo": reward minus the mean
+        of the others (Ahmadian et al. 2024).
     """
     values = np.asarray(rewards, np.float64)
     centered = values - values.mean()
@@ -62,9 +62,9 @@ class _Part:
     """A trace with its advantages.
 
     Attributes:
-        advantages: (T,) float32; 0 where the model said nothing.
-        gap: (T,) float32; log-probability when it was said, less that under the reference; None
-            without one.
+        advantages: (T,) float32; 0 where the token was not sampled.
+        gap: (T,) float32; log-probability at sampling minus that under the reference; None without
+        a reference.
     """
 
     trace: Trace
@@ -84,12 +84,12 @@ class _Part:
 
 
 class PolicyGradient:
-    """An `Objective` whose examples are tasks; each step samples, judges, and trains on it.
+    """An `Objective` whose examples are tasks; each step samples answers, scores them, and trains.
 
     Args:
         first_step: the step after which training begins or resumes.
-        reference: gives log-probabilities that *settings*.kl pulls to: of the base model, or of a
-            teacher.
+        reference: gives the log-probabilities of the KL term (*settings*.kl): of the base model, or
+        of a teacher.
     """
 
     falls = False
@@ -114,11 +114,11 @@ class PolicyGradient:
             settings.seed,
             settings.max_steps,
         )
-        self._next: Future[list[Episode]] | None = None  # sampled while the last step trained
+        self._next: Future[list[Episode]] | None = None  # sampled while the last step was trained
         self._has_warned = False
-        #: True when the run is to stop: sampling is not waited for then.
+        #: True when the run should stop: sampling is then not waited for.
         self.is_stopped: Callable[[], bool] = lambda: False
-        #: What ended the run: it is raised once the run has saved a checkpoint.
+        #: The error that ended the run; raised after the run has saved a checkpoint.
         self.failure: RewardError | None = None
         self.examples = len(tasks)
         self.is_evaluated = bool(held_out)
@@ -170,7 +170,7 @@ class PolicyGradient:
     def _sampled(
         self, training: TrainingClient, step: int, chosen: Sequence[int]
     ) -> Future[list[Episode]]:
-        """Episodes of a step, from the weights that the server has after what was submitted."""
+        """Episodes of a step, sampled from the weights after the operations submitted so far."""
         client = training.save_weights_and_get_sampling_client()
         tasks = [self._tasks[i] for i in chosen]
         seed = seed_of(self._settings.seed, 2, step)
@@ -185,7 +185,7 @@ class PolicyGradient:
         return in_background(sample)
 
     def _awaited(self, future: Future[Any]) -> Any:
-        """The result; a failed reward ends the run as Ctrl-C would, after a checkpoint."""
+        """The result; a failed reward function ends the run after a checkpoint, like Ctrl-C."""
         try:
             return loop.result_of(future, self.is_stopped)
         except RewardError as exc:
@@ -193,7 +193,7 @@ class PolicyGradient:
             raise loop.Stopped from exc
 
     def _parts(self, episodes: Sequence[Episode]) -> list[_Part]:
-        """Every trace with its advantages, divided by the tokens of the step: a mean over them."""
+        """Every trace with its advantages, divided by the step's tokens to make the loss a mean."""
         by_group: dict[int, list[Episode]] = {}
         for episode in episodes:
             by_group.setdefault(episode.group, []).append(episode)
@@ -211,7 +211,7 @@ class PolicyGradient:
         return parts
 
     def _gaps(self, episodes: Sequence[Episode]) -> dict[int, Floats]:
-        """By id of each trace: log-probability when it was said, less that of the reference."""
+        """By id of each trace: log-probability at sampling minus that of the reference."""
         if self._reference is None:
             return {}
         traces = [trace for episode in episodes for trace in episode.traces]
@@ -232,7 +232,7 @@ class PolicyGradient:
     def _sampler_row(
         self, output: types.ForwardBackwardOutput, parts: Sequence[_Part]
     ) -> dict[str, float]:
-        """How far the trainer's log-probabilities are from the sampler's: about 0 on policy."""
+        """Divergence of the trainer's log-probabilities from the sampler's: about 0 on policy."""
         change = _changes(output, parts)
         found = float((np.expm1(change) - change).mean()) if len(change) else 0.0
         is_on_policy = not self._settings.off_policy_steps
@@ -250,7 +250,7 @@ class PolicyGradient:
 
     def evaluate(self, training: TrainingClient) -> Iterator[Work]:
         future = training.save_weights_and_get_sampling_client()
-        # A divergence is an average over what the model says, not over what it finds likeliest.
+        # A divergence is an expectation over samples, so greedy answers would be biased.
         temperature = self._settings.temperature if self._is_distilled else 0.0
 
         def read(results: list[Any]) -> dict[str, float]:
@@ -282,7 +282,7 @@ class PolicyGradient:
 def _changes(
     output: types.ForwardBackwardOutput, parts: Sequence[_Part]
 ) -> npt.NDArray[np.float64]:
-    """log r of every token that the model said: trainer's log-probability less the sampler's."""
+    """log r of every sampled token: the trainer's log-probability minus the sampler's."""
     found = [
         (one["logprobs"].to_numpy().astype(np.float64) - part.trace.logprobs[1:])[
             part.trace.said[1:] > 0
@@ -295,7 +295,7 @@ def _changes(
 def _training_row(
     output: types.ForwardBackwardOutput, parts: Sequence[_Part], settings: RewardSettings
 ) -> dict[str, float]:
-    """train_loss is -sum(r A), which all the losses have in common within their bounds."""
+    """train_loss is -sum(r A), which all these losses share within their clip bounds."""
     said = [part.trace.said[1:] > 0 for part in parts]
     weights = np.concatenate([part.advantages[1:][mask] for part, mask in zip(parts, said)])
     ratios = np.exp(_changes(output, parts))
@@ -312,7 +312,7 @@ def _training_row(
 
 
 def _episode_row(episodes: Sequence[Episode], is_distilled: bool) -> dict[str, float]:
-    """What the episodes of a step were like; in distillation there are no rewards."""
+    """Metrics of a step's episodes; without rewards in distillation."""
     rewards = np.asarray([episode.score.reward for episode in episodes])
     groups: dict[int, list[float]] = {}
     for episode in episodes:

@@ -1,4 +1,4 @@
-"""`tinkex.preference`: training on pairs of a better and a worse answer, in one call.
+"""`tinkex.preference`: training on pairs of a chosen and a rejected answer, in one call.
 
 The same as `tinkex train --method dpo` and the others; the losses are in preference_losses.py.
 """
@@ -27,9 +27,9 @@ def dpo(
     Args:
         data: rows with "chosen" and "rejected", and "prompt" unless both hold the whole
             conversation; as for `tinkex.finetune`.
-        beta: the higher, the closer the model stays to what it was before.
-        label_smoothing: the fraction of pairs that are taken to be labelled the wrong way.
-        options: everything else that `tinkex.finetune` takes.
+        beta: the higher, the closer the model stays to the reference model.
+        label_smoothing: assumed fraction of pairs with swapped labels.
+        options: all other arguments of `tinkex.finetune`.
 
     Raises:
         ValueError, TypeError, TinkexError, KeyboardInterrupt: As `tinkex.finetune`.
@@ -73,7 +73,7 @@ def simpo(
 
     Args:
         beta: scale of the rewards.
-        margin: by how much the reward of the chosen answer should be higher.
+        margin: target difference between the rewards of the chosen and the rejected answer.
     """
     return finetune(data, base_model, output, method="simpo", beta=beta, margin=margin, **options)
 
@@ -86,9 +86,9 @@ def orpo(
     beta: float = 0.1,
     **options: Any,
 ) -> Run:
-    """Odds ratio preference optimization: imitates the chosen answers and disfavours the others.
+    """Odds ratio preference optimization: imitates chosen answers and penalizes rejected ones.
 
     Args:
-        beta: weight of the odds ratio beside the imitation.
+        beta: weight of the odds ratio term relative to the imitation loss.
     """
     return finetune(data, base_model, output, method="orpo", beta=beta, **options)

@@ -1,6 +1,6 @@
 """The losses of preference methods: pure functions of the log-probabilities of answers.
 
-Each function takes both answers of P pairs and gives the loss of each pair, with its derivatives.
+Each function takes both answers of P pairs and returns the loss of each pair, with its derivatives.
 Does not know about tokens, models or servers.
 """
 
@@ -26,7 +26,7 @@ class Answers:
     Attributes:
         logprobs: (P,) log-probability of the whole answer, in nats: the sum over its tokens.
         reference: (P,) the same under the reference model; zeros if the method has none.
-        tokens: (P,) how many tokens each has.
+        tokens: (P,) number of tokens of each.
     """
 
     logprobs: Floats
@@ -35,7 +35,7 @@ class Answers:
 
     @property
     def gain(self) -> Floats:
-        """By how much the answer is likelier than under the reference."""
+        """Log-probability of the answer minus that under the reference."""
         return self.logprobs - self.reference
 
     @property
@@ -51,8 +51,7 @@ class Loss:
     Attributes:
         value: (P,).
         chosen_slope, rejected_slope: (P,) derivatives of the loss by `Answers.logprobs`.
-        chosen_reward, rejected_reward: (P,) implicit rewards; the better answer should have the
-            higher one.
+        chosen_reward, rejected_reward: (P,) implicit rewards; the chosen one should be higher.
     """
 
     value: Floats
@@ -66,10 +65,10 @@ class Loss:
 class Options:
     """
     Args:
-        beta: how strongly a preference counts against staying close to the reference; in SimPO the
-            scale of the rewards, in ORPO the weight of the odds.
-        label_smoothing: DPO: the fraction of pairs that are taken to be labelled the wrong way.
-        margin: SimPO: by how much the better reward should be higher.
+        beta: how strongly the model is kept close to the reference; in SimPO the scale of the
+        rewards, in ORPO the weight of the odds ratio.
+        label_smoothing: DPO: assumed fraction of pairs with swapped labels.
+        margin: SimPO: target difference between the two rewards.
     """
 
     beta: float = 0.1
@@ -80,7 +79,7 @@ class Options:
 def dpo(chosen: Answers, rejected: Answers, options: Options) -> Loss:
     """-log sigmoid(beta (gain of chosen - gain of rejected)) (Rafailov et al. 2023).
 
-    With label smoothing e: (1 - e) of it, and e of the loss of the reversed pair.
+    With label smoothing e: 1 - e times this, plus e times the loss of the swapped pair.
     """
     beta, smoothing = options.beta, options.label_smoothing
     x = beta * (chosen.gain - rejected.gain)
@@ -90,7 +89,7 @@ def dpo(chosen: Answers, rejected: Answers, options: Options) -> Loss:
 
 
 def ipo(chosen: Answers, rejected: Answers, options: Options) -> Loss:
-    """(gap - 1 / (2 beta))^2, the gap being that of the gains per token (Azar et al. 2023)."""
+    """(gap - 1 / (2 beta))^2, with the gap between the gains per token (Azar et al. 2023)."""
     beta = options.beta
     gains = chosen.gain / chosen.tokens, rejected.gain / rejected.tokens
     gap = gains[0] - gains[1] - 1 / (2 * beta)

@@ -1,7 +1,7 @@
 """Preference training: pairs of a chosen and a rejected answer, as an `Objective` of loop.py.
 
-The losses are preference_losses.py's. Reference log-probabilities are computed once, before the
-first step, and kept in the folder of the run. Does not know about the command line.
+The losses are in preference_losses.py. Reference log-probabilities are computed once, before the
+first step, and stored in the run's folder. Does not know about the command line.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tinkex.recipes.loop import Prompt, Work
 from tinkex.recipes.preference_losses import LOSSES, WITH_REFERENCE, Answers
 from tinkex.training import TrainingClient
 
-#: Pairs whose log-probabilities are asked for in one request.
+#: Pairs per request of log-probabilities.
 PAIRS_AT_ONCE = 32
-#: Held-out prompts whose completions are shown before and after.
+#: Held-out prompts whose completions are shown before and after training.
 SHOWN_PROMPTS = 3
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 
 @attrs.frozen(eq=False)
 class Pair:
-    """Two answers to one prompt, rendered. In both, the tokens of the answer count."""
+    """Two answers to one prompt, rendered. In both, only the answer's tokens have weight."""
 
     chosen: datums.Example
     rejected: datums.Example
@@ -45,10 +45,10 @@ class Pair:
 
 
 def as_conversations(data: files.DataFile, method: str) -> files.DataFile:
-    """Each pair as two conversations, the chosen one first, of which only the answers count.
+    """Each pair as two conversations, chosen first, in which only the answers have weight.
 
     Raises:
-        ValueError: If a record is not a preference pair; names the record and the method.
+        ValueError: If a record is not a preference pair, naming the record and the method.
     """
     chats: list[records.Record] = []
     for number, record in enumerate(data.records):
@@ -58,7 +58,7 @@ def as_conversations(data: files.DataFile, method: str) -> files.DataFile:
                 f"{where} of {data.name} is not a preference pair; --method {method} learns from "
                 'rows with "chosen" and "rejected" (and "prompt"); for other data use --method sft.'
             )
-        # Only the answer counts, whoever speaks in the prompt.
+        # Only the answer has weight, whatever roles the prompt has.
         prompt = tuple({**message, "trainable": False} for message in record.prompt)
         chats += [
             records.Chat((*prompt, *answer), record.tools, where=record.where)
@@ -69,7 +69,7 @@ def as_conversations(data: files.DataFile, method: str) -> files.DataFile:
 
 
 def paired(examples: Sequence[datums.Example]) -> list[Pair]:
-    """The pairs of which both answers were rendered and have a token that counts, in order."""
+    """The pairs of which both rendered answers have a weighted token, in order."""
     by_record = {example.record: example for example in examples}
     return [
         Pair(by_record[number], by_record[number + 1])
@@ -79,13 +79,13 @@ def paired(examples: Sequence[datums.Example]) -> list[Pair]:
 
 
 class Reference:
-    """Log-probabilities of tokens under the model as it was before the first step."""
+    """Log-probabilities of tokens under the model before the first step."""
 
     def __init__(self, logprobs: Sequence[Floats]) -> None:
         self._logprobs = logprobs
 
     def of(self, pairs: Sequence[int]) -> list[Floats]:
-        """(T - 1,) each, of the chosen and the rejected example of one pair after the other."""
+        """(T - 1,) each: the chosen and the rejected example of each pair in turn."""
         return [self._logprobs[2 * pair + side] for pair in pairs for side in (0, 1)]
 
 
@@ -93,11 +93,12 @@ def reference(
     pairs: Sequence[Pair], folder: Path, name: str, untrained: Callable[[], TrainingClient]
 ) -> Reference:
     """
-    The reference log-probabilities of *pairs*, from *folder* if they are there.
+    The reference log-probabilities of *pairs*, from *folder* if they are stored there.
 
     Args:
-        name: of the data; other pairs under one name are computed again.
-        untrained: gives a client of the model before the first step, if it is needed.
+        name: of the data; if the pairs have changed, they are computed again.
+        untrained: returns a
+        client of the model before the first step, if needed.
     """
     if not pairs:
         return Reference([])
@@ -121,7 +122,7 @@ def _load(path: Path, count: int) -> Floats | None:
         with np.load(path, allow_pickle=False) as held:
             flat: Floats = held["logprobs"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or not whole
+        return None  # missing or incomplete
     return flat if len(flat) == count else None
 
 
@@ -142,7 +143,7 @@ def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 class Preferences:
-    """A preference loss, averaged over pairs. An `Objective`: its examples are pairs.
+    """A preference loss, averaged over pairs. An `Objective` whose examples are pairs.
 
     Args:
         references: of *pairs* and of *held_out*; None for methods without a reference.
@@ -257,10 +258,10 @@ class Preferences:
 
 
 def _divergence(logprobs: Floats, reference: Floats, mask: npt.NDArray[np.float64]) -> float:
-    """exp(d) - 1 - d, averaged over the tokens that count; d = log p - log p of the reference.
+    """exp(d) - 1 - d, averaged over the weighted tokens; d = log p - log p of the reference.
 
-    An estimate of KL(reference || model) per token (Schulman 2020) as far as the answers are what
-    the reference would say; never negative, and 0 before the first step.
+    An estimate of KL(reference || model) per token (Schulman 2020) if the answers are samples of
+    the reference; never negative, and 0 before the first step.
     """
     d = (logprobs.astype(np.float64) - reference) * mask
     return float((np.expm1(d) - d).sum() / mask.sum())

@@ -1,9 +1,9 @@
-"""Recovery for long runs in scripts: saved on a schedule, restored after the loss of a server.
+"""Recovery for long runs in scripts: periodic checkpoints, restored when the server is lost.
 
-`keep_alive` wraps a training client. What was submitted since the last checkpoint is remembered; if
-the model or its server is lost, a new model is made from that checkpoint and is given the same
-operations in the same order. So a script sees nothing but a pause, and its weights are those of a
-run without the loss. `recover` does the same for a script that starts again.
+`keep_alive` wraps a training client and remembers the operations since the last checkpoint. If the
+model or its server is lost, it creates a new model from that checkpoint and repeats the same
+operations in the same order. So a script sees only a pause, and ends with the same weights as
+without the loss. `recover` restores the model for a restarted script.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tinkex.training import TrainingClient
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds before the first restart; each further one waits twice as long, up to the second.
+#: Seconds before the first restart; the pause doubles with each restart, up to the second number.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-#: Seconds that the client of a lost model gets to close.
+#: Time limit, in seconds, for closing the client of a lost model.
 CLOSE_SECONDS = 1.0
-#: Failures after which the model, or the way to it, is taken for lost.
+#: Failures after which the model, or the connection to it, is considered lost.
 LOST = (
     errors.EngineError,
     errors.APIConnectionError,
@@ -44,7 +44,7 @@ LOST = (
     errors.PromiseExpiredError,
     errors.ClientClosedError,
 )
-#: Operations that change the model, and so are repeated after a restart even if they were done.
+#: Operations that change the model, and are therefore repeated after a restart even if done.
 CHANGES = {
     "forward_backward",
     "forward_backward_custom",
@@ -57,12 +57,12 @@ STATE = "state.json"
 
 @attrs.frozen
 class Recovered:
-    """A model as its last checkpoint has it.
+    """A model restored from its last checkpoint.
 
     Attributes:
         training: a client of a new model with the weights and the optimizer of the checkpoint.
         step: optimizer steps before the checkpoint.
-        position: what the script noted as `KeptAlive.position` before it.
+        position: the value of `KeptAlive.position` at that checkpoint.
         checkpoint: tinker:// path.
     """
 
@@ -74,7 +74,7 @@ class Recovered:
 
 def recover(service: ServiceClient, run: Run | str | Path) -> Recovered | None:
     """
-    The model of a run that ended early, from its last checkpoint; None if it has none yet.
+    Restore the model of an interrupted run from its last checkpoint; None if it has none.
 
     Args:
         run: of `tinkex.finetune`, `tinkex train` or `keep_alive`; or its folder.
@@ -107,21 +107,21 @@ def keep_alive(
     A training client that survives the loss of its model or its server.
 
     Use it as a context manager, in place of *training*. A checkpoint is saved at once, and after
-    each *every* optimizer steps; of two in a row the older one is deleted.
+    every *every* optimizer steps; each replaces the previous one, which is deleted.
 
     Args:
         every: optimizer steps between two checkpoints. Their data is kept in memory.
-        run: folder that notes the last checkpoint, for `recover`; None notes it nowhere.
-        step: optimizer steps that *training* has behind it: `Recovered.step`.
-        restarts: how often in a row, without a checkpoint in between, the model is restored. Each
-            restart waits twice as long as the one before, from 1 s to 60 s.
-        callbacks: receive on_save and on_restart. They need *run*.
-        connect: opens a client of the server, again; by default from the settings of *training*.
-        pause: waits some seconds; replaceable in tests.
+        run: folder in which the last checkpoint is recorded for `recover`; None records nothing.
+        step: optimizer steps that *training* has already taken: `Recovered.step`.
+        restarts: most restarts in a row without a checkpoint in between. The pause before a restart
+        doubles each time, from 1 s to 60 s.
+        callbacks: receive on_save and on_restart; they require *run*.
+        connect: opens a new client of the server; by default with the settings of *training*.
+        pause: sleeps for a number of seconds; replaceable in tests.
 
     Raises:
-        ValueError: If *every* or *restarts* is less than 1, callbacks have no run, or *run* is one
-            of `tinkex train`, which notes its checkpoints itself.
+        ValueError: If *every* or *restarts* is less than 1, callbacks are given without *run*, or
+        *run* is a run of `tinkex train`, which records its own checkpoints.
     """
     for name, value in (("every", every), ("restarts", restarts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -145,24 +145,24 @@ def keep_alive(
 
 @attrs.define(eq=False)
 class _Operation:
-    """What the script asked for, and the future that it holds."""
+    """An operation that the script submitted, and the future that it holds."""
 
     name: str
     args: tuple[Any, ...]
     options: dict[str, Any]
     future: OperationFuture[Any]
-    #: Of a checkpoint of our own: the step after which it is, and the position.
+    #: For a periodic checkpoint: the step after which it is saved, and the position.
     saved: tuple[int, Any] | None = None
 
 
 class KeptAlive:
-    """See `keep_alive`. Has the operations of a `TrainingClient`; its futures resolve after a loss,
-    too.
+    """See `keep_alive`. Has the operations of a `TrainingClient`; its futures also resolve after a
+    loss.
 
     Attributes:
-        step: optimizer steps that were asked for.
-        position: anything that JSON can hold, such as the number of the next batch. What it is when
-            a checkpoint is asked for is noted with it.
+        step: optimizer steps submitted so far.
+        position: any JSON value, such as the number of the next batch. Its value when a checkpoint
+        is requested is stored with the checkpoint.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class KeptAlive:
         #: Deletes old checkpoints, one after the other.
         self._housekeeping = concurrent.futures.ThreadPoolExecutor(1, "tinkex-housekeeping")
         self._housekeeper: ServiceClient | None = None
-        self._lock = threading.RLock()  # guards all below
+        self._lock = threading.RLock()  # guards everything below
         self._log: list[_Operation] = []  # since the last checkpoint, in order
         self._checkpoint: str | None = None
         self._generation = 0
@@ -201,7 +201,7 @@ class KeptAlive:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._training, name)  # what does not change the model: get_tokenizer, ...
+        return getattr(self._training, name)  # get_tokenizer and others that change nothing
 
     # Operations
 
@@ -218,12 +218,12 @@ class KeptAlive:
     def forward_backward_custom(
         self, *args: Any, **options: Any
     ) -> OperationFuture[types.ForwardBackwardOutput]:
-        """As `TrainingClient.forward_backward_custom`; the loss is called again after a loss of
-        the model."""
+        """As `TrainingClient.forward_backward_custom`; the loss function is called again if the
+        model is lost."""
         return self._submit("forward_backward_custom", args, options)
 
     def optim_step(self, *args: Any, **options: Any) -> OperationFuture[types.OptimStepResponse]:
-        """As `TrainingClient.optim_step`; each `every` steps a checkpoint follows."""
+        """As `TrainingClient.optim_step`; a checkpoint follows every `every` steps."""
         with self._lock:
             future = self._submit("optim_step", args, options)
             self.step += 1
@@ -242,12 +242,12 @@ class KeptAlive:
     def save_weights_and_get_sampling_client(
         self, *args: Any, **options: Any
     ) -> OperationFuture[SamplingClient]:
-        """As `TrainingClient.save_weights_and_get_sampling_client`. The sampling client itself is
-        lost with its server; ask for another one."""
+        """As `TrainingClient.save_weights_and_get_sampling_client`. The sampling client is lost
+        with its server; request a new one."""
         return self._submit("save_weights_and_get_sampling_client", args, options)
 
     def save_weights_and_get_sampling_client_sync(self, *args: Any, **options: Any) -> Any:
-        """The same, waiting for it."""
+        """The same, but waits for the result."""
         return self.save_weights_and_get_sampling_client(*args, **options).result()
 
     def load_state(self, *args: Any, **options: Any) -> OperationFuture[Any]:
@@ -281,12 +281,12 @@ class KeptAlive:
         return operation.future
 
     def _save(self) -> None:
-        """Ask for a checkpoint after what was submitted so far."""
+        """Request a checkpoint after the operations submitted so far."""
         number = f"{self.step:06d}-{self._generation}"
         self._submit("save_state", (f"alive-{number}",), {}, (self.step, self.position))
 
     def _send(self, operation: _Operation) -> None:
-        """Submit to the current model; holds the lock. Wrong arguments raise in the call."""
+        """Submit to the current model; holds the lock. Invalid arguments raise in the call."""
         try:
             inner = getattr(self._training, operation.name)(*operation.args, **operation.options)
         except errors.TinkexError as exc:
@@ -321,7 +321,7 @@ class KeptAlive:
             operation.future.set_result(inner.result())
 
     def _note(self, operation: _Operation, path: str) -> None:
-        """The checkpoint is there: what came before it need not be repeated."""
+        """Record a saved checkpoint: operations before it need not be repeated."""
         step, position = operation.saved or (0, None)
         if operation not in self._log:
             return
@@ -341,7 +341,7 @@ class KeptAlive:
         logger.debug("saved %s after step %d; it replaces %s", path, step, old)
 
     def _delete(self, path: str) -> None:
-        """A failure costs space, not the run."""
+        """Delete a checkpoint; a failure does not end the run."""
         try:
             if self._housekeeper is None:
                 self._housekeeper = self._connect()
@@ -353,7 +353,7 @@ class KeptAlive:
     # After a loss
 
     def _restore(self, failure: BaseException) -> None:
-        """Begin to restore the model, on a separate thread; holds the lock."""
+        """Start restoring the model on a separate thread; holds the lock."""
         self._restoring = threading.Thread(
             target=self._restart, args=(failure,), name="tinkex-recovery", daemon=True
         )
@@ -389,7 +389,7 @@ class KeptAlive:
                 failure = exc
 
     def _replay(self) -> None:
-        """A new model from the checkpoint, and what was asked for since then."""
+        """Create a new model from the checkpoint, and repeat the operations since then."""
         with self._lock:
             if self._is_closed:
                 return
@@ -404,7 +404,7 @@ class KeptAlive:
             self._restoring = None
             for operation in list(self._log):
                 if self._restoring is not None:
-                    return  # lost again; what follows is sent after the next restart
+                    return  # lost again; the others are sent after the next restart
                 if operation.name in CHANGES or not operation.future.done():
                     self._send(operation)
 
@@ -426,7 +426,7 @@ class KeptAlive:
     # The end
 
     def close(self) -> None:
-        """Wait for what was submitted, restoring the model if need be; then close the client."""
+        """Wait for submitted operations, restoring the model if needed; then close the client."""
         concurrent.futures.wait([operation.future for operation in self._waiting()])
         self._housekeeping.shutdown(wait=True)
         self._end()
@@ -460,7 +460,7 @@ class KeptAlive:
 
 
 def is_lost(failure: BaseException | None) -> bool:
-    """True if *failure*, or the one that it follows from, says that the model is not there."""
+    """True if *failure* or its cause means that the model is lost."""
     while isinstance(failure, errors.PriorOperationFailedError):
         failure = failure.__cause__
     if isinstance(failure, errors.NotOfferedError):
@@ -471,7 +471,7 @@ def is_lost(failure: BaseException | None) -> bool:
 
 
 def _close(training: TrainingClient, service: ServiceClient | None) -> None:
-    """End what was lost; it may not answer any more."""
+    """Close the clients of the lost model; the server may not answer any more."""
     try:
         training.close(cancel=True, timeout=CLOSE_SECONDS)
         if service is not None:

@@ -1,9 +1,9 @@
-"""`tinkex.regularizers`: penalties to add to a loss of your own, each with its metrics.
+"""`tinkex.regularizers`: penalties to add to a custom loss, each with its metrics.
 
 Each function here makes a `Regularizer`: a function of (data, logprobs), like a loss for
 `forward_backward_custom`. `combine` adds regularizers to a loss. They are in PyTorch and act on
-log-probabilities of the targets, which is all that a server gives: a penalty on weights is the
-optimizer's (`AdamParams.weight_decay`). Does not know about servers.
+log-probabilities of the targets, since a server returns nothing else. For a penalty on weights, use
+the optimizer's `AdamParams.weight_decay`. Does not know about servers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Reduction = Literal["sum", "mean"]
 #: (data, log-probabilities of each datum) -> (value, metrics)
 Penalty = Callable[[Sequence[types.Datum], list[Tensor]], tuple[Tensor, dict[str, Any]]]
 
-#: Log-probabilities to compare with: an array for each datum, the name of a loss input of each, or
-#: a function of (data, logprobs) that returns such arrays.
+#: Log-probabilities to compare with: an array for each datum, the name of a loss input of the
+#: datums, or a function of (data, logprobs) that returns such arrays.
 Source = Union[Sequence[Any], str, Callable[..., Sequence[Any]]]
 
-#: Below this norm a gradient or a vector counts as zero, so that nothing is divided by it.
+#: A gradient or vector with a norm below this counts as zero, to avoid division by it.
 LEAST_NORM = 1e-12
 
 
@@ -41,8 +41,8 @@ class Regularizer:
 
     Attributes:
         penalty: called as `regularizer(data, logprobs)`, without the weight.
-        weight: in the sum that `combine` makes; from 0.
-        name: begins the names of its metrics; unique within one sum.
+        weight: in the sum of `combine`; at least 0.
+        name: prefix of its metrics; unique within one sum.
     """
 
     penalty: Penalty
@@ -75,8 +75,8 @@ def combine(
 
     Args:
         loss_fn: (data, logprobs) -> (loss, metrics), in PyTorch.
-        track_grad_norms: also measure the L2 norm of each part's gradient by the log-probabilities;
-            a backward pass over the small graph for each.
+        track_grad_norms: also measure the L2 norm of each part's gradient with respect to the
+        log-probabilities, by one backward pass over the small graph for each part.
 
     Returns:
         A function whose metrics are those of *loss_fn* and, for each regularizer NAME,
@@ -85,7 +85,7 @@ def combine(
         `base_loss/grad_norm`, `NAME/grad_norm` and `total_grad_norm`.
 
     Raises:
-        ValueError: If two regularizers have one name.
+        ValueError: If two regularizers have the same name.
     """
     names = [regularizer.name for regularizer in regularizers]
     for name in names:
@@ -129,10 +129,10 @@ def _grad_norm(value: Tensor, logprobs: list[Tensor]) -> float:
 
 
 def l1(weight: float = 0.01, *, reduction: Reduction = "mean", name: str = "l1") -> Regularizer:
-    """|lp|, over the tokens that count.
+    """|lp|, over the weighted tokens.
 
     Args:
-        reduction: "mean" over tokens, or "sum". As in all functions here.
+        reduction: "mean" over tokens, or "sum"; as in all functions of this module.
     """
 
     def penalty(
@@ -145,7 +145,7 @@ def l1(weight: float = 0.01, *, reduction: Reduction = "mean", name: str = "l1")
 
 
 def l2(weight: float = 0.01, *, reduction: Reduction = "mean", name: str = "l2") -> Regularizer:
-    """lp^2, over the tokens that count."""
+    """lp^2, over the weighted tokens."""
 
     def penalty(
         data: Sequence[types.Datum], logprobs: list[Tensor]
@@ -164,7 +164,7 @@ def elastic_net(
     reduction: Reduction = "mean",
     name: str = "elastic_net",
 ) -> Regularizer:
-    """l1_ratio |lp| + (1 - l1_ratio) lp^2, over the tokens that count."""
+    """l1_ratio |lp| + (1 - l1_ratio) lp^2, over the weighted tokens."""
     if not 0 <= l1_ratio <= 1:
         raise ValueError(f"l1_ratio must be from 0 to 1, got {l1_ratio!r}.")
 
@@ -186,7 +186,7 @@ def entropy(
     reduction: Reduction = "mean",
     name: str = "entropy",
 ) -> Regularizer:
-    """-p lp of the targets, the part of the entropy that they have; negated to maximize it.
+    """-p lp of the targets: their part of the entropy; negated to maximize it.
 
     The rest of the vocabulary is not known to a loss on target log-probabilities.
     """
@@ -214,13 +214,13 @@ def kl(
     name: str = "kl",
 ) -> Regularizer:
     """
-    Divergence from reference log-probabilities q of the same targets, the part that they have.
+    Divergence from reference log-probabilities q of the same targets: their part of the sum.
 
     Args:
         reference: an array for each datum in the shape of its targets; the name of a loss input
             of each datum (which stays on this machine); or a function that computes the arrays
             from (data, logprobs), such as `of_model` makes. No gradient goes through them.
-        direction: "forward" is p (lp - lq), the model's own weighting; "reverse" is q (lq - lp).
+        direction: "forward" is p (lp - lq), weighted by the model; "reverse" is q (lq - lp).
         symmetric: the mean of both.
     """
     if direction not in ("forward", "reverse"):
@@ -280,16 +280,15 @@ def gradient_penalty(
     name: str = "gradient_penalty",
 ) -> Regularizer:
     """
-    (norm of the gradient of *loss_fn* by the log-probabilities - target_norm)^2.
+    (norm of the gradient of *loss_fn* with respect to the log-probabilities - target_norm)^2.
 
-    Differentiated twice, so *loss_fn* must not be linear for it to matter.
+    *loss_fn* is differentiated twice; if it is linear, the penalty has no gradient.
 
     Args:
-        mode: "output" takes the gradient at the log-probabilities; "interpolated" at a point
-            between them and *reference*, as far from it as a number drawn for each datum says
-            (Gulrajani et al. 2017).
-        reference: as of `kl`; used by "interpolated" only.
-        seed: of the numbers drawn. They are the same in every call.
+        mode: "output" takes the gradient at the log-probabilities; "interpolated" at a random point
+        between them and *reference*, drawn for each datum (Gulrajani et al. 2017).
+        reference: as for `kl`; used by "interpolated" only.
+        seed: of the random points, which are the same in every call.
     """
     if mode not in ("output", "interpolated"):
         raise ValueError(f'mode must be "output" or "interpolated", got {mode!r}.')
@@ -314,7 +313,7 @@ def gradient_penalty(
 def orthogonality(
     weight: float = 0.01, *, reduction: Reduction = "mean", name: str = "orthogonality"
 ) -> Regularizer:
-    """Squared cosine of every two datums' log-probabilities, over the positions both have.
+    """Squared cosine of the log-probabilities of every two datums, over their common positions.
 
     Each pair of datums counts once; 0 with fewer than two.
     """
@@ -346,11 +345,11 @@ def orthogonality(
 
 def of_model(sampler: SamplingClient) -> Callable[..., list[Any]]:
     """
-    A reference for `kl` and others: what another model finds likely.
+    A reference for `kl` and others: another model's log-probabilities.
 
     Args:
         sampler: of the reference, such as `service.create_sampling_client(base_model=...)`. Each
-            datum is asked about once, and its answer kept as long as the datum lives.
+            datum is scored once, and the result is cached as long as the datum exists.
 
     Returns:
         A function of (data, logprobs) that returns log-probabilities of the targets of each datum.
@@ -383,11 +382,11 @@ def _sequence(datum: types.Datum, number: int) -> list[int]:
     return [*tokens, int(targets[-1])]
 
 
-# What they share
+# Helpers
 
 
 def _between(logprobs: list[Tensor], given: Tensor, seed: int) -> list[Tensor]:
-    """Points from *logprobs* to *given* values, in the shapes of the former."""
+    """Random points between *logprobs* and *given* values, in the shapes of *logprobs*."""
     import torch
 
     draws = np.random.default_rng(seed).random(len(logprobs))
@@ -399,7 +398,7 @@ def _between(logprobs: list[Tensor], given: Tensor, seed: int) -> list[Tensor]:
 
 
 def _flat(data: Sequence[types.Datum], logprobs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """All log-probabilities, and 1 where they count: where weights, if any, are not 0."""
+    """All log-probabilities, and a mask: 1 where weights, if any, are not 0."""
     import torch
 
     masks = []
@@ -450,7 +449,7 @@ def _given(data: Sequence[types.Datum], logprobs: list[Tensor], source: Source) 
     return torch.cat(parts)
 
 
-#: All of them by name; each takes its weight first.
+#: All regularizers by name; each takes its weight first.
 REGULARIZERS: Mapping[str, Callable[..., Regularizer]] = {
     made.__name__: made
     for made in (l1, l2, elastic_net, entropy, kl, consistency, gradient_penalty, orthogonality)

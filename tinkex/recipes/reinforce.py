@@ -1,7 +1,7 @@
-"""Learning from the model's own answers: from rewards (`tinkex rl`), or from a teacher.
+"""Training on sampled answers: with rewards (`tinkex rl`), or with a teacher (`tinkex distill`).
 
-A run in a folder, like a supervised one; a step is policy_gradient.py's. Does not know about the
-command line, the terminal or signals.
+A run in a folder, like a supervised one; policy_gradient.py computes the steps. Does not know about
+the command line, the terminal or signals.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tinkex.recipes.settings import RewardSettings
 from tinkex.sampling import SamplingClient
 from tinkex.service import ServiceClient
 
-#: Settings that are about examples to imitate.
+#: Settings that apply to imitation only.
 UNUSED = frozenset(
     {
         *("method", "data_format", "max_length", "train_on", "split_turns", "date", "prompts"),
         *("beta", "label_smoothing", "margin", "generate_every", "gradient_accumulation"),
     }
 )
-#: Settings that are about rewards.
+#: Settings that distillation does not use: the above, and those about rewards.
 UNUSED_BY_DISTILLATION = UNUSED | {
     *("reward", "env", "reward_timeout", "reward_workers", "advantage", "kl", "max_turns"),
 }
-#: A text that both tokenizers of a distillation must encode alike.
+#: A text that both tokenizers of a distillation must encode identically.
 PROBE = "Tokens 12,345 of α → “β”\n\n\tdef f(x): return x**2  # 你好 🙂"
 
 
@@ -63,12 +63,13 @@ def reinforce(
     Reinforcement learning: the model answers prompts, and better answers become likelier.
 
     Args:
-        prompts: rows with "prompt" (text or messages) and whatever *reward* needs; given like the
-            data of `tinkex.finetune`.
+        prompts: rows with "prompt" (text or messages) and the keys that *reward* needs; in the
+        forms of the data of `tinkex.finetune`.
         reward: `reward(answer, row)` returns a number, or a dict with "reward" and other numbers
             that become metrics; plain or async, or "my_rewards.py:score". Called on several
             threads at once.
-        env: instead of *reward*: `env(row)` makes a `tinkex.Env`, a conversation of several turns.
+        env: instead of *reward*: `env(row)` creates a `tinkex.Env`, a conversation of several
+        turns.
         eval_prompts: held-out prompts; None holds out a part of *prompts*.
         settings: fields of `tinkex.recipes.settings.RewardSettings`: group_size, max_tokens,
             advantage, loss, kl, off_policy_steps and others; see docs/reinforcement.md.
@@ -77,7 +78,7 @@ def reinforce(
 
     Raises:
         RewardError: If the reward or the environment raises, hangs or returns no finite number; a
-            ValueError. A checkpoint is saved before, so that the run can be resumed.
+        ValueError. A checkpoint is saved first, so that the run can be resumed.
         ValueError, TypeError, TinkexError, KeyboardInterrupt: As `tinkex.finetune`.
     """
     return call(
@@ -111,9 +112,10 @@ def distill(
     **settings: Any,
 ) -> Run:
     """
-    On-policy distillation: the model answers prompts, and moves to what its teacher finds likely.
+    On-policy distillation: the model answers prompts and learns from its teacher's
+    log-probabilities.
 
-    Each token's advantage is its log-probability under the teacher less that under the model, so a
+    Each token's advantage is its log-probability under the teacher minus that under the model, so a
     step lowers the divergence KL(model || teacher) on the model's own answers.
 
     Args:
@@ -146,7 +148,7 @@ def distill(
 
 
 def _named(settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The settings, with functions as their names."""
+    """The settings, with functions replaced by their names."""
     found = {
         key: rewards.name_of(value) if key in ("reward", "env") else value
         for key, value in more.items()
@@ -156,11 +158,11 @@ def _named(settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 def recipe(reward: Reward | str | None, env: MakeEnv | str | None) -> Recipe:
     """
-    What `tinkex rl` trains.
+    The recipe of `tinkex rl`.
 
     Raises:
-        UsageError: Unless there is one of *reward* and *env*.
-        ValueError: If the file of one, or the function in it, is not there.
+        UsageError: Unless exactly one of *reward* and *env* is given.
+        ValueError: If the file or the function in it does not exist.
     """
     if (reward is None) == (env is None):
         raise UsageError("give one of reward and env: what judges an answer.")
@@ -173,7 +175,7 @@ def recipe(reward: Reward | str | None, env: MakeEnv | str | None) -> Recipe:
 
 def distillation(teacher: str | SamplingClient | None) -> Recipe:
     """
-    What `tinkex distill` trains.
+    The recipe of `tinkex distill`.
 
     Raises:
         UsageError: If there is no teacher.
@@ -221,13 +223,13 @@ def run(
     teacher: str | SamplingClient | None = None,
 ) -> Run:
     """
-    Train, and put the adapter into *folder*. Arguments and errors as of `supervised.run`, and:
+    Train, and write the adapter to *folder*. Arguments and errors as for `supervised.run`, and:
 
     Args:
         reward, make_env, teacher: as for `reinforce` and `distill`; one of them.
 
     Raises:
-        RewardError: If *reward* or *make_env* fails; after a checkpoint.
+        RewardError: If *reward* or *make_env* fails; a checkpoint is saved first.
     """
     before = state
     state = supervised.begun(settings, state, data, eval_data)
@@ -283,7 +285,7 @@ def _located(failure: rewards.RewardError, run: Run) -> rewards.RewardError:
 def _tasks(
     data: files.DataFile, eval_data: files.DataFile | None, settings: RewardSettings
 ) -> tuple[list[records.Task], list[records.Task]]:
-    """Those to train on, and those held out."""
+    """The tasks to train on, and the held-out ones."""
     tasks, held_out = (
         [record for record in (part.records if part else []) if isinstance(record, records.Task)]
         for part in (data, eval_data)
@@ -301,7 +303,7 @@ def _reference(
     tokenizer: Any,
     stack: ExitStack,
 ) -> SamplingClient | None:
-    """What gives reference log-probabilities: the teacher, or the base model if it is needed."""
+    """The model of the reference log-probabilities: the teacher, or the base model if needed."""
     if isinstance(teacher, SamplingClient):
         client = teacher
     elif teacher is not None or settings.kl > 0:

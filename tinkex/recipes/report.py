@@ -24,7 +24,7 @@ FILE = "report.html"
 LOSSES = ("train_loss", "eval_loss")
 #: Titles of charts; other metrics are shown under their own name.
 TITLES = {"learning_rate": "Learning rate", "tokens_per_second": "Tokens per second"}
-#: Samples that are shown of those that were taken as training went: the newest.
+#: How many of the newest samples taken during training are shown.
 MAX_SAMPLES = 30
 #: Packages whose versions are shown.
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers")
@@ -104,7 +104,7 @@ def compare(runs: Sequence[Run], path: Path | None = None) -> str:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Setting -> its value in each run, for the settings that are not the same in all."""
+    """Setting -> its value in each run, for the settings that differ."""
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one)
     found = {key: [one.get(key) for one in settings] for key in keys}
@@ -112,7 +112,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The names of the folders; with the path where two are the same."""
+    """The names of the folders, or their paths if two names are equal."""
     short = [run.folder.resolve().name for run in runs]
     return [name if short.count(name) == 1 else str(run.folder) for name, run in zip(short, runs)]
 
@@ -121,7 +121,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _metrics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics of *rows*: losses first, then in the order in which they appear."""
+    """The metrics in *rows*: losses first, then in order of appearance."""
     keys = dict.fromkeys(
         key
         for row in rows
@@ -184,7 +184,7 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """Of the program that writes the report."""
+    """The environment of the program that writes the report."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -1,7 +1,7 @@
 """Reward functions of users: loaded by name, called in a thread pool, with a time limit.
 
-They may be plain or async. A function that raises, hangs or gives no finite number becomes a
-`RewardError` that names it. Does not know what its results are used for.
+They may be plain or async. If a function raises, hangs or returns no finite number, a `RewardError`
+names it. Does not know what the results are used for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import attrs
 
-#: Seconds that an async function may take to end when it is cancelled.
+#: Seconds that a cancelled async function gets to end.
 GRACE_SECONDS = 0.1
 
 
@@ -30,10 +30,10 @@ class RewardError(ValueError):
 
 def load(spec: str) -> Callable[..., Any]:
     """
-    The function that "my_rewards.py:score" names.
+    Load a function by a name such as "my_rewards.py:score".
 
     Raises:
-        ValueError: If the file or the function is not there, or the file cannot be run.
+        ValueError: If the file or the function does not exist, or the file cannot be run.
     """
     path, colon, name = spec.rpartition(":")
     if not colon or not path or not name.isidentifier():
@@ -46,7 +46,7 @@ def load(spec: str) -> Callable[..., Any]:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"{path} is not a Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # so that it can import its neighbours
+    sys.path.insert(0, str(Path(path).resolve().parent))  # so that it can import modules beside it
     try:
         module_spec.loader.exec_module(module)
     except Exception as exc:
@@ -62,7 +62,7 @@ def load(spec: str) -> Callable[..., Any]:
 
 
 def name_of(function: Callable[..., Any] | str | None) -> str | None:
-    """What a function is called, for messages and for the settings of a run."""
+    """The name of a function, for messages and for the settings of a run."""
     if function is None or isinstance(function, str):
         return function
     return str(getattr(function, "__qualname__", type(function).__name__))
@@ -70,7 +70,7 @@ def name_of(function: Callable[..., Any] | str | None) -> str | None:
 
 @attrs.frozen
 class Score:
-    """A reward, and whatever else the function measured."""
+    """A reward, and other numbers that the function returned."""
 
     reward: float
     metrics: Mapping[str, float] = attrs.field(factory=dict)
@@ -78,7 +78,8 @@ class Score:
 
 def as_score(value: Any) -> Score:
     """
-    What a reward function returned: a number, or a dict with "reward" and other numbers.
+    The result of a reward function as a `Score`: a number, or a dict with "reward" and other
+    numbers.
 
     Raises:
         ValueError: If it is neither, or a number is not finite.
@@ -97,12 +98,13 @@ def as_score(value: Any) -> Score:
 class Pool:
     """Calls functions on threads that do not keep the program alive.
 
-    A call that exceeds its time keeps its thread until it returns, if it does; another thread takes
-    its place.
+    A call that exceeds its time limit keeps its thread until it returns, if ever; another thread
+    replaces it.
 
     Args:
-        workers: calls at a time.
-        timeout: seconds that a call may take, from its start.
+        workers: number of calls at a time.
+        timeout: time limit of a call, in seconds from its
+        start.
     """
 
     def __init__(self, workers: int, timeout: float) -> None:
@@ -113,22 +115,22 @@ class Pool:
             self._add_thread()
 
     def start(self, function: Callable[..., Any], *args: Any) -> _Call:
-        """Call *function* soon; `_Call.result` waits for what it returns."""
+        """Queue a call of *function*; `_Call.result` waits for its result."""
         call = _Call(function, args, self._timeout, self._add_thread)
         self._tasks.put(call)
         return call
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """
-        What *function* returns.
+        Call *function* and return its result.
 
         Raises:
-            RewardError: If it raises or exceeds its time.
+            RewardError: If it raises or exceeds the time limit.
         """
         return self.start(function, *args).result()
 
     def close(self) -> None:
-        """End the threads that are idle, and the others after what they are doing."""
+        """End idle threads at once, and busy ones after their current call."""
         for _ in range(self._workers):
             self._tasks.put(None)
 
@@ -143,7 +145,7 @@ class Pool:
 
 
 class _Call:
-    """One call: run by a thread of the pool, waited for by another."""
+    """One call: run by a thread of the pool, awaited by another."""
 
     def __init__(
         self,
@@ -171,14 +173,14 @@ class _Call:
 
     def result(self) -> Any:
         """
-        What the function returned.
+        The result of the function.
 
         Raises:
-            RewardError: If it raised, or exceeded its time.
+            RewardError: If it raised or exceeded the time limit.
         """
         name = name_of(self._function)
         self._began.wait()
-        # Async functions end themselves; they get a moment longer.
+        # Async functions are cancelled at the limit; they get a little longer to end.
         if not wait([self._future], self._timeout + GRACE_SECONDS).done:
             self.was_abandoned = True
             self._replace_thread()
@@ -192,7 +194,7 @@ class _Call:
 
 
 class _TooLong(Exception):
-    """An async function was cancelled at the end of its time."""
+    """An async function was cancelled at its time limit."""
 
 
 def _awaited(value: Any, timeout: float) -> Any:

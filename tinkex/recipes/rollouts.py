@@ -1,7 +1,7 @@
 """Rollouts: a model's answers to prompts or in environments, with their rewards.
 
-Single answers are sampled in groups, one request a prompt; an environment talks with the model for
-several turns. Does not know how a model is trained on them.
+Single answers are sampled in groups, one request per prompt; an environment converses with the
+model for several turns. Does not know how a model is trained on them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SHOWN = 60
 
 @attrs.frozen
 class EnvStep:
-    """What an environment says to a message of the model.
+    """An environment's response to a message of the model.
 
     Attributes:
-        messages: what comes next in the conversation: results of tools, the user's next message.
-        reward: for this turn; an episode's reward is the sum.
+        messages: the next messages of the conversation: results of tools, the user's next message.
+        reward: of this turn; an episode's reward is the sum.
         done: True ends the episode.
         metrics: other numbers, averaged over the episodes of a step.
     """
@@ -57,29 +57,30 @@ class Env(Protocol):
     """
 
     def reset(self) -> Sequence[Mapping[str, Any]]:
-        """The messages that the episode begins with."""
+        """The first messages of the episode."""
 
     def step(self, message: Mapping[str, Any]) -> EnvStep:
-        """The answer to the model's *message*, as `tinkex.parse_response` gives it."""
+        """The response to the model's *message*, which is in the form of
+        `tinkex.parse_response`."""
 
 
-#: Makes the environment of a row of the data.
+#: Creates the environment for a row of the data.
 MakeEnv = Callable[[Mapping[str, Any]], Env]
-#: (what the model said, row of the data) -> reward, or a dict with "reward" and other numbers.
+#: (the model's answer, row of the data) -> reward, or a dict with "reward" and other numbers.
 Reward = Callable[[str, Mapping[str, Any]], Any]
 
 
-# What is made
+# Results
 
 
 @attrs.frozen(eq=False)
 class Trace:
-    """Tokens of an episode that follow one another.
+    """A contiguous sequence of tokens of an episode.
 
     Attributes:
         tokens: (T,) int64.
-        said: (T,) float32; 1 where the model said the token, 0 where it was given.
-        logprobs: (T,) float32; of what the model said when it said it, 0 elsewhere.
+        said: (T,) float32; 1 where the token was sampled, 0 where it was given.
+        logprobs: (T,) float32; of sampled tokens, at the time of sampling; 0 elsewhere.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -89,13 +90,13 @@ class Trace:
 
 @attrs.frozen(eq=False)
 class Episode:
-    """What a model said to one task.
+    """A model's answer to one task, in one or several turns.
 
     Attributes:
-        group: number of the task among those of the step: episodes of a group are compared.
+        group: number of the task in the step; episodes of a group are compared.
         traces: one, or several if the template writes earlier turns differently later.
-        text: the last thing that it said.
-        is_cut: it had reached the largest number of tokens or turns.
+        text: the model's last message.
+        is_cut: True if it reached the limit of tokens or turns.
     """
 
     group: int
@@ -107,7 +108,7 @@ class Episode:
 
     @property
     def length(self) -> int:
-        """Tokens that the model said."""
+        """Number of sampled tokens."""
         return int(sum(trace.said.sum() for trace in self.traces))
 
 
@@ -116,12 +117,11 @@ class Options:
     """
     Args:
         group_size: episodes of each task.
-        plain: continue prompts that are texts as they are, without the chat template.
-        stop: ends an answer, besides what ends the model's turn or text.
-        max_turns: turns of an episode in an environment.
-        deterministic: one request at a time. A server computes what it has together, and which
-            requests it has depends on when they arrive; the last bits of its answers depend on
-            that, and with them now and then a token.
+        plain: continue text prompts without the chat template.
+        stop: ends an answer, besides the model's own end tokens.
+        max_turns: most turns of an episode in an environment.
+        deterministic: one request at a time. A server batches the requests that have arrived, so
+        batches depend on timing; so do the last bits of its results, and occasionally a token.
     """
 
     group_size: int
@@ -135,7 +135,7 @@ class Options:
 
 @attrs.frozen
 class Prompted:
-    """Tokens to continue, and what ends the continuation."""
+    """Tokens to continue, and the stop strings or tokens."""
 
     tokens: list[int]
     stop: Any
@@ -145,8 +145,8 @@ class Rollouts:
     """Samples episodes of tasks.
 
     Args:
-        reward: judges single answers; None gives every answer the reward 0.
-        make_env: instead of *reward*: environments for several turns.
+        reward: scores single answers; None gives every answer the reward 0.
+        make_env: instead of *reward*: creates environments for several turns.
         pool: calls both.
     """
 
@@ -163,7 +163,7 @@ class Rollouts:
         self._renderer = Renderer(tokenizer)
 
     def prompt(self, task: Task) -> Prompted:
-        """The tokens of a task's prompt; a text is the user's message if there is a template."""
+        """The tokens of a task's prompt; text becomes the user's message if there is a template."""
         is_plain = self.options.plain or self._renderer.template is None
         if isinstance(task.prompt, str) and is_plain:
             stop = list(self.options.stop) or None
@@ -193,7 +193,7 @@ class Rollouts:
         Episodes of every task, *group_size* of each, in the order of the tasks.
 
         Raises:
-            RewardError: If a reward or an environment fails; names it and the answer.
+            RewardError: If a reward or an environment fails, naming it and the answer.
             TinkexError: If sampling fails.
         """
         size = self.options.group_size if group_size is None else group_size
@@ -220,9 +220,9 @@ class Rollouts:
     def submitted(
         self, submit: Callable[[T], Future[R]], inputs: Iterable[T]
     ) -> Iterable[Future[R]]:
-        """A future for each of *inputs*, whose results are to be taken in their order.
+        """A future for each of *inputs*; take their results in order.
 
-        If runs are to be equal, each is submitted only once it is taken: after the one before it.
+        With `deterministic`, each is submitted only when it is taken, after the previous one.
         """
         futures = map(submit, inputs)
         return futures if self.options.deterministic else list(futures)
@@ -254,7 +254,7 @@ class Rollouts:
         )
 
     def text(self, sampled: types.SampledSequence, stop: Any) -> str:
-        """What was said, without what ended it."""
+        """The sampled text, without the stop string or token."""
         text: str = self.tokenizer.decode(sampled.tokens, skip_special_tokens=True)
         for end in stop or ():
             if isinstance(end, str):
@@ -272,7 +272,7 @@ class Rollouts:
         size: int,
         temperature: float,
     ) -> list[Episode]:
-        """Every episode on a separate thread, so that their turns are sampled together."""
+        """Run every episode on a separate thread, so that their turns are batched together."""
 
         def begin(numbers: tuple[int, int]) -> Future[Episode]:
             task, each = tasks[numbers[0]], seed_of(seed, *numbers)
@@ -320,7 +320,7 @@ class Rollouts:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that follows from *numbers* alone."""
+    """A seed that depends only on *numbers*."""
     return int(np.random.default_rng(list(numbers)).integers(2**31))
 
 
@@ -359,7 +359,7 @@ def _trace(prompt: Sequence[int], sampled: types.SampledSequence) -> Trace:
 
 
 def _append(traces: list[Trace], prompt: Sequence[int], sampled: types.SampledSequence) -> None:
-    """Add a turn: to the last sequence if the prompt continues that, else as a new one."""
+    """Add a turn: to the last trace if the prompt continues it, else as a new trace."""
     new = _trace(prompt, sampled)
     if traces:
         last = traces[-1]

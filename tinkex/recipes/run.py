@@ -1,7 +1,7 @@
 """Run: reads the folder of a run, and samples from, exports or plots it.
 
-Reads the folder whenever it is asked, so that it is also true while the run trains. Any recipe
-whose state.json has the keys of `run_folder.State` gets one.
+Reads the folder at every access, so it is up to date while the run trains. Works with any recipe
+whose state.json has the keys of `run_folder.State`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Run:
     def __repr__(self) -> str:
         return f"<Run {self.folder} [{self.description}]>"
 
-    # What the folder says
+    # The content of the folder
 
     @property
     def state(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step of which there is a row of metrics, or a checkpoint; 0 before the first."""
+        """The last step with a row of metrics or a checkpoint; 0 before the first."""
         return max([int(row["step"]) for row in self.metrics] + [int(self.state.get("step") or 0)])
 
     @property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def checkpoint(self) -> str | None:
-        """tinker:// path of the last state, with optimizer, that was saved."""
+        """tinker:// path of the last saved state, with optimizer."""
         path: str | None = self.state.get("checkpoint")
         return path
 
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def description(self) -> str:
-        """Where the run stands: finished, or the step of its last checkpoint."""
+        """The progress of the run: finished, or the step of its last checkpoint."""
         state = self.state
         if state.get("sampler_path"):
             return "finished"
@@ -119,14 +119,14 @@ class Run:
 
     @property
     def samples(self) -> Rows:
-        """samples.jsonl: what the model said as training went, with "step", "prompt", "text"."""
+        """samples.jsonl: samples taken during training, with "step", "prompt", "text"."""
         return Rows(run_folder.read_rows(self.folder / "samples.jsonl"))
 
-    # What can be done with it
+    # Actions
 
     def plot(self, path: str | Path | None = None) -> charts.Plot:
         """
-        The losses, or the rewards, as a picture, which a notebook shows.
+        The losses, or the rewards, as a picture that a notebook displays.
 
         Args:
             path: also write it there, as SVG.
@@ -137,7 +137,7 @@ class Run:
         return plot
 
     def sampling_client(self) -> SamplingClient:
-        """A client of the trained model; opened at the first call, and kept.
+        """A client of the trained model, opened at the first call and reused.
 
         Raises:
             ValueError: If the run is not finished.
@@ -163,14 +163,14 @@ class Run:
         **params: Any,
     ) -> str:
         """
-        What the trained model says to *prompt*.
+        Sample the trained model's answer to *prompt*.
 
         Args:
             prompt: text to continue, or messages of a conversation.
             params: more fields of `types.SamplingParams`: top_p, top_k, stop.
 
         Raises:
-            ValueError: If the run is not finished, or a parameter is bad.
+            ValueError: If the run is not finished, or a parameter is invalid.
             TinkexError: If the server cannot be reached, or does not have the weights.
         """
         sampler = self.sampling_client()
@@ -191,7 +191,7 @@ class Run:
         self, *, system: str = "", max_tokens: int = 512, temperature: float = 0.7
     ) -> list[dict[str, Any]]:
         """
-        Talk with the trained model in a terminal or a notebook, until an empty line or Ctrl-D.
+        Chat with the trained model in a terminal or a notebook, until an empty line or Ctrl-D.
 
         Ctrl-C stops an answer. `tinkex chat` has more commands.
 
@@ -254,17 +254,17 @@ class Run:
 
     @property
     def training(self) -> card.Training:
-        """What a model card says about the training."""
+        """The training data and settings for a model card."""
         losses = [row["eval_loss"] for row in self.metrics if "eval_loss" in row]
         settings = {key: value for key, value in self.settings.items() if key != "base_model"}
-        # Other methods have another measure there than a loss per token.
+        # Other methods store another measure there than a loss per token.
         is_loss = settings.get("method", "sft") == "sft"
         evaluated = (losses[0], losses[-1]) if losses and is_loss else None
         digest = str(self.state.get("data_sha256", ""))
         return card.Training(digest, self.total_steps, settings, evaluated)
 
     def close(self) -> None:
-        """Close the client that samples, if there is one."""
+        """Close the sampling client, if there is one."""
         with self._lock:
             service, self._service, self._sampler = self._service, None, None
         if service is not None:
@@ -284,7 +284,7 @@ class Run:
 
 def load_run(folder: str | Path, base_url: str | None = None, api_key: str | None = None) -> Run:
     """
-    The run in *folder*, finished or not.
+    Load the run in *folder*, finished or not.
 
     Args:
         base_url, api_key: of the server that holds its weights; by default as for `ServiceClient`.

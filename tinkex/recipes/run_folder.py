@@ -2,11 +2,11 @@
 
 config.yaml         settings and data, for `tinkex train --config` (see recipes/config_file.py)
 metrics.jsonl       one object a step, from step 0, the evaluation before training
-samples.jsonl       what the model said as training went: step, prompt and text
-state.json          the settings, and the last checkpoint (replaced as a whole)
-lock                exists while a process works on the run: its host and process id
-rendered-*.npz      the data as tokens, so that resuming does not render it again
-adapter/            at the end: adapter_config.json and adapter_model.safetensors, as PEFT has them
+samples.jsonl       samples taken during training: step, prompt and text state.json          the
+settings, and the last checkpoint (replaced as a whole) lock                exists while a process
+works on the run: its host and process id rendered-*.npz      the data as tokens, so that resuming
+does not render it again adapter/            at the end: adapter_config.json and
+adapter_model.safetensors, in PEFT's format
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ MIN_FREE = 64 << 20
 
 @attrs.frozen
 class State:
-    """Where a run stands: what state.json holds.
+    """The state of a run: the content of state.json.
 
     Attributes:
-        data: the training data, as `files.read` takes it: one source a line.
+        data: the training data for `files.read`: one source a line.
         data_sha256: of its content.
-        eval_data, eval_sha256: the same of separate held-out data; None without any.
+        eval_data, eval_sha256: the same for separate held-out data; None if there is none.
         checkpoint: path on the server of the last checkpoint; None before the first.
         step: after which it was saved.
-        before: what the untrained model said to the shown prompts; None until it was asked.
+        before: the untrained model's completions of the shown prompts; None until they are sampled.
         sampler_path: path on the server of the final weights; None until the run is finished.
-        checkpoints: step and path of those on the server that are not pruned, oldest first.
+        checkpoints: step and path of the checkpoints kept on the server, oldest first.
         best: step, path and eval_loss of the checkpoint with the lowest held-out loss.
-        prompts, after: the shown prompts, and what the trained model said to them.
-        counts: of the data: examples, held_out, tokens, and what was left out of it.
+        prompts, after: the shown prompts, and the trained model's completions.
+        counts: of the data: examples, held_out, tokens, and what was omitted.
     """
 
     settings: Settings
@@ -66,11 +66,11 @@ class State:
 
     @property
     def has_begun(self) -> bool:
-        """True if there is a model to resume: the server has accepted it."""
+        """True if the server has created a model, which can be resumed."""
         return self.total_steps > 0
 
     def goes_further(self, settings: Settings) -> bool:
-        """True if *settings* have more epochs or steps than the run has had so far."""
+        """True if *settings* have more epochs or steps than the run so far."""
         return any(getattr(settings, n) != getattr(self.settings, n) for n in GROWING)
 
     @property
@@ -79,7 +79,7 @@ class State:
 
     @property
     def progress(self) -> str:
-        """Where the run stands, for a message: finished, or the step of its last checkpoint."""
+        """The progress of the run, for a message: finished, or the step of its last checkpoint."""
         if self.is_finished:
             return "finished"
         return f"saved after step {self.step} of {self.total_steps or '?'}"
@@ -93,13 +93,13 @@ REPLACED = ("config.yaml", "state.json", "data.jsonl", "eval-data.jsonl")
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    Use *folder* for a run, alone. It is made if it is not there.
+    Lock *folder* for a run. It is created if it does not exist.
 
-    The lock ends with the process, however that ends, so a stale one is no obstacle. If the run is
-    refused (ValueError, TypeError) before it has begun, the folder is left as it was.
+    The lock is released when the process ends, however it ends, so there are no stale locks. If the
+    run is refused (ValueError, TypeError) before it has begun, the folder is restored.
 
     Raises:
-        ValueError: If another process is using the folder; names it.
+        ValueError: If another process is using the folder, naming the process.
         OSError: If the folder cannot be made or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _files(folder: Path) -> dict[Path, bytes | None]:
-    """What is in *folder*; with the content of what a run that is refused may have replaced."""
+    """The files in *folder*, with the content of those that a refused run may have replaced."""
     return {
         path: path.read_bytes() if path.name in REPLACED and path.is_file() else None
         for path in folder.iterdir()
@@ -157,7 +157,7 @@ def _open_locked(path: Path) -> TextIO:
                 "--output."
             ) from None
         with contextlib.suppress(FileNotFoundError):
-            # Whoever held it before has removed the file if that is another one by now.
+            # The previous holder removes the file, so check that the path is still this file.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()
@@ -168,7 +168,7 @@ def _open_locked(path: Path) -> TextIO:
 
 
 def check_space(folder: Path) -> None:
-    """Fail before the training rather than at its end, if *folder* cannot hold a run.
+    """Fail before training, not at its end, if the disk of *folder* is nearly full.
 
     Raises:
         OSError: If less than `MIN_FREE` bytes are free there.
@@ -239,11 +239,11 @@ def check_same(
     data: files.DataFile,
     eval_data: files.DataFile | None = None,
 ) -> None:
-    """ValueError, naming the flag, if resuming from *state* would not be the same run."""
+    """Raise ValueError, naming the flag, if resuming from *state* would not be the same run."""
     for field in attrs.fields(type(state.settings)):
         was, now = getattr(state.settings, field.name), getattr(settings, field.name)
         if field.name == "date" and now is None:
-            continue  # the day of the start is kept
+            continue  # the date of the start is kept
         if field.name in GROWING and was is not None and (now is None or now > was):
             continue
         if was != now and field.name not in FREE:
@@ -283,7 +283,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; those after a broken line are left out."""
+    """The objects of a JSON Lines file up to the first broken line."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -294,10 +294,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RowFile:
-    """A file of JSON lines: rows appended in the order of their steps, each flushed at once.
+    """A JSON Lines file: rows are appended in the order of their steps and flushed at once.
 
     Args:
-        upto: rows of later steps are cut off; `rows` holds what is kept.
+        upto: rows of later steps are removed; `rows` has the remaining ones.
     """
 
     def __init__(self, folder: Path, upto: int, name: str = "metrics.jsonl") -> None:
@@ -311,7 +311,7 @@ class RowFile:
             print(json.dumps(row), file=self._file, flush=True)
 
     def pop(self) -> dict[str, Any]:
-        """Take back the last row, to append it again with more in it."""
+        """Remove and return the last row, to append it again with more values."""
         row = self.rows.pop()
         self._file.close()
         self._file = self._rewritten()
@@ -321,7 +321,7 @@ class RowFile:
         self._file.close()
 
     def _rewritten(self) -> TextIO:
-        """The file, replaced as a whole by one that holds `rows`, open at its end."""
+        """Replace the file by one that holds `rows`, and open it for appending."""
         new = self._path.with_name(f"{self._path.name}.new")
         with _naming(new):
             text = "".join(json.dumps(row) + "\n" for row in self.rows)

@@ -14,11 +14,11 @@ from tinkex.data import datums
 from tinkex.text.messages import TrainOn
 
 Schedule = Literal["constant", "linear", "cosine"]
-#: What is learned from: examples to imitate ("sft"), or pairs of a better and a worse answer.
+#: Training methods: imitation of examples ("sft"), or pairs of a chosen and a rejected answer.
 Method = Literal["sft", "dpo", "ipo", "simpo", "orpo"]
 RewardLoss = Literal["importance_sampling", "ppo", "cispo", "gspo"]
 
-#: The highest learning rate that is accepted. LoRA trains with 1e-5 to 1e-3.
+#: The highest accepted learning rate. LoRA trains with 1e-5 to 1e-3.
 MAX_LEARNING_RATE = 1.0
 
 
@@ -43,7 +43,7 @@ def _check_date(instance: object, attribute: Any, value: Any) -> None:
 
 
 def _whole(least: int) -> Callable[[object, Any, Any], None]:
-    """A validator of whole numbers; None is good where it is the default."""
+    """A validator of integers; None is accepted if it is the default."""
 
     def check(instance: object, attribute: Any, value: Any) -> None:
         if value is None and attribute.default is None:
@@ -95,7 +95,7 @@ def _texts(instance: object, attribute: Any, value: Any) -> None:
 
 
 def _names(value: Any) -> Any:
-    """A list of names from text with commas; anything else is left to the validator."""
+    """A list of names from comma-separated text; other values are passed to the validator."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return list(value) if isinstance(value, tuple) else value
@@ -103,42 +103,45 @@ def _names(value: Any) -> Any:
 
 @attrs.frozen
 class Settings:
-    """What a run was asked for. A resumed run must have the same, but for what is in `FREE`, and
-    no less of what is in `GROWING`.
+    """The settings of a run. A resumed run must have the same, except those in `FREE`; those in
+    `GROWING` may only grow.
 
     Args:
         base_model: name, or absolute path of a folder: see `tinkex.text.tokenizer`.
         learning_rate: the highest of the run, for AdamW; at most 1.
-        schedule: "constant", or falling to 0 at the last step, "linear"ly or as a "cosine".
-        warmup_steps: over which the learning rate first rises from 0.
-        max_steps: where to stop if the epochs are not over; None lets them end.
-        max_length: tokens of an example that are read.
-        eval_fraction: of the examples, held out and never trained on. Unused with eval_data.
-        skip_bad_lines: of the data file, instead of refusing it.
-        eval_every, save_every: steps between two evaluations, two checkpoints; None is a tenth
-            of the run. The end of the run has both in any case.
-        train_on: what counts of a conversation: see `tinkex.render`.
-        split_turns: make several examples of a conversation whose template writes earlier turns
-            differently once later ones follow.
-        date: today for chat templates that write it, as 2024-07-26. None is the day of the start.
-        data_format: shape of the rows, a name of `records.SHAPES`; None decides by their keys.
-        data_map: wanted key -> key in the data.
+        schedule: "constant", or
+        "linear" or "cosine", which fall to 0 at the last step. warmup_steps: steps over which the
+        learning rate rises from 0.
+        max_steps: limit of the steps; None runs all epochs.
+        max_length: most tokens of an example; the rest is cut off.
+        eval_fraction: fraction of the examples that is held out. Unused with eval_data.
+        skip_bad_lines: skip invalid lines of the data file instead of refusing the file.
+        eval_every, save_every: steps between two evaluations, and two checkpoints; None is a tenth
+        of the run. The run always ends with both.
+        train_on: which parts of a conversation have weight: see `tinkex.render`.
+        split_turns: make several examples of a conversation if its template renders earlier turns
+        differently once later ones follow.
+        date: the date for chat templates that use it, such as 2024-07-26. None is the day of the
+        start.
+        data_format: shape of the rows, a name in `records.SHAPES`; None detects it from their keys.
+        data_map: expected key -> key in the data.
         train_unembed: None lets the server choose: see `types.LoraConfig`.
-        start_from: tinker:// path, or the PEFT adapter folder, of the weights that the run starts
-            with; None is a new adapter.
+        start_from: tinker:// path or PEFT adapter folder of the initial weights; None is a new
+        adapter.
         weight_decay, beta1, beta2: of AdamW.
         method: "sft" imitates examples; "dpo", "ipo", "simpo" and "orpo" learn from pairs of a
             chosen and a rejected answer.
-        beta, label_smoothing, margin: of those: see `preference_losses.Options`.
+        beta, label_smoothing, margin: for the preference methods: see `preference_losses.Options`.
         grad_clip_norm: largest L2 norm of a step's gradient; 0 does not clip.
         gradient_accumulation: batches per optimizer step, each of batch_size examples.
-        patience: evaluations without a lower held-out loss after which the run ends early; it then
-            has the weights of the best one. None never ends early.
-        load_best: end with the weights of the lowest held-out loss rather than the last ones.
-        keep: newest checkpoints that stay on the server, besides the best; None keeps all.
+        patience: evaluations without a lower held-out loss after which the run ends early, with the
+        weights of the best evaluation. None never ends early.
+        load_best: end with the weights of the lowest held-out loss instead of the last ones.
+        keep: how many of the newest checkpoints stay on the server, besides the best; None keeps
+        all.
         generate_every: steps between two samples of *prompts*; None is a tenth of the run.
-        prompts: texts that the model continues as training goes (as messages of a user, if the
-            training data is conversations).
+        prompts: texts that the model continues during training (as user messages if the training
+        data is conversations).
         report_to: names of trackers, as a list or "tensorboard,wandb".
     """
 
@@ -182,7 +185,7 @@ class Settings:
     margin: float = attrs.field(default=0.5, validator=_not_negative)
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The rate of *step*, from 1. Depends on nothing else: a resumed run has the same."""
+        """The learning rate of *step*, from 1. Depends on nothing else, also in a resumed run."""
         if step <= self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
         done = (step - 1 - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
@@ -194,7 +197,7 @@ class Settings:
         return self.learning_rate * factors[self.schedule]
 
     def adam_at(self, step: int, total_steps: int) -> types.AdamParams:
-        """What the optimizer is given at *step*."""
+        """The optimizer settings of *step*."""
         return types.AdamParams(
             learning_rate=self.learning_rate_at(step, total_steps),
             beta1=self.beta1,
@@ -205,12 +208,12 @@ class Settings:
 
     @property
     def tracks_best(self) -> bool:
-        """True if every evaluated step is saved, so that the best one can be returned to."""
+        """True if every evaluated step is saved, so that the best one can be restored."""
         return self.load_best or self.patience is not None
 
     @property
     def rendering(self) -> datums.Options:
-        """What decides how the data is rendered."""
+        """The settings that affect how the data is rendered."""
         date = None if self.date is None else Date.fromisoformat(self.date)
         return datums.Options(self.max_length, self.train_on, self.split_turns, date)
 
@@ -222,29 +225,31 @@ def _clip(instance: object, attribute: Any, value: Any) -> None:
 
 @attrs.frozen
 class RewardSettings(Settings):
-    """What a run that learns from its own answers was asked for: more than `Settings`.
+    """Additional settings of a run that trains on sampled answers.
 
     Args:
         method: "rl" learns from rewards, "distill" from a teacher.
-        batch_size: prompts of a step.
-        group_size: answers to each, which are compared with one another.
-        max_tokens: of an answer.
-        temperature: of the answers that are trained on; those of an evaluation are the likeliest.
-        stop: texts that end an answer, besides what ends the model's turn or text.
-        plain: continue prompts that are texts as they are, without the chat template.
+        batch_size: prompts per step.
+        group_size: answers per prompt, which are compared with each other.
+        max_tokens: limit of an answer.
+        temperature: for sampling training answers; evaluation is greedy.
+        stop: strings that end an answer, besides the model's own end tokens.
+        plain: continue text prompts without the chat template.
         advantage: see `policy_gradient.advantages`.
-        loss: of the server: "importance_sampling", "ppo", "cispo" or "gspo".
-        clip_low, clip_high: bounds of the ratio, for the last three; None are the server's own.
-        kl: strength of the pull to the base model (or the teacher), in reward per nat and token.
-        off_policy_steps: 1 samples for the next step while the server trains on this one, from the
-            weights before it.
-        deterministic: sample prompt after prompt instead of all at once. Runs with one seed are
-            then equal to the last bit, on a server that does nothing else; a step takes longer.
-        reward, env: names of the functions, for the record.
-        reward_timeout: seconds that a reward function, or a step of an environment, may take.
+        loss: the server's loss function: "importance_sampling", "ppo", "cispo" or "gspo".
+        clip_low, clip_high: bounds of the ratio, for the last three; None uses the server's
+        defaults.
+        kl: coefficient of the KL penalty to the base model (or the teacher), in reward per nat and
+        token.
+        off_policy_steps: 1 samples the next step's answers, from the weights before this step,
+        while the server trains on this step.
+        deterministic: sample one prompt after the other instead of all at once. Runs with the same
+        seed are then bitwise equal on an otherwise idle server; steps take longer.
+        reward, env: names of the functions, for information.
+        reward_timeout: time limit, in seconds, of a reward function or a step of an environment.
         reward_workers: how many of them run at a time.
-        max_turns: of an episode in an environment.
-        teacher: base model or tinker:// path that is distilled.
+        max_turns: limit of an episode in an environment.
+        teacher: base model or tinker:// path of the teacher.
     """
 
     method: Any = attrs.field(default="rl", validator=_one_of(Literal["rl", "distill"]))
@@ -280,19 +285,19 @@ class RewardSettings(Settings):
 
 
 def of_values(values: dict[str, Any]) -> Settings:
-    """The settings that were stored as *values*.
+    """Recreate settings from stored *values*.
 
     Raises:
-        TypeError, ValueError: If there are none like that.
+        TypeError, ValueError: If the values are not valid settings.
     """
     is_reward = values.get("method") in ("rl", "distill")
     return RewardSettings(**values) if is_reward else Settings(**values)
 
 
-#: Settings that do not decide the result.
+#: Settings that do not affect the result.
 FREE = {
     *("eval_every", "save_every", "keep", "generate_every", "prompts", "report_to"),
     *("reward", "env", "reward_timeout", "reward_workers"),
 }
-#: Settings that a resumed run may have more of: it then goes further.
+#: Settings that a resumed run may increase: it then continues further.
 GROWING = {"epochs", "max_steps"}

@@ -15,14 +15,14 @@ from tinkex.text.tokenizer import resolve_base_model
 
 
 class StartError(ValueError):
-    """There are no weights to start from where the settings say."""
+    """The weights named by the setting start_from do not exist."""
 
 
 def resolve(
     given: Mapping[str, Any], connect: Callable[[], AbstractContextManager[ServiceClient]]
 ) -> dict[str, Any]:
     """
-    The settings start_from, base_model, rank and others that follow from start_from.
+    Resolve start_from to the settings that follow from it: start_from, base_model, rank and others.
 
     Args:
         given: settings; start_from is a run's folder, a PEFT adapter's folder, or tinker://...

@@ -1,8 +1,8 @@
 """Fine-tuning on a data file: data and settings in, a PEFT adapter out.
 
-What a step trains and an evaluation measures is `CrossEntropy`, or `Preferences` for pairs of
-answers (preference_pairs.py); loop.py runs them. Does not know
-about the command line, the terminal or signals: it takes a Report and a guard.
+The objective is `CrossEntropy`, or `Preferences` for pairs of answers (preference_pairs.py);
+loop.py runs it. Does not know about the command line, the terminal or signals: it takes a Report
+and a guard.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tinkex.text.renderer import Renderer
 from tinkex.text.tokenizer import resolve_base_model
 from tinkex.training import TrainingClient
 
-#: Held-out examples that are evaluated in one request.
+#: Held-out examples per evaluation request.
 EVALUATED_AT_ONCE = 64
-#: Held-out examples whose completions are shown before and after.
+#: Held-out examples whose completions are shown before and after training.
 SHOWN_EXAMPLES = 3
 
 
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def outcome(run: Run) -> Outcome:
-    """How the run in a folder ended, as its files say."""
+    """How the run in a folder ended, from its files."""
     state = load_state(run.folder)
     if state is None:
         raise ValueError(f"there is no run in {run.folder}.")
@@ -84,20 +84,21 @@ def run(
     callbacks: Callbacks | None = None,
 ) -> Outcome:
     """
-    Train, and put the adapter into *folder*.
+    Train, and write the adapter to *folder*.
 
     Args:
         state: of the run to resume, from `load_state`; None starts one.
-        guard: entered around the training loop; returns a function that is true when the run is to
-            stop. Then a checkpoint is saved within `loop.STOP_SECONDS`, and the outcome is not
-            finished.
+        guard: entered around the training loop; returns a function that returns True when the run
+        should stop. A checkpoint is then saved within `loop.STOP_SECONDS`, and the outcome is not
+        finished.
         eval_data: held out instead of a part of *data*.
-        tokenizer: the base model's, if it is known before the model is loaded: then bad data is
-            refused before that. None asks the server.
+        tokenizer: the base model's, if known before the model is loaded, so that invalid data is
+        refused earlier. None requests it from the server.
         callbacks: receive the events of the run, except its end.
 
     Raises:
-        ValueError: If the settings or the data are not those of *state*, or data is bad.
+        ValueError: If the settings or the data differ from those of *state*, or the data is
+        invalid.
         DivergedError: If the loss is not finite, or stays far above the first one.
         TinkexError: If a request to the server fails.
     """
@@ -141,7 +142,7 @@ def run(
 
 
 def further(before: State, settings: Settings, total: int) -> str:
-    """What it means that the run of *before* now ends at step *total*, in words."""
+    """A message: the run of *before* now ends at step *total*, and what this means."""
     if total == before.total_steps:
         return f"The run ends at step {total} as before: see --epochs and --max-steps."
     text = f"The run continues to step {total} instead of {before.total_steps}."
@@ -166,10 +167,10 @@ def begun(
     """
     The state of a new run, or *state* of one that is resumed, with complete settings.
 
-    They have the model's absolute path, and the date, so that the run is the same on any day.
+    The settings then have the model's absolute path, and a date, so that the run is reproducible.
 
     Raises:
-        ValueError: If the settings or the data are not those of *state*.
+        ValueError: If the settings or the data differ from those of *state*.
     """
     today = state.settings.date if state is not None else Date.today().isoformat()
     settings = attrs.evolve(
@@ -218,7 +219,7 @@ def open_training(service: ServiceClient, state: State) -> TrainingClient:
 
 
 def say_reach(training: TrainingClient, settings: Settings, report: Report) -> None:
-    """Report it if the server chose not to adapt the head."""
+    """Report if the server has chosen not to adapt the head."""
     if settings.train_unembed is None and training.get_info().train_unembed is False:
         report.say(
             "The head is tied to the embedding, so it gets no adapter (--train-unembed adds one)."
@@ -238,10 +239,10 @@ class _Prepared:
 
     Attributes:
         is_chat: True if the data is conversations.
-        pairs, held_out_pairs: the same examples as pairs, if the method learns from such.
-        counts: what is in the data, and what was left out.
-        notes: what was left out, in words.
-        conversations: of the held-out examples that are shown; () where there is none.
+        pairs, held_out_pairs: the same examples as pairs, for preference methods.
+        counts: of the
+        data, and of what was omitted. notes: messages about what was omitted.
+        conversations: of the shown held-out examples; () for examples without one.
     """
 
     examples: list[datums.Example]
@@ -270,8 +271,8 @@ def _prepare(
     folder: Path,
     report: Report,
 ) -> _Prepared:
-    """Render the data, or take what an earlier start of this run rendered."""
-    of_pair = 1 if settings.method == "sft" else 2  # examples that are not to be divided
+    """Render the data, or load what an earlier start of this run has rendered."""
+    of_pair = 1 if settings.method == "sft" else 2  # examples that must stay together
     if of_pair == 2:
         settings = attrs.evolve(settings, train_on="assistant", split_turns=False)
     rendered = _rendered(data, settings, tokenizer, folder, report)
@@ -279,7 +280,7 @@ def _prepare(
         examples = rendered.examples
         held_out = _rendered(eval_data, settings, tokenizer, folder / "eval", report).examples
     else:
-        # Whole conversations are held out: examples of one conversation share most of their tokens.
+        # Conversations are held out as a whole, because their examples share most tokens.
         owners = sorted({example.record // of_pair for example in rendered.examples})
         held = {owners[i] for i in split(len(owners), settings.eval_fraction, settings.seed)[1]}
         examples = [e for e in rendered.examples if e.record // of_pair not in held]
@@ -365,14 +366,13 @@ def _references(
     state: State,
     folder: Path,
 ) -> tuple[preference_pairs.Reference, preference_pairs.Reference]:
-    """The log-probabilities before the first step: of the pairs to train on, and of those held
-    out."""
+    """The reference log-probabilities of the training pairs and of the held-out pairs."""
     with ExitStack() as stack:
 
         def untrained() -> TrainingClient:
             if state.checkpoint is None:
                 return training
-            # Resumed without the file of the first start: the model as it was then.
+            # Resumed without the file of the first start: recreate the initial model.
             other = open_training(service, attrs.evolve(state, checkpoint=None))
             stack.callback(other.close)
             return other
@@ -384,7 +384,7 @@ def _references(
 
 
 class CrossEntropy:
-    """The negative log-likelihood of the tokens that count. An `Objective`."""
+    """The negative log-likelihood of the weighted tokens. An `Objective`."""
 
     falls = True
 
@@ -403,8 +403,8 @@ class CrossEntropy:
     def train(self, training: TrainingClient, batches: Sequence[Sequence[int]]) -> Work:
         parts = [[self._examples[i] for i in batch] for batch in batches]
         everything = [example for part in parts for example in part]
-        # The mean over the counted tokens of the step: the learning rate then means the same
-        # whatever the batch size and the lengths.
+        # The mean over the step's weighted tokens, so that the learning rate does not depend on
+        # batch size and lengths.
         counted = datums.counted_tokens(everything)
         futures = [
             training.forward_backward([e.datum(1 / counted) for e in part], "cross_entropy")
@@ -431,7 +431,7 @@ class CrossEntropy:
 
 
 def prompts(texts: Sequence[str], tokenizer: Any, is_chat: bool) -> list[Prompt]:
-    """*texts* as prompts: messages of a user if *is_chat*, otherwise text to continue."""
+    """*texts* as prompts: user messages if *is_chat*, otherwise text to continue."""
     render = Renderer(tokenizer)
     found = []
     for text in texts:
@@ -445,9 +445,9 @@ def prompts(texts: Sequence[str], tokenizer: Any, is_chat: bool) -> list[Prompt]
 
 
 def _asked(messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
-    """What the user asks in a prompt: their last message in it, else all of it.
+    """The user's question in a prompt: the last user message in it, else the whole prompt.
 
-    The rest is what the chat template writes around it.
+    The rest was added by the chat template.
     """
     said = [message.get("content") for message in messages if message["role"] == "user"]
     words = [text for text in said if isinstance(text, str) and text.strip()]
@@ -456,10 +456,10 @@ def _asked(messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
 
 def _loss_sum(output: types.ForwardBackwardOutput, batch: Sequence[datums.Example]) -> float:
     """
-    Negative log-likelihood of the counted tokens, summed, in nats.
+    Negative log-likelihood of the weighted tokens, summed, in nats.
 
-    From the log-probabilities rather than from `loss:sum`, which some servers leave out of
-    forward's answer, and which is weighted.
+    Computed from the log-probabilities instead of `loss:sum`, which is weighted, and which some
+    servers omit in the response of forward.
     """
     return -sum(
         float(np.dot(out["logprobs"].to_numpy().astype(np.float64), example.counted[1:]))

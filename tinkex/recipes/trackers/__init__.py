@@ -1,7 +1,7 @@
 """Trackers: callbacks that send a run's settings, metrics and adapter to another program.
 
-Each module here is one tracker, called like its package and the name in `--report-to`. It has a
-class `Tracker`, made without arguments, whose construction fails if the tracker cannot work.
+Each module here is one tracker, named after its package, as in `--report-to`. It has a class
+`Tracker` without constructor arguments; the constructor raises if the tracker cannot be used.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from tinkex import errors
 
 
 def names() -> list[str]:
-    """The trackers there are."""
+    """The names of all trackers."""
     return sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name != "base")
 
 
 def create(wanted: Sequence[str]) -> list[Any]:
     """
-    The trackers called *wanted*, ready to receive events.
+    Create the trackers named in *wanted*.
 
     Raises:
-        ValueError: If there is no tracker of that name, or it is not logged in.
+        ValueError: If there is no tracker with that name, or it is not logged in.
         MissingExtraError: If its package is not installed.
     """
     for name in wanted:
@@ -44,6 +44,6 @@ def _create(name: str) -> Any:
         ) from exc
     except ValueError:
         raise
-    except Exception as exc:  # each package has its own
+    except Exception as exc:  # each package has its own exceptions
         reason = " ".join(str(exc).split())[:300]
         raise ValueError(f"the tracker {name} cannot be used: {reason}") from exc

@@ -8,12 +8,12 @@ from tinkex.recipes.callbacks import Callback
 from tinkex.recipes.run import Run
 from tinkex.recipes.run_folder import read_json, replace_json
 
-#: The project, or experiment, of a tracker; each tracker's own variable wins over it.
+#: The default project (or experiment); each tracker's environment variable overrides it.
 PROJECT = "tinkex"
 
 
 class Tracker(Callback):
-    """A callback that remembers in the run's folder under which number the tracker knows the run.
+    """A callback that stores the tracker's id of the run in the run's folder.
 
     So a resumed run continues the same curves.
     """
@@ -22,7 +22,7 @@ class Tracker(Callback):
     name = ""
 
     def known_as(self, run: Run) -> str | None:
-        """The tracker's number of *run* from an earlier start; None at the first."""
+        """The tracker's id of *run* from an earlier start; None at the first start."""
         return (read_json(_path(run)) or {}).get(self.name)
 
     def remember(self, run: Run, number: str) -> None:
@@ -35,7 +35,7 @@ class Tracker(Callback):
         self.on_step(run, row)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Send the metrics of a step; a step may have several calls."""
+        """Send metrics of a step; may be called several times for a step."""
         raise NotImplementedError
 
 
@@ -44,5 +44,5 @@ def _path(run: Run) -> Path:
 
 
 def title(run: Run) -> str:
-    """What people call the run: the name of its folder."""
+    """The title of the run: the name of its folder."""
     return run.folder.resolve().name

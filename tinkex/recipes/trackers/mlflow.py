@@ -13,7 +13,7 @@ from tinkex.recipes.callbacks import Checkpoint, End, Sample
 from tinkex.recipes.run import Run
 from tinkex.recipes.trackers import base
 
-#: A value of a parameter may be this long.
+#: Longest value of a parameter, in characters.
 MAX_PARAMETER = 500
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
