@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, and its derivative.
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
-padding. Only attention knows where a sequence ends. torch's kernel computes it, unless scores are
-capped. With a cap or a window, queries are computed in blocks, so that memory and arithmetic grow
-with the window and not with the square of the length.
+padding. Only attention knows where a sequence ends. On an accelerator torch's kernel computes it,
+unless scores are capped. Otherwise queries are computed in blocks, so that scores stay in the
+caches, and memory and arithmetic grow with the window and not with the square of the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -26,8 +26,9 @@ from tinkex.engine.spec import Spec
 #: A sequence joins a padded batch if it is at least this fraction of the batch's longest.
 LEAST_FILL = 0.85
 
-#: Attention scores held at a time where attention is computed in blocks, by kind of device.
-BLOCK_PRODUCTS = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+#: Attention scores held at a time, by kind of device: on a CPU so few that they stay in a core's
+#: cache.
+BLOCK_PRODUCTS = {"cpu": 2**18, "cuda": 64 * 2**20}
 
 #: Fewest queries of a block.
 LEAST_QUERIES = 32
@@ -125,9 +126,9 @@ def attention(
         cap: soft cap of the scaled scores, at +-cap; 0 is no cap.
         window: positions that a query attends to, including its own; 0 is all.
     """
-    if cap:
-        capped: Tensor = _Capped.apply(q, k, v, scale, cap, window)
-        return capped
+    if cap or (q.device.type == "cpu" and q.shape[2] >= min(LEAST_QUERIES, k.shape[2])):
+        out: Tensor = _InBlocks.apply(q, k, v, scale, cap, window)
+        return out
     kernel = partial(
         F.scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -145,10 +146,13 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
     return x.div_(cap).tanh_().mul_(cap)
 
 
-class _Capped(torch.autograd.Function):
-    """Attention with a soft cap, which torch's kernel lacks, in blocks of queries.
+class _InBlocks(torch.autograd.Function):
+    """Attention in blocks of queries, over the keys that any of them attends to.
 
-    The backward pass recomputes the scores, as flash attention does (Dao et al. 2022).
+    The backward pass recomputes the scores, as flash attention does (Dao et al. 2022). torch's
+    kernel has no soft cap, and is slower on a CPU, in bfloat16 several times. On a CPU scores are
+    float32 for queries and keys of any type, as in that kernel: rounding to bfloat16 would change
+    weights by percents.
     """
 
     @staticmethod
@@ -156,10 +160,12 @@ class _Capped(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float, window: int
     ) -> Tensor:
         out = torch.empty_like(q)
-        for queries, at, keys in _blocks(q, k, window):
-            seen = _seen(at, keys, window, q)
-            weights = _weights(q, k, queries, keys, scale, cap, seen)[0]
-            out[:, :, queries] = _by_head(weights @ v[:, :, keys], q.shape[1])
+        keys_of, values_of = _flat(k), _flat(v)
+        for block in _blocks(q, k, window):
+            queries, _, keys = block
+            own = _by_group(q[:, :, queries], k.shape[1])
+            weights, _ = _weights(own, keys_of[:, keys], block, scale, cap, window)
+            out[:, :, queries] = _by_head(weights.to(v.dtype) @ values_of[:, keys], q.shape)
         ctx.save_for_backward(q, k, v, out)
         ctx.settings = scale, cap, window
         return out
@@ -169,23 +175,32 @@ class _Capped(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         scale, cap, window = ctx.settings
         groups = k.shape[1]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, at, keys in _blocks(q, k, window):
-            seen = _seen(at, keys, window, q)
-            weights, products = _weights(q, k, queries, keys, scale, cap, seen)
-            dout = _by_group(grads[0][:, :, queries], groups)
-            dv[:, :, keys] += weights.transpose(2, 3) @ dout
-            dot = (dout * _by_group(out[:, :, queries], groups)).sum(dim=3, keepdim=True)
-            dproducts = (dout @ v[:, :, keys].transpose(2, 3)).sub_(dot).mul_(weights)
-            # The derivative of cap tanh(x / cap) is 1 - tanh^2.
-            dproducts.mul_(products.div_(cap).square_().neg_().add_(1)).mul_(scale)
-            dq[:, :, queries] = _by_head(dproducts @ k[:, :, keys], q.shape[1])
-            dk[:, :, keys] += dproducts.transpose(2, 3) @ _by_group(q[:, :, queries], groups)
+        keys_of, values_of = _flat(k), _flat(v)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=_exact(x)) for x in (keys_of, values_of))
+        for block in _blocks(q, k, window):
+            queries, _, keys = block
+            own, dout = (_by_group(x[:, :, queries], groups) for x in (q, grads[0]))
+            weights, steepness = _weights(own, keys_of[:, keys], block, scale, cap, window)
+            dot = (dout * _by_group(out[:, :, queries], groups)).sum(
+                dim=2, keepdim=True, dtype=weights.dtype
+            )
+            dscores = (dout @ values_of[:, keys].transpose(1, 2)).sub(dot).mul_(weights)
+            if steepness is not None:
+                dscores.mul_(steepness)
+            dscores = dscores.to(q.dtype)
+            dv[:, keys] += weights.to(q.dtype).transpose(1, 2) @ dout
+            dq[:, :, queries] = _by_head((dscores @ keys_of[:, keys]).mul_(scale), q.shape)
+            dk[:, keys] += dscores.transpose(1, 2) @ own
+        dk, dv = dk.mul_(scale).view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
         return dq, dk, dv, None, None, None
 
 
-def _blocks(q: Tensor, k: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
-    """Queries of each block, their positions, and the keys that they may attend to."""
+#: Queries of a block, their positions, and the keys that they may attend to.
+_Block = tuple[slice, slice, slice]
+
+
+def _blocks(q: Tensor, k: Tensor, window: int) -> list[_Block]:
     count, heads, queries, _ = q.shape
     length = k.shape[2]
     step = max(LEAST_QUERIES, BLOCK_PRODUCTS[kind_of(q.device)] // (count * heads * length))
@@ -198,29 +213,52 @@ def _blocks(q: Tensor, k: Tensor, window: int) -> list[tuple[slice, slice, slice
     return blocks
 
 
+def _exact(x: Tensor) -> torch.dtype:
+    """The type for scores and sums of products of x: float32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, G, T, D) -> (B G, T, D)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(B, H, n, D) -> (B, G, H / G n, D): the queries of one key head side by side."""
+    """(B, H, n, D) -> (B G, H / G n, D): the queries of one key head side by side."""
     count, heads, rows, size = x.shape
-    return x.reshape(count, groups, heads // groups * rows, size)
+    return x.reshape(count * groups, heads // groups * rows, size)
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """The inverse of `_by_group`."""
-    return x.reshape(len(x), heads, -1, x.shape[3])
+def _by_head(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `_by_group`, with the count and heads of *shape*."""
+    return x.view(shape[0], shape[1], -1, x.shape[2])
 
 
 def _weights(
-    q: Tensor, k: Tensor, queries: slice, keys: slice, scale: float, cap: float, seen: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A block's weights (B, G, H / G n, m) after softmax, and its capped scores.
+    own: Tensor, keys_of: Tensor, block: _Block, scale: float, cap: float, window: int
+) -> tuple[Tensor, Tensor | None]:
+    """A block's weights (B G, H / G n, m) after softmax, and the derivative of the cap, 1 - tanh^2,
+    at each score.
 
-    *seen* (n, m) is the mask.
+    Args:
+        own: (B G, H / G n, D) queries of the block.
+        keys_of: (B G, m, D) keys of the block.
     """
-    own = _by_group(q[:, :, queries], k.shape[1])
-    products = soft_cap_((own @ k[:, :, keys].transpose(2, 3)).mul_(scale), cap)
-    unseen = ~seen.repeat(q.shape[1] // k.shape[1], 1)
-    masked = products.masked_fill(unseen, -torch.inf)
-    return torch.softmax(masked, dim=3, dtype=torch.float32).to(q.dtype), products
+    _, at, keys = block
+    exact = _exact(own)
+    if own.device.type == "cpu":
+        own, keys_of = own.to(exact), keys_of.to(exact)
+    scores = ((own * scale) @ keys_of.transpose(1, 2)).to(exact)
+    steepness = None
+    if cap:
+        soft_cap_(scores, cap)
+        steepness = 1 - (scores / cap).square_()
+    # Without a window, every query attends to all keys before the block.
+    some = slice(keys.start if window else max(keys.start, at.start), keys.stop)
+    unseen = ~_seen(at, some, window, scores)
+    each = scores.view(len(scores), -1, *(at.stop - at.start, scores.shape[2]))
+    each[..., some.start - keys.start :].masked_fill_(unseen, -torch.inf)
+    return torch.softmax(scores, dim=2), steepness
 
 
 def _seen(at: slice, keys: slice, window: int, like: Tensor) -> Tensor:
