@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 import torch
 
@@ -63,6 +64,26 @@ def test_merged_or_not_the_product_is_the_same(linears, key):
 
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
     assert gradients[0].any()
+
+
+def test_in_bfloat16_the_adapter_stays_beside_the_matrices(linears):
+    """Merged, its small updates would be lost. Its gradient is float32."""
+    half = {k: attrs.evolve(v, weight=v.weight.bfloat16()) for k, v in linears.items()}
+    layout = lora.Layout(half, lora.Shape(8))
+    flat = flat_of(layout, 0)
+    gradient, reference = torch.zeros_like(flat), torch.zeros_like(flat)
+    trained = lora.TrainedLinears(half, layout, flat, gradient)
+    exact = lora.TrainedLinears(linears, layout, flat, reference)
+    x = torch.randn(40, half["0.qkv"].weight.shape[1])
+    dy = torch.randn(40, len(half["0.qkv"].weight))
+
+    y = trained.forward("0.qkv", x.bfloat16())
+    dx = trained.backward("0.qkv", dy.bfloat16(), x.bfloat16())
+
+    torch.testing.assert_close(y.float(), exact.forward("0.qkv", x), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(dx.float(), exact.backward("0.qkv", dy, x), rtol=0.02, atol=0.1)
+    assert torch.float32 == gradient.dtype
+    assert (gradient - reference).norm() < 0.01 * reference.norm()
 
 
 def test_a_workspace_never_lends_one_adapter_anothers_matrices(linears):

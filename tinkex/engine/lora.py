@@ -205,6 +205,7 @@ class TrainedLinears:
         gradient: (size,) backward adds to it; None for forward only.
         workspace: where to merge; None if the matrices are too large or the rows too few.
         owner: names the adapter and its version to the workspace.
+        rounded: *flat* in the type of the weights, if it is there already.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class TrainedLinears:
         gradient: Tensor | None,
         workspace: Workspace | None = None,
         owner: object = None,
+        rounded: Tensor | None = None,
     ) -> None:
         self._linears = linears
         self._layout = layout
@@ -222,7 +224,9 @@ class TrainedLinears:
         self._gradient = gradient
         self._owner = owner
         self._scale = layout.shape.scale
-        self._pairs = layout.pairs(flat)
+        # Rounded once, not for each product.
+        self._rounded = _rounded(linears, flat) if rounded is None else rounded
+        self._pairs = layout.pairs(self._rounded)
         self._gradients = None if gradient is None else layout.pairs(gradient)
         self._workspace = workspace
 
@@ -235,7 +239,13 @@ class TrainedLinears:
         """The same matrices with a separate gradient, for another thread."""
         gradient = None if self._gradient is None else torch.zeros_like(self._gradient)
         return TrainedLinears(
-            self._linears, self._layout, self._flat, gradient, self._workspace, self._owner
+            self._linears,
+            self._layout,
+            self._flat,
+            gradient,
+            self._workspace,
+            self._owner,
+            self._rounded,
         )
 
     def add_gradients(self, twins: Iterable[TrainedLinears]) -> None:
@@ -304,6 +314,12 @@ class TrainedLinears:
         if is_trained or is_apart or self._linears[key].bias is not None:
             return None
         return self._weight(key)
+
+
+def _rounded(linears: Mapping[str, Linear], flat: Tensor) -> Tensor:
+    dtypes = {linear.weight.dtype for linear in linears.values()}
+    same = dtypes.pop() if len(dtypes) == 1 else flat.dtype
+    return flat.to(same) if same.is_floating_point else flat
 
 
 def _cast(pair: Pair, dtype: torch.dtype) -> Pair:
