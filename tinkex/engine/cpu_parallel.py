@@ -27,7 +27,7 @@ _Tasks = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
 MAX_WORKERS = 4
 
 #: Tokens per worker below which all cores together are faster than separate workers.
-MIN_SHARE = 256
+MIN_SHARE = 128
 
 #: Largest ratio of the largest share to the average share; all workers wait for the largest.
 MAX_IMBALANCE = 1.25
