@@ -1,7 +1,7 @@
 """Unpacks the archive of a checkpoint safely: the server that sent it is not trusted.
 
-Accepts plain files and folders below the target only, and no more of them, and no more bytes, than
-a checkpoint can have. Does not know about HTTP or about the content of the files.
+Accepts only plain files and folders below the target, and limits their number and bytes to those of
+plausible checkpoints. Does not know about HTTP or the content of the files.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tinkex import errors
 
 #: Members of an archive, folders included; a checkpoint has about ten files.
 MAX_MEMBERS = 1000
-#: Folders inside one another.
+#: Deepest nesting of folders.
 MAX_DEPTH = 8
-#: An archive may unpack to this many times its size, and to `MIN_BYTES` in any case. Weights
-#: compress little; a new adapter with its optimizer state is five sixths zeros.
+#: An archive may unpack to this many times its size, and to at least `MIN_BYTES`. Weights compress
+#: little; a new adapter with its optimizer state is five sixths zeros.
 MAX_RATIO = 100
 MIN_BYTES = 64 << 20
-#: Bytes of an extended header, which holds a long name; tarfile reads it into memory.
+#: Largest extended header, which holds a long name; tarfile reads it into memory.
 MAX_HEADER = 64 << 10
 _BLOCK = 1 << 16
 
@@ -75,7 +75,7 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def _decompressed(file: IO[bytes]) -> IO[bytes]:
-    """The content of *file*, decompressed if its first bytes show a known compression."""
+    """The content of *file*, decompressed if its first bytes are those of a known compression."""
     begin = file.read(8)
     file.seek(0)
     for magic, opener in _OPENERS.items():
@@ -104,7 +104,7 @@ class _Bounded:
         return data
 
     def read_to_the_end(self) -> None:
-        """A compressed archive has its checksum after the last member."""
+        """Read the rest: the checksum of a compressed archive follows the last member."""
         while self.read():
             pass
 

@@ -12,13 +12,14 @@ from tinkex.checkpoints.formats import FORMATS
 
 @attrs.frozen
 class Training:
-    """What a card says about the training; see `tinkex train`.
+    """The training data, settings and losses in a card; see `tinkex train`.
 
     Attributes:
         data_sha256: of the training data.
-        steps: that were trained.
-        settings: of the run, by name; None values are left out.
-        losses: held out, in nats per token: before and after. None if nothing was held out.
+        steps: number of training steps.
+        settings: of the run, by name; None values are omitted.
+        losses: held-out losses before and after training, in nats per token. None if nothing was
+        held out.
     """
 
     data_sha256: str
@@ -32,8 +33,8 @@ def text(name: str, base_model: str, form: str, training: Training | None) -> st
     The card as Markdown, with the metadata that the Hugging Face hub reads.
 
     Args:
-        base_model: as the hub names it, where it is there.
-        form: a name of `formats.FORMATS`.
+        base_model: its name on the hub, if it is there.
+        form: a name in `formats.FORMATS`.
         training: None if only the weights are known.
     """
     kind = FORMATS[form]

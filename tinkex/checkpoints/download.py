@@ -47,7 +47,7 @@ def archive_url(
     path: types.ParsedCheckpointTinkerPath,
     on_wait: Callable[[float], None] | None = None,
 ) -> types.CheckpointArchiveUrlResponse:
-    """Ask for the URL of the archive: a redirect or a JSON answer; 503 while the server packs it.
+    """Request the URL of the archive: a redirect or JSON; 503 while the server packs it.
 
     Args:
         on_wait: called before each pause with its length in seconds.
@@ -79,7 +79,7 @@ def _ask_without_segment(
     path: types.ParsedCheckpointTinkerPath,
     refusal: errors.APIStatusError,
 ) -> types.CheckpointArchiveUrlResponse:
-    """Ask with the name alone, the only form that some servers (SkyRL) know."""
+    """Request the URL with the name alone, the only form that some servers (SkyRL) support."""
     missing = not_offered(refusal, wire.CHECKPOINT_ARCHIVE.path)
     if path.checkpoint_id == path.name:
         raise missing from refusal
@@ -138,7 +138,7 @@ RESULT = "result"
 
 @contextmanager
 def new_folder(output_dir: Path, force: bool) -> Iterator[Path]:
-    """Yield a scratch folder whose `RESULT` takes the place of *output_dir* at the end.
+    """Yield a scratch folder whose `RESULT` replaces *output_dir* at the end.
 
     Raises:
         FileExistsError: If *output_dir* exists and is not empty, without *force*.
@@ -150,7 +150,7 @@ def new_folder(output_dir: Path, force: bool) -> Iterator[Path]:
             "(--force)."
         )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Next to the target, so that the last step is a rename within one file system.
+    # Next to the target, so that the final rename stays within one file system.
     with tempfile.TemporaryDirectory(
         prefix=f".{output_dir.name}-", dir=output_dir.parent, ignore_cleanup_errors=True
     ) as scratch:
@@ -177,11 +177,11 @@ def fetch(
     target: Path,
     progress: Progress | None,
 ) -> None:
-    """Stream the archive to *target*, continuing where a broken connection left it.
+    """Stream the archive to *target*, resuming after broken connections.
 
     Raises:
-        DownloadError: If the connection breaks time after time without progress, or what came is
-            not what the server announced.
+        DownloadError: If the connection breaks repeatedly without progress, or the data does not
+        match the announced size and hash.
     """
     state = _Download(connection, path, target, progress)
     try:
@@ -224,7 +224,7 @@ class _Download:
         self.is_refused = False  # the last failure was an error status
 
     def may_help(self, exc: errors.APIError) -> bool:
-        """Note a failure. Returns True if another try may help."""
+        """Record a failure. Returns True if a retry may help."""
         status = getattr(exc, "status", None)
         self.is_refused = status in (403, 410, 416, 503)
         has_grown = self.size > self._size_before and not self.is_refused
@@ -234,7 +234,7 @@ class _Download:
         return self.is_refused or isinstance(exc, errors.APIConnectionError)
 
     def fetch_rest(self) -> None:
-        """Fetch what is missing, from a new URL if the last one has expired."""
+        """Fetch the missing part, from a new URL if the last one has expired."""
         if self.is_refused:
             self._url = self._find()
         url = self._url
@@ -254,7 +254,7 @@ class _Download:
             self._check_space()
             try:
                 self._write(response)
-            except errors.APIError:  # of which a timeout is an OSError, too
+            except errors.APIError:  # before OSError: a timeout is both
                 raise
             except OSError as exc:
                 raise errors.DownloadError(
@@ -282,7 +282,7 @@ class _Download:
         self._sha256 = _announced_sha256(response.headers) or self._sha256
 
     def _check_space(self) -> None:
-        """Fail before the download, if it cannot fit: the archive, and its unpacked files."""
+        """Fail before the download if the archive and its unpacked files cannot fit."""
         needed = 2 * (self._total or 0) - self.size
         free = shutil.disk_usage(self._target.parent).free
         if needed > free:

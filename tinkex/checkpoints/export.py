@@ -1,7 +1,7 @@
 """Exports a checkpoint for other programs: as a PEFT adapter, or merged into its base model.
 
-Merging needs the engine (extra `local`), which is imported when it is needed. Does not know how an
-archive is downloaded.
+Merging needs the engine (extra `local`), which is imported only then. Does not know how archives
+are downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinkex.text import gguf, hub
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-#: Our note in a fetched base model, and the model card.
+#: Our record of a fetched base model's source, and the model card.
 ORIGIN, CARD = "origin.json", "README.md"
 
 #: The built-in base model, which needs no directory.
@@ -43,8 +43,8 @@ def export(
     force: bool,
     progress: download.Progress | None,
 ) -> Path:
-    """See `RestClient.export_checkpoint`; *base_model* None means the one in the adapter."""
-    if merge:  # fail before the download if something is missing
+    """See `RestClient.export_checkpoint`; a *base_model* of None uses the adapter's."""
+    if merge:  # fail before the download if a package is missing
         merge_adapter = _merger()
         base = base_model and resolve(base_model)
     with download.new_folder(output_dir, force) as scratch:
@@ -74,13 +74,13 @@ def export_adapter(
     Write an adapter for other programs, with a model card (README.md).
 
     Args:
-        adapter: a folder with a PEFT adapter, as `tinkex train` writes it.
-        base_model: the model that it belongs to: a known name, directory, GGUF file or hub id.
-        form: a name of `formats.FORMATS`: "peft" (the adapter), "hf" (merged, a Hugging Face
+        adapter: a folder with a PEFT adapter, such as those of `tinkex train`.
+        base_model: the adapter's base model: a known name, directory, GGUF file or hub id.
+        form: a name in `formats.FORMATS`: "peft" (the adapter), "hf" (merged, a Hugging Face
             directory) or "gguf" (merged).
         name: of the model, in the card and of the GGUF file.
         gguf_type: of the matrices in a GGUF file: "F16", "Q8_0" or "F32".
-        training: what the card says about the training.
+        training: for the model card.
         force: replace an existing folder, once the new one is complete.
 
     Returns:
@@ -88,9 +88,9 @@ def export_adapter(
 
     Raises:
         FileExistsError: If *output_dir* is not empty, without *force*.
-        ValueError: If *form* is not known, the base model cannot be found, or the adapter does not
-            belong to it.
-        MissingExtraError: If the engine, which merges, is not installed.
+        ValueError: If *form* is unknown, the base model cannot be found, or the adapter does not
+        belong to it.
+        MissingExtraError: If merging is needed and the engine is not installed.
     """
     if form not in FORMATS:
         raise ValueError(f"form must be one of {', '.join(FORMATS)}, got {form!r}.")
@@ -119,7 +119,7 @@ class _Trained:
     def write_adapter(self, folder: Path) -> None:
         copied = self.scratch / "adapter"
         shutil.copytree(self.adapter, copied)
-        # PEFT loads the base model by this name, so it is one that PEFT can find.
+        # PEFT loads the base model by this name, so PEFT must be able to find it.
         _name_base(copied / ADAPTER_CONFIG, self.base)
         _keep_adapter(copied, folder)
 
@@ -143,8 +143,8 @@ def _merge(merge_adapter: Any, base: str, adapter: Path, result: Path, scratch: 
         write_directory(Path(base).expanduser(), directory)
         base = str(directory)
     merge_adapter(base, adapter, result)
-    (result / ORIGIN).unlink(missing_ok=True)  # says where the base model came from
-    for file in result.iterdir():  # safetensors gives its files mode 0600
+    (result / ORIGIN).unlink(missing_ok=True)  # it describes the base model only
+    for file in result.iterdir():  # safetensors creates files with mode 0600
         shutil.copymode(result / "config.json", file)
 
 
@@ -185,7 +185,7 @@ def resolve(base_model: str) -> str:
         if not hub.is_cached(base_model, "config.json"):
             hub.check_file(base_model, "config.json")
         return str(huggingface_hub.snapshot_download(base_model, allow_patterns=_BASE_FILES))
-    except (OSError, ValueError) as exc:  # of Hugging Face, the network or the cache
+    except (OSError, ValueError) as exc:  # from the hub, the network or the cache
         reason = " ".join(str(exc).split())[:200]
         raise ValueError(
             f"the base model {base_model!r} is not a directory on this machine and cannot be "

@@ -1,7 +1,7 @@
 """The formats in which a trained model is exported: how each is written and described.
 
-A new format is an entry of `FORMATS`: the command line, the model card and `Run.export` follow it.
-Imports no engine, so that `tinkex --help` is quick.
+To add a format, add an entry to `FORMATS`: the command line, the model card and `Run.export` use
+it. Does not import the engine, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 
 
 class Source(Protocol):
-    """A trained model, as the function `write` of a format gets it.
+    """A trained model: the argument of a format's `write`.
 
     Attributes:
         name: of the exported model.

@@ -1,4 +1,4 @@
-"""Records to examples: rendered, cut to a length, kept on disk, and turned into datums."""
+"""Records to examples: rendered, truncated, cached on disk, and turned into datums."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tinkex.text.drafts import Draft, completion_draft
 from tinkex.text.messages import TrainOn
 from tinkex.text.renderer import Renderer
 
-#: Most tokens of a plain text that serve as its prompt; otherwise a quarter of them do.
+#: A plain text's prompt is a quarter of its tokens, but at most this many.
 MAX_TEXT_PROMPT = 32
 #: Records that are encoded together.
 ENCODED_AT_ONCE = 256
-#: Of what the cache holds; another number makes old files worthless.
+#: Version of the cache's content; a new number invalidates old files.
 CACHE_VERSION = 1
 
 
@@ -36,9 +36,9 @@ class Example:
 
     Attributes:
         tokens: (T,) int64, T >= 2.
-        counted: (T,) float32; 1 where predicting the token counts, 0 where not. The first is 0:
-            nothing comes before it.
-        prompt_length: tokens to show a model that is to say the rest; at least 1.
+        counted: (T,) float32; 1 for tokens in the loss, else 0. The first is 0, since no token
+        precedes it.
+        prompt_length: tokens of the prompt from which a model generates the rest; at least 1.
         record: number of the record, from 0.
     """
 
@@ -52,7 +52,7 @@ class Example:
         return types.ModelInput.from_ints(self.tokens[: self.prompt_length])
 
     def datum(self, scale: float = 1.0) -> types.Datum:
-        """Targets are the tokens shifted by one; each counted one weighs *scale*."""
+        """Targets are the tokens shifted by one; each counted target has weight *scale*."""
         return types.Datum(
             model_input=types.ModelInput.from_ints(self.tokens[:-1]),
             loss_fn_inputs={
@@ -67,11 +67,11 @@ class Rendered:
     """All records of a file as examples.
 
     Attributes:
-        bad: records that cannot be rendered, with the reason.
+        bad: records that cannot be rendered, with the reasons.
         truncated: how many examples were longer than max_length.
-        dropped: how many had no counted token (left), and are not in `examples`.
-        split: conversations that are more than one example, because the chat template writes
-            earlier turns differently once later ones follow.
+        dropped: how many had no counted token (after truncation); they are not in `examples`.
+        split: conversations that became several examples, because the chat template renders earlier
+        turns differently once later ones follow.
     """
 
     examples: list[Example] = attrs.field(repr=False)
@@ -83,14 +83,14 @@ class Rendered:
 
 @attrs.frozen
 class Options:
-    """What decides how records are rendered.
+    """How records are rendered.
 
     Args:
-        max_length: tokens of an example that are read.
-        train_on: what of a conversation counts: see `tinkex.render`.
-        split_turns: make several examples of a conversation whose template takes back what it
-            wrote. If false, such turns do not count.
-        date: today for chat templates; None is the real date.
+        max_length: most tokens of an example; the rest is cut off.
+        train_on: which parts of a conversation are in the loss: see `tinkex.render`.
+        split_turns: make several examples of a conversation if its template renders earlier turns
+        differently later. If false, such turns are not in the loss.
+        date: the date for chat templates; None is today.
     """
 
     max_length: int
@@ -106,7 +106,7 @@ def render(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Rendered:
     """
-    Tokens and weights of every record; longer ones are cut to their first max_length tokens.
+    Tokens and weights of every record, truncated to max_length tokens.
 
     Args:
         progress: called with the number of records rendered so far.
@@ -130,7 +130,7 @@ def render(
                 found = _drafts(record, render_one, options)
             except (ValueError, TypeError) as exc:
                 reason = files.BadLine(record.where or f"record {number}", str(exc))
-                if reason not in bad[-1:]:  # the two answers of a pair stand on one line
+                if reason not in bad[-1:]:  # the two answers of a pair are on the same line
                     bad.append(reason)
                 continue
             drafts += found
@@ -149,7 +149,7 @@ def render(
 
 
 def check_some_are_left(rendered: Rendered, count: int, max_length: int) -> None:
-    """ValueError, with the reason, if none of *count* records became an example."""
+    """Raise ValueError, with the reason, if none of *count* records became an example."""
     if rendered.examples:
         return
     if rendered.bad:
@@ -187,7 +187,7 @@ def _drafts(record: records.Record, render_one: Renderer, options: Options) -> l
 
 
 def unfit(record: records.Record) -> str | None:
-    """Why supervised training has no use for a record; None if it has."""
+    """Why a record cannot be used for supervised training; None if it can."""
     if isinstance(record, records.Task):
         return "a prompt without an answer, which is for `tinkex rl`"
     if isinstance(record, records.Preference):
@@ -218,12 +218,13 @@ def cached(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Rendered:
     """
-    As `render`, or what an earlier call with the same data, tokenizer and options left in *folder*.
+    As `render`, or the result of an earlier call with the same data, tokenizer and options in
+    *folder*.
 
-    A tokenizer that is not ours has no fingerprint; then nothing is kept.
+    Nothing is cached for other tokenizers than ours, because they have no fingerprint.
     """
     fingerprint = getattr(Renderer(tokenizer).tokenizer, "fingerprint", None)
-    # The date of today is part of what a template writes: tomorrow is another rendering.
+    # Templates may write today's date, so the rendering changes every day.
     options = attrs.evolve(options, date=options.date or Date.today())
     if fingerprint is None:
         return render(data.records, tokenizer, options, progress)
@@ -273,7 +274,7 @@ def _load(path: Path) -> Rendered | None:
                 )
             ]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or not whole
+        return None  # missing or incomplete
     return Rendered(examples, [files.BadLine(*b) for b in said["bad"]], *said["counts"])
 
 
@@ -291,7 +292,7 @@ def datums(
             `datasets.Dataset`.
 
     Raises:
-        ValueError: If a row is bad, named by its number; or nothing counts.
+        ValueError: If a row is invalid, with its number; or no token is in the loss.
     """
     data = files.from_rows(rows)
     rendered = render(data.records, tokenizer, Options(max_length, train_on))
@@ -302,11 +303,11 @@ def datums(
 
 
 def slices(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """The examples, *size* at a time."""
+    """Yield the examples in slices of *size*."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
 
 
 def counted_tokens(examples: Iterable[Example]) -> float:
-    """How many tokens of *examples* count."""
+    """The number of counted tokens of *examples*."""
     return float(sum(example.counted.sum() for example in examples))

@@ -1,6 +1,6 @@
-"""Reading training data: files, folders, standard input, data sets of the hub, objects in memory.
+"""Reads training data: files, folders, standard input, data sets of the hub, objects in memory.
 
-A file's format is recognised by its content, not by its name. What a row means is records.py's.
+A file's format is detected from its content, not its name. records.py parses the rows.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from tinkex import errors
 from tinkex.data import records
 from tinkex.text import hub
 
-#: Bad lines that a message lists; the rest are counted.
+#: Bad lines listed in a message; the rest are only counted.
 MAX_BAD_LINES_SHOWN = 20
 #: Standard input, as the name of a file.
 STDIN = "-"
-#: Documents about the data, which a folder may hold beside it.
+#: Documents that a folder may hold beside the data.
 NOT_DATA = ("README", "LICENSE", "NOTICE", "CHANGELOG")
-#: A folder with one of these is what `save_to_disk` of datasets wrote: one split, or several.
+#: A folder with one of these files was written by `save_to_disk` of datasets: one or several
+#: splits.
 SAVED = ("state.json", "dataset_dict.json")
-#: Begins the name of a data set on the hub: hf://org/name, hf://org/name/config, and :split.
+#: Prefix of a data set on the hub: hf://org/name or hf://org/name/config, with an optional :split.
 HUB = "hf://"
 
 Source = Union[str, Path]
-#: A row and where it stands ("line 3"); or the reason why there is none.
+#: Rows with their positions ("line 3"), or the reason why a row cannot be read.
 _Rows = Iterator[tuple[str, Union[dict[str, Any], ValueError]]]
 
 
 @attrs.frozen
 class BadLine:
-    """A row that is not a record: where it stands ("line 3"), and the reason."""
+    """An invalid row: its position ("line 3"), and the reason."""
 
     where: str
     reason: str
@@ -47,13 +48,13 @@ class BadLine:
 
 @attrs.frozen
 class DataFile:
-    """What a file, or several, hold.
+    """The content of one or several files.
 
     Attributes:
-        name: of the file; of several, separated by ", ".
-        sources: the absolute paths, or other names, to read the same again.
-        records: the good rows, in order.
-        bad: the others, but for blank lines.
+        name: name of the file; several are separated by ", ".
+        sources: absolute paths, or other names, from which the same data can be read again.
+        records: the valid rows, in order.
+        bad: the invalid rows, without blank lines.
         sha256: of the content.
     """
 
@@ -74,18 +75,18 @@ def read(
     """
     Read and check training data.
 
-    JSON lines, a JSON array, CSV, TSV and Parquet are read; also compressed (gzip, zstd), in UTF-8
+    Supports JSON Lines, a JSON array, CSV, TSV and Parquet; also compressed (gzip, zstd); in UTF-8
     or UTF-16.
 
     Args:
         source: a path, a folder, "-" (standard input), "hf://org/name", or a list of these.
-        skip_bad_lines: leave bad lines out instead of raising.
-        shape: what the rows are, a name of `records.SHAPES`. None decides by each row's keys.
-        renames: wanted key -> key in the data: {"prompt": "question"}.
+        skip_bad_lines: omit bad lines instead of raising.
+        shape: shape of the rows, a name in `records.SHAPES`. None detects it from each row's keys.
+        renames: expected key -> key in the data: {"prompt": "question"}.
 
     Raises:
-        ValueError: If lines are bad, each (of the first 20) named with its reason; if none is good;
-            or the format is not understood.
+        ValueError: If lines are bad, listing the first 20 with their reasons; if there are no valid
+        lines; or if the format is unknown.
         MissingExtraError: If the format needs a package that is not installed.
         OSError: If a file cannot be read.
     """
@@ -105,7 +106,7 @@ def from_rows(
     shape: str | None = None,
     renames: Mapping[str, str] | None = None,
 ) -> DataFile:
-    """The same for rows in memory: a list of dicts, a DataFrame, or a `datasets.Dataset`."""
+    """As `read`, for rows in memory: a list of dicts, a DataFrame, or a `datasets.Dataset`."""
     found = _Collected(shape, renames)
     plain = plain_rows(rows)
     digest = hashlib.sha256(json.dumps(plain, default=repr).encode()).hexdigest()
@@ -115,7 +116,7 @@ def from_rows(
 
 def plain_rows(rows: Any) -> list[Any]:
     """
-    Rows in memory as JSON would hold them.
+    Rows in memory as JSON values.
 
     Raises:
         TypeError: If they are not a list of dicts, a DataFrame, or a `datasets.Dataset`.
@@ -128,7 +129,7 @@ def plain_rows(rows: Any) -> list[Any]:
 
 
 def describe(name: str, bad: Sequence[BadLine]) -> str:
-    """The first bad lines of a file, a line each."""
+    """The first bad lines of a file, one per line."""
     lines = [f"{name} has {len(bad)} bad line{'s' if len(bad) > 1 else ''}:"]
     lines += [f"  {line.where}: {line.reason}" for line in bad[:MAX_BAD_LINES_SHOWN]]
     if len(bad) > MAX_BAD_LINES_SHOWN:
@@ -137,12 +138,12 @@ def describe(name: str, bad: Sequence[BadLine]) -> str:
 
 
 def refuse(name: str, bad: Sequence[BadLine]) -> ValueError:
-    """The error that names the bad lines and how to go without them."""
+    """The error that lists the bad lines and explains how to skip them."""
     return ValueError(describe(name, bad) + "\nFix them, or omit them: --skip-bad-lines.")
 
 
 class _Collected:
-    """Records and bad lines of one file after another."""
+    """Collects the records and bad lines of several files."""
 
     def __init__(self, shape: str | None, renames: Mapping[str, str] | None) -> None:
         if shape is not None and shape not in records.SHAPES:
@@ -175,7 +176,7 @@ class _Collected:
         return DataFile(name, sources, self._records, self._bad, digest)
 
 
-# Where data comes from
+# Sources
 
 
 def _absolute(source: Source) -> str:
@@ -203,13 +204,13 @@ def _open(source: Source) -> Iterator[tuple[str, tuple[_Rows, str]]]:
 
 
 def _is_data(folder: Path, path: Path) -> bool:
-    """True for files but hidden ones, those in hidden folders, and documents about the data."""
+    """False for hidden files, files in hidden folders, and documents about the data."""
     is_hidden = any(part[0] in "._" for part in path.relative_to(folder).parts)
     return path.is_file() and not is_hidden and path.stem.upper() not in NOT_DATA
 
 
 def _datasets(name: str) -> Any:
-    """The package, which *name* needs."""
+    """Import the package datasets, which *name* needs."""
     try:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as exc:
@@ -237,13 +238,13 @@ def _from_hub(name: str) -> tuple[_Rows, str]:
         ) from exc
     try:
         found = datasets.load_dataset(repository, config, split=split or "train")
-    except Exception as exc:  # the library raises whatever its loaders raise
+    except Exception as exc:  # the library's loaders raise anything
         raise ValueError(f"{name} cannot be loaded from the hub: {exc}") from exc
     return _from_dataset(found)
 
 
 def _from_saved(name: str) -> tuple[_Rows, str]:
-    """A folder that `save_to_disk` of datasets wrote; of several splits, the one named train."""
+    """A folder written by `save_to_disk` of datasets; of several splits, the one named train."""
     datasets = _datasets(name)
     try:
         found = datasets.load_from_disk(name)
@@ -267,7 +268,7 @@ def _from_bytes(name: str, content: bytes) -> tuple[_Rows, str]:
     return _rows(name, content), hashlib.sha256(content).hexdigest()
 
 
-# What bytes are
+# Formats
 
 
 def _rows(name: str, content: bytes) -> _Rows:
@@ -276,7 +277,7 @@ def _rows(name: str, content: bytes) -> _Rows:
             return read_format(name, content)
     for mark, encoding in _ENCODINGS.items():
         if content.startswith(mark):
-            # Again as UTF-8, so that a line that is broken is named like any other.
+            # Converted to UTF-8, so that bad lines are reported as in other files.
             return _text_rows(name, content.decode(encoding, errors="replace").encode())
     if b"\0" in content[:1000]:
         raise ValueError(
@@ -313,7 +314,7 @@ _COLUMNS = {key for shape in records.SHAPES.values() for key in shape.keys}
 
 
 def _as_json(content: bytes) -> Any:
-    """The value, or None if it is no JSON."""
+    """The value, or None if it is not JSON."""
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -321,7 +322,7 @@ def _as_json(content: bytes) -> Any:
 
 
 def _rows_of_object(value: dict[str, Any]) -> list[Any]:
-    """A single object is a row, or holds the rows under its one key."""
+    """The rows of a single object: itself, or the list under its only key."""
     lists = [v for v in value.values() if isinstance(v, list)]
     is_row = bool(set(value) & _COLUMNS)
     return lists[0] if len(lists) == 1 and not is_row else [value]
@@ -332,7 +333,7 @@ def _numbered(rows: Iterable[Any], word: str) -> _Rows:
 
 
 def _json_lines(content: bytes) -> _Rows:
-    # By newline only: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    # By newline only: str.splitlines would also split at U+2028, which JSON strings may contain.
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield f"line {number}", _json_line(line)
@@ -353,7 +354,7 @@ def _table(content: bytes) -> _Rows:
     text = content.decode("utf-8", errors="replace")
     header = text.lstrip().split("\n", 1)[0]
     delimiter = max("\t,;", key=header.count)
-    # A field may hold a book.
+    # A field may hold a whole book.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     width = len(reader.fieldnames or ())
@@ -409,7 +410,7 @@ def _not_read(what: str) -> Callable[[str, bytes], _Rows]:
     return refuse_format
 
 
-#: How files of a format begin.
+#: The first bytes of binary formats, and their readers.
 _BINARY: dict[bytes, Callable[[str, bytes], _Rows]] = {
     b"PAR1": _parquet,
     b"\x1f\x8b": _gzip,
@@ -425,7 +426,7 @@ _ENCODINGS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": 
 
 
 def _plain(value: Any) -> Any:
-    """A row of a table as JSON would hold it: NaN and absent keys of structures are null."""
+    """A table row as JSON values: NaN and absent keys of structures become null."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":

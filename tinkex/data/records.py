@@ -1,6 +1,6 @@
-"""Records: rows of training data in any known shape, checked.
+"""Records: checked rows of training data, in any known shape.
 
-A row is a dict: a line of JSON, a row of a table. Its keys say which shape it has. Does not know
+A row is a dict: a line of JSON, or a row of a table. Its keys determine its shape. Does not know
 about files or tokens.
 """
 
@@ -31,12 +31,12 @@ SHAREGPT_ROLES = {
 
 @attrs.frozen
 class Chat:
-    """A conversation; the assistant's messages count.
+    """A conversation; the assistant's messages are in the loss.
 
     Attributes:
-        messages: as `tinkex.render` takes them.
+        messages: in the form of `tinkex.render`.
         tools: JSON schemas of the functions that the assistant may call.
-        where: "line 3", for messages about it.
+        where: position for error messages, such as "line 3".
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -46,7 +46,7 @@ class Chat:
 
 @attrs.frozen
 class Completion:
-    """A prompt and what should follow it; the completion counts."""
+    """A prompt and its completion; the completion is in the loss."""
 
     prompt: str
     completion: str
@@ -55,7 +55,7 @@ class Completion:
 
 @attrs.frozen
 class Text:
-    """Plain text; all of it counts."""
+    """Plain text; all of it is in the loss."""
 
     text: str
     where: str = attrs.field(default="", eq=False, repr=False)
@@ -63,11 +63,11 @@ class Text:
 
 @attrs.frozen
 class Tokens:
-    """Tokens as they are, without a tokenizer or a template.
+    """Given tokens, without a tokenizer or a template.
 
     Attributes:
         tokens: at least two.
-        weights: of the loss, one per token; the first does not count: nothing comes before it.
+        weights: of the loss, one per token; the first is ignored, since no token precedes it.
     """
 
     tokens: tuple[int, ...]
@@ -77,10 +77,10 @@ class Tokens:
 
 @attrs.frozen
 class Preference:
-    """A prompt with a better and a worse answer, as messages.
+    """A prompt with a chosen and a rejected answer, as messages.
 
     Attributes:
-        prompt: what both answers follow; may be empty.
+        prompt: the messages before both answers; may be empty.
         tools: JSON schemas of the functions that the assistant may call.
     """
 
@@ -93,7 +93,7 @@ class Preference:
 
 @attrs.frozen
 class Task:
-    """A prompt to answer, with what a reward function needs to judge the answer.
+    """A prompt to answer, with the values that a reward function needs.
 
     Attributes:
         prompt: text, or messages.
@@ -106,7 +106,7 @@ class Task:
 
     @property
     def text(self) -> str:
-        """The prompt, or its last message, for people."""
+        """The text of the prompt, or of its last message, for display."""
         return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content"))
 
 
@@ -120,15 +120,15 @@ def parse(
     where: str = "",
 ) -> Record:
     """
-    The record that a row says.
+    Parse a row into a record.
 
     Args:
-        shape: a name of `SHAPES`; None decides by the row's keys.
-        renames: wanted key -> the row's key: {"prompt": "question"}.
-        where: kept in the record.
+        shape: a name in `SHAPES`; None detects it from the row's keys.
+        renames: expected key -> the row's key: {"prompt": "question"}.
+        where: stored in the record.
 
     Raises:
-        ValueError: With what is wrong with the row, and where one fits, the option that helps.
+        ValueError: With the reason, and the option that helps if there is one.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {kind_of(row)}, not an object")
@@ -143,7 +143,7 @@ def parse(
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls the type of *value*."""
+    """JSON's name of the type of *value*."""
     if value is None:
         return "null"
     names = {dict: "object", list: "list", str: "string", bool: "boolean"}
@@ -185,7 +185,7 @@ def _shape_of(row: Mapping[str, Any], present: Mapping[str, Any]) -> str:
         if found:
             break
     if found in (["messages", "sharegpt"], ["alpaca", "text"]):
-        return found[0]  # the second is the same once more, in another form
+        return found[0]  # the second is the same data in another form
     if found:
         raise ValueError(
             f"has keys of {' and '.join(found)}; say which is meant: --format {found[0]}"
@@ -279,7 +279,7 @@ def _parse_completion(row: Mapping[str, Any]) -> Chat | Completion:
     if isinstance(prompt, list) or isinstance(completion, list):
         before = _messages(_as_turns(prompt, "user"), "prompt")
         after = _messages(_as_turns(completion, "assistant"), "completion")
-        # Only the completion counts, whoever spoke in the prompt.
+        # Only the completion is in the loss, whatever roles the prompt has.
         not_learned = tuple({**message, "trainable": False} for message in before)
         _check_something_is_said(after)
         return Chat((*not_learned, *after), _tools(row.get("tools")))
@@ -359,9 +359,9 @@ def _parse_openai_preference(row: Mapping[str, Any]) -> Preference:
 
 @attrs.frozen
 class Shape:
-    """A shape of rows: the keys by which it is recognised, and what reads it.
+    """A shape of rows: the keys by which it is detected, and its parser.
 
-    One without keys is read only where it is asked for by name.
+    A shape without keys is used only if it is named explicitly.
     """
 
     keys: tuple[str, ...]
@@ -387,7 +387,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def _as_turns(value: Any, role: str) -> Any:
-    """A text as one message of *role*; a message as a list of one."""
+    """Turn a text into a list of one message of *role*, and a message into a list."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else value

@@ -1,6 +1,6 @@
 """Splits examples into training and held-out ones, and orders them.
 
-All of it is a pure function of a few numbers, so that a resumed run is the same run.
+Pure functions of a few numbers, so that a resumed run sees the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def split(count: int, eval_fraction: float, seed: int) -> tuple[list[int], list[
     """
     Indices of the examples to train on, and of those held out; the same for the same arguments.
 
-    At least one is held out if *eval_fraction* > 0 and there are two.
+    At least one is held out if *eval_fraction* > 0 and there are at least two.
     """
     held_out = round(count * eval_fraction)
     if eval_fraction > 0 and count >= 2:
@@ -26,10 +26,10 @@ def split(count: int, eval_fraction: float, seed: int) -> tuple[list[int], list[
 
 @attrs.frozen
 class Plan:
-    """Which examples make up which step: a pure function of these numbers.
+    """The examples of each step: a pure function of these numbers.
 
-    Steps count from 1. Each epoch takes every example once, in its own order; its last
-    batch may be smaller. *max_steps* cuts the plan short, None does not.
+    Steps count from 1. Each epoch uses every example once, in its own order; its last batch may be
+    smaller. *max_steps* limits the plan; None is no limit.
     """
 
     examples: int
@@ -52,7 +52,7 @@ class Plan:
         return (step - 1) // self.steps_per_epoch + 1
 
     def batch(self, step: int) -> list[int]:
-        """Positions, among the examples to train on, of those in *step*."""
+        """Positions, among the training examples, of those in *step*."""
         start = (step - 1) % self.steps_per_epoch * self.batch_size
         order = _epoch_order(self.examples, self.seed, self.epoch(step))
         return order[start : start + self.batch_size]

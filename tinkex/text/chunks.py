@@ -1,8 +1,8 @@
 """Encodes texts, each distinct piece once, and derives token weights from characters.
 
-A tokenizer cuts a text at its control tokens before it does anything else, so what stands between
-two of them has the same tokens wherever it stands. The renderings of one conversation, and the
-system prompts of many, share most of their chunks. Does not know about messages or templates.
+A tokenizer first splits a text at its control tokens, so the text between two of them always has
+the same tokens. The renderings of one conversation, and many conversations' system prompts, share
+most of their chunks. Does not know about messages or templates.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ class Chunk:
         self._encoding = encoding
 
     def first_after(self, position: int) -> int:
-        """The first token that stands for the character at *position* or one after it."""
+        """The first token that covers the character at *position* or a later one."""
         return int((self._extents[1] <= position).sum()) if position else 0
 
     def last_before(self, position: int) -> int:
-        """The token after the last one that stands for a character before *position*."""
+        """The token after the last one that covers a character before *position*."""
         return int((self._extents[0] < position).sum())
 
     @cached_property
     def _extents(self) -> tuple[Ints, Ints]:
         """
-        The characters, from and to, that each token stands for.
+        The characters, start and end, that each token covers.
 
-        Tokenizers trim white space off offsets; characters that no token claims belong to the one
-        after them.
+        Tokenizers trim white space off offsets; characters that no token covers belong to the next
+        one.
         """
         offsets = np.asarray(self._encoding.offsets, np.int64).reshape(-1, 2)
         seen = np.maximum.accumulate(offsets[:, 1])
         starts = np.minimum(offsets[:, 0], np.concatenate([[0], seen])[:-1])
-        # A token of no characters stands where it stands.
+        # A token without characters keeps its position.
         return starts, np.maximum(offsets[:, 1], starts + 1)
 
 
 class EncodedText:
-    """A text as tokens, made of chunks.
+    """A text as tokens, assembled from chunks.
 
     Attributes:
         ids: (T,) the tokens.
@@ -70,7 +70,7 @@ class EncodedText:
         self._firsts = [0, *accumulate(len(chunk.ids) for chunk in chunks)]
 
     def tokens_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The tokens, from and to, that stand for any of the characters *start* to *stop*."""
+        """The tokens, start and end, that cover any of the characters *start* to *stop*."""
         total = len(self.ids)
         if start >= min(stop, self._begins[-1]):
             return total, total
@@ -99,7 +99,7 @@ class ChunkEncoder:
         ]
 
     def _cut(self, text: str) -> list[str]:
-        """*text* in pieces, each but the first beginning with a control token."""
+        """*text* in pieces; each except the first begins with a control token."""
         if self._border is None:
             return [text]
         borders = [0, *(m.start() for m in self._border.finditer(text) if m.start()), len(text)]
@@ -107,9 +107,9 @@ class ChunkEncoder:
 
     @cached_property
     def _border(self) -> re.Pattern[str] | None:
-        """Matches where the tokenizer cuts first; None if a token there depends on what is before.
+        """Matches control tokens; None if one of them depends on the text before it.
 
-        Of tokens that begin at one place the tokenizer takes the longest.
+        Of several tokens at the same position, the tokenizer takes the longest.
         """
         found = self._tokenizer.first_cuts
         if not found:

@@ -1,8 +1,7 @@
 """Drafts: a conversation as rendered by a chat template, with the position of each turn.
 
-A turn is found by rendering: the conversation up to it, and up to where the assistant begins to
-speak. The rules are in docs/data.md. Knows the texts of a tokenizer's control tokens, but does not
-encode.
+A turn is located by rendering the conversation up to it, and up to the generation prompt. The rules
+are in docs/data.md. Knows the texts of a tokenizer's control tokens, but does not encode.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import attrs
 from tinkex.text import templates
 from tinkex.text.messages import Conversation, Message, texts_of
 
-#: Stands for a text that no text begins with.
+#: A prefix that no text has.
 _NEVER = "\ufdd0"
 
 
 @attrs.frozen
 class Turn:
-    """Characters *start* to *stop* of a text say message number *message*."""
+    """Characters *start* to *stop* of a text are message number *message*."""
 
     message: int
     start: int
@@ -35,9 +34,10 @@ class Draft:
     """A rendering before it is encoded.
 
     Attributes:
-        turns: what counts.
-        left_out: numbers of messages that should count but do not: see `Rendered`.
-        is_template: the text is a template's, which writes begin and end of text itself.
+        turns: the parts in the loss.
+        left_out: numbers of messages that should be in the loss but
+        are not: see `Rendered`.
+        is_template: True if a template rendered the text, including begin and end of text.
     """
 
     text: str
@@ -48,13 +48,13 @@ class Draft:
 
 class Drafter:
     """
-    Drafts for one chat template, and keeps what is the same for all conversations.
+    Makes drafts with one chat template, and caches what all conversations share.
 
     Args:
-        template: None writes roles out: "User: ...".
-        control_tokens: texts that the tokenizer reads as control tokens.
+        template: None renders roles as plain text: "User: ...".
+        control_tokens: texts that the tokenizer encodes as control tokens.
         variables: names of special tokens and their text, such as bos_token.
-        date: today, for templates that write it; None is the real date.
+        date: the date for templates that use it; None is today.
     """
 
     def __init__(
@@ -71,23 +71,23 @@ class Drafter:
         self._control_token = re.compile("|".join(special)) if special else None
 
     def draft(self, conversation: Conversation) -> Draft:
-        """One text, in which every message counts that should and that it says as it was said.
+        """One text, in which every message that should be in the loss is, if rendered unchanged.
 
         Raises:
-            ValueError: If the template does not accept the messages or cannot show all of them, or
-                text of a message would be read as a control token.
+            ValueError: If the template does not accept the messages or omits some of them, or text
+            of a message would be encoded as a control token.
         """
         return self._draft_and_form(conversation)[0]
 
     def drafts(self, conversation: Conversation) -> list[Draft]:
-        """All that is needed for every message that should count to count."""
+        """As many texts as needed to put every message that should be in the loss into it."""
         whole, form = self._draft_and_form(conversation)
         drafts = [whole] if whole.turns or not whole.left_out else []
         drafts += [self._template_draft(self._accepted(form.up_to(i))) for i in whole.left_out]
         return drafts
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text up to where the assistant begins to speak."""
+        """The text up to and including the generation prompt."""
         self._refuse_control_tokens(conversation)
         if self.template is None:
             return "".join(part for part, _ in _plain_parts(conversation.messages)) + "Assistant:"
@@ -123,13 +123,13 @@ class Drafter:
         return text, marks
 
     def _accepted(self, conversation: Conversation) -> Conversation:
-        """The conversation in the form in which the template shows all of it.
+        """The conversation in the form that the template renders completely.
 
-        Templates differ in what they expect beside tool calls: content null or "", arguments as an
-        object or as text. Each form is tried.
+        Templates differ in the form of tool calls: content null or "", arguments as an object or as
+        text. Each form is tried.
 
         Raises:
-            ValueError: If it shows all in no form.
+            ValueError: If no form is rendered completely.
         """
         if not conversation.has_calls and not conversation.has_results:
             return conversation
@@ -152,7 +152,7 @@ class Drafter:
         raise problem or ValueError("the chat template does not show the tool calls")
 
     def _missing(self, conversation: Conversation) -> str | None:
-        """What of the tools, calls and their results the template does not show, or None."""
+        """The tools, calls or results that the template omits, or None."""
         marked, marks = conversation.marked()
         text = self._text(marked)
         return next((what for mark, what in marks if mark not in text), None)
@@ -165,7 +165,7 @@ class Drafter:
         counting = conversation.counting
         assistants = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if len(marks) == len(assistants) and set(counting) <= set(assistants):
-            # The template's author has said what the assistant says.
+            # The template itself marks the assistant's parts.
             by_message = dict(zip(assistants, marks))
             turns = [Turn(i, *by_message[i]) for i in counting]
             if all(conversation.shows_reasoning(t.message, whole[t.start : t.stop]) for t in turns):
@@ -183,11 +183,11 @@ class Drafter:
 
     def _turn(self, conversation: Conversation, i: int, whole: str) -> Turn | None:
         """
-        Where *whole* says message *i*, or None if it does not say it as it was said.
+        The position of message *i* in *whole*, or None if it is rendered differently there.
 
-        A turn is what rendering up to and with it adds to rendering up to it with the generation
-        prompt. Where the generation prompt says more than the template repeats in the turn
-        (DeepSeek-R1's "<think>"), the turn begins where the two part.
+        A turn is the text that rendering through it adds to rendering up to it with the generation
+        prompt. If the generation prompt has text that the template omits in the turn (DeepSeek-R1's
+        "<think>"), the turn begins where the two diverge.
         """
         is_last = i == len(conversation.messages) - 1
         until = whole if is_last else self._text(conversation.up_to(i))
@@ -208,7 +208,7 @@ class Drafter:
         try:
             before = self._text(conversation.before(i), prompted=is_assistant)
         except templates.TemplateRefusedError:
-            # Some templates cannot show the beginning alone (nothing yet, no user): then the turn
+            # Some templates cannot render only the beginning (no messages, no user): then the turn
             # begins with its content.
             content = str(conversation.messages[i].get("content") or "").strip()
             found = until.rfind(content)
@@ -223,13 +223,13 @@ class Drafter:
 
     def _reasoned_draft(self, conversation: Conversation, whole: str) -> Draft:
         """
-        The last turn with the reasoning that its template drops but its generation prompt opens.
+        The last turn, with reasoning that the template drops but the generation prompt opens.
 
-        That is how DeepSeek-R1's distilled models are: the prompt ends in "<think>", the model says
-        its reasoning, "</think>" and the answer; as history only the answer stays.
+        DeepSeek-R1's distilled models work like this: the prompt ends in "<think>", the model
+        generates its reasoning, "</think>" and the answer; in the history only the answer stays.
 
         Raises:
-            ValueError: If the generation prompt opens no reasoning, so that there is no place.
+            ValueError: If the generation prompt does not open reasoning.
         """
         i = len(conversation.messages) - 1
         reasoning, answer = conversation.reasoning_and_answer(i)
@@ -253,9 +253,9 @@ class Drafter:
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """
-        ValueError if text of a message would be read as a control token.
+        Raise ValueError if text of a message would be encoded as a control token.
 
-        A user who writes "<|im_end|>" would otherwise end the turn and speak for the assistant.
+        A user who writes "<|im_end|>" could otherwise end the turn and impersonate the assistant.
         """
         for i, message in enumerate(conversation.messages):
             for text in texts_of(message):
@@ -269,8 +269,8 @@ class Drafter:
 
     @cached_property
     def tails(self) -> tuple[str, str]:
-        """What the template writes after a last message of the assistant; and between it and the
-        content of the user's next."""
+        """The text that the template writes after the assistant's last message; and between an
+        assistant's message and the content of the user's next one."""
         said, asked = "turnabout", "nevertheless"
         messages = [
             {"role": "user", "content": "a"},
@@ -298,10 +298,10 @@ class Drafter:
 
 
 def completion_draft(prompt: str, completion: str) -> Draft:
-    """A prompt and what follows it as one text; the completion counts.
+    """A prompt and its completion as one text; the completion is in the loss.
 
     Raises:
-        TypeError, ValueError: If these are not texts.
+        TypeError, ValueError: If they are not texts.
     """
     for name, part in (("prompt", prompt), ("completion", completion)):
         if not isinstance(part, str):
@@ -312,7 +312,7 @@ def completion_draft(prompt: str, completion: str) -> Draft:
 
 
 def _refuse_missing(conversation: Conversation, text: str) -> None:
-    """ValueError if *text* does not say a message of a system, user or tool."""
+    """Raise ValueError if *text* omits a message of a system, user or tool."""
     missing = conversation.missing(text)
     if missing:
         raise ValueError(
@@ -322,13 +322,13 @@ def _refuse_missing(conversation: Conversation, text: str) -> None:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters at their beginning two texts share."""
+    """Length of the common prefix of two texts."""
     pairs = zip(one, other)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def refuse_surrogates(text: str) -> None:
-    """ValueError for half of a character outside the basic plane, which has no encoding."""
+    """Raise ValueError for a lone surrogate, which cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as exc:
@@ -342,7 +342,7 @@ def refuse_surrogates(text: str) -> None:
 
 
 def _plain_parts(messages: Sequence[Message]) -> list[tuple[str, int | None]]:
-    """ "User: ...", "Assistant: ...", a line each: the text, and the message that it says."""
+    """ "User: ...", "Assistant: ...", one line each: the text, and the number of its message."""
     parts: list[tuple[str, int | None]] = []
     for i, message in enumerate(messages):
         parts += [(f"{message['role'].capitalize()}:", None), (f" {message['content']}\n", i)]

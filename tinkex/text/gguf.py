@@ -1,8 +1,8 @@
-"""GGUF files: the header, where each tensor lies, and the tokenizer and chat template in the file.
+"""GGUF files: header, positions of tensors, tokenizer and chat template.
 
 GGUF is llama.cpp's format: one file with metadata, tokenizer and (quantized) weights. The header is
-read with `struct` because the tokenizer alone has 100,000 strings, which the `gguf` package reads
-in seconds. Does not read weights.
+read with `struct` because a tokenizer has 100,000 strings, which take the `gguf` package seconds.
+Does not read weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 
 SUFFIX = ".gguf"
 
-#: A tokenizers.Tokenizer; the library takes 20 ms to import, which only some users pay.
+#: A tokenizers.Tokenizer; the library is imported only when needed, because that takes 20 ms.
 Tokenizer = Any
 
 _MAGIC = b"GGUF"
@@ -44,7 +44,7 @@ _SCALARS = {
 #: Kinds of tokens (tokenizer.ggml.token_type).
 _CONTROL, _USER_DEFINED = 3, 4
 
-#: How GPT-2's successors split text into words (llama.cpp's names of the patterns).
+#: Word patterns of GPT-2's successors, by llama.cpp's names.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,16 +62,16 @@ _PATTERNS = {
     "deepseek-r1-qwen": _QWEN_2,
     "tekken": _TEKKEN,
 }
-#: GPT-2's own pattern: as it is, or with digits that stand alone.
+#: GPT-2's pattern: unchanged, or with single digits.
 _GPT_2 = ("gpt-2", "default")
 _DIGITS = ("smollm", "starcoder", "refact", "command-r")
-#: Our own name of the built-in model's tokenizer, which does not split words at all.
+#: Our name for the built-in model's tokenizer, which does not split words.
 _BYTES = "tinkex-bytes"
-#: A text that each pattern splits in another way.
+#: A text that each pattern splits differently.
 _PROBE = "I'll  pay 12345 EUR, it's DON'T!\n\n  HelloWorld /// café\t x_1\r\n ...?/\n"
-#: Whole words of the vocabulary are taken without merging.
+#: Patterns with which whole words of the vocabulary are used without merging.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "tekken")
-#: These begin every text with the begin-of-text token unless the file says otherwise.
+#: Patterns with which every text begins with the begin-of-text token unless the file disables it.
 _ADD_BOS = ("llama-bpe", "llama3", "tekken")
 
 
@@ -81,10 +81,10 @@ class GgufError(ValueError):
 
 @attrs.frozen
 class TensorInfo:
-    """Where a tensor lies.
+    """A tensor's position in the file.
 
     Attributes:
-        shape: rows first, as numpy has it (GGUF stores the reverse).
+        shape: rows first, as in numpy (GGUF stores the reverse).
         kind: number of the element type in ggml.
         offset: from the beginning of the file, in bytes.
     """
@@ -145,7 +145,7 @@ def read(path: Path) -> Gguf:
 
 
 class _Header:
-    """Reads a header from the front to the back."""
+    """Reads a header sequentially."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._at = path, data, 4
@@ -208,7 +208,7 @@ class _Header:
 
 
 def settings(file: Gguf) -> dict[str, Any]:
-    """The tokenizer's settings, as tokenizer_config.json of Hugging Face has them."""
+    """The tokenizer's settings, in the form of Hugging Face's tokenizer_config.json."""
     tokens = _tokens(file)
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for key, name in (
@@ -234,7 +234,7 @@ def build_tokenizer(file: Gguf) -> Tokenizer:
     The tokenizer in the file.
 
     Raises:
-        GgufError: If there is none, or it is of a kind that is not supported.
+        GgufError: If there is none, or its kind is not supported.
     """
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
@@ -258,7 +258,7 @@ def _tokens(file: Gguf) -> list[str]:
 
 
 def _byte_level(file: Gguf) -> Tokenizer:
-    """GPT-2's: byte pair encoding of bytes, words cut by a pattern."""
+    """GPT-2's kind: byte pair encoding of bytes, with words split by a pattern."""
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
@@ -284,7 +284,7 @@ def _byte_level(file: Gguf) -> Tokenizer:
 
 
 def splitter(name: str) -> Any:
-    """The pre-tokenizer of byte-level BPE that llama.cpp calls *name*."""
+    """The byte-level BPE pre-tokenizer with llama.cpp's name *name*."""
     from tokenizers import Regex, pre_tokenizers
 
     if name in _GPT_2:
@@ -301,7 +301,7 @@ def splitter(name: str) -> Any:
 
 def pattern_of(tokenizer: Tokenizer) -> str:
     """
-    llama.cpp's name of how a byte-level tokenizer splits words, found by what it does to a text.
+    llama.cpp's name for a byte-level tokenizer's word pattern, detected by splitting a probe text.
 
     Raises:
         ValueError: If no known pattern splits like it.
@@ -317,13 +317,13 @@ def pattern_of(tokenizer: Tokenizer) -> str:
 
 
 def _sentence_piece(file: Gguf) -> Tokenizer:
-    """SentencePiece's: byte pair encoding of characters, with bytes for unknown ones."""
+    """SentencePiece's kind: byte pair encoding of characters, with bytes for unknown ones."""
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
     tokens, scores = _tokens(file), file.metadata["tokenizer.ggml.scores"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # The file has no merges: a token is merged from any two others, the best score first.
+    # The file has no merges: any two tokens may merge into a token, best score first.
     found = []
     for token, score in zip(tokens, scores):
         parts = [
@@ -355,7 +355,7 @@ def _sentence_piece(file: Gguf) -> Tokenizer:
 
 
 def _add_special(tokenizer: Tokenizer, file: Gguf) -> None:
-    """Control tokens, which text is cut at, and those that begin and end every text."""
+    """Add control tokens, at which text is split, and the tokens that begin and end every text."""
     from tokenizers import AddedToken, processors
 
     tokens = _tokens(file)

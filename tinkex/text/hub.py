@@ -1,20 +1,20 @@
-"""Asks the Hugging Face hub once whether a file is there, before anything is downloaded.
+"""Checks with one request whether the Hugging Face hub has a file, before downloads.
 
-Without a network its library tries again and again, and takes half a minute to fail. Where the
-library is not installed, ImportError is raised.
+Without a network the hub's library retries and takes half a minute to fail. Raises ImportError if
+the library is not installed.
 """
 
 from __future__ import annotations
 
-#: Seconds that the hub has to answer.
+#: Timeout of the request, in seconds.
 TIMEOUT = 10
 
 
 def check_file(repository: str, file: str, revision: str | None = None) -> None:
-    """Make one request that tells whether *file* can be downloaded.
+    """Check with one request that *file* can be downloaded.
 
     Raises:
-        OSError, ValueError: If not: no network, no such repository, no access, not an id.
+        OSError, ValueError: If it cannot: no network, no such repository, no access, not an id.
     """
     import huggingface_hub
 
@@ -23,12 +23,12 @@ def check_file(repository: str, file: str, revision: str | None = None) -> None:
         huggingface_hub.get_hf_file_metadata(address, timeout=TIMEOUT)
     except (OSError, ValueError):
         raise
-    except Exception as exc:  # of the HTTP library that it uses, which changes with its version
+    except Exception as exc:  # of its HTTP library, which depends on its version
         raise OSError(f"{address} cannot be reached: {exc}") from exc
 
 
 def check_data_set(repository: str) -> None:
-    """Make one request that tells whether the data set *repository* can be read.
+    """Check with one request that the data set *repository* can be read.
 
     Raises:
         OSError, ValueError: As `check_file`.
@@ -44,7 +44,7 @@ def check_data_set(repository: str) -> None:
 
 
 def is_cached(repository: str, file: str, revision: str | None = None) -> bool:
-    """True if the library has kept a copy of *file* on this machine."""
+    """True if the library has a cached copy of *file* on this machine."""
     import huggingface_hub
 
     found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)

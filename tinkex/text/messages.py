@@ -1,4 +1,4 @@
-"""Checks messages, and normalizes them to the form that templates read.
+"""Checks messages, and normalizes them to the form of chat templates.
 
 Does not know about tokens or templates.
 """
@@ -14,21 +14,21 @@ import attrs
 TrainOn = Literal["assistant", "last", "all"]
 Message = Mapping[str, Any]
 
-#: Keys of a message that hold reasoning, in the order in which transformers looks at them.
+#: Keys of a message that hold reasoning, in transformers' order of precedence.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-#: Keys of a message that say whether it counts. Templates do not see them.
+#: Keys that decide whether a message is in the loss. Not passed to templates.
 WEIGHT_KEYS = ("weight", "trainable")
 
 
 @attrs.frozen
 class Conversation:
-    """Checked messages, in the form that templates read.
+    """Checked messages, in the form of chat templates.
 
     Attributes:
-        counts: whether each message counts.
-        texts: what was rendered of it before, by the number of messages and whether a generation
-            prompt followed. The conversations that `up_to` and `before` give share it.
-        is_formed: `forms` made it.
+        counts: whether each message is in the loss.
+        texts: cache of renderings, by the number of messages and whether a generation prompt
+        follows. Shared with the conversations of `up_to` and `before`.
+        is_formed: True if made by `forms`.
     """
 
     messages: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class Conversation:
         return any(message["role"] == "tool" for message in self.messages)
 
     def up_to(self, i: int) -> Conversation:
-        """The conversation that ends with message *i*, of which that alone counts."""
+        """The conversation that ends with message *i*, with only that message in the loss."""
         counts = (*[False] * i, True)
         return attrs.evolve(self, messages=self.messages[: i + 1], counts=counts)
 
@@ -71,7 +71,8 @@ class Conversation:
         return attrs.evolve(self, messages=self.messages[:i], counts=self.counts[:i])
 
     def forms(self) -> Iterator[Conversation]:
-        """Arguments of calls as objects, as text; content beside calls as given, null, "", none."""
+        """Variants: arguments of calls as objects, text; content beside calls given, null, "",
+        none."""
         for arguments in (_as_object, _as_text):
             for content in ({}, {"content": None}, {"content": ""}, None):
                 messages = [_form(m, arguments, content) for m in self.messages]
@@ -79,11 +80,11 @@ class Conversation:
 
     def marked(self) -> tuple[Conversation, list[tuple[str, str]]]:
         """
-        The same with a mark in every tool, call, argument and result; and the marks, each with
-        what it stands for. A text that shows all of these has all the marks.
+        The conversation with a mark in every tool, call, argument and result; and the marks with
+        descriptions. A text that renders all of these contains all marks.
 
-        Looking for the names themselves would not do: that of a tool is in its schema and in its
-        calls, and an argument often in the question, too.
+        Searching for the names themselves is not reliable: a tool's name is in its schema and its
+        calls, and an argument is often in the question, too.
         """
         marks: list[tuple[str, str]] = []
 
@@ -123,7 +124,7 @@ class Conversation:
         return attrs.evolve(self, messages=messages, tools=tools or None, texts={}), marks
 
     def missing(self, text: str) -> str | None:
-        """A message of a system, user or tool that *text* does not say, or None."""
+        """A message of a system, user or tool that *text* omits, or None."""
         for i, message in enumerate(self.messages):
             content = str(message.get("content") or "").strip()
             if message["role"] != "assistant" and content and not _says(text, content):
@@ -131,7 +132,7 @@ class Conversation:
         return None
 
     def reasoning_and_answer(self, i: int) -> tuple[str, str]:
-        """Message *i*: its reasoning, from its key or from <think> in its content; the rest."""
+        """Reasoning of message *i*, from its key or from <think> in its content; and the rest."""
         message = self.messages[i]
         content = str(message.get("content") or "")
         for key in REASONING_KEYS:
@@ -149,7 +150,7 @@ class Conversation:
 
 
 def _says(text: str, said: str) -> bool:
-    """True if *text* contains *said* as it is, or as JSON writes it."""
+    """True if *text* contains *said* verbatim or JSON-escaped."""
     return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
@@ -161,7 +162,7 @@ def as_messages(value: Any) -> list[dict[str, Any]]:
         value: such a list; a DataFrame or a `datasets.Dataset` of such rows.
 
     Raises:
-        TypeError, ValueError: If these are not messages; names the first that is not one.
+        TypeError, ValueError: If these are not messages, naming the first invalid one.
     """
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a DataFrame
         value = [{k: v for k, v in row.items() if v == v} for row in value.to_dict("records")]
@@ -217,7 +218,7 @@ def _check_function(value: Any, what: str) -> None:
 
 
 def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
-    """Whether each message counts: "trainable" decides, then "weight", then the role."""
+    """Whether each message is in the loss: by "trainable", else "weight", else the role."""
     counts = []
     for i, message in enumerate(messages):
         is_counted = message["role"] == "assistant"
@@ -235,10 +236,10 @@ def _counts(messages: Sequence[Message], train_on: TrainOn) -> tuple[bool, ...]:
 
 
 def _for_template(i: int, message: Message) -> dict[str, Any]:
-    """Message *i* as templates read it: content as text, reasoning by the names they know."""
+    """Message *i* for templates: content as text, reasoning under the standard names."""
     found = {k: v for k, v in message.items() if k not in WEIGHT_KEYS}
     for key in [k for k, v in found.items() if v is None and k != "content"]:
-        del found[key]  # a column of a table that other rows use
+        del found[key]  # a table column that only other rows use
     if not found.get("tool_calls"):
         found.pop("tool_calls", None)
     content = found.get("content")
@@ -250,7 +251,7 @@ def _for_template(i: int, message: Message) -> dict[str, Any]:
         raise TypeError(f"message {i}: content must be a string, got {type(content).__name__}.")
     reasoning = next((found[key] for key in REASONING_KEYS if found.get(key)), None)
     if reasoning is not None:
-        # As transformers does: the standard name, and the one that gpt-oss reads.
+        # As in transformers: the standard name, and gpt-oss's.
         found = {"thinking": reasoning, **found, "reasoning_content": reasoning}
     return found
 
@@ -300,7 +301,7 @@ def _as_text(arguments: Any) -> str:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """Every text in a message, however deep."""
+    """Every text in a message, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

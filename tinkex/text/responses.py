@@ -1,7 +1,7 @@
 """Parses a model's answer into a message: text, reasoning and tool calls.
 
-Each family of models writes calls and reasoning in its own notation; the ones below are
-distinguished by their marks. What is not understood stays text.
+Each family of models has its own notation for calls and reasoning; the ones below are recognised by
+their markers. Anything else stays text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from tinkex.text.renderer import Renderer
 
-#: {"name": ..., "arguments": ...}, as Hermes, Qwen, SmolLM3 and Granite write a call.
+#: {"name": ..., "arguments": ...}: the form of calls of Hermes, Qwen, SmolLM3 and Granite.
 _TAGGED_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-#: Mistral's list of calls, and since 2025 name and arguments.
+#: Mistral's list of calls; since 2025 name and arguments.
 _MISTRAL_CALLS = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\])\s*$", re.DOTALL)
 _MISTRAL_CALL = re.compile(r"\[TOOL_CALLS\]\s*([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](\{[^\[]*\})")
 #: DeepSeek's.
@@ -39,12 +39,12 @@ def parse_response(
     tokens: Sequence[int] | np.ndarray, tokenizer: Any, *, stop: Sequence[Any] | None = None
 ) -> dict[str, Any]:
     """
-    The message that sampled tokens say.
+    Parse sampled tokens into a message.
 
     Args:
         tokens: of a `SampledSequence`.
-        tokenizer: the one of the prompt.
-        stop: what ended the turn; None is the `stop` of `render_prompt`.
+        tokenizer: the prompt's tokenizer.
+        stop: the stop tokens or strings; None is the `stop` of `render_prompt`.
 
     Returns:
         {"role": "assistant", "content": ...}; with "reasoning_content" if the model reasoned, and
@@ -63,7 +63,7 @@ def parse_response(
 
 
 def parse_text(text: str, control_tokens: Iterable[str] = ()) -> dict[str, Any]:
-    """The same of text; *control_tokens* are removed from what is left as content."""
+    """The same for text; *control_tokens* are removed from the content."""
     if "<|channel|>" in text:
         return _harmony(text)
     message: dict[str, Any] = {"role": "assistant"}
@@ -97,7 +97,7 @@ def _harmony(text: str) -> dict[str, Any]:
 
 
 def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """The text without its calls, and these."""
+    """The text without its calls, and the calls."""
     found: list[dict[str, Any]] = []
     for match in _TAGGED_CALL.finditer(text):
         found += _call_of(match[1])
@@ -121,7 +121,7 @@ def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _call_of(value: Any) -> list[dict[str, Any]]:
-    """{"name", "arguments"} as a call; none if it is not that."""
+    """{"name", "arguments"} as a list of one call; empty for other values."""
     value = _json(value) if isinstance(value, str) else value
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return []

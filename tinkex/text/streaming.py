@@ -1,20 +1,20 @@
-"""Decodes tokens as they arrive: whole characters only, and an end at stop strings."""
+"""Decodes tokens as they arrive, in whole characters, and applies stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: What a decoder writes for bytes that are not a whole character (yet).
+#: The character that decoders write for incomplete bytes.
 HALF = "\ufffd"
 
 
 class TokenText:
     """
-    Turns tokens into text, piece by piece; the pieces together are the text of all tokens.
+    Turns tokens into pieces of text; concatenated, they are the text of all tokens.
 
-    A token may hold half a character, and a token's text may depend on its neighbour (a leading
-    space, in SentencePiece). So every piece is the difference of two decodings that begin some
-    tokens earlier.
+    A token may hold part of a character, and its text may depend on its neighbour (a leading space,
+    in SentencePiece). So every piece is the difference of two decodings that begin some tokens
+    earlier.
 
     Args:
         decode: token ids to text.
@@ -24,7 +24,7 @@ class TokenText:
         self._decode = decode
         self._tokens: list[int] = []
         self._begin = 0  # decoding begins here
-        self._given = 0  # the text of the tokens before this one has been given
+        self._given = 0  # the text of the tokens before this one has been returned
 
     def push(self, token: int) -> str:
         """The text that *token* completes; "" while a character is incomplete."""
@@ -32,7 +32,7 @@ class TokenText:
         return self._piece(final=False)
 
     def finish(self) -> str:
-        """What is still held back."""
+        """The text that is still held back."""
         return self._piece(final=True)
 
     def _piece(self, *, final: bool) -> str:
@@ -46,8 +46,9 @@ class TokenText:
         return text[len(before) :]
 
     def _without_end(self, text: str) -> tuple[str, int]:
-        """*text* without the last tokens, which may be the beginning of a character, and how many
-        tokens that is: the most that decode to the same alone as together with those behind."""
+        """*text* without the last tokens, which may be the beginning of a character, and the number
+        of its tokens: the most that decode to the same text with and without the tokens after
+        them."""
         for upto in range(len(self._tokens) - 1, self._given, -1):
             head = self._decode(self._tokens[self._begin : upto])
             if head + self._decode(self._tokens[upto:]) == text:
@@ -59,14 +60,14 @@ class StopStrings:
     """
     Ends a text before the first of some strings.
 
-    Text that may be the beginning of such a string is held back until it is clear.
+    Text that may be the beginning of such a string is held back until this is decided.
 
     Args:
-        stops: the strings; none lets everything through at once.
+        stops: the strings; if empty, all text passes through at once.
 
     Attributes:
         found: the string that ended the text, or None.
-        rest: what has come after that string.
+        rest: the text after that string.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -76,7 +77,7 @@ class StopStrings:
         self.rest = ""
 
     def push(self, text: str) -> str:
-        """What of the text so far is certain to come before any stop string, and new."""
+        """The new text that is certainly before any stop string."""
         if self.found is not None:
             self.rest += text
             return ""
@@ -94,12 +95,12 @@ class StopStrings:
         return passed
 
     def finish(self) -> str:
-        """The text that was held back, since nothing follows."""
+        """The text that was held back, at the end of the input."""
         passed, self._held = self._held, ""
         return passed
 
     def _overlap(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = 0
         for stop in self._stops:
             for length in range(min(len(stop) - 1, len(self._held)), longest, -1):

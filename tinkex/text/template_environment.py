@@ -1,8 +1,8 @@
-"""The Jinja environment of chat templates: the same names as in transformers, and no more.
+"""The Jinja environment of chat templates: exactly the names of transformers' environment.
 
 The sandbox, filters, globals, loop controls and `{% generation %}` follow
-`transformers.utils.chat_template_utils`, so that a template gives the same text here and there.
-Imported when the first template is compiled: Jinja is optional.
+`transformers.utils.chat_template_utils`, so that templates render the same text as there. Imported
+when the first template is compiled: Jinja is optional.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-#: Put around what stands in {% generation %} while a template is rendered, then taken out. Unicode
-#: guarantees that these two are never characters.
+#: Marks around {% generation %} blocks, removed after rendering. Unicode guarantees that these two
+#: are never characters.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 TemplateError = jinja2.TemplateError
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
-#: Methods of str that the sandbox allows as they are; "format" it replaces.
+#: Methods of str that the sandbox allows unchanged; it replaces "format".
 _STR_METHODS = frozenset(
     name for name in dir(str) if not name.startswith("_") and not name.startswith("format")
 )
-#: Values that the sandbox allows wherever they are found.
+#: Types whose values the sandbox always allows.
 _PLAIN_KINDS = frozenset({bool, int, str, list, dict})
 
 
 class Generation(ext.Extension):
-    """{% generation %} ... {% endgeneration %}: marks what the assistant says."""
+    """{% generation %} ... {% endgeneration %}: marks the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class wants a set)
 
@@ -49,11 +49,11 @@ class Generation(ext.Extension):
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """
-    The sandbox, with a short way for what templates do most.
+    The sandbox, with a fast path for the most frequent look-ups.
 
-    Jinja's own checks take half the time of a rendering. Their verdict on a key of a plain dict,
-    on a method of a plain str and on what `loop` and `namespace()` hold is always the same, so it
-    is given here at once; whatever else is looked up or called takes the sandbox's own way.
+    Jinja's checks take half the time of a rendering. Their result for keys of plain dicts, methods
+    of plain str, and values in `loop` and `namespace()` is always the same, so it is returned here
+    directly; all other look-ups and calls go through the sandbox.
     """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -77,9 +77,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Namespace(Namespace):
-    """`namespace` in templates: holds what a template puts there, but no private names."""
+    """`namespace` in templates: holds the template's values, but no private names."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `self` may be a name, too
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `self` can be a name
         self, *given = args
         Namespace.__init__(self, _public(dict(*given, **kwargs)))
 
@@ -97,7 +97,7 @@ def _public(names: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Dict:
-    """`dict` in templates: makes dicts, and leads to nothing else of Python."""
+    """`dict` in templates: makes dicts, and gives no access to the rest of Python."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -142,7 +142,7 @@ def environment() -> ChatEnvironment:
 
 
 def take_out_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered text without marks, and the ranges of characters that {% generation %} marked."""
+    """A rendered text without marks, and the ranges of characters in {% generation %} blocks."""
     if _OPEN not in text:
         return text, []
     ranges: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""Chat templates: Jinja text of a model, compiled once and rendered as transformers renders it.
+"""Chat templates: Jinja text of a model, compiled once and rendered as in transformers.
 
-What templates may use is in template_environment.py. Does not know about tokens.
+template_environment.py defines the names that templates may use. Does not know about tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex import errors
 
 
 class TemplateRefusedError(ValueError):
-    """The template does not accept these messages. The message says why."""
+    """The template does not accept these messages; with the reason."""
 
 
 def render_template(
@@ -32,7 +32,7 @@ def render_template(
 
     Args:
         variables: names of special tokens and their text, such as bos_token.
-        date: what `strftime_now` formats; None is the time now.
+        date: for `strftime_now`; None is the current time.
 
     Raises:
         TemplateRefusedError: If the template raises an error, or cannot be used at all.
@@ -55,7 +55,7 @@ def render_template(
             f"the chat template does not accept these messages: {exc}"
         ) from exc
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as exc:
-        # What a template's own expressions raise for messages that its author did not expect.
+        # Errors in the template's expressions for messages that its author did not expect.
         raise TemplateRefusedError(
             f"the chat template fails on these messages ({type(exc).__name__}: {exc})"
         ) from exc

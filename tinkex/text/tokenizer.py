@@ -1,7 +1,7 @@
-"""Loading and caching the tokenizer of a model.
+"""Loads and caches the tokenizer of a model.
 
-The server says which tokenizer a model has; otherwise a few known rules do. Does not know about
-clients: it is given names.
+The server names a model's tokenizer; otherwise a few rules apply. Does not know about clients;
+takes names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Encoding(Protocol):
 
     Attributes:
         ids: the tokens.
-        offsets: the characters, from and to, that each stands for.
+        offsets: the characters, start and end, that each token covers.
     """
 
     @property
@@ -74,7 +74,7 @@ class Tokenizer:
         return ids
 
     def _encode_whole_texts(self) -> None:
-        """Undo padding and truncation, which a call of transformers leaves set in its backend."""
+        """Disable padding and truncation, which transformers leaves set in its backend."""
         if getattr(self._backend, "padding", None) is not None:
             self._backend.no_padding()
         if getattr(self._backend, "truncation", None) is not None:
@@ -122,7 +122,8 @@ class Tokenizer:
         `tinkex.render` gives tokens and weights as well.
 
         Raises:
-            ValueError: If the model has no chat template, or the template does not take these.
+            ValueError: If the model has no chat template, or the template does not accept the
+            messages.
             MissingExtraError: If Jinja is not installed.
         """
         if self.chat_template is None:
@@ -138,13 +139,13 @@ class Tokenizer:
 
     @cached_property
     def special_texts(self) -> dict[str, str]:
-        """The special tokens by the names that chat templates know, such as "bos_token"."""
+        """The special tokens by their names in chat templates, such as "bos_token"."""
         names = [name for name in self._settings if name.endswith("_token")]
         return {name: text for name in names if (text := self._text_of(name))}
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
-        """Every special token, text to id: those that text of a user must not turn into."""
+        """Every special token, text to id; users' text must not be encoded as one of these."""
         if not hasattr(self._backend, "get_added_tokens_decoder"):
             return {text: i for i, text in self._added.items()}
         added = self._backend.get_added_tokens_decoder()
@@ -159,10 +160,10 @@ class Tokenizer:
 
     @cached_property
     def first_cuts(self) -> list[str]:
-        """Tokens at which a text is cut before anything else is done to it.
+        """Tokens at which a text is split before any other processing.
 
-        Empty if one of them takes white space or a letter before it into account: then what comes
-        before a cut matters to what comes after.
+        Empty if one of them depends on white space or a letter before it, so that the parts are not
+        independent.
         """
         if not hasattr(self._backend, "get_added_tokens_decoder"):
             return []
@@ -174,7 +175,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides the tokens of a conversation."""
+        """A hash of everything that determines the tokens of a conversation."""
         backend = self._backend.to_str() if hasattr(self._backend, "to_str") else repr(self)
         settings = json.dumps([self.special_texts, self.chat_template], sort_keys=True)
         return hashlib.sha256(f"{backend}{settings}".encode()).hexdigest()
@@ -183,7 +184,7 @@ class Tokenizer:
         """
         The tokens of each text.
 
-        No special tokens are added; those written in the text are read as such.
+        No special tokens are added; special tokens in the text are recognised.
         """
         self._encode_whole_texts()
         encoded: list[Encoding] = self._backend.encode_batch(list(texts), add_special_tokens=False)
@@ -204,7 +205,7 @@ class Tokenizer:
 
 
 def _template(value: Any) -> str | None:
-    """A chat template, however the file holds it."""
+    """A chat template, in either of the forms in the file."""
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default")
@@ -212,16 +213,16 @@ def _template(value: Any) -> str | None:
 
 
 def tokenizer_id(model_name: str, told: str | None = None) -> str:
-    """The id of a model's tokenizer: what the server *told*, or what the model's name means.
+    """The id of a model's tokenizer: from the server (*told*), or derived from the model's name.
 
     A ":suffix" is cut off; Llama 3 has an ungated mirror; `org/model/variant` is `org/model`.
     """
     if not isinstance(model_name, str) or not model_name:
         raise TypeError(f"model_name must be a non-empty str, got {model_name!r}.")
     if model_name in BUILT_IN:
-        return model_name  # it is in the package, wherever the server has it
+        return model_name  # it is in the package, whatever the server's path
     if model_name in registry.KNOWN and not (told and os.path.isdir(told)):
-        # Fetched on this machine, too, or else what everybody can have.
+        # The copy on this machine, or else the public repository.
         return str(registry.find(model_name) or registry.KNOWN[model_name].hub_id)
     if told:
         return told if Path(told).is_absolute() else told.split(":", 1)[0]
@@ -238,10 +239,10 @@ def resolve_base_model(name: str) -> str:
     """
     The absolute path if *name* is a folder or a GGUF file here, otherwise the name.
 
-    A relative path would mean another model, or none, from another working directory.
+    A relative path would name another model, or none, in another working directory.
     """
     if name in BUILT_IN:
-        return name  # whatever folders there are
+        return name  # even if there is a folder with that name
     return str(Path(name).resolve()) if os.path.isdir(name) or gguf.is_gguf(name) else name
 
 
@@ -251,13 +252,13 @@ _guard = threading.Lock()  # guards _cache and _locks
 
 
 def check_load_fn(load_fn: object) -> None:
-    """TypeError unless it can load a tokenizer, or is None."""
+    """Raise TypeError unless *load_fn* is callable or None."""
     if load_fn is not None and not callable(load_fn):
         raise TypeError(f"load_fn must be a function of a tokenizer's id, got {load_fn!r}.")
 
 
 def same_argument(name: str, value: T | None, alias: str, alias_value: T | None) -> T | None:
-    """An argument that has two names. TypeError if it is given under both."""
+    """An argument with two names. TypeError if it is given under both."""
     if value is not None and alias_value is not None:
         raise TypeError(f"{name} and {alias} are the same argument; give only one of them.")
     return alias_value if value is None else value
@@ -269,7 +270,7 @@ def load(
     """The tokenizer *identifier*, loaded once for each (identifier, revision, load_fn).
 
     Args:
-        load_fn: loads it instead of us; what it returns needs encode(text) and decode(ids).
+        load_fn: loads it instead; its result needs encode(text) and decode(ids).
 
     Raises:
         TokenizerError: With what was tried and what to do.
@@ -280,7 +281,7 @@ def load(
         if key in _cache:
             return _cache[key]
         lock = _locks.setdefault(key, threading.Lock())
-    with lock:  # loading may take long: only those who want the same wait
+    with lock:  # loading may take long, so the lock is per tokenizer
         with _guard:
             if key in _cache:
                 return _cache[key]
@@ -312,7 +313,7 @@ def _load(identifier: str, revision: str | None, load_fn: LoadFunction | None) -
 
 def from_directory(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory (tokenizer.json, tokenizer_config.json)."""
-    import tokenizers  # 20 ms that only text users pay
+    import tokenizers  # takes 20 ms, so only when needed
 
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -353,7 +354,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def _from_hub(identifier: str, revision: str | None) -> Tokenizer:
-    """Through the hub's own library where it is installed: it knows caches, tokens and gates."""
+    """Through huggingface_hub if it is installed: it handles caches, tokens and gated models."""
     files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     try:
         from huggingface_hub import hf_hub_download
@@ -414,7 +415,7 @@ def _from_kimi(revision: str) -> Any:
     return kimi_tokenizer(model, settings)
 
 
-#: How Kimi K2 cuts text into words before byte pairs are merged (from its published tokenizer).
+#: Kimi K2's pattern for words, before byte pairs are merged (from its published tokenizer).
 KIMI_PATTERN = "|".join(
     [
         r"[\p{Han}]+",
@@ -432,7 +433,7 @@ KIMI_PATTERN = "|".join(
 
 
 class _TiktokenBackend:
-    """A tiktoken Encoding behind the few calls that `Tokenizer` makes of its backend."""
+    """A tiktoken Encoding with the backend methods that `Tokenizer` uses."""
 
     class _Encoded:
         def __init__(self, ids: list[int], offsets: Sequence[tuple[int, int]] = ()) -> None:
@@ -451,7 +452,7 @@ class _TiktokenBackend:
         return [self._with_offsets(self.encode(text).ids) for text in texts]
 
     def _with_offsets(self, ids: list[int]) -> _TiktokenBackend._Encoded:
-        """A token that ends inside a character stands for that character, too."""
+        """Add offsets; a token that ends inside a character covers that character, too."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         offsets = []
         length = 0
@@ -478,7 +479,7 @@ class _TiktokenBackend:
 
 
 def kimi_tokenizer(model: Path, settings_file: Path) -> Tokenizer:
-    """A tokenizer of a tiktoken.model file and the tokenizer_config.json beside it."""
+    """The tokenizer of a tiktoken.model file and its tokenizer_config.json."""
     import tiktoken  # type: ignore[import-not-found,unused-ignore]
     from tiktoken.load import (  # type: ignore[import-not-found,unused-ignore]
         load_tiktoken_bpe,

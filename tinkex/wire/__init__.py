@@ -1,7 +1,7 @@
-"""How types travel: the endpoint table, and the JSON and the protobuf form of each type.
+"""The wire format: the endpoint table, and the JSON and protobuf forms of each type.
 
-Everything can travel as JSON; batches of training data and the results of training and sampling
-also as protobuf. Does no I/O, and knows of HTTP only the names of the content types.
+Everything can be sent as JSON; batches of training data and the results of training and sampling
+also as protobuf. Does no I/O, and knows only the content types of HTTP.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def encode_request(
             `zstandard` package is not installed.
 
     Raises:
-        ValueError: If the data hold what the dialect cannot carry (an image asset in protobuf, NaN
-            in JSON).
+        ValueError: If the dialect cannot express the data (an image asset in protobuf, NaN in
+        JSON).
     """
     if not protobuf:
         endpoint = FORWARD if request.forward_only else FORWARD_BACKWARD
@@ -62,10 +62,10 @@ def _zstd(body: bytes) -> bytes | None:
 
 
 def decode_request(content_type: str, body: bytes) -> ForwardBackwardRequest:
-    """The inverse of `encode_request`, for a body that is no longer compressed.
+    """The inverse of `encode_request`, for a decompressed body.
 
     Raises:
-        DecodeError: If the body is not a batch of training data; the message has place and reason.
+        DecodeError: If the body is not a batch of training data, with the place and the reason.
     """
     kind = content_type.split(";")[0].strip().lower()
     if kind == JSON:
@@ -80,7 +80,7 @@ def decode_request(content_type: str, body: bytes) -> ForwardBackwardRequest:
 
 
 def place_of(content_type: str, body: bytes) -> tuple[str, int, bool] | None:
-    """(model_id, seq_id, forward_only) of a numbered request that may be invalid otherwise.
+    """(model_id, seq_id, forward_only) of a numbered request whose other content may be invalid.
 
     None if *body* does not hold a model and a number.
     """
@@ -111,7 +111,7 @@ def decode_result(cls: type[R], body: bytes) -> R:
     """The inverse of `encode_result`.
 
     Raises:
-        DecodeError: If the body is not such a result; the message has place and reason.
+        DecodeError: If the body is not such a result, with the place and the reason.
     """
     from tinkex.wire import proto_results
 

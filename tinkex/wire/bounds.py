@@ -1,21 +1,20 @@
-"""Counts how many objects a body would become, before any of them exists.
+"""Counts the objects in a body before any of them is created.
 
-A few kilobytes can stand for millions of empty lists or messages, each of which costs a hundred
-bytes and a microsecond. These counts look at the bytes only and stop as soon as they are over the
-bound.
+A few kilobytes can encode millions of empty lists or messages, each of which costs a hundred bytes
+and a microsecond. Counting reads only the bytes, and stops as soon as a bound is exceeded.
 """
 
 from __future__ import annotations
 
 import attrs
 
-#: Bytes that are looked at in one go; other threads can run after each.
+#: Bytes scanned at a time; other threads can run in between.
 PIECE = 1 << 20
 
 
 @attrs.frozen
 class JsonSize:
-    """Upper bounds of what a JSON text holds: characters inside of strings count, too."""
+    """Upper bounds of the values and containers in a JSON text, including characters in strings."""
 
     values: int
     containers: int
@@ -33,8 +32,8 @@ def json_size(body: bytes, most_values: int, most_containers: int) -> JsonSize:
     return JsonSize(values + containers, containers)
 
 
-#: The fields that may be repeated, by message: number -> message inside. A field that is not here
-#: costs no more memory than its bytes.
+#: Fields that may be repeated, by message: number -> inner message. Other fields need no more
+#: memory than their bytes.
 _Tree = dict[int, "_Tree"]
 _TENSOR: _Tree = {4: {}}
 _ENTRY: _Tree = {1: {}, 2: _TENSOR}
@@ -44,7 +43,7 @@ _BATCH: _Tree = {3: _DATUM}
 
 @attrs.frozen
 class BatchSize:
-    """What a ForwardBackwardRequest in protobuf holds: its datums, and fields at all levels."""
+    """The size of a protobuf ForwardBackwardRequest: datums, and fields at all levels."""
 
     datums: int
     fields: int
@@ -53,7 +52,7 @@ class BatchSize:
 def batch_size(body: bytes, most_datums: int, most_fields: int) -> BatchSize:
     """Count until the end, or until one of the two bounds is exceeded.
 
-    A body that is not such a message is counted as far as it can be read; the parser refuses it.
+    A malformed body is counted as far as it can be read; the parser refuses it later.
     """
     datums = fields = 0
     todo = [(0, len(body), _BATCH)]
@@ -71,7 +70,7 @@ def batch_size(body: bytes, most_datums: int, most_fields: int) -> BatchSize:
                 if inside is not None and at + length <= end:
                     if tree is _BATCH:
                         datums += 1
-                    if tree is _TENSOR:  # packed numbers: of at least a byte each
+                    if tree is _TENSOR:  # packed numbers of at least a byte each
                         fields += length
                     elif inside:
                         todo.append((at, at + length, inside))
@@ -84,7 +83,7 @@ def batch_size(body: bytes, most_datums: int, most_fields: int) -> BatchSize:
 
 
 def _varint(body: bytes, at: int, end: int) -> tuple[int, int]:
-    """A number and where it ends; at the end of the body if it does."""
+    """A number and its end, which is at most *end*."""
     value = shift = 0
     while at < end and shift < 70:
         byte = body[at]

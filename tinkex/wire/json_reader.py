@@ -1,8 +1,8 @@
 """Reads plain data, as JSON gives it, into checked objects of `tinkex.types`.
 
-Unknown fields are ignored, and the differences between servers in json_variants are evened out. A
-value of the wrong type is refused with its place. The reader of a class is derived from its attrs
-fields, once; the few classes with another form on the wire have their own function.
+Unknown fields are ignored, and differences between servers are normalized by json_variants. A value
+of the wrong type is refused with its place. The reader of a class is derived once from its attrs
+fields; the few classes with another form on the wire have their own function.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def from_json(cls: type[T], payload: Any) -> T:
     """Read *payload*, the result of `loads`, as an object of *cls*.
 
     Unknown fields are ignored; null means the field's default. An int is accepted as a float, and a
-    float without fraction as an int; nothing else is converted.
+    float without a fraction as an int; nothing else is converted.
 
     Raises:
-        DecodeError: If something is missing, has the wrong type or fails the type's own checks.
+        DecodeError: If a field is missing, has the wrong type or fails the checks of *cls*.
     """
     hint: Any = cls
     try:
@@ -63,8 +63,8 @@ def from_json(cls: type[T], payload: Any) -> T:
 def resembles(cls: type, payload: dict[str, Any]) -> bool:
     """True if *payload* is empty or has at least one field of *cls*.
 
-    `from_json` accepts any object where all fields of *cls* have defaults, even {"ok": true} from a
-    proxy; this tells them apart.
+    If all fields of *cls* have defaults, `from_json` accepts any object, even {"ok": true} from a
+    proxy; this function detects that.
     """
     names = {wire_name(cls, field) for field in attrs.fields(cls)} | {"type"}
     return not payload or not names.isdisjoint(payload)
@@ -222,7 +222,7 @@ _READERS: dict[Any, Reader] = {
     int: read_integer,
     float: read_number,
     bytes: read_base64,
-    datetime: read_text,  # the type itself makes a datetime of it
+    datetime: read_text,  # the type converts it to a datetime
     Stop: _as_is,  # SamplingParams checks it, with a better message
     LossConfigValue: read_number_or_text,
     Chunk: read_chunk,

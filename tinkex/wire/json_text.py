@@ -16,7 +16,7 @@ def dumps(payload: Any) -> bytes:
     """Write *payload* as compact JSON.
 
     Raises:
-        ValueError: If it holds what JSON cannot express: NaN, infinity, or objects of other types.
+        ValueError: If JSON cannot express it: NaN, infinity, or objects of other types.
     """
     try:
         return json.dumps(payload, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -20,7 +20,7 @@ from tinkex.wire.problems import Wrong, make, make_tensor, refuse, short
 
 Reader = Callable[[Any], Any]
 
-#: Deepest nesting of data whose content is the user's (user_metadata and the like).
+#: Deepest nesting of user-defined data (user_metadata and the like).
 MAX_DEPTH = 50
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -68,7 +68,7 @@ def read_number_or_text(value: Any) -> float | str:
 
 
 def read_free_form(value: Any) -> dict[str, Any]:
-    """An object with the user's own content; refuses only what could not be written again."""
+    """An object with user-defined content; refuses only values that could not be written again."""
     if not isinstance(value, dict):
         refuse(value, "an object")
     _check_free_form(value, 0)
@@ -95,7 +95,7 @@ def read_metrics(value: Any) -> dict[str, float]:
     """Numbers by name; null is NaN.
 
     Skips values that are not numbers: the operation has run, and its result must not be lost
-    because of a metric that cannot be shown.
+    because of an unreadable metric.
     """
     if not isinstance(value, dict):
         refuse(value, "an object")
@@ -116,7 +116,7 @@ def read_array(values: Any, dtype: type[np.generic], what: str) -> np.ndarray:
         what: the name of the items in an error message.
 
     Raises:
-        Wrong: If it holds something else than numbers, or numbers outside the range of *dtype*.
+        Wrong: If it holds anything except numbers, or numbers outside the range of *dtype*.
     """
     if not isinstance(values, list):
         refuse(values, f"a list of {what}")
@@ -256,7 +256,7 @@ _CHUNKS: dict[str, Callable[[dict[str, Any]], Chunk]] = {
 
 
 def read_chunk(value: Any) -> Chunk:
-    """A part of a prompt, of the kind that its "type" names."""
+    """A chunk of a prompt, of the kind in its "type"."""
     if not isinstance(value, dict):
         refuse(value, "an object with a type")
     kind = value.get("type", "encoded_text")  # SDKs up to 0.15 send no type

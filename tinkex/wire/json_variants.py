@@ -1,4 +1,4 @@
-"""How JSON differs from our types, and between servers: other names, numbers as text."""
+"""Differences of JSON from our types, and between servers: other names, numbers as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wire_name(cls: type, field: attrs.Attribute[Any]) -> str:
 
 
 def _renamed(old: str, new: str) -> Callable[[Any], Any]:
-    """Read *old* as *new* where *new* is missing."""
+    """Read *old* as *new* if *new* is missing."""
 
     def prepare(value: Any) -> Any:
         if isinstance(value, dict) and value.get(new) is None and value.get(old) is not None:

@@ -1,8 +1,8 @@
 """Writes objects of `tinkex.types` as plain data, ready for JSON.
 
-The result is what the official SDK writes, without the fields of its newer versions that hold
-their defaults: some servers reject fields they do not know. The writer of a class is derived from
-its attrs fields, once; the few classes with another form on the wire have their own function.
+The result equals the official SDK's, without newer fields that have their default: some servers
+reject unknown fields. The writer of a class is derived once from its attrs fields; the few classes
+with another form on the wire have their own function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinkex.wire.json_variants import wire_name
 
 Writer = Callable[[Any], Any]
 
-#: Fields that older servers do not know: omitted while they hold their default.
+#: Fields that older servers do not know: omitted if they have their default.
 _LATER_FIELDS = frozenset(
     {
         "adapter",
@@ -42,10 +42,10 @@ def to_json(obj: Any, tag: str | None = None) -> dict[str, Any]:
     """Convert an object of `tinkex.types` to plain data, ready for `dumps`.
 
     Fields that are None are omitted, unless the field's metadata has `send_null`. Numbers in
-    arrays that are not finite become null, because JSON has no other form for them.
+    arrays that are not finite become null, because JSON cannot express them.
 
     Args:
-        tag: the value of "type", for requests that carry one.
+        tag: the value of "type", for requests that have one.
     """
     plain: dict[str, Any] = _plain(obj)
     if tag is not None:

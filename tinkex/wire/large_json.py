@@ -1,8 +1,8 @@
 """Parsing of large JSON texts in short pieces, so that other threads get their turn.
 
-The parser of the standard library holds the interpreter lock until it is done: 0.2 s for a million
-numbers. Here a list of numbers is parsed piece by piece, and all else by the standard library's
-parser in Python, between whose lines other threads can run.
+The standard library's C parser holds the interpreter lock until it is done: 0.2 s for a million
+numbers. Here lists of numbers are parsed in pieces, and everything else by the standard library's
+Python parser, which lets other threads run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json.scanner
 from collections.abc import Callable
 from typing import Any
 
-#: Characters of a list of numbers that are parsed in one go: about 2 ms.
+#: Characters of a list of numbers that are parsed at a time: about 2 ms.
 PIECE = 1 << 16
 
 _ParseConstant = Callable[[str], Any]
@@ -33,7 +33,7 @@ class _Decoder(json.JSONDecoder):
         self.scan_once = python_scanner.py_make_scanner(self)
 
     def _array(self, place: tuple[str, int], scan_once: Any) -> tuple[list[Any], int]:
-        """A list that begins at a place in a text; the list, and where it ends."""
+        """Parse the list at a place in a text; return the list, and its end."""
         text, start = place
         end = text.find("]", start)
         if end < 0 or any(text.find(mark, start, end) >= 0 for mark in '[{"'):
@@ -42,7 +42,7 @@ class _Decoder(json.JSONDecoder):
         values: list[Any] = []
         while end - start > PIECE:
             comma = text.rfind(",", start, start + PIECE)
-            if comma < 0:  # no list of numbers: the parser says what is wrong
+            if comma < 0:  # not a list of numbers: the parser gives the reason
                 break
             values += self._numbers.decode(f"[{text[start:comma]}]") or self._empty(text, comma)
             start = comma + 1
@@ -52,7 +52,7 @@ class _Decoder(json.JSONDecoder):
         return values + rest, end + 1
 
     def _empty(self, text: str, at: int) -> list[Any]:
-        """Raises JSONDecodeError: nothing stands before or after a comma."""
+        """Raise JSONDecodeError: a value is missing before or after a comma."""
         raise json.JSONDecodeError("Expecting value", text, at)
 
 

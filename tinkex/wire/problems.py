@@ -1,6 +1,6 @@
-"""Errors of data that cannot be read: the value, the reason, and the path to its place.
+"""Decoding errors: the value, the reason, and the path to its place.
 
-Shared by the readers of both dialects; knows neither.
+Shared by the readers of both dialects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex.types import TensorData
 
 T = TypeVar("T")
 
-#: Most cells of a tensor in dense form: a few bytes of a sparse one could mean terabytes.
+#: Most cells of a tensor in dense form: a few bytes of a sparse one could expand to terabytes.
 MAX_DENSE_CELLS = 2**28
 #: numpy supports 64; losses take one or two.
 MAX_DIMENSIONS = 8
@@ -26,7 +26,7 @@ class DecodeError(ValueError):
 
 
 class Wrong(Exception):
-    """A nested value that cannot be read; `place` grows to the whole path on the way up."""
+    """A nested value that cannot be read; callers prepend to `place` until it is the whole path."""
 
     def __init__(self, sentence: str, place: str = "") -> None:
         super().__init__(sentence)
@@ -34,11 +34,11 @@ class Wrong(Exception):
         self.place = place
 
     def inside(self, place: str) -> None:
-        """Note that the value is at *place* of the enclosing value."""
+        """Prepend *place*, the position in the enclosing value."""
         self.place = place + ("." if self.place[:1] not in ("", "[") else "") + self.place
 
     def about(self, what: str) -> DecodeError:
-        """The error to raise to the caller, who asked to read a *what*."""
+        """The error for the caller, who is reading a *what*."""
         return DecodeError(f"{what}{'.' if self.place else ''}{self.place} {self.sentence}")
 
 
@@ -51,7 +51,7 @@ def short(value: object) -> str:
 
 
 def refuse(value: object, wanted: str) -> NoReturn:
-    """Raise Wrong: *value* is not what is *wanted*."""
+    """Raise Wrong: *value* is not *wanted*."""
     raise Wrong(f"is {short(value)}, but must be {wanted}.")
 
 
@@ -69,7 +69,7 @@ def make_tensor(
     sparse_crow_indices: np.ndarray | None = None,
     sparse_col_indices: np.ndarray | None = None,
 ) -> TensorData:
-    """A tensor of received parts; raises Wrong if it is inconsistent or too large."""
+    """A tensor from received parts; raises Wrong if they are inconsistent or too large."""
     if shape is not None and len(shape) > MAX_DIMENSIONS:
         raise Wrong(f"has {len(shape)} dimensions, but at most {MAX_DIMENSIONS} are supported.")
     if shape is not None and math.prod(shape) > MAX_DENSE_CELLS:

@@ -1,7 +1,7 @@
 """Builds protobuf message classes from a table of fields.
 
-A table names a message and indents its fields: number, type, name; "oneof:NAME" marks fields that
-exclude one another. Messages and fields that are never sent or read are omitted: the reader skips
+A table names a message and indents its fields: number, type, name; "oneof:NAME" marks mutually
+exclusive fields. Messages and fields that are never sent or read are omitted: the reader skips
 unknown fields.
 """
 
@@ -33,8 +33,8 @@ _Field = descriptor_pb2.FieldDescriptorProto
 def build(table: str) -> dict[str, Any]:
     """The message classes of *table*, by name.
 
-    They get a separate pool. protobuf's default pool is one per process, and the official SDK
-    registers the same names there.
+    They get a separate pool, because the official SDK registers the same names in protobuf's
+    default pool, which is shared by the process.
     """
     file = descriptor_pb2.FileDescriptorProto(
         name="tinker_public.proto", package=PACKAGE, syntax="proto3"

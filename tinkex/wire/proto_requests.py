@@ -130,7 +130,7 @@ def decode_request(body: bytes) -> types.ForwardBackwardRequest:
     """The inverse of `encode_request`; arrays are read-only views where nothing is converted.
 
     Raises:
-        DecodeError: If *body* is not such a message, or its values contradict one another.
+        DecodeError: If *body* is not such a message, or its values are inconsistent.
     """
     message = proto_messages.parse(CLASSES["ForwardBackwardRequest"], body)
     try:

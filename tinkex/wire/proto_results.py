@@ -91,10 +91,10 @@ def encode_result(result: types.ForwardBackwardOutput | types.SampleResponse) ->
 
 
 def decode_result(cls: type[Any], body: bytes) -> Any:
-    """The inverse of `encode_result`, for the class that is expected.
+    """The inverse of `encode_result`, for the expected class.
 
     Raises:
-        DecodeError: If *body* is not such a message, or its values contradict one another.
+        DecodeError: If *body* is not such a message, or its values are inconsistent.
     """
     message = proto_messages.parse(CLASSES[cls.__name__], body)
     try:
@@ -137,7 +137,7 @@ def _read_output(message: Any) -> types.ForwardBackwardOutput:
 
 
 def _read_record(message: Any) -> list[Output]:
-    """The outputs of each datum: the fields of a record, divided at their offsets."""
+    """The outputs of each datum: the fields of a record, split at their offsets."""
     count = message.num_datums
     columns = {
         name: list(at(f"fields[{name!r}]", _cut, field)) for name, field in message.fields.items()
@@ -156,7 +156,7 @@ def _read_record(message: Any) -> list[Output]:
 
 def _cut(message: Any) -> Iterator[types.TensorData]:
     data = from_bytes(message.data, message.dtype)
-    if not data.flags.writeable:  # users may change results, as they may those in JSON
+    if not data.flags.writeable:  # users may change results, as with JSON
         data = data.copy()
     width = np.dtype(LAYOUTS[message.dtype]).itemsize
     trailing = list(message.trailing_shape)
@@ -257,7 +257,7 @@ def _own_floats(data: bytes) -> np.ndarray | None:
 
 
 def _read_topk(message: Any) -> types.TopkLogprobs | None:
-    """None if there are no cells; absent cells keep their marker value."""
+    """The top-k table, or None if it has no cells; absent cells keep their marker value."""
     shape = (message.length, message.k)
     if 0 in shape:
         return None

@@ -1,7 +1,7 @@
-"""Arrays as bytes, and the Tensor message: shared by the protobuf form of requests and results.
+"""Arrays as bytes, and the Tensor message, for the protobuf forms of requests and results.
 
-Arrays travel as little-endian bytes and are read as views: no loop over their numbers, and no copy
-where nothing is converted.
+Arrays are sent as little-endian bytes and read as views: without loops over their numbers, and
+without copies unless the type is converted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinkex.wire.proto_messages import ENUMS
 
 R = TypeVar("R")
 
-#: Goes into the table of every module that reads or writes tensors.
+#: Part of the message table of every module that reads or writes tensors.
 MESSAGES = """
 Tensor
   1 bytes                       dense                   oneof:encoding
@@ -42,7 +42,7 @@ def to_bytes(array: np.ndarray, layout: str) -> bytes:
 
 
 def from_bytes(data: bytes, dtype: int) -> np.ndarray:
-    """The numbers in *data*; a read-only view where nothing is converted.
+    """The numbers in *data*; a read-only view unless the type is converted.
 
     bfloat16 becomes float32 and int32 becomes int64.
     """
@@ -72,7 +72,7 @@ def read_floats(data: bytes) -> np.ndarray:
 
 
 def at(place: str, read: Callable[..., R], *arguments: Any) -> R:
-    """Call *read*; what it finds wrong is reported as being at *place*."""
+    """Call *read*; errors get *place* as their position."""
     try:
         return read(*arguments)
     except Wrong as wrong:
@@ -83,8 +83,8 @@ def at(place: str, read: Callable[..., R], *arguments: Any) -> R:
 class Body:
     """A message being written: its parts, and their length in bytes.
 
-    protobuf itself copies an array three times on its way into a request; here it is copied once,
-    when the parts are joined.
+    protobuf copies an array three times to put it into a request; here it is copied once, when the
+    parts are joined.
     """
 
     __slots__ = ("parts", "size")
@@ -94,7 +94,7 @@ class Body:
         self.size = 0
 
     def add(self, number: int, content: bytes | memoryview | Body) -> None:
-        """Field *number*, of bytes, a string in UTF-8 or a message."""
+        """Add field *number*: bytes, a string in UTF-8 or a message."""
         size = content.size if isinstance(content, Body) else len(content)
         head = varint(number << 3 | 2) + varint(size)
         self.parts.append(head)
@@ -105,14 +105,14 @@ class Body:
         self.size += len(head) + size
 
     def add_number(self, number: int, value: int) -> None:
-        """Field *number*, of an enum."""
+        """Add field *number*: an enum."""
         part = varint(number << 3) + varint(value)
         self.parts.append(part)
         self.size += len(part)
 
 
 def varint(value: int) -> bytes:
-    """*value* in groups of seven bits, the lowest first; the eighth bit means that more follow."""
+    """*value* in groups of seven bits, lowest first; the eighth bit marks that more follow."""
     if value < 0x80:
         return bytes((value,))
     groups = bytearray()
@@ -124,7 +124,7 @@ def varint(value: int) -> bytes:
 
 
 def bytes_of(array: np.ndarray, layout: str) -> memoryview:
-    """The bytes of *array* in *layout*, without a copy where they already are."""
+    """The bytes of *array* in *layout*, without a copy if they already are."""
     return np.ascontiguousarray(array, layout).reshape(-1).view(np.uint8).data
 
 

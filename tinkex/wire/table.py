@@ -1,7 +1,7 @@
 """The endpoint table of the API: paths, methods, request and response types.
 
-The client sends to these paths and the server of tinkex serves them. Neither imports the other:
-this table and the types are all that they share.
+The client sends to these paths and tinkex's server serves them. Neither imports the other: they
+share only this table and the types.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 PREFIX = "/api/v1/"
 
-#: The most bytes that an answer may have: usually, of a list, and of a result (four times the
-#: largest request, as servers that answer in JSON need many characters for a number).
+#: Largest responses in bytes: the default, of a list, and of a result (four times the largest
+#: request, because JSON needs many characters for a number).
 SMALL_ANSWER, LIST_ANSWER, RESULT_ANSWER = 1 << 20, 1 << 24, 1 << 28
 
 
 @attrs.frozen
 class Endpoint(Generic[T]):
-    """An endpoint that answers at once.
+    """An endpoint that returns its result at once.
 
     Attributes:
-        method, path: of the HTTP request; the path follows `PREFIX` and may hold {parameters}.
-        result: the type of the response; `Nothing` where it does not matter.
+        method, path: of the HTTP request; the path follows `PREFIX` and may contain {parameters}.
+        result: the type of the response; `Nothing` if it does not matter.
         request: the type of the request; None if there is no body.
-        tag: the value of "type" in the request's JSON, where the protocol has one.
-        most_bytes: of an answer that is believed.
+        tag: the value of "type" in the request's JSON, if the protocol has one.
+        most_bytes: largest accepted response.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Endpoint(Generic[T]):
 
 @attrs.frozen
 class Operation(Endpoint[T]):
-    """An endpoint for long work: it answers with a promise, and the result is polled for.
+    """An endpoint for long work: it returns a promise, and the client polls for the result.
 
     Attributes:
         name: of the operation in the protocol, such as in the X-Tinker-Request-Type header.
@@ -131,7 +131,7 @@ UNLOAD_MODEL = Operation(
     "unload_model",
     name="UnloadModel",
 )
-#: In protobuf both go to forward_backward; the request then has forward_only.
+#: In protobuf, both use the endpoint forward_backward, with forward_only in the request.
 FORWARD = Operation(
     "POST", "forward", types.ForwardBackwardOutput, types.ForwardBackwardRequest, name="Forward"
 )
@@ -199,13 +199,13 @@ LIST_CHECKPOINTS = Endpoint(
 LIST_USER_CHECKPOINTS = Endpoint(
     "GET", "checkpoints", types.CheckpointsListResponse, most_bytes=LIST_ANSWER
 )
-_CHECKPOINT = "training_runs/{run_id}/checkpoints/{checkpoint_id}"  # the id holds a slash
+_CHECKPOINT = "training_runs/{run_id}/checkpoints/{checkpoint_id}"  # the id contains a slash
 DELETE_CHECKPOINT = Endpoint("DELETE", _CHECKPOINT, Nothing)
 PUBLISH_CHECKPOINT = Endpoint("POST", f"{_CHECKPOINT}/publish", Nothing)
 UNPUBLISH_CHECKPOINT = Endpoint("DELETE", f"{_CHECKPOINT}/publish", Nothing)
 SET_CHECKPOINT_TTL = Endpoint("PUT", f"{_CHECKPOINT}/ttl", Nothing, types.SetTtlRequest)
 CHECKPOINT_ARCHIVE = Endpoint("GET", f"{_CHECKPOINT}/archive", types.CheckpointArchiveUrlResponse)
-#: With it a copy of weights has the key that may read them; load_weights has it in the body.
+#: The key that may read the weights, for requests that copy them; load_weights has it in the body.
 WEIGHTS_ACCESS_TOKEN = "X-Tinker-Weights-Access-Token"
 COPY_WEIGHTS = Endpoint("POST", "copy_weights", types.CopyWeightsResponse, types.CopyWeightsRequest)
 EXTERNAL_WEIGHTS_URLS = Endpoint(
