@@ -19,10 +19,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 # Each pytest-xdist process, and each server that it starts, gets its share of the cores. More
-# threads than cores make torch several times slower. Set before anything imports torch.
+# threads than cores make torch several times slower: those that wait for each other keep the cores
+# busy. "passive" lets them sleep, where a test wants several. Set before anything imports torch.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // PROCESSES
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Tests start hundreds of programs. With this variable, which images of containers often set, each
 # would compile tinkex again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import weakref
@@ -17,6 +18,20 @@ from tinkex import types
 from tinkex.engine import cpu_parallel
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.engine import Engine
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="a function of Linux")
+@pytest.mark.parametrize(
+    ("wanted", "cores"), [(None, 4), ("1", 1), ("2,8", 2), ("64", 4), ("0", 4), ("many", 4)]
+)
+def test_there_are_no_more_cores_than_omp_num_threads_says(monkeypatch, wanted, cores):
+    """Whoever starts several programs divides the cores among them so."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+
+    assert cores == cpu_parallel.available_cores()
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,14 @@ MAX_IMBALANCE = 1.25
 
 
 def available_cores() -> int:
-    """Processor threads that this process may use."""
+    """Processor threads that this process may use: those that the system gives it, and no more than
+    OMP_NUM_THREADS, which whoever shares a machine sets for each program."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(cores, int(wanted) or cores) if wanted.isdecimal() else cores
 
 
 class Workers:
