@@ -64,11 +64,12 @@ def _new_enough_python() -> str:
         return sys.executable
     for minor in (13, 12, 11):
         found = shutil.which(f"python3.{minor}")
-        if found:
+        # What pyenv puts on the PATH runs only if that version is chosen.
+        if found and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
             return found
     raise RuntimeError(
         f"tinker needs Python 3.11 or newer; this is {sys.version.split()[0]}, and there is no "
-        "python3.11, python3.12 or python3.13 on the PATH."
+        "python3.11, python3.12 or python3.13 on the PATH that runs."
     )
 
 

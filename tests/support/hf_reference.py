@@ -238,7 +238,12 @@ def make_random_base(directory: Path, sizes: Mapping[str, Any]) -> Path:
 
 
 def load_base(directory: Path) -> transformers.PreTrainedModel:
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = transformers.AutoConfig.from_pretrained(directory)
+    # Some versions of transformers choose torch's attention, and leave out the cap of its scores.
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager" if is_capped else None
+    )
     return model.eval()
 
 

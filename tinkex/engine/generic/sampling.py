@@ -392,6 +392,14 @@ class GenericReader:
 
 # -- the cache of transformers --------------------------------------------------------------------
 
+#: Kinds of layers that can be moved between batches. Older versions of transformers lack some.
+_MOVABLE = (
+    "DynamicLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "DummyLayer",
+)
+
 
 def new_cache(model: Any) -> Any:
     """An empty cache that keeps all positions, also for layers with a window.
@@ -402,12 +410,7 @@ def new_cache(model: Any) -> Any:
     from transformers import cache_utils
 
     cache = cache_utils.DynamicCache(config=model.config)
-    movable = (
-        cache_utils.DynamicLayer,
-        cache_utils.LinearAttentionLayer,
-        cache_utils.LinearAttentionAndFullAttentionLayer,
-        cache_utils.DummyLayer,
-    )
+    movable = [getattr(cache_utils, name, None) for name in _MOVABLE]
     for i, layer in enumerate(cache.layers):
         if type(layer) is cache_utils.DynamicSlidingWindowLayer:
             # The model's mask hides positions beyond the window.
