@@ -1,7 +1,7 @@
-"""Exchanging a key for a short-lived token (JWT), for servers that want it so.
+"""Exchanges a key for a short-lived token (JWT), for servers that require it.
 
-The exchange happens before the first request that needs a token, again half-way through its life,
-and once when a token is refused. Knows of HTTP only `Transport`; keeps tokens in memory alone.
+A token is requested before the first request that needs one, again halfway through its lifetime,
+and once when a token is refused. Uses only `Transport` for HTTP; keeps tokens only in memory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from tinkex.runtime.transport import Transport
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds before a token's end at which no request goes out with it any more (less for one that is
-#: short-lived).
+#: A token is not used in its last so many seconds (fewer for a short-lived token).
 MARGIN = 60.0
 HOUR = 3600.0  # seconds
 JUST_NOW = 1.0  # seconds
 
 
 class TokenKeeper:
-    """Holds the token, and gets the next one in time.
+    """Holds the token, and renews it in time.
 
     Args:
-        exchange: makes a token (one request to the server); called with True if nothing else is
-            left to send.
-        credential: gives the key, or the output of the credential command.
+        exchange: requests a token from the server; called with True if there is no valid token
+        left.
+        credential: returns the key, or the output of the credential command.
         now: seconds since the epoch.
     """
 
@@ -47,7 +46,7 @@ class TokenKeeper:
         self._exchange = exchange
         self._credential = credential
         self._now = now
-        # Guards all below; held over an exchange, so that one serves all.
+        # Guards everything below; held during an exchange, so that one exchange serves all threads.
         self._lock = threading.RLock()
         self._token = ""
         self._got_at = 0.0
@@ -56,11 +55,11 @@ class TokenKeeper:
         self._exchanging = False
 
     def get(self) -> str:
-        """A token that is good for a while; the credential itself while it is being exchanged."""
+        """A token that stays valid for a while; the credential itself during an exchange."""
         if self._now() < self._renew_at:
             return self._token
         if not self._lock.acquire(blocking=self._now() >= self._good_until):
-            return self._token  # another thread renews it, and this one is still good
+            return self._token  # another thread renews it, and this one is still valid
         try:
             if self._exchanging:
                 return self._credential()
@@ -71,7 +70,7 @@ class TokenKeeper:
             self._lock.release()
 
     def refused(self) -> bool:
-        """Replace a token that the server calls invalid. Returns True if there is another one."""
+        """Replace a token that the server has refused. Returns True if there is a new one."""
         with self._lock:
             if self._exchanging:
                 return False
@@ -101,9 +100,9 @@ class TokenKeeper:
 
 
 def _life_and_age(token: str, now: float) -> tuple[float, float]:
-    """For how many seconds a JWT is good from its beginning to its end, and since when.
+    """Lifetime and age of a JWT, in seconds.
 
-    An hour where it does not say; as good as new where its times cannot be true by our clock.
+    An hour if it has no times; an age of 0 if its times are impossible by our clock.
     """
     try:
         part = token.split(".")[1]
@@ -119,7 +118,7 @@ def _life_and_age(token: str, now: float) -> tuple[float, float]:
 
 
 def install(transport: Transport, features: types.ClientConfig) -> None:
-    """Make *transport* send tokens, if the server wants them."""
+    """Make *transport* send tokens, if the server requires them."""
     if not features.pjwt_auth_enabled:
         return
     settings = transport.config

@@ -1,6 +1,6 @@
-"""Cutting a list of datums into requests the server will take, and joining the answers.
+"""Splits a list of datums into requests within the server's limits, and joins the results.
 
-Pure functions; losses are sums, so that how data is cut changes nothing in the result.
+Pure functions. Losses are sums, so the split does not change the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinkex.types import (
 
 logger = logging.getLogger("tinkex")
 
-#: What one request may hold, where the server does not say otherwise.
+#: Limits of one request, unless the server gives others.
 MAX_DATUMS = 1024
 MAX_BYTES = 5_000_000
 
@@ -32,7 +32,7 @@ def count_tokens(model_input: ModelInput) -> int:
 
 
 def size_of_input(model_input: ModelInput) -> int:
-    """Estimated bytes of a model input on the wire: 4 a token, images as they are."""
+    """Estimated bytes of a model input on the wire: 4 a token, plus the bytes of images."""
     total = 0
     for chunk in model_input.chunks:
         if isinstance(chunk, EncodedTextChunk):
@@ -45,7 +45,7 @@ def size_of_input(model_input: ModelInput) -> int:
 
 
 def size_of(datum: Datum) -> int:
-    """Estimated bytes of a datum on the wire: its input and its loss inputs' arrays."""
+    """Estimated bytes of a datum on the wire: its model input and its loss inputs."""
     arrays = sum(tensor.nbytes for tensor in datum.loss_fn_inputs.values())
     return size_of_input(datum.model_input) + arrays
 
@@ -53,7 +53,7 @@ def size_of(datum: Datum) -> int:
 def split(
     data: Sequence[Datum], max_datums: int = MAX_DATUMS, max_bytes: int = MAX_BYTES
 ) -> list[list[Datum]]:
-    """*data* in order, in batches within both limits; a datum too large for any goes alone."""
+    """*data* in order, in batches within both limits; a too large datum gets its own batch."""
     batches: list[list[Datum]] = []
     room = -1
     for datum in data:
@@ -67,7 +67,7 @@ def split(
 
 
 def join(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
-    """One output of those of the batches, in order. A single one is left as it is."""
+    """Join the outputs of the batches, in order. A single output is returned unchanged."""
     if len(outputs) == 1:
         return outputs[0]
     kinds = list(dict.fromkeys(output.loss_fn_output_type for output in outputs))
@@ -86,11 +86,11 @@ def join(outputs: Sequence[ForwardBackwardOutput]) -> ForwardBackwardOutput:
 
 
 def join_metrics(metrics: Sequence[dict[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    """The metrics of several batches as one; the word after the last ':' of a name says how.
+    """Join the metrics of several batches by the reduction after the last ':' of each name.
 
     sum, min, max; mean (weighted by the number of outputs); slack = max - mean; unique keeps each
     under a separate name (`x:unique`, `x:unique_2`, ...); hash2 and hash_unordered add as 64-bit
-    integers; anything else is averaged like mean. A batch without the metric does not count.
+    integers; any other is averaged like mean. Batches without the metric are ignored.
     """
     joined: dict[str, float] = {}
     for name in dict.fromkeys(name for one in metrics for name in one):
@@ -126,7 +126,7 @@ def _mean(values: Iterable[float], weights: Sequence[int]) -> float:
 
 
 def _sum(values: Sequence[float]) -> float:
-    """The exact sum, rounded once; infinite or NaN where the values are."""
+    """The exact sum, rounded once; infinite or NaN if the values are."""
     try:
         return math.fsum(values)
     except (ValueError, OverflowError):  # inf - inf, or beyond the largest float

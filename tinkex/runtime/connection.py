@@ -1,6 +1,6 @@
-"""A server, reached with one key: transport, features, and the embedded engine if it is that.
+"""A server, reached with one key: transport, features, and the embedded engine if it is one.
 
-Enough for lookups. Does not know sessions or operations.
+Enough for lookups. Does not know about sessions or operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds that the end of a session takes at most: usually, and after Ctrl-C.
+#: Time limits for ending a session, in seconds: normally, and after Ctrl-C.
 CLOSE_TIMEOUT, HURRIED_TIMEOUT = 4.0, 0.3
 
 
@@ -29,10 +29,10 @@ class Connection:
     """A server, reached with one key; enough for lookups. A `Session` is more.
 
     Attributes:
-        features: what the server said of itself at client/config.
-        protobuf: whether forward_backward requests go as protobuf; None until that is known.
-        pid: of the process that made it; a forked child must not use it.
-        closed: set when it is.
+        features: the server's client/config.
+        protobuf: True if forward_backward requests are sent as protobuf; None until it is known.
+        pid: of the process that created it; a forked child must not use it.
+        closed: set when it is closed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Connection:
         auth.install(self.transport, self.features)
 
     def call(self, endpoint: wire.Endpoint[T], request: Any = None, **options: Any) -> T:
-        """Ask an endpoint that answers at once; *options* as for `Transport.call`.
+        """Call an endpoint that returns its result at once; *options* as for `Transport.call`.
 
         Raises:
             NotOfferedError: If this server does not have the endpoint.
@@ -74,7 +74,7 @@ class Connection:
             raise
 
     def check_usable(self) -> None:
-        """ClientClosedError if it is closed, or belongs to the process this one was forked from."""
+        """Raise ClientClosedError if it is closed, or belongs to a parent process."""
         if self.closed.is_set():
             raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
         if os.getpid() != self.pid:
@@ -103,14 +103,14 @@ class Connection:
             self.let_go()
 
     def begin_closing(self) -> bool:
-        """Take nothing more. Returns True on the first call."""
+        """Accept nothing new. Returns True on the first call."""
         with self._lock:
             first = not self.closed.is_set()
             self.closed.set()
         return first
 
     def let_go(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Close the connections; end the engine, in *timeout* seconds, if it has no other users."""
+        """Close the connections; end the engine, in *timeout* seconds, after its last user."""
         self.transport.close()
         if self.engine is not None and os.getpid() == self.pid:
             embedded.release(self.engine, timeout)
@@ -123,7 +123,7 @@ def connect(
     settings: config.Config | None = None,
     **fields: Any,
 ) -> tuple[config.Config, embedded.EmbeddedEngine | None]:
-    """The settings to connect with; where nothing names a server, those of the embedded engine.
+    """The settings to connect with; if no server is named, those of the embedded engine.
 
     Arguments as for `config.load`.
     """

@@ -1,8 +1,8 @@
-"""A user's loss on log-probabilities -> weights to send.
+"""A user's loss on log-probabilities, turned into weights to send.
 
 The server computes log-probabilities (a forward pass); the user's function turns them into a loss;
-its gradient with respect to them, negated, is what cross_entropy takes as weights, for
-d/dlp of sum(-w lp) is -w. Pure functions: nothing here sends anything.
+its gradient with respect to them, negated, is sent as the weights of cross_entropy, because d/dlp
+of sum(-w lp) is -w. Pure functions: nothing here sends anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinkex.types import Datum, ForwardBackwardOutput, TensorData, check_data
 Framework = Literal["torch", "autograd", "jax", "numpy"]
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "autograd", "jax", "numpy")
 
-#: The loss inputs that go to the server in the forward pass.
+#: The loss inputs sent to the server in the forward pass.
 _SENT = ("target_tokens", "weights")
 
 #: (data, log-probabilities of each datum) -> (loss, metrics) or (loss, metrics, gradients)
@@ -30,12 +30,13 @@ LossFunction = Callable[[Sequence[Datum], list[Any]], tuple[Any, ...]]
 
 @attrs.frozen
 class Evaluated:
-    """What a user's loss came to.
+    """The result of a user's loss.
 
     Attributes:
         loss: its value.
-        metrics: the user's own, as floats.
-        data: what to send to cross_entropy: each datum's input and targets, with weights.
+        metrics: the user's metrics, as floats.
+        data: for cross_entropy: each datum's input and
+        targets, with weights.
     """
 
     loss: float
@@ -45,12 +46,12 @@ class Evaluated:
 
 @attrs.frozen(eq=False)
 class LossHandle:
-    """A loss of one datum, made by `ServiceClient.create_custom_loss`, as a loss of a batch.
+    """A loss of one datum, from `ServiceClient.create_custom_loss`, applied to a batch.
 
     Attributes:
         name: of the function.
-        inputs: the loss inputs that the function takes after the log-probabilities.
-        session_id: of the session that made it.
+        inputs: names of the loss inputs that the function takes after the log-probabilities.
+        session_id: of the session that created it.
     """
 
     name: str
@@ -87,7 +88,7 @@ class LossHandle:
 
 
 def make_handle(function: Any, input_ranks: Mapping[str, int], session_id: str) -> LossHandle:
-    """A handle of *function*, which takes log-probabilities and then loss inputs by their names.
+    """A handle for *function*, which takes log-probabilities and then loss inputs by name.
 
     Raises:
         TypeError, ValueError: If it is not such a function, or a rank is missing or not 0, 1 or 2.
@@ -109,15 +110,15 @@ def make_handle(function: Any, input_ranks: Mapping[str, int], session_id: str) 
 
 
 def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
-    """Check what can be checked before anything is sent, and choose the framework.
+    """Check everything possible before anything is sent, and choose the framework.
 
     Returns:
-        The framework that gives gradients; None when none is installed, so that the function must
-        give them itself.
+        The framework that computes gradients; None if none is installed, so that the function must
+        return them itself.
 
     Raises:
-        ValueError, TypeError: For an unknown framework, or data that cross_entropy does not take;
-            other loss inputs than its own are the function's business.
+        ValueError, TypeError: For an unknown framework, or data that cross_entropy does not accept;
+        additional loss inputs are for the function, and not checked.
         MissingExtraError: For a framework that is not installed.
     """
     check_data(data, "cross_entropy", only=_SENT)
@@ -135,7 +136,7 @@ def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
 
 
 def forward_data(data: Sequence[Datum]) -> list[Datum]:
-    """What to send in the forward pass: input and targets, weights where there are some."""
+    """The data of the forward pass: input and targets, and weights if there are any."""
     return [
         Datum(d.model_input, {k: v for k, v in d.loss_fn_inputs.items() if k in _SENT})
         for d in data
@@ -175,7 +176,7 @@ def evaluate(
     """Call *loss_fn* once, and turn its gradients into weights.
 
     Raises:
-        TypeError, ValueError: If what it returns is not usable; what it raises goes through.
+        TypeError, ValueError: If its result is not usable; its own exceptions are not caught.
     """
     compute = {"torch": _torch, "autograd": _autograd, "jax": _jax}.get(framework or "", _given)
     loss, metrics, gradients = compute(data, logprobs, loss_fn)
@@ -190,7 +191,7 @@ def evaluate(
 def with_metrics(output: ForwardBackwardOutput, evaluated: Evaluated) -> ForwardBackwardOutput:
     """The backward pass's output, with the user's loss as `loss:sum` and the user's metrics.
 
-    The server's own sum, of the linear stand-in, is kept as `surrogate_loss:sum`.
+    The server's own sum, of the linear surrogate, is kept as `surrogate_loss:sum`.
     """
     metrics = dict(output.metrics)
     if "loss:sum" in metrics:
@@ -218,7 +219,7 @@ def _weighted(i: int, datum: Datum, logprobs: np.ndarray, gradient: Any) -> Datu
 
 
 def _returned(result: Any, gradients: bool) -> tuple[Any, ...]:
-    """What a loss function returned, checked: (loss, metrics) or (loss, metrics, gradients)."""
+    """Check a loss function's result: (loss, metrics) or (loss, metrics, gradients)."""
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise TypeError(
             "the loss function must return (loss, metrics), or (loss, metrics, gradients), got "
@@ -251,7 +252,7 @@ def _given(
 def _torch(
     data: Sequence[Datum], logprobs: list[np.ndarray], loss_fn: LossFunction
 ) -> tuple[float, dict[str, Any], Sequence[Any]]:
-    import torch  # only when a loss wants it
+    import torch  # only if a loss needs it
 
     leaves = [torch.from_numpy(array.copy()).requires_grad_(True) for array in logprobs]
     result = _returned(loss_fn(data, list(leaves)), gradients=False)
@@ -290,7 +291,7 @@ def _autograd(
         kept["gradients"] = result[2] if len(result) == 3 else None
         total = anp.sum(result[0])
         kept["depends"] = isbox(total)
-        # Nothing is added; but autograd warns of a loss that is a plain number.
+        # Adds zero, because autograd warns about a loss that is a plain number.
         return total + anp.sum(arrays[0].reshape(-1)[:0])
 
     vjp, loss = make_vjp(traced, [array.astype(np.float64) for array in logprobs])

@@ -1,7 +1,7 @@
-"""The embedded engine: a training server of our own, started as a child process.
+"""The embedded engine: tinkex's training server, started as a child process.
 
-Starts it on a free port of the loopback interface, makes sure that what answers there is what was
-started, and ends it. Does not know what the engine computes.
+Starts it on a free port of the loopback interface, verifies that this process answers there, and
+ends it. Does not know what the engine computes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tinkex import config, errors
 
 logger = logging.getLogger("tinkex")
 
-#: Seconds from the start of the child to its first answer, at most.
+#: Most seconds from the start of the child to its first response.
 START_TIMEOUT = 120.0
 
-#: What it is made of: the extra `local`.
+#: The packages that it needs: the extra `local`.
 NEEDED = (
     "torch",
     "transformers",
@@ -41,10 +41,10 @@ NEEDED = (
 
 
 class EmbeddedEngine:
-    """A running child process that serves the API at `base_url` to clients with `api_key`.
+    """A child process that serves the API at `base_url` to clients with `api_key`.
 
-    The child holds none of our pipes (its output goes to a file), ends when `close` is called or
-    this process does, even by kill -9, and never outlives it.
+    The child holds none of our pipes (its output goes to a file). It ends when `close` is called,
+    or with this process, even after kill -9.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class EmbeddedEngine:
         """Start the engine and wait until it answers.
 
         Raises:
-            MissingExtraError: If the parts it needs are not installed.
+            MissingExtraError: If packages that it needs are not installed.
             EngineError: If it does not start; the message has the end of its log.
         """
         _check_installed()
@@ -90,7 +90,7 @@ class EmbeddedEngine:
         return self._process.poll() is None
 
     def obituary(self) -> str | None:
-        """What to say of an engine that has died; None while it runs."""
+        """An error message if the engine has died; None while it runs."""
         if self.is_running:
             return None
         return (
@@ -100,7 +100,7 @@ class EmbeddedEngine:
         )
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the child, by force if it takes more than *timeout* seconds; safe to call twice."""
+        """End the child; kill it if it takes more than *timeout* seconds. Safe to call twice."""
         atexit.unregister(self.close)
         self._key_file.unlink(missing_ok=True)
         if self._process.poll() is not None:
@@ -124,7 +124,7 @@ def _check_installed() -> None:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """A file that only this user can read, for pickled clients in our other processes."""
+    """Write a file that only this user can read, for pickled clients in other processes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -134,7 +134,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _remove_stale_keys(folder: Path) -> None:
-    """Of engines that are gone, because they and their parents were killed."""
+    """Remove key files of engines that were killed together with their parents."""
     for path in folder.glob("*.key"):
         host, _, port = path.stem.rpartition("-")
         try:
@@ -174,7 +174,8 @@ def _spawn(home: Path, announce: Path, log_path: Path, token: str) -> subprocess
             stdout=log,
             stderr=log,
             env=config.engine_environment(token),
-            # Ctrl-C in the terminal is for us; we then end the child in good order.
+            # Ctrl-C in the terminal goes to this process only, which then ends the child
+            # gracefully.
             start_new_session=True,
         )
 
@@ -197,7 +198,7 @@ def _wait_for(announce: Path, process: subprocess.Popen[bytes], log_path: Path) 
 
 
 def _announced(path: Path) -> dict[str, Any] | None:
-    """What the engine says of itself, when it has said it all."""
+    """The engine's announcement, once the file is complete."""
     try:
         told: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -219,7 +220,7 @@ _shared_lock = threading.Lock()  # guards _shared and _users
 
 
 def acquire() -> EmbeddedEngine:
-    """The engine of this process: started for its first user. Pair with `release`."""
+    """The engine of this process, started for its first user. Pair with `release`."""
     global _shared, _users
     with _shared_lock:
         if _shared is None or not _shared.is_running:
@@ -229,11 +230,11 @@ def acquire() -> EmbeddedEngine:
 
 
 def release(engine: EmbeddedEngine, timeout: float = 5.0) -> None:
-    """One user less; the last one ends the engine, within *timeout* seconds."""
+    """Release the engine; the last user ends it, within *timeout* seconds."""
     global _shared, _users
     with _shared_lock:
         if engine is not _shared:
-            return  # it died, and another was started in its place
+            return  # it died, and another one was started
         _users -= 1
         last = _users == 0
         if last:
@@ -243,7 +244,7 @@ def release(engine: EmbeddedEngine, timeout: float = 5.0) -> None:
 
 
 def forget_after_fork() -> None:
-    """In a forked child the engine is the parent's: neither used nor ended here."""
+    """In a forked child: the engine belongs to the parent, so neither use nor end it."""
     global _shared, _users, _shared_lock
     if _shared is not None:
         atexit.unregister(_shared.close)

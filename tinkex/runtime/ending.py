@@ -1,6 +1,6 @@
 """The end of clients and programs: of a `with` block, and of the interpreter.
 
-Importing this module registers what runs when the main thread is done.
+Importing this module registers a function that runs when the main thread has ended.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from tinkex.runtime.session import open_sessions
 
 
 def is_normal_end(exc: BaseException | None) -> bool:
-    """True if a with block that ended with *exc* ended as planned: sys.exit(0) is not a failure."""
+    """True if a with block that ended with *exc* succeeded: sys.exit(0) is not a failure."""
     return exc is None or (isinstance(exc, SystemExit) and exc.code in (None, 0))
 
 
 def exit_timeout(exc: BaseException | None) -> float | None:
-    """Seconds for close() after a with block that ended with *exc*; None is the usual patience."""
+    """Seconds for close() after a with block that ended with *exc*; None is the default."""
     if is_normal_end(exc) or isinstance(exc, Exception):
         return None
     return HURRIED_TIMEOUT
 
 
 def _end_program() -> None:
-    """Runs when the main thread is done: waits for what was submitted, or prints what is dropped.
+    """Runs when the main thread has ended: waits for submitted work, or prints what is dropped.
 
-    After an exception or Ctrl-C nothing is waited for.
+    After an exception or Ctrl-C it does not wait.
     """
     quick = interpreter_exit.ends_by_exception()
     status = 0
@@ -38,7 +38,7 @@ def _end_program() -> None:
             _join_threads_of_program()
             left = session.end_with_program(0.0 if quick else session.config.patience.close)
         except KeyboardInterrupt:
-            quick, status = True, 130  # as a shell shows an end by Ctrl-C
+            quick, status = True, 130  # a shell's status after Ctrl-C
             left = session.end_with_program(0.0)
         session.pending.report()
         if left:

@@ -1,7 +1,7 @@
-"""Limits of an HTTP exchange: its total time, and the size of its answer.
+"""Limits of an HTTP exchange: its total time, and the size of its response.
 
-The timeouts of requests are per read: a peer that sends a byte a second never runs into one. Knows
-sockets, not HTTP.
+The timeouts of requests apply to each read, so a peer that sends a byte a second never exceeds one.
+Knows about sockets, not HTTP.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import math
 import time
 from typing import Any
 
-#: Bytes that a request and its answer may have before they get more time.
+#: Bytes of a request and its response for which no time is added.
 FREE = 1 << 16
-#: Each second more must carry so many bytes.
+#: One second is added for this many further bytes.
 SLOWEST = 50_000
 
 
 class UnusableAnswerError(OSError):
-    """An answer that is not read: too large for its kind, or in a form that was not asked for."""
+    """A response that is not read: too large for its kind, or in a form that was not requested."""
 
 
 class ExchangeLimits(tuple[float, float]):
-    """The limits of one exchange, and where it stands.
+    """The limits of one exchange, and its progress.
 
-    To requests and to any adapter it is a timeout: (seconds to connect, seconds for each read). The
-    connections of `http_adapter` hold the whole exchange to it: `seconds` from the first byte sent
-    to the last one received, and one more for every 50 kB beyond the first 64 KiB.
+    For requests and other adapters it is a timeout: (seconds to connect, seconds for each read).
+    The connections of `http_adapter` apply it to the whole exchange: `seconds` from the first byte
+    sent to the last one received, plus one for every 50 kB beyond the first 64 KiB.
 
     Attributes:
-        most_bytes: of the answer, head included, as sent and again after decompression.
+        most_bytes: of the response including its head, as sent and again after decompression.
         sent, received: bytes so far; the thread of the exchange counts them.
     """
 
@@ -48,12 +48,12 @@ class ExchangeLimits(tuple[float, float]):
         return made
 
     def begin_part(self) -> None:
-        """Start again, with all of the time and all of the bytes: a stream has many parts."""
+        """Restart the limits of time and bytes, for the next part of a stream."""
         self._began = time.monotonic()
         self.sent = self.received = 0
 
     def left(self) -> float:
-        """Seconds that are left. TimeoutError if none are."""
+        """The remaining seconds. TimeoutError if there are none."""
         moved = self.sent + self.received - FREE
         end = self._began + self.seconds
         if moved > 0:
@@ -64,19 +64,19 @@ class ExchangeLimits(tuple[float, float]):
         return left
 
     def take(self, count: int) -> None:
-        """Note *count* bytes received. UnusableAnswerError if it is too many in all."""
+        """Count *count* received bytes. UnusableAnswerError if the total is too large."""
         self.received += count
         self.expect(self.received)
 
     def expect(self, count: int) -> None:
-        """UnusableAnswerError if an answer of *count* bytes is too large."""
+        """Raise UnusableAnswerError if a response of *count* bytes is too large."""
         if count > self.most_bytes:
             raise UnusableAnswerError(
                 f"the answer has more than {self.most_bytes:,} bytes, the most of its kind"
             )
 
     def send(self, sock: Any, data: bytes) -> None:
-        """Write *data* to *sock* within the limits, for which `sendall` over TLS takes no care."""
+        """Write *data* to *sock* within the limits, which `sendall` over TLS ignores."""
         view = memoryview(data)
         while view:
             sock.settimeout(self.left())
@@ -88,12 +88,12 @@ class ExchangeLimits(tuple[float, float]):
 def reader(
     sock: Any, limits: ExchangeLimits | None = None, ahead: bytes = b""
 ) -> io.BufferedReader:
-    """Reads *ahead*, which was read of *sock* before, and then from *sock* within *limits*."""
+    """Read *ahead*, which came from *sock* before, and then from *sock* within *limits*."""
     return io.BufferedReader(_Socket(sock, limits, ahead))
 
 
 class _Socket(io.RawIOBase):
-    """A socket's bytes; each read gets the time that is left."""
+    """A socket's bytes; the timeout of each read is the remaining time."""
 
     def __init__(self, sock: Any, limits: ExchangeLimits | None, ahead: bytes) -> None:
         self._sock = sock

@@ -1,4 +1,4 @@
-"""Threads and budgets: pools that let the program end at once, and a limit on bytes.
+"""Thread pools that do not delay the end of the program, and a budget of bytes.
 
 Does not know about HTTP or operations.
 """
@@ -22,10 +22,10 @@ logger = logging.getLogger("tinkex")
 
 
 class Pool:
-    """A ThreadPoolExecutor for tasks whose result travels some other way.
+    """A ThreadPoolExecutor for tasks that deliver their results themselves.
 
-    Python joins the threads of every ThreadPoolExecutor when the program ends. `end_all` makes that
-    quick, even for a thread that is 40 s into a long poll.
+    Python joins the threads of every ThreadPoolExecutor when the program ends. `end_all` makes this
+    fast, even for a thread in the middle of a long poll.
     """
 
     def __init__(self, max_workers: int, name: str) -> None:
@@ -36,7 +36,7 @@ class Pool:
         self._executor = ThreadPoolExecutor(
             max_workers,
             thread_name_prefix=name,
-            # Not this pool itself: its threads would then keep it, and it them.
+            # Not this pool itself, which would create a reference cycle with its threads.
             initializer=lambda: threads.append(threading.current_thread()),
         )
         _pools.add(self)
@@ -47,10 +47,10 @@ class Pool:
         *args: Any,
         dropped: Callable[[], object] = lambda: None,
     ) -> None:
-        """Run *function* on a thread of the pool. What it raises is logged, not kept.
+        """Run *function* on a thread of the pool. Its exceptions are logged.
 
         Args:
-            dropped: is called instead, if the pool is shut down before *function* could start.
+            dropped: called instead if the pool is shut down before *function* starts.
         """
         try:
             task = self._executor.submit(self._run, function, *args)
@@ -60,12 +60,12 @@ class Pool:
             task.add_done_callback(lambda done: dropped() if done.cancelled() else None)
 
     def shutdown(self) -> None:
-        """Take no more tasks and drop those that wait; threads end after what they are doing."""
+        """Accept no more tasks and drop waiting ones; threads end after their current task."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_idle(self) -> bool:
-        """True if none of its threads lives any more, or it belongs to a parent process."""
+        """True if no thread is alive any more, or it belongs to a parent process."""
         return os.getpid() != self._pid or not any(t.is_alive() for t in self._threads)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> None:
@@ -83,9 +83,9 @@ def end_all(wake: Callable[[], object], seconds: float = 3.0) -> None:
     """At the end of the program: shut all pools down and wait until their threads have ended.
 
     Args:
-        wake: interrupts what threads wait for; called again and again, since a thread may have been
-            about to begin its wait.
-        seconds: to wait at most. Python itself then waits for the rest.
+        wake: interrupts the waits of threads; called repeatedly, since a thread may be just about
+        to wait.
+        seconds: time limit. After it, Python itself waits for the remaining threads.
     """
     pools = [pool for pool in list(_pools) if not pool.is_idle]
     for pool in pools:
@@ -98,7 +98,7 @@ def end_all(wake: Callable[[], object], seconds: float = 3.0) -> None:
 
 
 def on_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
-    """Run *function* on a new thread that does not hold up the end of the program."""
+    """Run *function* on a new thread that does not delay the end of the program."""
     future: Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -115,7 +115,7 @@ def on_daemon_thread(function: Callable[[], T], name: str) -> Future[T]:
 
 
 class ByteBudget:
-    """At most so many bytes at a time; a single larger one passes when nothing else is held."""
+    """At most *size* bytes at a time; a larger request passes if nothing else is held."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,6 +1,6 @@
 """The heartbeat of a session: tells the server at intervals that its client is alive.
 
-Its thread does not hold the session, so that one that the program has dropped can be collected.
+Its thread holds no reference to the session, so that a dropped session can be garbage-collected.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ logger = logging.getLogger("tinkex")
 
 
 class Heartbeat(threading.Thread):
-    """Beats from `start` until *closed* is set, or the server has ended the session.
+    """Sends heartbeats from `start` until *closed* is set, or the server has ended the session.
 
     Args:
-        closed: set when the session is closed, and when it was dropped.
+        closed: set when the session is closed or dropped.
         at_end: called on the thread when *closed* is set.
     """
 
@@ -40,11 +40,11 @@ class Heartbeat(threading.Thread):
         self._at_end = at_end
 
     def run(self) -> None:
-        """What the thread does."""
+        """Runs on the heartbeat's thread."""
         interval = self._transport.config.patience.heartbeat
         now = self._transport.waits.now
         missed, warned, heard = 0, -math.inf, now()
-        known = False  # a beat has got through: the server has this endpoint
+        known = False  # a heartbeat has succeeded, so the server has this endpoint
         while not self._closed.wait(interval / 4 if missed else interval):
             try:
                 self._beat_once()
@@ -54,7 +54,7 @@ class Heartbeat(threading.Thread):
                 if not self._closed.is_set():
                     logger.warning("the server has ended session %s", self._session_id)
                 return
-            except Exception as exc:  # whatever it is, the next beat may get through
+            except Exception as exc:  # the next heartbeat may succeed
                 if not known and isinstance(exc, errors.NotFoundError) and is_missing_route(exc):
                     logger.debug("the server knows no heartbeats; none are sent")
                     return

@@ -1,14 +1,14 @@
-"""An adapter for requests with a quick path: one write for a small request, one read per answer.
+"""An adapter for requests with a quick path: one write for a small request, one read per response.
 
-The quick path is for the exchange that is made thousands of times: a request in one piece and an
-answer of known length, on a connection of urllib3's own classes. Everything else (proxies, cookies,
-answers in chunks, compressed or without a length, and the connection classes of a mock such as
-vcrpy) takes the usual way through urllib3 and http.client. Both keep to `ExchangeLimits`, if the
-timeout that they are given is one.
+The quick path is for the most frequent exchange: a request in one piece and a response of known
+length, on a connection of urllib3's own classes. Everything else (proxies, cookies, responses that
+are chunked, compressed or without a length, and the connection classes of a mock such as vcrpy)
+takes the normal path through urllib3 and http.client. Both apply `ExchangeLimits` if their timeout
+is one.
 
-Private names of urllib3 and requests are used in this module only, after a self-test: if it fails
-on some version, every exchange takes the usual way. Does not know the API. One long module, so that
-the two ways, which must not differ in what they return, stand beside each other.
+Private names of urllib3 and requests are used only in this module, after a self-test: if it fails
+with some version, every exchange takes the normal path. Does not know the API. One long module,
+because both paths must return the same and are easier to compare side by side.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from tinkex.runtime.executor import on_daemon_thread
 
 logger = logging.getLogger("tinkex")
 
-#: A body of up to so many bytes is written together with its head.
+#: A body of up to this many bytes is written together with its head.
 SMALL = 1 << 16
 #: Largest Content-Length that is read in one piece, in bytes.
 LONGEST = 1 << 30
-#: So many bytes are read of an answer at first: of most, that is all.
+#: Bytes of the first read of a response, which is all of most responses.
 START = 1 << 14
-#: So many bytes at a time are read of other answers.
+#: Bytes of each further read.
 PIECE = 1 << 16
 
-#: Characters that may not be in a request's target: they would end it or start another line.
+#: Characters forbidden in a request's target: they would end it or start another line.
 _UNSAFE = re.compile(r"[^\x21-\x7e]")
-#: Where a header continues on the next line.
+#: A header's continuation on the next line.
 _FOLDED = re.compile(r"\r?\n[ \t]+")
 
 
 @attrs.frozen(eq=False)
 class Reply:
-    """An answer that was read as a whole on the quick path."""
+    """A response that was read completely on the quick path."""
 
     status: int
     headers: CaseInsensitiveDict[str]
@@ -64,7 +64,7 @@ class Reply:
 
 
 class KeptConnections(requests.adapters.HTTPAdapter):
-    """The adapter of requests, with a quick path, on connections that keep to limits and can be
+    """The adapter of requests, with a quick path, on connections with limits that can be
     interrupted."""
 
     def __init__(self, **options: Any) -> None:
@@ -105,7 +105,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         proxies: Mapping[str, str] | None = None,
         cert: Any = None,
     ) -> Any:
-        """The pool for *request*, cached: urllib3 would build its key again for each."""
+        """The pool for *request*, cached: urllib3 would rebuild its key for each request."""
         if proxies or cert:
             return super().get_connection_with_tls_context(request, verify, proxies, cert)
         scheme, _, rest = str(request.url).partition("://")
@@ -129,7 +129,7 @@ class KeptConnections(requests.adapters.HTTPAdapter):
         response.headers = resp.headers
         response.url = str(req.url)
         response.request = req
-        # The body has been read: the public way would copy it in pieces of ten kilobytes.
+        # The body has been read; the public API would copy it in pieces of ten kilobytes.
         response._content = resp.content
         return response
 
@@ -144,7 +144,7 @@ def _use_own_pools(manager: Any) -> None:
 
 
 def read_within(response: requests.Response, limits: ExchangeLimits) -> requests.Response:
-    """*response*, whose body has been read and decompressed, as far as *limits* allow.
+    """Read and decompress the body of *response* within *limits*.
 
     Raises:
         requests.RequestException: If it breaks off, takes too long or is too large.
@@ -174,8 +174,8 @@ _EXPECTED_ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 
 
 class _ThisThread(threading.local):
-    """What pools cannot be given by urllib3's own signatures: the limits of this thread's exchange,
-    and whether its answer is read piece by piece."""
+    """Arguments that urllib3's signatures cannot pass to pools: the limits of this thread's
+    exchange, and whether its response is streamed."""
 
     limits: ExchangeLimits | None = None
     is_stream = False
@@ -183,12 +183,12 @@ class _ThisThread(threading.local):
 
 _this_thread = _ThisThread()
 
-#: Connections on which an exchange is under way.
+#: Connections with an exchange in progress.
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def interrupt_all() -> None:
-    """At the end of the program: make every exchange that is under way fail now."""
+    """At the end of the program: make every exchange in progress fail now."""
     try:
         connections = list(_in_use)
     except RuntimeError:  # one was added meanwhile; this function is called again
@@ -201,12 +201,12 @@ def interrupt_all() -> None:
 
 
 def _is_own(conn: Any) -> bool:
-    """True for a connection of urllib3's own, not of a mock."""
+    """True for a connection of urllib3's own class, not a mock's."""
     return type(conn).__module__ == "urllib3.connection"
 
 
 def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
-    """Open a connection of urllib3's own by *connect* within the limits of the exchange."""
+    """Open a connection of urllib3's own class by *connect* within the limits of the exchange."""
     limits = _this_thread.limits
     if limits is None or not _is_own(conn) or _is_one_step(conn):
         connect()
@@ -215,7 +215,7 @@ def _within_limits(conn: Any, connect: Callable[[], object]) -> None:
 
 
 def _is_one_step(conn: Any) -> bool:
-    """True if the timeout of *conn* bounds all of connecting: one address, and no TLS."""
+    """True if the timeout of *conn* bounds the whole connect: one address, and no TLS."""
     try:
         ipaddress.ip_address(conn.host)
     except ValueError:
@@ -224,17 +224,17 @@ def _is_one_step(conn: Any) -> bool:
 
 
 def _connect(conn: Any, connect: Callable[[], object], seconds: float) -> None:
-    """Open a connection by *connect* within *seconds* in all.
+    """Open a connection by *connect* within *seconds* in total.
 
-    Resolving a name has no time limit of its own, and each address of a host would get the whole
-    time. So this happens on a thread, which is left alone when the time is over.
+    Name resolution has no time limit, and each address of a host would get the whole time. So this
+    runs on a thread, which is abandoned when the time is over.
 
     Raises:
         urllib3.exceptions.ConnectTimeoutError: If it takes longer.
     """
     try:
         connected = on_daemon_thread(connect, "tinkex-connect")
-    except RuntimeError:  # no thread can be started any more: the program ends
+    except RuntimeError:  # no thread can be started: the program is ending
         connect()
         return
     if not concurrent.futures.wait([connected], seconds).done:
@@ -246,7 +246,7 @@ def _connect(conn: Any, connect: Callable[[], object], seconds: float) -> None:
 
 
 class _Answer(http.client.HTTPResponse):
-    """An answer that keeps to limits, and is never one of the 1xx that may come before it."""
+    """A response that is read within limits, and never one of the preceding 1xx responses."""
 
     def __init__(
         self, sock: Any, *args: Any, limits: ExchangeLimits | None = None, **kwargs: Any
@@ -262,7 +262,7 @@ class _Answer(http.client.HTTPResponse):
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    """Notes which of its connections are in use, and takes the quick path where it can."""
+    """Tracks which of its connections are in use, and takes the quick path if possible."""
 
     def _get_conn(self, timeout: float | None = None) -> Any:
         conn = super()._get_conn(timeout)
@@ -273,13 +273,13 @@ class _Pool(urllib3.HTTPConnectionPool):
         return conn
 
     def _validate_conn(self, conn: Any) -> None:
-        """What urllib3 calls before it uses a connection, which may not be open yet."""
+        """Called by urllib3 before it uses a connection, which may not be open yet."""
         if _is_own(conn) and conn.sock is None:
             _within_limits(conn, conn.connect)
         super()._validate_conn(conn)
 
     def _prepare_proxy(self, conn: Any) -> None:
-        """What urllib3 calls to open a connection through a proxy."""
+        """Called by urllib3 to open a connection through a proxy."""
         _within_limits(conn, functools.partial(super()._prepare_proxy, conn))
 
     def _put_conn(self, conn: Any) -> None:
@@ -314,15 +314,15 @@ class _Pool(urllib3.HTTPConnectionPool):
             conn.close()
             raise urllib3.exceptions.ProtocolError("Connection aborted.", exc) from exc
         except BaseException:
-            conn.close()  # its late answer must not be taken for the answer to the next request
+            conn.close()  # a late response must not be taken for the next request's
             raise
         if isinstance(answer, Reply):
-            self._put_conn(conn)  # the others come back when they have been read
+            self._put_conn(conn)  # others are returned when they have been read
         return answer
 
     def _open_connection(self, url: str, timeout: float | None) -> Any:
-        """An open connection, or None where urllib3 must open it: for connection classes that are
-        not its own (a mock may not have a socket)."""
+        """An open connection, or None if urllib3 must open it: for connection classes that are not
+        its own (a mock may have no socket)."""
         conn: Any = self._get_conn()
         if not _is_own(conn):
             self._put_conn(conn)
@@ -362,7 +362,7 @@ class _Pool(urllib3.HTTPConnectionPool):
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
         head = "".join(lines)
         if head.count("\n") != len(lines) + 1 or head.count("\r") != len(lines) + 1:
-            return b""  # a line break in a header: http.client says which
+            return b""  # a line break in a header: http.client names it
         return f"{head}\r\n".encode("latin-1")
 
     def _read(
@@ -388,7 +388,7 @@ class _Pool(urllib3.HTTPConnectionPool):
     def _read_other(
         self, conn: Any, reader: BinaryIO, method: str, url: str
     ) -> urllib3.HTTPResponse:
-        """An answer that http.client must read; none of it has been consumed."""
+        """A response that http.client must read; nothing of it has been consumed."""
         answer = _Answer(_Opened(reader), method=method)
         try:
             answer.begin()
@@ -396,7 +396,7 @@ class _Pool(urllib3.HTTPConnectionPool):
             reader.close()
             raise
         if answer.will_close:
-            conn.close()  # the reader keeps its own hold on the socket
+            conn.close()  # the reader has its own reference to the socket
         return urllib3.HTTPResponse(
             body=answer,
             headers=urllib3.HTTPHeaderDict(
@@ -421,7 +421,7 @@ class _PoolTLS(_Pool, urllib3.HTTPSConnectionPool):
 
 @attrs.frozen
 class _Opened:
-    """A socket for http.client, whose reader is already open."""
+    """A socket for http.client, with an open reader."""
 
     reader: BinaryIO
 
@@ -430,7 +430,7 @@ class _Opened:
 
 
 def prepared_request(method: str, url: str, body: bytes | None) -> requests.PreparedRequest:
-    """A request that needs no preparation: requests would parse and quote each part again."""
+    """A request prepared by hand: requests would parse and quote each part again."""
     request = requests.PreparedRequest()
     request.method, request.url, request.body = method, url, body
     request._cookies = _NO_COOKIES  # type: ignore[attr-defined]  # read by Session.send when the answer is a redirect
@@ -454,9 +454,9 @@ def _state(adapter: Any) -> dict[str, Any]:
 
 
 def quick_path_works() -> bool:
-    """True if the private names used here still do what they did, by a self-test.
+    """True if the private names used here work as expected, by a self-test.
 
-    False while a mock (vcrpy) has put its own connection class in place of urllib3's.
+    False while a mock (vcrpy) has replaced urllib3's connection class.
     """
     connection_class = urllib3.HTTPConnectionPool.ConnectionCls
     is_mocked = connection_class.__module__ != "urllib3.connection"
@@ -484,7 +484,7 @@ def _self_test() -> bool:
             and theirs.recv(1000) == b"POST /x HTTP/1.1\r\nHost: localhost\r\nA: b\r\n\r\nbody"
             and pool._get_conn() is conn
         )
-    except Exception as exc:  # whatever another version of urllib3 or requests raises
+    except Exception as exc:  # other versions of urllib3 or requests may raise anything
         logger.info("HTTP takes the usual way through urllib3: the self-test failed (%r)", exc)
         return False
     finally:
@@ -494,7 +494,7 @@ def _self_test() -> bool:
 
 
 class _Scripted:
-    """A socket whose other end answers as soon as something is written to it."""
+    """A socket whose peer answers as soon as something is written to it."""
 
     def __init__(self, ours: socket.socket, theirs: socket.socket, answer: bytes) -> None:
         self._ours, self._theirs, self._answer = ours, theirs, answer
@@ -519,8 +519,8 @@ def _write(sock: Any, head: bytes, body: bytes, limits: ExchangeLimits | None) -
 
 
 def _plain_head(start: bytes) -> tuple[int, CaseInsensitiveDict[str], int, int] | None:
-    """Status, headers, and where the body begins and how long it is, of a final answer of known
-    length whose head is in *start*; None for any other answer."""
+    """Status, headers, start and length of the body, for a final response of known length whose
+    head is in *start*; None for any other response."""
     end = start.find(b"\r\n\r\n")
     if end < 0 or start[:9] != b"HTTP/1.1 ":
         return None

@@ -1,4 +1,4 @@
-"""The requests.Session that all traffic goes through: the user's, or one of ours.
+"""The requests.Session for all traffic: the user's, or our own.
 
 So hooks, instrumentation (OpenTelemetry) and mocks (requests-mock, vcrpy, responses) see every
 exchange. Does not know the API; takes methods, URLs, headers and bytes.
@@ -22,20 +22,20 @@ from tinkex.runtime.exchange_limits import ExchangeLimits
 from tinkex.runtime.executor import on_daemon_thread
 from tinkex.runtime.http_adapter import KeptConnections, is_plain, prepared_request, read_within
 
-#: What a new requests.Session sends; a user's session that sends something else means it.
+#: Default headers of a new requests.Session; others were set by the user.
 _REQUESTS_OWN = requests.utils.default_headers()
 
 
 class HttpSession:
     """Sends requests through a requests.Session. Safe to share between threads.
 
-    A session that the user gave is used as it is: its headers, cookies, auth, hooks, proxies,
-    verify, cert and adapters. Only an adapter with requests' own defaults, which keeps ten
-    connections, is replaced for the server's address. *close* leaves the user's session open.
+    The user's session is used unchanged: its headers, cookies, auth, hooks, proxies, verify, cert
+    and adapters. Only an adapter with requests' defaults, which keeps ten connections, is replaced
+    for the server's address. *close* does not close the user's session.
 
     Args:
         settings: session, proxies, verify and hooks are used here.
-        connections: kept open at most.
+        connections: most connections kept open.
         adapter: for all URLs; replaceable in tests.
     """
 
@@ -76,14 +76,13 @@ class HttpSession:
         """Make one exchange, without following redirects.
 
         Args:
-            headers: win over those of the user's session, but for its User-Agent.
+            headers: override those of the user's session, except its User-Agent.
             limits: of the whole exchange.
-            stream: the body is still to be read: by the caller, who begins a new part of *limits*
-                as often as they are to hold again.
+            stream: the caller reads the body, and calls `limits.begin_part` to restart the limits.
             with_auth: apply the `auth` of the user's session.
 
         Raises:
-            requests.RequestException: If no answer came back.
+            requests.RequestException: If there was no response.
         """
         request = prepared_request(method, url, body)
         request.hooks = self._hooks
@@ -94,7 +93,7 @@ class HttpSession:
             request.prepare_cookies(self._session.cookies)
         if stream or self._owns_session or self._adapter is not None:
             return self._exchange(request, limits, stream)
-        limits.sent = len(body or b"")  # its progress is not known
+        limits.sent = len(body or b"")  # no progress is known
         exchange = partial(self._exchange, request, limits, True)
         return _on_thread(lambda: read_within(exchange(), limits), limits)
 
@@ -111,7 +110,7 @@ class HttpSession:
             return exc.response
 
     def _apply(self, request: requests.PreparedRequest, with_auth: bool) -> None:
-        """What the user's session adds to a request; read each time, since it may change."""
+        """Add the user's session settings to a request; read each time, since they may change."""
         session = self._session
         for name, value in session.headers.items():
             is_free = name not in request.headers or name.lower() == "user-agent"
@@ -131,8 +130,8 @@ class HttpSession:
             self._adapter.close()
 
 
-#: Exchanges through adapters of the user that are waited for, so that the end of the program can
-#: interrupt them: nothing is known of their connections.
+#: Running exchanges through the user's adapters. The end of the program interrupts them here,
+#: because their connections are unknown.
 _foreign: set[concurrent.futures.Future[requests.Response]] = set()
 _foreign_lock = threading.Lock()  # guards _foreign
 
@@ -140,7 +139,7 @@ _foreign_lock = threading.Lock()  # guards _foreign
 def _on_thread(
     exchange: Callable[[], requests.Response], limits: ExchangeLimits
 ) -> requests.Response:
-    """Make an exchange on a separate thread, and wait for it within the limits."""
+    """Make an exchange on a separate thread, and wait for it within its limits."""
     run = contextvars.copy_context().run  # instrumentation keeps the current span there
     future = on_daemon_thread(lambda: run(exchange), "tinkex-exchange")
     with _foreign_lock:

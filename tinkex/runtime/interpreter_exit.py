@@ -1,7 +1,7 @@
-"""Hooks at the end of the program: what runs before its threads are joined, and the exit status.
+"""Hooks at the end of the program: functions run before threads are joined, and the exit status.
 
 `atexit` runs only after the threads of every ThreadPoolExecutor have been joined, which is too late
-to wake them. The hook that concurrent.futures itself uses is private; it is used here alone.
+to wake them. The hook of concurrent.futures is private; it is used only here.
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ from collections.abc import Callable
 
 
 def call_before_threads_end(function: Callable[[], None]) -> None:
-    """Call *function* when the main thread is done, before threads are joined.
+    """Call *function* when the main thread has ended, before threads are joined.
 
     CPython 3.9 to 3.14 have the hook; its functions run last in, first out. Without it, *function*
-    runs by atexit: then the end of the program waits for open polls.
+    runs by atexit, and the end of the program waits for open polls.
     """
     register = getattr(threading, "_register_atexit", atexit.register)
     register(function)
 
 
 def ends_by_exception() -> bool:
-    """True if an exception that nothing has caught (Ctrl-C included) ends the program.
+    """True if an uncaught exception (including Ctrl-C) ends the program.
 
-    Python keeps such an exception in sys.last_type. At an interactive prompt it is an older one.
+    Python stores it in sys.last_type, which at an interactive prompt may be an older one.
     """
     interactive = hasattr(sys, "ps1") or sys.flags.interactive
     return not interactive and getattr(sys, "last_type", None) is not None
 
 
 def ends_by_ctrl_c() -> bool:
-    """True if it is Ctrl-C that ends the program."""
+    """True if Ctrl-C ends the program."""
     return ends_by_exception() and issubclass(sys.last_type or object, KeyboardInterrupt)
 
 
 def belongs_to_executor(thread: threading.Thread) -> bool:
-    """True if *thread* is one of a ThreadPoolExecutor's: those end only after our hook has run."""
+    """True if *thread* belongs to a ThreadPoolExecutor: it ends only after our hook has run."""
     return thread in getattr(concurrent.futures.thread, "_threads_queues", ())
 
 
 def exit_with(status: int) -> None:
-    """Let the program end with *status*, after the functions that atexit has now have run."""
+    """Let the program end with *status*, after the atexit functions registered so far."""
     _end_by(lambda: os._exit(status))
 
 
 def exit_by_ctrl_c() -> None:
-    """Let the program end by SIGINT, which is what Python does after Ctrl-C, most of the time.
+    """Let the program end by SIGINT, as Python usually does after Ctrl-C.
 
-    CPython forgets that Ctrl-C came when another thread then runs exec() of a string, which
-    importing protobuf does: the exit status would be 1.
+    CPython forgets the Ctrl-C if another thread then calls exec() with a string, as importing
+    protobuf does: the exit status would be 1.
     """
     if os.name == "posix":
         _end_by(_kill_by_sigint)
@@ -73,4 +73,4 @@ def _end_by(end: Callable[[], None]) -> None:
                 stream.flush()
         end()
 
-    atexit.register(leave)  # the last one registered is the first one called
+    atexit.register(leave)  # last registered, first called

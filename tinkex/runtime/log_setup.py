@@ -1,7 +1,7 @@
 """Where log lines go: TINKEX_LOG, and -v and -q of the command line.
 
-Without these, tinkex adds no handler: Python prints warnings to stderr, and a program that sets up
-`logging` itself decides.
+Without these, tinkex adds no handler: Python prints warnings to stderr, unless the program sets up
+`logging` itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger("tinkex")
 
 
 class StderrHandler(logging.Handler):
-    """Writes to stderr as it is at that moment, above progress bars where there are any."""
+    """Writes to the current sys.stderr, above progress bars if there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record as a line."""
@@ -27,7 +27,7 @@ class StderrHandler(logging.Handler):
                 sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
             else:
                 print(line, file=sys.stderr)
-        except Exception:  # as logging's own handlers: a log line never ends a program
+        except Exception:  # like logging's handlers: a log line must not end the program
             self.handleError(record)
 
 
@@ -35,7 +35,7 @@ def from_environment() -> None:
     """Log at the level that TINKEX_LOG names, if it is set.
 
     Raises:
-        ValueError: If it names no level.
+        ValueError: If it is not the name of a level.
     """
     name = config.log_level()
     if name is None:
@@ -46,10 +46,10 @@ def from_environment() -> None:
 
 
 def set_level(level: int) -> None:
-    """Log from *level* on; to stderr, unless the program has set up handlers itself."""
+    """Log messages of *level* and above; to stderr, unless the program has set up handlers."""
     logger.setLevel(level)
     if not logger.hasHandlers():
         handler = StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
-        logger.propagate = False  # handlers that a program adds to the root later would repeat it
+        logger.propagate = False  # handlers added to the root logger later would repeat lines

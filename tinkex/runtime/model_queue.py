@@ -1,7 +1,7 @@
 """The operations of one model, in the order of the calls.
 
-Gives each call its place in the queue, sends it on the model's worker thread, has the poller wait
-for its result, and ends all of it. What the operations mean is the training client's.
+Gives each call its place in the queue, sends it on the model's worker thread, and lets the poller
+wait for its result. The training client knows what the operations mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelQueue:
 
     Args:
         name: of the worker thread.
-        on_queue_state: called when the server says why an operation waits.
+        on_queue_state: called when the server reports why an operation waits.
         first_seq_id: number of the first operation.
         owns_session: True if the session ends with the model.
     """
@@ -53,7 +53,7 @@ class ModelQueue:
         self._owns_session = owns_session
         self._worker = OrderedWorker(f"tinkex-{name}", first_seq_id=first_seq_id)
         session.dependents.add(self._worker)
-        # Of a client that is dropped, not closed, the thread ends when nothing waits any more.
+        # If the client is dropped without being closed, the thread ends when the queue is empty.
         weakref.finalize(self, self._worker.end).atexit = False
         self._lock = threading.Lock()  # guards both below
         self._ended = ""
@@ -61,7 +61,7 @@ class ModelQueue:
 
     @property
     def state(self) -> str:
-        """What is queued and in flight, or how it ended, in words."""
+        """A description: numbers of queued and sent operations, or how the queue ended."""
         in_flight = self._session.poller.in_flight(self.model_id)
         return self._ended or f"{self._worker.queued} queued, {in_flight} in flight"
 
@@ -84,13 +84,13 @@ class ModelQueue:
         """Queue a call.
 
         Args:
-            saves: what to call it in a warning, if it saves the weights.
+            saves: name for warnings, if the call saves the weights.
             make: the class of the future.
         """
         self.check_open(what)
 
         def run_unless_unloaded(turn: Turn, future: OperationFuture[T]) -> None:
-            if self._unloaded:  # by a call before this one
+            if self._unloaded:  # by an earlier call
                 raise self._is_ended(what)
             run(turn, future)
 
@@ -107,7 +107,7 @@ class ModelQueue:
         *,
         saves: str = "",
     ) -> OperationFuture[T]:
-        """Queue an operation of one request, which is made when its number is known."""
+        """Queue an operation of one request, which is built when its number is known."""
         check_seconds("poll_timeout", poll_timeout, or_none=True)
 
         def run(turn: Turn, future: OperationFuture[T]) -> None:
@@ -125,7 +125,7 @@ class ModelQueue:
         what: str,
         poll_timeout: float | None = None,
     ) -> list[OperationFuture[types.ForwardBackwardOutput]]:
-        """Send *data* in as many requests as need be. Runs on the worker thread."""
+        """Send *data* in as many requests as needed. Runs on the worker thread."""
         features = self._session.features
         batches = batching.split(
             data, features.fwdbwd_max_chunk_len, features.fwdbwd_max_chunk_bytes_count
@@ -160,7 +160,7 @@ class ModelQueue:
         future: OperationFuture[T],
         poll_timeout: float | None,
     ) -> None:
-        """Send one request, and have *future* resolved. Runs on the worker thread."""
+        """Send one request; the poller resolves *future*. Runs on the worker thread."""
         is_batch = isinstance(request, types.ForwardBackwardRequest)
         post: Callable[[Any, Wait], Any] = (
             self._session.post_batch if is_batch else partial(self._session.post, operation)
@@ -186,7 +186,7 @@ class ModelQueue:
     # Ending.
 
     def unload(self) -> OperationFuture[types.UnloadModelResponse]:
-        """Queue the end of the model; see `TrainingClient.unload_model`."""
+        """Queue the unloading of the model; see `TrainingClient.unload_model`."""
         what = f"unload_model of {self.model_id}"
 
         def run(turn: Turn, future: OperationFuture[types.UnloadModelResponse]) -> None:
@@ -195,7 +195,7 @@ class ModelQueue:
             done = OperationFuture(what, turn.progress)
             try:
                 self.start(wire.UNLOAD_MODEL, request, done, None)
-                response = turn.wait_for(done)  # what is called later must know how it went
+                response = turn.wait_for(done)  # later calls need to know the outcome
             except errors.NotFoundError as exc:
                 if not is_missing_route(exc):
                     raise
@@ -211,12 +211,12 @@ class ModelQueue:
         return self.put(run, what)
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
-        """Wait for what was submitted, or cancel it; see `TrainingClient.close`."""
+        """Wait for submitted operations, or cancel them; see `TrainingClient.close`."""
         check_seconds("timeout", timeout, or_zero=True, or_none=True)
         patience = self._session.config.patience.close if timeout is None else timeout
         with self._lock:
             self._ended = self._ended or f"the client of model {self.model_id} is closed"
-        if self._worker.is_current_thread:  # in a callback: what waits could not be waited for
+        if self._worker.is_current_thread:  # in a callback, waiting would deadlock
             self._end(cancel=cancel, timeout=CLOSE_TIMEOUT)
             return
         self._worker.end()
@@ -229,7 +229,7 @@ class ModelQueue:
         self._session.end_after_pending(self.model_id, whose, wait, end)
 
     def _end(self, *, cancel: bool, timeout: float) -> None:
-        """End the worker thread and, if it is this queue's own, the session."""
+        """End the worker thread and, if this queue owns it, the session."""
         started = time.monotonic()
         self._worker.close(cancel=cancel, timeout=timeout)
         if self._owns_session:

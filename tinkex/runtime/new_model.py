@@ -22,7 +22,7 @@ class NewModel:
     """A model on the server.
 
     Attributes:
-        base_model: its name; None if the server did not say.
+        base_model: its name; None if the server did not send it.
         first_seq_id: number of its next operation.
     """
 
@@ -32,7 +32,7 @@ class NewModel:
 
 
 def check_base_model(base_model: object) -> None:
-    """ValueError or TypeError unless *base_model* is the name of a model."""
+    """Raise ValueError or TypeError unless *base_model* is the name of a model."""
     if base_model is None:
         raise ValueError("base_model is required to create a model.")
     if not isinstance(base_model, str):
@@ -51,7 +51,7 @@ def create_model(
     adapter: str | None = None,
     optimizer_config: dict[str, Any] | None = None,
 ) -> NewModel:
-    """Create a model in *session*. A number whose model was refused is used again."""
+    """Create a model in *session*. The number of a refused model is reused."""
 
     def request(number: int) -> types.CreateModelRequest:
         return types.CreateModelRequest(
@@ -78,10 +78,11 @@ def made_model(
     future: OperationFuture[T],
     number: int | None = None,
 ) -> tuple[T, int]:
-    """The result of an operation that makes a model under *number* (None: the next), and that.
+    """The result of an operation that creates a model under *number* (None: the next), and the
+    number.
 
-    A number whose request was refused is given back. One that the server has accepted is not, even
-    if the operation then fails: sent again it would mean the same failed operation.
+    The number of a refused request is returned for reuse. An accepted number is not, even if the
+    operation then fails: a request with it would mean the same failed operation.
     """
     with session.model_numbers.lent() if number is None else nullcontext(number) as taken:
         post = partial(session.post, operation, request(taken))

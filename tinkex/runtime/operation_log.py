@@ -1,8 +1,8 @@
-"""The course of each operation, as log lines, and as OpenTelemetry spans and metrics.
+"""The progress of operations as log lines, and as OpenTelemetry spans and metrics.
 
 Log lines go to the logger "tinkex": each step at DEBUG, milestones (a model, a checkpoint) at INFO.
-They hold names, numbers, sizes and times; never a key, tokens or text of the data. With logging at
-WARNING and without OpenTelemetry, all this costs a few assignments per operation.
+They contain names, numbers, sizes and times; never a key, tokens or text of the data. With logging
+at WARNING and without OpenTelemetry, this costs a few assignments per operation.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ MILESTONES = {
 def submitted(
     future: OperationFuture[Any], *, model: str, tokens: Callable[[], int] = lambda: 0
 ) -> None:
-    """An operation was called. Call it before anything is sent.
+    """Log that an operation was called. Call this before anything is sent.
 
     Args:
         model: id of the model or sampler.
-        tokens: counts the tokens that are sent; only called if somebody wants to know.
+        tokens: counts the sent tokens; called only if the number is logged or recorded.
     """
     progress = future.progress
     progress.model = model
@@ -54,7 +54,7 @@ def submitted(
 
 
 def accepted(future: OperationFuture[Any], seq_id: int | None, request_id: str) -> None:
-    """The server has accepted one request of an operation."""
+    """Log that the server has accepted one request of an operation."""
     progress = future.progress
     progress.accepted = time.monotonic()
     progress.request_ids += (request_id,)
@@ -71,7 +71,7 @@ def accepted(future: OperationFuture[Any], seq_id: int | None, request_id: str) 
 
 
 def not_yet(future: OperationFuture[Any], state: str, reason: str | None) -> None:
-    """A poll was answered with "not yet"."""
+    """Log that a poll was answered with "not yet"."""
     progress = future.progress
     progress.polls += 1
     if state != progress.queue_state:
@@ -83,7 +83,7 @@ def not_yet(future: OperationFuture[Any], state: str, reason: str | None) -> Non
 
 
 def _ended(what: str, progress: Progress, result: Any, exc: BaseException | None) -> None:
-    """The operation is resolved. Runs on the thread that resolves it."""
+    """Log the end of an operation. Runs on the thread that resolves it."""
     outcome = "done" if exc is None else "failed"
     if isinstance(exc, CancelledError):
         outcome, exc = "cancelled", None

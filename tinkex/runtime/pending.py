@@ -1,7 +1,7 @@
 """Pending operations, and failures that the caller has not seen.
 
-Keeps the two promises of every way to end a client: work is not dropped silently, and a failure is
-not lost because `result()` was never called. Does not know about HTTP; watches futures.
+However a client ends, work must not be dropped silently, and a failure must not be lost because
+`result()` was never called. Does not know about HTTP; watches futures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tinkex.futures import OperationFuture
 
 logger = logging.getLogger("tinkex")
 
-TICK = 0.2  # seconds between two looks at whether waiting still makes sense
-#: After so many failures of one owner, those that the caller has seen meanwhile are forgotten.
+TICK = 0.2  # seconds between two checks whether waiting still makes sense
+#: After this many failures of an owner, those that the caller has seen are forgotten.
 PRUNE_AT = 256
 
 
@@ -32,10 +32,10 @@ class PendingOperations:
     """The operations of one session, by owner (a model or a sampling session)."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards everything below
         self._open: dict[OperationFuture[Any], str] = {}
         self._failed: dict[str, list[OperationFuture[Any]]] = {}
-        #: Failures that were logged since the last save, and what they were.
+        #: Failures logged since the last save, and their texts.
         self._logged: dict[str, list[tuple[weakref.ref[Any], str]]] = {}
 
     def add(
@@ -49,45 +49,45 @@ class PendingOperations:
         """Watch *future* until it is done.
 
         Args:
-            saves: if it saves the weights, the name of that call: a success logs a warning if
-                operations before it failed and the caller has not seen that.
-            ordered: operations of this owner finish in order, so that a failure is reported as
-                soon as the next one is done. Samples are collected in any order: their failures are
-                reported when the client closes.
+            saves: if it saves the weights, the name of the call: a success logs a warning if
+            earlier operations failed and the caller has not seen that.
+            ordered: True if the owner's operations finish in order, so that a failure is reported
+            as soon as the next one is done. Failures of samples, which finish in any order, are
+            reported when the client closes.
         """
         with self._lock:
             self._open[future] = owner
         future.add_done_callback(partial(self._done, owner, ordered, saves))
 
     def forget(self, futures: Iterable[OperationFuture[Any]]) -> None:
-        """Do not wait for *futures* any more: the caller has abandoned them."""
+        """Stop waiting for *futures*, which the caller has abandoned."""
         with self._lock:
             for future in futures:
                 self._open.pop(future, None)
 
     def open(self, owner: str | None = None) -> list[OperationFuture[Any]]:
-        """What is not done, of *owner* or of all."""
+        """The futures of *owner* (None: of all) that are not done."""
         with self._lock:
             return [f for f, of in self._open.items() if owner is None or of == owner]
 
     def wait(
         self, owner: str | None, seconds: float, give_up: Callable[[], bool] = lambda: False
     ) -> list[OperationFuture[Any]]:
-        """Wait until all of *owner* is done, *seconds* at most or until *give_up* returns True.
+        """Wait up to *seconds* for all of *owner*, or until *give_up* returns True.
 
-        Returns what is still not done.
+        Returns the futures that are not done.
         """
         deadline = time.monotonic() + seconds
         left = self.open(owner)
         while left and not give_up() and (room := deadline - time.monotonic()) > 0:
             concurrent.futures.wait(left, min(TICK, room))
-            left = self.open(owner)  # a done future may be replaced by what its callback submits
+            left = self.open(owner)  # a callback of a done future may submit more
         return [future for future in left if not future.done()]
 
     # Failures.
 
     def report(self, owner: str | None = None) -> None:
-        """Log the failures that the caller has not seen, once, in one line for each owner."""
+        """Log the failures that the caller has not seen, once, one line for each owner."""
         with self._lock:
             owners = list(self._failed) if owner is None else [owner]
         for one in owners:
@@ -96,7 +96,7 @@ class PendingOperations:
     def _warn_about_save(self, owner: str, saves: str) -> None:
         with self._lock:
             logged = self._logged.pop(owner, [])
-            # Failed before the save was done, although their own callbacks have not run yet.
+            # Failed before the save, although their callbacks have not run yet.
             late = [f for f, of in self._open.items() if of == owner and f.done()]
         logged += [(weakref.ref(f), _text(f)) for f in late if _failure_of(f) is not None]
         unseen = [text for ref, text in logged if (f := ref()) is None or not f.is_retrieved]
@@ -141,25 +141,25 @@ class PendingOperations:
 
 
 def _failure_of(future: OperationFuture[Any]) -> BaseException | None:
-    """The failure of a future that is done, without marking it as seen; None if it has none of its
-    own: it was cancelled or closed, or it only follows another that failed."""
+    """The failure of a done future, without marking it as seen; None if it succeeded, was cancelled
+    or closed, or only follows from another failure."""
     exc = None if future.cancelled() else Future.exception(future)
     consequences = (errors.ClientClosedError, errors.PriorOperationFailedError)
     return None if isinstance(exc, consequences) else exc
 
 
 def drop(left: str, whose: str, seconds: float | None) -> None:
-    """Report that a client ended before what it had submitted.
+    """Report that a client ended before its submitted operations.
 
     Args:
-        left: what was not done, as `describe` says it; "" is nothing.
+        left: the unfinished operations, from `describe`; "" for none.
         whose: the client that ended, for the message.
-        seconds: how long it waited, since the caller expects its work to be done: then this raises,
-            like close() of a file that cannot be written. None, or while another exception is on
-            its way: it only logs.
+        seconds: how long it waited for them: then
+        this raises, like close() of a file that cannot be written. If None, or during another
+        exception, it only logs.
 
     Raises:
-        ClientClosedError: If work is left that was waited for.
+        ClientClosedError: If awaited work is left.
     """
     if not left:
         return
@@ -176,7 +176,7 @@ def _text(future: OperationFuture[Any]) -> str:
 
 
 def describe(futures: Iterable[OperationFuture[Any]]) -> str:
-    """How many operations, of which kind and model, and how far they have come; "" for none."""
+    """A description: how many operations, their kinds, models and progress; "" for none."""
     futures = list(futures)
     if not futures:
         return ""

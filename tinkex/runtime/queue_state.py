@@ -1,4 +1,4 @@
-"""Queue states: what a server says about why an operation waits, and who is called.
+"""Queue states: a server's reasons why an operation waits, and the observers of them.
 
 Does not know about HTTP; reads decoded answers.
 """
@@ -19,14 +19,14 @@ PAUSE_LOG_INTERVAL = 60.0  # seconds between two warnings about the same model o
 
 
 class QueueStateObserver(Protocol):
-    """Is called when the server says why an operation waits."""
+    """Called when the server reports why an operation waits."""
 
     def __call__(self, state: str, reason: str | None) -> None:
-        """state: active, paused_rate_limit, paused_capacity or another; reason: its own words."""
+        """state: active, paused_rate_limit, paused_capacity, ...; reason: the server's text."""
 
 
 def check_observer(observer: object) -> None:
-    """TypeError unless it is None or can be called with a queue state."""
+    """Raise TypeError unless *observer* is None or can be called with a queue state."""
     if observer is not None and not callable(observer):
         raise TypeError(
             f"queue_state_observer must be a function (state, reason), got {observer!r}."
@@ -34,14 +34,14 @@ def check_observer(observer: object) -> None:
 
 
 def queue_state(payload: dict[str, Any]) -> tuple[str, str | None]:
-    """The queue state in an answer: (state, reason in the server's words)."""
+    """The queue state in a response: (state, the server's reason)."""
     state = str(payload.get("queue_state") or "active").strip().lower()
     reason = payload.get("queue_state_reason")
     return state, reason if isinstance(reason, str) and reason else None
 
 
 def tell(observer: Observer, state: str, reason: str | None) -> None:
-    """Call a queue state observer; what it raises is only logged."""
+    """Call a queue state observer; its exceptions are only logged."""
     try:
         observer(state, reason)
     except Exception:
@@ -56,11 +56,12 @@ def tell_of_refusal(observer: Observer, error: object) -> None:
 
 
 class PauseWarning:
-    """The default observer: logs a warning about a pause, once a minute at most.
+    """The default observer: logs a warning about a pause, at most once a minute.
 
     Args:
-        what: what is paused, for the message.
-        reasons: by state, where the server gives none.
+        what: the paused model or sampler, for the message.
+        reasons: by state, if the server gives
+        none.
         now: the time, in seconds.
     """
 

@@ -1,7 +1,6 @@
 """Responses of a server: turned into a result, or into an error of tinkex.
 
-Foreign exceptions (requests, urllib3) and error statuses are translated here and nowhere else.
-Sends nothing.
+Foreign exceptions (requests, urllib3) and error statuses are translated only here. Sends nothing.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ from tinkex.runtime.wait_log import one_line
 
 S = TypeVar("S", bound=errors.APIStatusError)
 
-#: Longest Retry-After that is believed, in seconds.
+#: Longest accepted Retry-After, in seconds.
 MAX_RETRY_AFTER = 300.0
-#: JSON of more bytes than this is counted before it is decoded, against the two bounds below.
+#: The values of JSON larger than this, in bytes, are counted before decoding, against the two
+#: bounds below.
 LARGE = 1 << 20
-#: Bytes of a stream that are read at most at a time.
+#: Most bytes per read of a stream.
 PIECE = 1 << 16
 MOST_VALUES, MOST_CONTAINERS = 1 << 24, 1 << 20
 
 
 @attrs.frozen
 class Answer:
-    """What came back: a success, or for `accept` statuses an error status."""
+    """A response: a success, or an error with one of the `accept` statuses."""
 
     status: int
     headers: Mapping[str, str]
@@ -45,7 +45,7 @@ class Answer:
 
     @property
     def place(self) -> str:
-        """The URL as it is shown in messages: without its query."""
+        """The URL for messages: without its query."""
         return self.url.split("?")[0]
 
     def _check_number_of_values(self) -> None:
@@ -62,7 +62,7 @@ class Answer:
         return wire.PROTOBUF in self.headers.get("Content-Type", "")
 
     def json(self) -> Any:
-        """The decoded body; {} where it is empty.
+        """The decoded body; {} if it is empty.
 
         Raises:
             APIResponseValidationError: If it is not JSON.
@@ -83,10 +83,10 @@ class Answer:
 
 
 class Stream:
-    """An answer whose body is read piece by piece. The limits of an exchange hold for each piece.
+    """A response whose body is read in pieces. The limits of an exchange apply to each piece.
 
     Attributes:
-        status, headers: of the answer.
+        status, headers: of the response.
     """
 
     def __init__(self, response: requests.Response, method: str, limits: ExchangeLimits) -> None:
@@ -100,20 +100,21 @@ class Stream:
         """The body in pieces of *size* bytes.
 
         Raises:
-            APIError: If it breaks off, or a piece takes too long.
+            APIError: If the connection breaks, or a piece takes too long.
         """
         return self._translated(self._response.iter_content(size))
 
     def lines(self) -> Iterator[bytes]:
-        """The body in lines, each as soon as it is whole.
+        """The body in lines, each as soon as it is complete.
 
         Raises:
-            APIError: If it breaks off, or a line takes too long or is too long.
+            APIError: If the connection breaks, or a line takes too long or is too long.
         """
         return self._translated(self._lines())
 
     def _lines(self) -> Iterator[bytes]:
-        """As iter_lines of requests, which would need a read for each byte to be prompt."""
+        """Like iter_lines of requests, which returns lines at once only if it reads single
+        bytes."""
         pending = b""
         while piece := self._response.raw.read1(PIECE):
             *whole, pending = (pending + piece).split(b"\n")
@@ -145,16 +146,16 @@ class Stream:
         self._response.close()
 
 
-#: Shorter keys are not looked for: too much would read like one.
+#: Shorter keys are not masked: they would match too much other text.
 LEAST_SECRET = 8
 
 
 def without_secrets(answer: Answer, secrets: Iterable[str]) -> Answer:
     """
-    *answer* with "***" where the server repeats one of our secrets, in its text or a header.
+    *answer* with "***" in place of our secrets, in its text and headers.
 
-    What a server says ends up in exceptions, logs and bug reports. Binary results stay as they are:
-    no text of theirs is shown.
+    A server's text ends up in exceptions, logs and bug reports. Binary results are not changed,
+    because their content is never shown.
     """
     wanted = [secret for secret in secrets if len(secret) >= LEAST_SECRET]
     if answer.is_protobuf or not wanted:
@@ -171,11 +172,11 @@ def without_secrets(answer: Answer, secrets: Iterable[str]) -> Answer:
 
 
 def check_whole(answer: Answer) -> None:
-    """Hold a body against its Content-Digest (RFC 9530), where there is one: half a protobuf may
-    read like a whole one.
+    """Verify the Content-Digest (RFC 9530) of a body, if there is one: a truncated protobuf may be
+    parsed like a complete one.
 
     Raises:
-        APIResponseValidationError: If it is another body.
+        APIResponseValidationError: If the body does not match.
     """
     algorithm, _, told = answer.headers.get("Content-Digest", "").partition("=")
     if algorithm != "sha-256" or answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -194,7 +195,7 @@ def exchange_error(
     url: str,
     limits: ExchangeLimits,
 ) -> errors.APIConnectionError | errors.APIResponseValidationError:
-    """The error of an exchange that failed on the way, with the URL and the fix."""
+    """The error of an exchange that failed without a response, with the URL and the fix."""
     shown = url.split("?")[0]
     if _comes_of(exc, UnusableAnswerError):
         return errors.APIResponseValidationError(
@@ -221,7 +222,7 @@ def exchange_error(
 
 
 def _comes_of(exc: BaseException, kind: type[BaseException]) -> bool:
-    """True if a *kind* is inside of what urllib3 and requests have wrapped in each other."""
+    """True if *exc*, or an exception that urllib3 or requests has wrapped in it, is a *kind*."""
     inside: list[Any] = [exc]
     while inside:
         exc = inside.pop()
@@ -240,7 +241,7 @@ def _innermost(exc: BaseException) -> str:
 
 
 def status_error(answer: Answer, method: str) -> errors.APIStatusError:
-    """The typed error for an answer with an error status; shows what the server said."""
+    """The typed error for a response with an error status, with the server's message."""
     try:
         body = wire.loads(answer.content) if answer.content.strip() else None
     except ValueError:
@@ -271,7 +272,7 @@ def _hint(status: int) -> str:
 
 
 def error_detail(body: Any) -> str:
-    """The server's own sentence, wherever in an error body it is."""
+    """The server's message, in any of the known forms of error bodies."""
     if isinstance(body, str):
         return " ".join(body.split())[:300]
     if not isinstance(body, dict):
@@ -296,7 +297,7 @@ def _validation_item(item: Any) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds the server asks us to wait (retry-after-ms, retry-after), or None."""
+    """Seconds to wait according to the server (retry-after-ms, retry-after), or None."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         if not value:
@@ -311,7 +312,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _seconds_until(date: str) -> float:
-    """From now to an HTTP date; NaN where it is none."""
+    """Seconds from now to an HTTP date; NaN if it is not one."""
     try:
         return max(0.0, email.utils.parsedate_to_datetime(date).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
@@ -319,8 +320,8 @@ def _seconds_until(date: str) -> float:
 
 
 def is_missing_route(exc: errors.APIStatusError) -> bool:
-    """Whether the server does not have the endpoint, rather than the thing: 404 in no words of its
-    own, or 405 (another method is there) or 501."""
+    """True if the endpoint is missing, not the object: a 404 without a message of the server, 405
+    (the path has other methods) or 501."""
     if exc.status in (405, 501):
         return True
     if exc.status != 404:
@@ -341,7 +342,7 @@ def not_offered(exc: errors.APIStatusError, path: str) -> errors.NotOfferedError
 
 
 def retold(exc: errors.APIStatusError, kind: type[S], message: str) -> S:
-    """The same failure as a *kind*, which says more of what it means."""
+    """The same failure as a *kind*, with a more specific message."""
     told = kind(
         message,
         status=exc.status,

@@ -1,4 +1,4 @@
-"""A new model from a checkpoint: in one request where the server supports it, else in three."""
+"""A new model from a checkpoint: in one request if the server supports it, else in three."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger("tinkex")
 
 
 def restore(session: Session, path: str, *, optimizer: bool, **options: Any) -> NewModel:
-    """A new model from the checkpoint at *path*, with its rank and flags.
+    """Create a model from the checkpoint at *path*, with its rank and flags.
 
     *options* are base_model (by default the checkpoint's own), weights_access_token,
     optimizer_config and user_metadata.
 
-    Servers that do not support the single request get the three older ones: look up the base
-    model, create a model like it, load the weights. A restore that fails leaves nothing behind, and
-    its number is used again.
+    Servers that do not support the single request get the three older ones: look up the base model,
+    create a model of the same shape, load the weights. A failed restore leaves no model, and its
+    number is reused.
     """
     check_restore(path, **options)
     if session.restores_at_once is not False:
@@ -45,7 +45,7 @@ def check_restore(
     weights_access_token: object = None,
     optimizer_config: object = None,
 ) -> None:
-    """ValueError or TypeError if the arguments of `restore` are wrong."""
+    """Raise ValueError or TypeError if the arguments of `restore` are invalid."""
     types.ParsedCheckpointTinkerPath.from_tinker_path(path)
     types.check_metadata(user_metadata)
     if base_model is not None and (not isinstance(base_model, str) or not base_model.strip()):
@@ -76,8 +76,8 @@ def _restore_at_once(
 
 
 def copy_headers(weights_access_token: str | None) -> dict[str, str]:
-    """The headers of a request that copies a checkpoint: by the first one a server knows a resend,
-    the second has the key that may read the checkpoint."""
+    """The headers of a request that copies a checkpoint: the first identifies a resend, the second
+    has the key that may read the checkpoint."""
     headers = {"X-Idempotency-Key": str(uuid.uuid4())}
     if weights_access_token is not None:
         headers[wire.WEIGHTS_ACCESS_TOKEN] = weights_access_token
@@ -85,7 +85,7 @@ def copy_headers(weights_access_token: str | None) -> dict[str, str]:
 
 
 def _wants_older_calls(exc: errors.APIStatusError) -> bool:
-    """True if the server supports only the older form: it complains about model_id or seq_id."""
+    """True if the server supports only the older form: its error names model_id or seq_id."""
     return exc.status == 422 or (
         exc.status in (400, 404) and any(w in exc.detail for w in ("model_id", "seq_id"))
     )
@@ -129,7 +129,7 @@ def _restore_by_three_calls(
 
 
 def _abandon(queue: ModelQueue) -> None:
-    """Unload a model that will not be used; the server may be why, so a failure is only logged."""
+    """Unload a model that will not be used; failures are only logged."""
     try:
         queue.unload().result(timeout=10)
     except Exception as exc:

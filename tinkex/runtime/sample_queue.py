@@ -1,6 +1,6 @@
 """The samples of a client: submitted when the rate limit permits, in any order, and awaited.
 
-Does not know what is sampled; how many requests run at once is decided by rate_limit.py.
+Does not know what is sampled; rate_limit.py decides how many requests run at once.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MAX_LOST = 5
 
 
 class SampleQueue:
-    """Submits the samples of one sampling client, and ends them.
+    """Submits the samples of one sampling client, and waits for or cancels them at its end.
 
     Args:
-        retry: when a failed request is sent again; None is the usual patience.
+        retry: when a failed request is sent again; None is the default.
         clone: number of this copy of the client; 0 is the original.
         owns_session: True if the session ends with the client.
-        on_queue_state: called when the server says why a sample waits.
+        on_queue_state: called when the server reports why a sample waits.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SampleQueue:
         limits = attrs.evolve(limits, bytes_in_dispatch=most)
         self.pace = rate_limit.pace_of(session.config.base_url, session.config.api_key, limits)
         self.places = rate_limit.Places(max(1, features.sample_max_concurrent_requests))
-        #: Waits for all samples by one poll, where the server supports that.
+        #: Waits for all samples with one poll, if the server supports it.
         self.watch: CompletionWatch | None = None
         if features.sample_use_retrieve_futures:
             self.watch = CompletionWatch(session, sampling_session_id, clone)
@@ -78,7 +78,7 @@ class SampleQueue:
         poll_timeout: float | None,
         on_response: Callable[[types.SampleResponse], None],
     ) -> OperationFuture[types.SampleResponse]:
-        """Submit a sample as soon as there is room; *on_response* sees its result first."""
+        """Submit a sample as soon as there is room; *on_response* gets its result first."""
         self.check_open()
         owner = self.sampling_session_id
         future: OperationFuture[types.SampleResponse] = OperationFuture(f"sample from {owner}")
@@ -101,32 +101,32 @@ class SampleQueue:
 
     @property
     def limit(self) -> int:
-        """How many samples are submitted at a time now."""
+        """How many samples are currently submitted at a time."""
         return self.pace.limit
 
     @property
     def state(self) -> str:
-        """How many samples were submitted, or that it is closed, in words."""
+        """A description: how many samples were submitted, or "closed"."""
         return "closed" if self._closed.is_set() else f"{self._next % CLONE_BLOCK} sampled"
 
     def check_open(self) -> None:
-        """ClientClosedError if no more samples are taken."""
+        """Raise ClientClosedError if new samples are not accepted."""
         if self._closing.is_set():
             raise errors.ClientClosedError("This SamplingClient is closed. Make a new one.")
         self.session.check_open()
 
     def check_not_closed(self) -> None:
-        """ClientClosedError if samples that were taken before are not sent any more either."""
+        """Raise ClientClosedError if accepted samples are no longer sent."""
         if self._closed.is_set():
             raise errors.ClientClosedError("The sampling client was closed.")
         self.session.check_usable()
 
     def is_closed(self) -> bool:
-        """True if it or its session is closed."""
+        """True if the queue or its session is closed."""
         return self._closed.is_set() or self.session.is_closed
 
     def close(self, *, cancel: bool, timeout: float | None) -> None:
-        """Wait for what was submitted, or fail it; see `SamplingClient.close`."""
+        """Wait for submitted samples, or fail them; see `SamplingClient.close`."""
         check_seconds("timeout", timeout, or_zero=True, or_none=True)
         patience = self.session.config.patience.close if timeout is None else timeout
         self._closing.set()
@@ -142,7 +142,7 @@ class SampleQueue:
         if self._closed.is_set():
             return
         self._closed.set()
-        self.pace.wake()  # samples that wait for room give up
+        self.pace.wake()  # samples waiting for room give up
         if self.watch is not None:
             self.watch.end()
         closed = errors.ClientClosedError("The sampling client was closed.")
@@ -153,11 +153,11 @@ class SampleQueue:
 
 @attrs.define(eq=False)
 class _Sample:
-    """One sample on its way: submitted when there is room, again after a 429 or a lost promise.
+    """One sample: submitted when there is room, and again after a 429 or a lost promise.
 
-    A resend has the same number, so that the server samples once. A promise that the server calls
-    lost is requested again under its number, which brings it back if it was not lost. Only if that
-    fails does the sample get a new number.
+    A resend has the same number, so that the server samples once. After a lost promise the request
+    is resent under its number, which recovers a promise that was not lost. Only if that fails does
+    the sample get a new number.
     """
 
     _queue: SampleQueue
@@ -169,12 +169,12 @@ class _Sample:
     _lost: int = 0
 
     def take_place(self) -> None:
-        """Start; at the end, leave the place to another sample."""
+        """Start; when done, free the place for another sample."""
         self._future.add_done_callback(lambda _: self._queue.places.leave())
         self.start()
 
     def start(self) -> None:
-        """Submit it, on a thread of the session's."""
+        """Submit it on a thread of the session's pool."""
         closed = errors.ClientClosedError(f"{self._future.what} was not sent: the session closed.")
         dropped = partial(fail, self._future, closed)
         self._queue.session.sample_pool.start(self.submit, dropped=dropped)
@@ -203,12 +203,12 @@ class _Sample:
                 lambda exc: isinstance(exc, errors.RateLimitError),
                 stop=lambda state: waits.now() + state.upcoming_sleep >= give_up_at,
                 wait=self._hold_back,
-                sleep=lambda _: None,  # all samplers of the key wait, in `admitted`
+                sleep=lambda _: None,  # `admitted` makes all samplers of the key wait
                 note=wait.failed_once,
             )
 
     def _send(self, inner: OperationFuture[types.SampleResponse], wait: Wait) -> None:
-        """Submit when there is room. RateLimitError if the server answers 429."""
+        """Submit when there is room. Raises RateLimitError if the server answers 429."""
         queue = self._queue
         with queue.pace.admitted(self._nbytes, queue.is_closed):
             queue.check_not_closed()
@@ -243,7 +243,7 @@ class _Sample:
         )
 
     def _finish(self, inner: Any) -> None:
-        """The promise is resolved, or lost."""
+        """Called when the promise is resolved or lost."""
         exc = inner.exception()
         if exc is None:
             response = _aligned(inner.result(), self._request.prompt)
@@ -259,8 +259,8 @@ class _Sample:
 
 
 def _aligned(response: types.SampleResponse, prompt: types.ModelInput) -> types.SampleResponse:
-    """*response* with a log-probability for each token of *prompt*: some servers (SkyRL) leave out
-    the first, which nothing comes before."""
+    """*response* with a log-probability for each token of *prompt*: some servers (SkyRL) omit the
+    first token, which has none."""
     logprobs = response.prompt_logprobs_np
     if logprobs is None or len(logprobs) != prompt.length - 1:
         return response

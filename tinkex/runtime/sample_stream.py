@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from tinkex import errors, types, wire
 from tinkex.runtime.responses import error_detail
 
-#: Lines of one event, at most.
+#: Most lines of one event.
 MOST_LINES = 1000
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[types.SampleStreamChunk]:
-    """Server-sent events as chunks, each as soon as it is whole."""
+    """Server-sent events as chunks, each as soon as it is complete."""
     data: list[bytes] = []
     for line in lines:
         if line.startswith(b"data:"):

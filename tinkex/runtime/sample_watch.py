@@ -1,7 +1,7 @@
-"""One long poll for all of a sampling session's results, where the server offers retrieve_futures.
+"""One long poll for all results of a sampling session, if the server offers retrieve_futures.
 
-Waits for completions and hands each finished promise to the poller, which fetches its result. Knows
-nothing of sampling but the session's id.
+Waits for completions and passes each finished promise to the poller, which fetches its result.
+Knows only the id of the sampling session.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
 
-LINGER = 5.0  # seconds that the thread stays when nothing is waited for
-DOUBT = 60.0  # seconds without news after which each sample is asked for by itself
+LINGER = 5.0  # seconds that the idle thread stays alive
+DOUBT = 60.0  # seconds without news after which each sample is polled separately
 
 
 class CompletionWatch:
-    """Waits for many promises of one sampling session with one request at a time.
+    """Waits for the promises of one sampling session with one request at a time.
 
-    Its thread lives while something is waited for. After a failure the server is asked from the
-    start (cursor 0), so that nothing it said meanwhile is missed. A server that turns out not to
-    offer the endpoint is polled for each promise instead; and so is, for what waits then, one that
-    has had no news for long: it may know nothing of these any more, which only a poll brings out.
+    Its thread runs while there are promises. After a failure it starts again from cursor 0, so that
+    no completion is missed. If the server does not offer the endpoint, each promise is polled
+    instead. The same happens to waiting promises after a long time without news: the server may
+    have lost them, which only a poll can show.
     """
 
     def __init__(self, session: Session, sampling_session_id: str, clone: int) -> None:
@@ -39,9 +39,9 @@ class CompletionWatch:
             "sampling_session_id": sampling_session_id,
             "cloned_sampler_id": clone,
         }
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards everything below
         self._waiting: dict[str, Promise[Any]] = {}
-        self._told: set[str] = set()  # done, says the server, and says it once
+        self._told: set[str] = set()  # reported as done by the server, which reports each once
         self._fetched: list[str] = []  # resolved, to be reported to the server
         self._thread: threading.Thread | None = None
         self._offered = True
@@ -52,7 +52,7 @@ class CompletionWatch:
         session.dependents.add(self)
 
     def watch(self, promise: Promise[Any]) -> None:
-        """Resolve the promise's future when the server says that it is done."""
+        """Resolve the promise's future when the server reports that it is done."""
         promise.future.add_done_callback(lambda _: self._done(promise))
         with self._changed:
             closed = self._closed
@@ -71,20 +71,20 @@ class CompletionWatch:
             self._session.poller.watch(promise, ordered=False)
 
     def end(self) -> None:
-        """Fail what is waited for, and take nothing more. Safe to call twice."""
+        """Fail all waiting promises, and accept no more. Safe to call twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._fail_all(errors.ClientClosedError("The sampling client was closed."))
 
     def _done(self, promise: Promise[Any]) -> None:
-        """Its future is resolved. Unless it is called lost, the server may forget it."""
+        """Called when the future is resolved. Unless it is lost, the server may forget it."""
         promise.wait.end()
         lost = not promise.future.cancelled() and isinstance(
             promise.future.exception(), errors.PromiseExpiredError
         )
         with self._changed:
-            # By now a resend may wait under the same id.
+            # A resend may be waiting under the same id.
             if self._waiting.get(promise.request_id) is promise:
                 del self._waiting[promise.request_id]
             if not lost:
@@ -103,14 +103,14 @@ class CompletionWatch:
                 timeout = self._expire()
             try:
                 cursor = self._ask(cursor, timeout)
-            except BaseException as exc:  # whatever it is, no sample may wait forever
+            except BaseException as exc:  # no sample may wait forever, whatever failed
                 cursor = 0
                 self._failed(exc)
         if self._session.is_closed:
             self._fail_all(errors.ClientClosedError("The session was closed."))
 
     def _expire(self) -> float:
-        """Hand on what is past its deadline; seconds until the next one. Call with the lock."""
+        """Pass on promises past their deadline; return seconds to the next. Call with the lock."""
         now = self._session.poller.now()
         for promise in [p for p in self._waiting.values() if p.deadline < now]:
             del self._waiting[promise.request_id]
@@ -144,7 +144,7 @@ class CompletionWatch:
         return answer.cursor
 
     def _failed(self, exc: BaseException) -> None:
-        """Pause after a question that failed, or poll or fail what waits if another is no use."""
+        """After a failed request: pause, or poll or fail all promises if a retry is useless."""
         now, patience = self._session.poller.now(), self._session.config.patience.no_answer
         if not isinstance(exc, errors.APIError):
             if not isinstance(exc, (errors.ClientClosedError, errors.EngineError)):
@@ -163,9 +163,9 @@ class CompletionWatch:
             self._session.transport.sleep(pause)
 
     def _take(self, request_ids: list[str], forgotten: list[str]) -> bool:
-        """Hand what is finished to the poller. Returns True if anything was new.
+        """Pass finished promises to the poller. Returns True if any was new.
 
-        *forgotten*: what the server will tell of no more.
+        *forgotten*: ids that the server will not report again.
         """
         with self._changed:
             new = set(request_ids) - self._told

@@ -1,4 +1,4 @@
-"""What the clients of one server session share: connection, poller, heartbeat, numbers, features.
+"""The shared state of a session's clients: connection, poller, heartbeat, numbers, features.
 
 Does not know what the operations are for.
 """
@@ -45,11 +45,11 @@ class Dependent(Protocol):
     """An object with threads that are useless without the session."""
 
     def end(self) -> None:
-        """Take nothing more and end soon; returns at once."""
+        """Accept nothing new and end soon; returns at once."""
 
 
 class Numbers:
-    """Hands out 0, 1, 2, ...; a number that came back is handed out again."""
+    """Hands out 0, 1, 2, ...; a returned number is handed out again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards both below
@@ -65,7 +65,7 @@ class Numbers:
 
     @contextmanager
     def lent(self) -> Iterator[int]:
-        """A number, which is given back if its use fails and the server cannot have seen it."""
+        """A number, which is returned if its use fails and the server cannot have seen it."""
         number = self.take()
         try:
             yield number
@@ -103,14 +103,14 @@ class Session(Connection):
         self.model_numbers = Numbers()
         #: Shared by create_sampling_session and unnamed save_weights_for_sampler.
         self.sampler_numbers = Numbers()
-        #: True if the server creates a model from a checkpoint in one request; None: not known yet.
+        #: True if the server creates a model from a checkpoint in one request; None until known.
         self.restores_at_once: bool | None = None
         self._background = Pool(16, "tinkex-background")
         #: Submits samples.
         self.sample_pool = Pool(settings.sampling.connections, "tinkex-sample")
-        #: What the clients of the session have started: it ends with the session.
+        #: Objects started by the session's clients, which end with the session.
         self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
-        #: What the clients of the session have submitted and is not done.
+        #: Unfinished operations of the session's clients.
         self.pending = PendingOperations()
         self._closing = threading.Event()
         self._owns_session = session_id is None
@@ -130,8 +130,8 @@ class Session(Connection):
         )
         if heartbeat:
             self._heart.start()
-        # A program may forget to close it. Nothing that takes time may happen during the garbage
-        # collection, so the thread of the heartbeat lets go of the connections.
+        # A program may forget to close it. Garbage collection must not take time, so the
+        # heartbeat's thread closes the connections.
         weakref.finalize(self, _note_dropped, dropped, self.closed).atexit = False
         open_sessions.add(self)
 
@@ -171,12 +171,12 @@ class Session(Connection):
         wait: Wait | None = None,
         seq_id: int | None = None,
     ) -> None:
-        """Send one operation, and have *future* resolved with its result.
+        """Send one operation; the poller resolves *future* with its result.
 
         *send* posts the request and returns the server's promise, or the result itself from servers
-        that answer at once. What it raises is raised here: then the operation was not accepted.
-        *watcher* waits for the promise instead of the poller; it then sees to lost promises, too.
-        *wait* notes failures; None begins a new one.
+        that answer at once. If it raises, the operation was not accepted, and this method raises
+        the same. *watcher* waits for the promise instead of the poller, and handles lost promises.
+        *wait* records failures; None begins a new one.
         """
         self.check_usable()
         begin = partial(self.transport.waits.begin, f"the server to accept {future.what}")
@@ -228,7 +228,8 @@ class Session(Connection):
         retry: Retry | None = None,
         headers: dict[str, str] | None = None,
     ) -> T | types.Promise:
-        """Post *request* as JSON; the server's promise, or its result if it answers at once."""
+        """Post *request* as JSON; return the promise, or the result if the server has it at
+        once."""
         return self.transport.send(
             operation.method,
             self.transport.url(operation.path),
@@ -243,7 +244,7 @@ class Session(Connection):
     def post_batch(
         self, request: types.ForwardBackwardRequest, wait: Wait
     ) -> types.ForwardBackwardOutput | types.Promise:
-        """Post a batch in the dialect the server takes; the first one finds out which that is."""
+        """Post a batch in the server's dialect, which the first batch detects."""
         if self.protobuf is False:
             return self._post_batch(request, wait, protobuf=False)
         try:
@@ -267,7 +268,7 @@ class Session(Connection):
         headers = {"Content-Type": content_type}
         if encoding:
             headers["Content-Encoding"] = encoding
-        # Until it is known whether the server takes protobuf, such a refusal is the answer.
+        # Until the dialect is known, such a refusal means that the server does not accept protobuf.
         probing = protobuf and self.protobuf is None
         return self.transport.send(
             "POST",
@@ -294,7 +295,7 @@ class Session(Connection):
         return self.transport.structure_result(operation, payload, answer.url)
 
     def in_background(self, function: Callable[[], T], what: str) -> OperationFuture[T]:
-        """Run *function*, which waits for the server, on a thread; the future of its result."""
+        """Run *function*, which waits for the server, on a thread; returns a future."""
         self.check_open()
         future: OperationFuture[T] = OperationFuture(what)
 
@@ -313,16 +314,16 @@ class Session(Connection):
     # The end.
 
     def check_open(self) -> None:
-        """ClientClosedError if the session takes no new operations."""
+        """Raise ClientClosedError if the session accepts no new operations."""
         if self._closing.is_set():
             raise errors.ClientClosedError("The session is closed. Make a new ServiceClient.")
         self.check_usable()
 
     def wait_for_pending(self, owner: str | None, seconds: float) -> str:
-        """Wait until what *owner* (None: everybody) has submitted is done; what is left, in words.
+        """Wait for the operations of *owner* (None: all owners); returns a description of the rest.
 
-        Gives up after *seconds*, when the session is closed, or when nothing was heard from the
-        server for `patience.no_answer`.
+        Gives up after *seconds*, when the session is closed, or when the server has not answered
+        for `patience.no_answer`.
         """
         if not seconds or os.getpid() != self.pid:
             return describe(self.pending.open(owner))
@@ -339,20 +340,20 @@ class Session(Connection):
     def end_after_pending(
         self, owner: str | None, whose: str, seconds: float | None, end: Callable[[bool], object]
     ) -> None:
-        """Wait until what *owner* has submitted is done, call *end*, and report what is dropped.
+        """Wait for the operations of *owner*, call *end*, and report dropped operations.
 
         Args:
             owner: as for `wait_for_pending`.
             whose: the client that ends, for messages.
-            seconds: to wait at most; None does not wait, and only logs what is dropped.
-            end: called with True if it must be quick: after Ctrl-C.
+            seconds: time limit of the wait; None does not wait, and only logs dropped operations.
+            end: called with True if it must be fast: after Ctrl-C.
 
         Raises:
-            ClientClosedError: If something was waited for, and is dropped.
+            ClientClosedError: If operations are dropped although they were waited for.
         """
         try:
             left = self.wait_for_pending(owner, seconds or 0.0)
-        except BaseException:  # Ctrl-C: the user does not want to wait
+        except BaseException:  # Ctrl-C: do not wait
             left = describe(self.pending.open(owner))
             end(True)
             drop(left, whose, None)
@@ -373,12 +374,12 @@ class Session(Connection):
 
         Args:
             reason: "success", "errored" or "interrupted".
-            timeout: seconds that telling the server takes at most.
+            timeout: time limit, in seconds, for telling the server.
             wait: seconds to wait before that; see `end_after_pending`.
         """
         if self.is_closed:
             return
-        self._closing.set()  # or the wait might never end
+        self._closing.set()  # otherwise the wait might never end
 
         def end(hurried: bool) -> None:
             why, seconds = ("interrupted", HURRIED_TIMEOUT) if hurried else (reason, timeout)
@@ -389,7 +390,7 @@ class Session(Connection):
     def close(
         self, reason: str = "success", detail: str | None = None, timeout: float = CLOSE_TIMEOUT
     ) -> None:
-        """`finish` without a look at what was submitted."""
+        """`finish` without waiting for operations."""
         self._closing.set()
         if not self.begin_closing():
             return
@@ -410,10 +411,10 @@ class Session(Connection):
         rate_limit.wake_all()
 
     def end_with_program(self, wait: float) -> str:
-        """Wait *wait* seconds at most for what was submitted, then stop the threads.
+        """Wait up to *wait* seconds for submitted operations, then stop the threads.
 
         Nothing is sent to the server: other processes may share the session, as pickled clients do.
-        Returns in words what is dropped.
+        Returns a description of the dropped operations.
         """
         self._closing.set()
         left = self.wait_for_pending(None, wait)
@@ -424,11 +425,11 @@ class Session(Connection):
 
     @property
     def ends_with_this_process(self) -> bool:
-        """True if it is open, and not inherited from the process this one was forked from."""
+        """True if it is open and was not inherited from a parent process."""
         return not self.is_closed and os.getpid() == self.pid
 
     def _say_goodbye(self, reason: str, detail: str | None, timeout: float) -> None:
-        """The last telemetry, and that the session is over; on a thread, as a server may hang."""
+        """Send the last telemetry and finish the session; on a thread, as the server may hang."""
 
         def run() -> None:
             if self.telemetry is not None:
@@ -463,7 +464,7 @@ def _let_go_if_dropped(
     reporter: telemetry.Reporter | None,
     engine: embedded.EmbeddedEngine | None,
 ) -> None:
-    """Like `close`, for a session that was collected; the server ends it when it stays silent."""
+    """Like `close`, for a garbage-collected session, which the server ends after a timeout."""
     if not dropped.is_set():
         return
     if reporter is not None:
@@ -473,9 +474,9 @@ def _let_go_if_dropped(
         embedded.release(engine)
 
 
-#: How JSON-only servers answer a protobuf body: 415 or 422, or they fall over it.
+#: Statuses of JSON-only servers for a protobuf body: 415, 422, or a failure to parse it.
 JSON_ONLY = frozenset({400, 415, 422, 500})
 
 
-#: All that were ever opened and still exist.
+#: All existing sessions of this process.
 open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -1,7 +1,7 @@
 """Sends usage events of a session to the service; opt-in (TINKER_TELEMETRY=1).
 
-Events wait in a bounded queue, a daemon thread sends them in batches, and what cannot be sent is
-dropped. Does not know about operations. Events hold no user data, except error texts.
+Events wait in a bounded queue; a daemon thread sends them in batches and drops those that cannot be
+sent. Does not know about operations. Events contain no user data, except error texts.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Reporter:
         return True
 
     def log_event(self, name: str, data: dict[str, Any], severity: str = "INFO") -> bool:
-        """Queue an event with your own name and data."""
+        """Queue an event with a custom name and data."""
         return self.log("GENERIC_EVENT", severity, event_name=name, event_data=data)
 
     def log_exception(self, exc: BaseException, severity: str = "ERROR") -> bool:
@@ -83,7 +83,7 @@ class Reporter:
         )
 
     def flush(self) -> None:
-        """Send what is queued, on this thread; what cannot be sent is dropped."""
+        """Send queued events on this thread; those that cannot be sent are dropped."""
         while True:
             with self._lock:
                 batch = [self._events.popleft() for _ in range(min(BATCH, len(self._events)))]
@@ -91,7 +91,7 @@ class Reporter:
                 return
 
     def close(self) -> None:
-        """Send what is left, within two seconds, and stop. Safe to call twice."""
+        """Send queued events within two seconds, and stop. Safe to call twice."""
         if self._closed.is_set():
             return
         seconds = int(time.monotonic() - self._started)
@@ -106,7 +106,7 @@ class Reporter:
             self._wake.wait(INTERVAL)
             self._wake.clear()
             self.flush()
-        self.flush()  # the last event may have come during the last flush
+        self.flush()  # an event may have been added during the last flush
 
     def _send(self, batch: list[dict[str, Any]]) -> bool:
         body = {

@@ -1,7 +1,7 @@
 """OpenTelemetry, if the program uses it: a span for each operation, its exchanges, and metrics.
 
-Nothing is imported here: a program that wants traces has imported OpenTelemetry and set up a
-provider. Without that, every function returns after a look into sys.modules.
+Nothing is imported here: a program that uses tracing has imported OpenTelemetry and set up a
+provider. Otherwise every function returns after a look-up in sys.modules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import requests
 from tinkex._version import __version__
 from tinkex.futures import Progress
 
-#: The meter provider and the instruments that were made with it.
+#: The meter provider, and the instruments created with it.
 _instruments: tuple[Any, dict[str, Any]] = (None, {})
 
 
@@ -37,12 +37,12 @@ def begin(progress: Progress, name: str) -> None:
     span = trace.get_tracer("tinkex", __version__).start_span(
         f"tinkex.{name}", kind=trace.SpanKind.CLIENT, attributes=attributes
     )
-    if span.is_recording():  # not where no provider is set up, or by sampling
+    if span.is_recording():  # False without a provider, or if not sampled
         progress.span = span
 
 
 def event(progress: Progress, name: str, value: str) -> None:
-    """Something happened to an operation."""
+    """Add an event to an operation's span."""
     if progress.span is not None:
         progress.span.add_event(f"tinkex.{name}", {f"tinkex.{name}": value})
 
@@ -74,8 +74,8 @@ def exchange(
 ) -> Iterator[Any]:
     """A child span for one HTTP exchange of an operation; adds `traceparent` to *headers*.
 
-    Where opentelemetry-instrumentation-requests is active it makes the child span; here only its
-    parent is set. Yields a function to call with the answer's status.
+    If opentelemetry-instrumentation-requests is active, it creates the child span; here only the
+    parent is set. Yields a function to call with the response's status.
     """
     from opentelemetry import context, propagate, trace  # loaded already: there is a span
 
@@ -110,7 +110,7 @@ def _measure(progress: Progress, name: str, outcome: str) -> None:
 
 
 def _instruments_of(metrics: Any) -> dict[str, Any]:
-    """The instruments, made once for each meter provider."""
+    """The instruments, created once for each meter provider."""
     global _instruments
     provider = metrics.get_meter_provider()
     if _instruments[0] is not provider:

@@ -1,7 +1,7 @@
-"""One request and its tries: authentication, headers, time limits.
+"""One request and its attempts: authentication, headers, time limits.
 
-Connections belong to http_session.py, the rules of retries to retry.py, what an answer means to
-responses.py. Does not know operations or their order.
+http_session.py has the connections, retry.py the retry rules, responses.py the meaning of
+responses. Does not know about operations or their order.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ R = TypeVar("R")
 
 
 class Transport:
-    """Sends requests and returns answers. Safe to share between threads.
+    """Sends requests and returns responses. Safe to share between threads.
 
     Args:
-        config: where to, as whom, how patiently.
-        waits: reports every exchange that takes long.
+        config: the server, the key, and the patience.
+        waits: logs every exchange that takes long.
         adapter: sends prepared requests; replaceable in tests.
         sleep, clock: replaceable in tests.
     """
@@ -72,7 +72,7 @@ class Transport:
         self.waits = waits or WaitLog(config.patience.report_after, config.patience.report_every)
         self._prefix = config.base_url + wire.PREFIX
         self._http = HttpSession(config, 2 * config.sampling.connections + 64, adapter)
-        #: Waits for so many seconds, or until this transport is closed.
+        #: Sleeps for a number of seconds, or until this transport is closed.
         self.sleep = sleep or self._closed.wait
         self.clock = clock
         self._headers = {
@@ -89,17 +89,17 @@ class Transport:
             for name, value in config.default_headers.items()
             if any(word in name.lower() for word in SECRET_HEADERS)
         ]
-        #: Returns the key to send; replaced where a server exchanges keys for tokens.
+        #: Returns the key to send; replaced if the server exchanges keys for tokens.
         self.get_key: Callable[[], str] = lambda: config.api_key
-        #: Called when a token is refused as invalid; if it returns True, the request is sent again.
+        #: Called when a token is refused; if it returns True, the request is sent again.
         self.refresh_key: Callable[[], bool] = lambda: False
         #: Returns why the server will not answer again, or None while it may.
         self.obituary: Callable[[], str | None] = lambda: None
-        #: True after the first answer; before that, a request gives up within seconds.
+        #: True after the first response; before it, a request gives up within seconds.
         self.established = False
 
     def url(self, path: str, **parameters: str) -> str:
-        """The URL of *path* with its {parameters} filled in (quoted, but for ':' and '/')."""
+        """The URL of *path* with its {parameters} filled in (quoted, except ':' and '/')."""
         filled = path.format(**{k: quote(v, safe=":/") for k, v in parameters.items()})
         return self._prefix + filled
 
@@ -114,7 +114,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         **parameters: str,
     ) -> T:
-        """Send *request* to an endpoint that answers at once, and return the decoded result."""
+        """Send *request* to an endpoint without promises, and return the decoded result."""
         return self.send(
             endpoint.method,
             self.url(endpoint.path, **parameters),
@@ -167,20 +167,20 @@ class Transport:
         parse: Callable[[Answer], R],
         wait: Wait | None = None,
     ) -> R:
-        """Send one request, with retries, and return its parsed answer.
+        """Send one request, with retries, and return the parsed response.
 
         Args:
             timeout: seconds for the whole exchange; large bodies get more, see `ExchangeLimits`.
-            most_bytes: of an answer.
+            most_bytes: largest accepted response.
             retry: when to send it again; None keeps trying for `patience.no_answer`, or for
                 `patience.first_contact` if the server has never answered.
-            accept: error statuses that count as answers.
-            parse: converts the answer; if it raises a retryable APIError, the request is sent
-                again.
-            wait: notes failures; by default a new one.
+            accept: error statuses to return instead of raising.
+            parse: converts the response; if it raises a retryable APIError, the request is sent
+            again.
+            wait: records failures; by default a new one.
 
         Raises:
-            APIError: A subclass for what went wrong; the message has the URL.
+            APIError: A subclass for the failure; the message has the URL.
         """
         if query:
             given = {k: v for k, v in query.items() if v is not None}
@@ -204,7 +204,7 @@ class Transport:
             return request.send()
 
     def _secrets(self) -> set[str]:
-        """What we send and nothing that is shown may hold."""
+        """The secrets in our requests, which must not be shown."""
         return {self.config.api_key, self.get_key(), *self._secret_headers}
 
     def _exchange(self, request: _Request[Any], timeout: float) -> Answer:
@@ -236,7 +236,7 @@ class Transport:
         limits: ExchangeLimits,
         **how: bool,
     ) -> requests.Response:
-        """Make one exchange; *how* as for `HttpSession.send`. A success may be left to be read."""
+        """Make one exchange; *how* as for `HttpSession.send`, so a success may be unread."""
         try:
             response = self._http.send(method, url, headers, body or None, limits, **how)
             return response if response.status_code < 300 else read_within(response, limits)
@@ -250,9 +250,9 @@ class Transport:
         body: bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> Stream:
-        """Send one request and return the answer with its body still to be read.
+        """Send one request and return the response with its body unread.
 
-        The caller closes it. Error statuses raise; foreign URLs (of archives) get no key.
+        The caller closes it. Error statuses raise; URLs of other hosts (archives) get no key.
         """
         is_ours = self.is_ours(url)
         sent = {**self._headers, "Accept-Encoding": "identity", **(headers or {})}
@@ -270,7 +270,7 @@ class Transport:
         raise status_error(without_secrets(_answer(response, url), self._secrets()), method)
 
     def is_ours(self, url: str) -> bool:
-        """True if *url* is on the server that the key is for."""
+        """True if *url* is on the server that the key belongs to."""
         ours, other = urlsplit(self.config.base_url), urlsplit(url)
         return (ours.scheme, ours.netloc) == (other.scheme, other.netloc)
 
@@ -279,7 +279,7 @@ class Transport:
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Close idle connections and stop retrying; connections in use close when they are done."""
+        """Stop retrying, and close connections: idle ones now, others after their exchange."""
         self._closed.set()
         self._http.close()
         self.waits.close()
@@ -287,7 +287,7 @@ class Transport:
 
 @attrs.define(eq=False)
 class _Request(Generic[R]):
-    """What `Transport.send` was asked for, and how its tries went."""
+    """The arguments of `Transport.send`, and the state of its attempts."""
 
     transport: Transport
     method: str
@@ -302,11 +302,11 @@ class _Request(Generic[R]):
     policy: Retry
     started: float
     tries: int = 0
-    seen: bool = False  # an earlier try may have reached the server, and been executed
+    seen: bool = False  # an earlier attempt may have reached the server and been executed
     attempts: Attempts = attrs.field(factory=Attempts)
 
     def send(self) -> R:
-        """Try until an answer comes that can be used, or another try is no use."""
+        """Try until there is a usable response, or another attempt is useless."""
         return repeat(
             self._try,
             self._may_help,
@@ -358,7 +358,7 @@ class _Request(Generic[R]):
         raise status_error(answer, self.method)
 
     def _may_help(self, exc: errors.APIError) -> bool:
-        """True if another try may."""
+        """True if another attempt may succeed."""
         if getattr(exc, "status", 0) in self.policy.pass_on:
             return False
         if not self.transport.established and is_hopeless(exc, self._elapsed()):
@@ -385,13 +385,13 @@ def _answer(response: requests.Response, url: str) -> Answer:
     return Answer(response.status_code, response.headers, response.content, url)
 
 
-#: Identify each request: random per process, and a count; cheaper than a uuid for each.
+#: Request ids: a random prefix per process and a counter; cheaper than a uuid for each.
 _PROCESS = uuid.uuid4().hex
 _REQUESTS = itertools.count()
 
 
 def _another_process() -> None:
-    """A forked child continues the count: its keys must differ from its parent's."""
+    """Change the prefix in a forked child, whose counter continues: its ids must be unique."""
     global _PROCESS
     _PROCESS = uuid.uuid4().hex
 
@@ -401,7 +401,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _own_headers(method: str, body: bytes, given: Mapping[str, str] | None) -> dict[str, str]:
-    """What every request carries beyond the fixed headers; the same over its retries."""
+    """The headers of each request beyond the fixed ones; the same for its retries."""
     own = {"Accept": wire.JSON} if not given or "Accept" not in given else {}
     if method != "GET":
         own["X-Idempotency-Key"] = f"tinkex-{_PROCESS}-{next(_REQUESTS)}"

@@ -1,7 +1,7 @@
 """Logs a warning when a wait takes long: what for, how long, how many retries.
 
-Does not know about HTTP or operations: others report when a wait begins, what happens in it and
-when it ends. One daemon thread per log looks at the clock, and only while something waits.
+Does not know about HTTP or operations: callers report the beginning, events and end of a wait. One
+daemon thread per log checks the clock, only while there are waits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ logger = logging.getLogger("tinkex")
 
 @attrs.define(eq=False)
 class Wait:
-    """One thing that is waited for. The waiting thread writes its fields, the log reads them.
+    """One wait. The waiting thread writes its fields, the log reads them.
 
     Attributes:
         report_at: when to report it, on the log's clock.
-        progress: of the operation that waits, or None.
+        progress: of the waiting operation, or
+        None.
         on_failure: called with each failure.
     """
 
@@ -40,7 +41,7 @@ class Wait:
     on_failure: Callable[[object], None] | None = None
 
     def failed_once(self, error: object) -> None:
-        """Note a failure that will be tried again."""
+        """Record a failure that will be retried."""
         self.retries += 1
         self.last_error = one_line(error)
         if self.progress is not None:
@@ -51,7 +52,7 @@ class Wait:
             self.on_failure(error)
 
     def end(self) -> None:
-        """It is over. Safe to call twice."""
+        """End the wait. Safe to call twice."""
         self.log._end(self)
 
     def __enter__(self) -> Wait:
@@ -72,7 +73,7 @@ class Wait:
 
 
 def one_line(error: object) -> str:
-    """What an error says, in one line of at most 160 characters."""
+    """The text of an error in one line of at most 160 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 160 else text[:157] + "..."
 
@@ -80,8 +81,8 @@ def one_line(error: object) -> str:
 class WaitLog:
     """Reports waits that last longer than *report_after* seconds, then every *report_every*.
 
-    However many things wait, a report is one line: the one that has waited longest, and how many
-    others there are. Of thousands of waits for the same, one after the other, one is reported.
+    A report is always one line: the longest wait, and the number of others. Of thousands of
+    consecutive waits for the same reason, one is reported.
     """
 
     def __init__(
@@ -93,20 +94,20 @@ class WaitLog:
     ) -> None:
         self.report_after = report_after
         self.report_every = report_every
-        #: When the server was last heard of, by this log's clock; None if never.
+        #: Time of the server's last response, by this log's clock; None if there was none.
         self.last_heard: float | None = None
         #: The time by this log's clock, in seconds.
         self.now = clock
         self._lock = threading.Lock()  # guards the three below
         self._waits: dict[int, Wait] = {}
-        self._reported: dict[str, float] = {}  # what was waited for, and when that was reported
+        self._reported: dict[str, float] = {}  # reasons of waits, and when they were reported
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
 
     def begin(self, what: str, detail: str = "", progress: Progress | None = None) -> Wait:
-        """Something is waited for from now on; call `end()` on what this returns.
+        """Begin a wait; call `end()` on the result.
 
-        *detail* says which of many; waits that differ in that alone are reported as one.
+        *detail* distinguishes waits with the same *what*, which are reported as one.
         """
         now = self.now()
         wait = Wait(self, what, detail, now, now + self.report_after, progress=progress)
@@ -118,15 +119,15 @@ class WaitLog:
         return wait
 
     def heard(self) -> None:
-        """The server has just said something."""
+        """Record a response of the server."""
         self.last_heard = self.now()
 
     def close(self) -> None:
-        """Report nothing any more."""
+        """Stop reporting."""
         self._closed.set()
 
     def report(self) -> str | None:
-        """One line on what has waited too long, if anything has; it is then not due for a while."""
+        """One line about the overdue waits, if there are any; they are then not due for a while."""
         now = self.now()
         with self._lock:
             recent = {k: at for k, at in self._reported.items() if now - at < self.report_every}
@@ -151,7 +152,7 @@ class WaitLog:
             self._waits.pop(id(wait), None)
 
     def _watch(self) -> None:
-        """Runs on the log's thread, until nothing has waited for a few seconds."""
+        """Runs on the log's thread, until there has been no wait for a few seconds."""
         idle = 0
         while idle < 10 and not self._closed.wait(min(0.5, self.report_after / 4)):
             line = self.report()

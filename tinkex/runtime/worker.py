@@ -1,4 +1,4 @@
-"""The ordered worker: one thread that makes calls in the order they were put.
+"""The ordered worker: one thread that makes calls in the order in which they were put.
 
 Does not know about HTTP or what a call means; takes callables.
 """
@@ -23,17 +23,17 @@ logger = logging.getLogger("tinkex")
 
 
 class Turn:
-    """A call's turn to send. Each send gets the next seq_id; a refused one gives it back."""
+    """A call's turn to send. Each send gets the next seq_id; a refused send returns it."""
 
     def __init__(self, worker: OrderedWorker, progress: Progress | None = None) -> None:
         self._worker = worker
-        #: Of the call, for the futures of its parts.
+        #: Progress of the call, for the futures of its parts.
         self.progress = progress
-        #: The numbers of the sends that were accepted in this turn.
+        #: The numbers of this turn's accepted sends.
         self.accepted: list[int] = []
 
     def send(self, function: Callable[[int], T]) -> T:
-        """Call *function* with the next seq_id. If it raises, nothing more is sent in this turn."""
+        """Call *function* with the next seq_id. If it raises, this turn sends nothing more."""
         seq_id = self._worker._seq_id + 1
         try:
             result = function(seq_id)
@@ -44,7 +44,7 @@ class Turn:
         return result
 
     def wait_for(self, future: OperationFuture[T]) -> T:
-        """The result of something sent earlier in this turn. Ends with the worker."""
+        """Wait for the result of an earlier send of this turn. Aborted when the worker closes."""
         while not concurrent.futures.wait([future], timeout=0.5).done:
             if self._worker._abandon.is_set():
                 raise errors.ClientClosedError(
@@ -54,7 +54,7 @@ class Turn:
 
 
 class SubmitFailed(Exception):
-    """A send failed for good; `cause` says how, and is what the caller sees."""
+    """A send failed permanently; the caller gets `cause`."""
 
     def __init__(self, cause: BaseException, accepted: list[int]) -> None:
         super().__init__(str(cause))
@@ -64,11 +64,11 @@ class SubmitFailed(Exception):
 
 @attrs.define(eq=False)
 class _Call:
-    """A call in line.
+    """A queued call.
 
     Attributes:
-        run: makes the call's sends, and sees to it that the future is resolved.
-        seen: how many failures had been delivered when it was put.
+        run: makes the call's sends, and ensures that the future is resolved.
+        seen: how many failures had been delivered to the caller when it was put.
     """
 
     run: Callable[[Turn, OperationFuture[Any]], None]
@@ -77,10 +77,10 @@ class _Call:
 
 
 class OrderedWorker:
-    """Makes calls one at a time, in the order they were put.
+    """Makes calls one at a time, in the order in which they were put.
 
-    The place in line is taken on the caller's thread, inside put(): what a caller puts first is
-    sent first. seq_ids belong to the worker thread and are contiguous from 1.
+    The place in the queue is taken on the caller's thread, in put(): the call put first is sent
+    first. seq_ids belong to the worker thread and are contiguous from 1.
 
     States:
         open     -> failed   when a call raises: a send failed for good, or its own work did
@@ -96,11 +96,11 @@ class OrderedWorker:
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._seq_id = first_seq_id - 1
         self._name = name
-        self._lock = threading.Lock()  # guards _closed, _delivered, _queued and the order of puts
+        self._lock = threading.Lock()  # guards _closed, _delivered, _queued and the order of put()
         self._closed = False
         self._delivered = 0
         self._queued = 0
-        self._failure: BaseException | None = None  # the worker thread's own
+        self._failure: BaseException | None = None  # used only on the worker thread
         self._failed_at = 0
         self._broken: BaseException | None = None
         self._abandon = threading.Event()
@@ -113,10 +113,10 @@ class OrderedWorker:
         on_put: Callable[[OperationFuture[T]], None] = lambda future: None,
         make: type[OperationFuture[T]] = OperationFuture,
     ) -> OperationFuture[T]:
-        """Take the next place in line, and return the future at once.
+        """Take the next place in the queue, and return the future at once.
 
         Args:
-            on_put: called with the future before *run* can be.
+            on_put: called with the future before *run* can be called.
             make: the class of the future.
 
         Raises:
@@ -138,12 +138,12 @@ class OrderedWorker:
 
     @property
     def queued(self) -> int:
-        """How many calls wait for their turn."""
+        """The number of calls that wait for their turn."""
         return self._queued
 
     @property
     def is_current_thread(self) -> bool:
-        """True on the worker's own thread, where waiting for its calls would never end."""
+        """True on the worker's own thread, where waiting for its calls would deadlock."""
         return self._thread is threading.current_thread()
 
     @property
@@ -152,10 +152,10 @@ class OrderedWorker:
         return self._seq_id
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> bool:
-        """Take no more calls; make those that wait (or cancel them), then end the thread.
+        """Accept no more calls; make (or cancel) the queued ones, then end the thread.
 
-        Returns True if the thread has ended within *timeout* seconds. When it has not, what still
-        waits is failed. Safe to call twice, and from a future's callback.
+        Returns True if the thread ended within *timeout* seconds; otherwise the queued calls fail.
+        Safe to call twice, and from a future's callback.
         """
         if cancel:
             self._abandon.set()
@@ -170,7 +170,7 @@ class OrderedWorker:
         return not thread.is_alive()
 
     def end(self) -> None:
-        """Take no more calls, and end the thread after those that wait; returns at once."""
+        """Accept no more calls, and end the thread after the queued ones; returns at once."""
         with self._lock:
             first = not self._closed
             self._closed = True
@@ -205,7 +205,7 @@ class OrderedWorker:
         if self._broken is not None:
             return self._broken
         if self._failure is not None and call.seen > self._failed_at:
-            self._failure = None  # put after the caller had seen it
+            self._failure = None  # put after the caller had seen the failure
         return self._failure
 
     def _fail(self, call: _Call, exc: BaseException, root: BaseException) -> None:
@@ -213,7 +213,7 @@ class OrderedWorker:
         fail(call.future, exc)
 
     def _deliver(self, root: BaseException) -> None:
-        """The caller has seen *root*. Runs on the caller's thread."""
+        """Record that the caller has seen *root*. Runs on the caller's thread."""
         with self._lock:
             if self._failure is root and self._delivered == self._failed_at:
                 self._delivered += 1
@@ -255,8 +255,8 @@ def _prior(root: BaseException, broken: bool) -> errors.PriorOperationFailedErro
 
 
 def _cause(exc: BaseException) -> BaseException:
-    """What the caller sees: the call's own exception (of a user's loss function, say) as it is; of
-    a send, its cause, which says what had been accepted before it."""
+    """The exception for the caller: the call's own (of a user's loss function, for example)
+    unchanged; for a failed send its cause, with the sends accepted before it."""
     if not isinstance(exc, SubmitFailed):
         return exc
     if exc.accepted and isinstance(exc.cause, errors.TinkexError):

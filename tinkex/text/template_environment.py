@@ -49,7 +49,7 @@ class Generation(ext.Extension):
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """
-    The sandbox, with a fast path for the most frequent look-ups.
+    The sandbox, with a short cut for the most frequent look-ups.
 
     Jinja's checks take half the time of a rendering. Their result for keys of plain dicts, methods
     of plain str, and values in `loop` and `namespace()` is always the same, so it is returned here
