@@ -121,9 +121,9 @@ def engine_part(options: Options, device: str = "cpu") -> Part:
         "Padded batches and `generate`, the same numbers on the same data, in a process of their "
         "own with torch's own settings. Ratio: tinkex / instead. Limit: all products with the "
         "model's matrices at the speed of the best product (1,024 cubed) that the processor made "
-        "in the same round, and nothing else to do; in decoding, if that is less, reading the "
-        "weights once for a token of every stream at the bandwidth at which the same round read "
-        "as many bytes.",
+        "in the same round, and nothing else to do. In decoding: these products for the prompts, "
+        "then for each token of all streams the products or, if that takes longer, reading the "
+        "weights once at the bandwidth at which the same round read as many bytes.",
         "",
         table(rows, OF_LIMIT),
     ]

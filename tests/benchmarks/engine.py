@@ -84,6 +84,9 @@ TRAINING_SHARE: dict[str, float | None] = {
     "tiny": 0.4, "small": 0.6, "smollm2": 0.6, "gpt2": None
 }  # fmt: skip
 READING_SHARE = 0.75
+
+#: Tokens of a prompt, where decoding is measured.
+PROMPT = 16
 #: By streams: the share of the bandwidth, then of the smaller of the two limits.
 DECODING_SHARE = {1: 0.7, 16: 0.6, 64: 0.6}
 
@@ -149,11 +152,15 @@ class Bench:
         not being trained can be folded into it."""
         return self.peak() / (2 * self._numbers)
 
-    def decoding_limit(self, streams: int) -> float:
-        """Tokens a second: the smaller of `reading_limit` and of reading the weights from memory
-        once for a token of every stream."""
-        from_memory = streams * machine.read_bandwidth(self._bytes, self.device) / self._bytes
-        return from_memory if streams == 1 else min(from_memory, self.reading_limit())
+    def decoding_limit(self, streams: int, prompt: int, length: int) -> float:
+        """Tokens a second of so many streams with prompts of *prompt* tokens: the prompts at
+        `reading_limit`, which gives each its first token; then steps, each at the smaller of
+        `reading_limit` and of reading the weights from memory once."""
+        reading = self.reading_limit()
+        seconds = streams * prompt / reading
+        from_memory = self._bytes / machine.read_bandwidth(self._bytes, self.device)
+        seconds += (length - 1) * max(from_memory, streams / reading)
+        return streams * length / seconds
 
     def close(self) -> None:
         """End the process that was started, and free the memory."""
@@ -300,12 +307,12 @@ def decoding(streams: int) -> Callable[[Bench, float], list[Row]]:
 
     def case(bench: Bench, seconds: float) -> list[Row]:
         length = 64 if bench.name == "tiny" else 32
-        prompts = prompts_of([16] * streams, bench.vocab)
+        prompts = prompts_of([PROMPT] * streams, bench.vocab)
         a, b, limits = in_turns(
             (
                 lambda: ask(bench, prompts, 1, length),
                 lambda: bench.reference.call("generate", prompts, 1, length),
-                lambda: bench.decoding_limit(streams),
+                lambda: bench.decoding_limit(streams, PROMPT, length),
             ),
             seconds,
         )

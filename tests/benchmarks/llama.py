@@ -77,12 +77,12 @@ def rows(seconds: float) -> list[Row]:
 def _row(
     bench: engine.Bench, theirs: Callable[[], float], streams: int, kind: str, seconds: float
 ) -> Row:
-    prompts = engine.prompts_of([16] * streams, bench.vocab)
+    prompts = engine.prompts_of([engine.PROMPT] * streams, bench.vocab)
     a, b, limits = in_turns(
         (
             lambda: engine.ask(bench, prompts, 1, LENGTH, ["bare"]),
             theirs,
-            lambda: bench.decoding_limit(streams),
+            lambda: bench.decoding_limit(streams, engine.PROMPT, LENGTH),
         ),
         seconds,
     )

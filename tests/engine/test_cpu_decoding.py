@@ -93,6 +93,24 @@ def test_every_family_comes_out_as_with_torch(base):
     _compare(actual, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
+@torch.no_grad()
+def test_short_prompts_are_read_as_with_torch(base):
+    """Each token as a sequence of its own; also prompts that nothing continues."""
+    adapters = [_adapter(base, 8, 1), None, _adapter(base, 3, 2)]
+    prompts = _prompts(base, adapters, longest=20)
+    prompts[4] = attrs.evolve(prompts[4], rows=())
+    states = [
+        FastSampling(base, Workers(1), compiled=step) for step in (cpu_decoding.step_of(base), None)
+    ]
+
+    actual, expected = (state.begin(prompts, None) for state in states)
+
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale)
+    for ours, theirs in zip(states[0]._pools, states[1]._pools):
+        assert ours.members == pytest.approx(theirs.members)
+
+
 def test_long_texts_are_attended_to_in_pieces(tiny):
     """Prompts end within a piece and where one ends; so do their continuations."""
     compiled = cpu_decoding.step_of(tiny)

@@ -27,6 +27,8 @@ from tinkex.engine.spec import Spec
 
 logger = logging.getLogger(__name__)
 
+Ints = npt.NDArray[np.int64]
+
 #: The fused matrices of a layer.
 MATRICES = ("qkv", "o", "gate_up", "down")
 
@@ -199,30 +201,40 @@ class CompiledStep:
         positions: Tensor,
         spans: npt.NDArray[np.void],
         adapters: Sequence[Finished | None],
-        numbers: npt.NDArray[np.int64],
+        numbers: Ints,
+        wanted: Ints | None = None,
     ) -> Tensor:
-        """Logits (N, V) float32 of the token after each sequence's last.
+        """Logits (M, V) float32 of the token after each sequence's last.
+
+        The tokens of a prompt are sequences that share their keys and values, and differ in length.
 
         Args:
             x: (N, d) embedded last tokens.
             positions: (N,) of these tokens.
-            spans: (N, 2) of `cpu_kernels.SPAN`: keys and values of a shared prompt, and its own
-                with room for the last token, which is counted. Keys and values are written there.
+            spans: (N, 2) of `cpu_kernels.SPAN`: keys and values of a shared prompt, and the
+                sequence's own including the last token, which are written.
             numbers: (N,) which of the *adapters* each sequence has; ascending.
+            wanted: (M,) the sequences whose logits are wanted, ascending; None is all.
         """
         base, step = self._base, self._step
+        wanted = np.arange(len(x)) if wanted is None else np.ascontiguousarray(wanted)
         x = x.float().clone(memory_format=torch.contiguous_format)
         vocab = len(base.linears["head"].weight)
-        logits = torch.empty(len(x), (-(-vocab // LINE) | 1) * LINE)[:, :vocab]
+        logits = torch.empty(len(wanted), (-(-vocab // LINE) | 1) * LINE)[:, :vocab]
         if tuple(adapters) != self._adapters:
             self._point_to(tuple(adapters))
-        bounds = np.searchsorted(numbers, np.arange(len(adapters) + 1)).astype(np.int64)
+        bounds, wanted_bounds = (
+            np.searchsorted(own, np.arange(len(adapters) + 1)).astype(np.int64)
+            for own in (numbers, numbers[wanted])
+        )
         angles = self._turn(positions)
         spans = np.ascontiguousarray(spans)
         step["sequences"], step["adapters"] = spans.ctypes.data, bounds.ctypes.data
+        step["wanted"], step["wanted_adapters"] = wanted.ctypes.data, wanted_bounds.ctypes.data
         step["x"], step["logits"] = x.data_ptr(), logits.data_ptr()
         step["ld_logits"] = logits.stride(0)
         step["count"], step["adapter_count"] = len(x), len(adapters)
+        step["wanted_count"] = len(wanted)
         step["threads"] = torch.get_num_threads()
         self._kernel(step)
         del angles  # has been read

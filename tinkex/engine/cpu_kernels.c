@@ -213,10 +213,12 @@ typedef struct {
   const int64_t *adapters; /* (adapters + 1,) first sequence of each adapter, and N */
   const float *final_norm; /* (width,) */
   float *x;                /* (N, width) into the first layer; changed */
-  float *logits;           /* (N, ld_logits), of which the vocabulary is written */
+  const int64_t *wanted;   /* (wanted_count,) the sequences whose logits are wanted, ascending */
+  const int64_t *wanted_adapters; /* as *adapters*, of these */
+  float *logits;           /* (wanted_count, ld_logits), of which the vocabulary is written */
   Matrix head;
   int64_t count, depth, width, heads, kv_heads, head_dim, mlp, adapter_count,
-      ld_logits;
+      wanted_count, ld_logits;
   int32_t weights, cache, activation, interleaved, threads;
   float eps, scale, cap, residual;
 } Step;
@@ -254,11 +256,12 @@ INLINE void store(vf result, float *y, size_t ldy, int64_t row, int rows, int co
 #endif
 
 /* total += rows of w times count rows of x, STRIDE columns at a time; what is left of the columns
- * is filled up with zeros. */
-#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, x, ldx, columns)              \
+ * is filled up with zeros. Meanwhile, some lines of rows *ahead* are fetched into the cache. */
+#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, x, ldx, columns, ahead, lines) \
   do {                                                                                          \
     int64_t k = 0;                                                                              \
     for (; k + STRIDE <= (columns); k += STRIDE) {                                              \
+      UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (columns) + k);   \
       VEC b[MR];                                                                                \
       UNROLL for (int j = 0; j < count; j++) {                                                  \
         b[j] = LOAD_X((x) + j * (ldx) + k);                                                     \
@@ -302,62 +305,89 @@ typedef struct {
   size_t ld;
 } Change;
 
+/* Bytes of inputs and of a matrix that stay in the L1 and L2 cache while they are multiplied. */
+#define L1_PART (18 * 1024)
+#define L2_PART (128 * 1024)
+
+/* How many of *most* rows of so many bytes fit; a multiple of *quantum*, at least that. */
+static int64_t fitting(int64_t room, int64_t bytes, int64_t most, int64_t quantum) {
+  int64_t count = room / bytes < most ? room / bytes : most;
+  return count < quantum ? quantum : count / quantum * quantum;
+}
+
 /* Products with a matrix of one type. NAME: one tile, of *count* sequences and the *rows* of w from
- * *row* on. NAME_rows: y (sequences start..stop) of rows first..last. */
+ * *row* on. NAME_rows: y of rows first..last.
+ *
+ * Some rows of w are multiplied with a few sequences, then with the next few, so that both lie in
+ * caches; while the second few are multiplied, the next rows of w are fetched from memory. */
 #define PRODUCTS(NAME, W, THIN, X, STRIDE, VEC, LOAD_W, LOAD_THIN, LOAD_X, MULTIPLY)               \
-  INLINE void NAME(const int rows, const int count, float *y, size_t ldy,                          \
+  INLINE void NAME(const int rows, const int count, const int lines, float *y, size_t ldy,         \
                    const X *x, size_t ldx, const W *w, int64_t columns, int64_t row,               \
                    const float *scales, const THIN *b, int64_t rank, const float *inner,           \
-                   size_t ld_inner, End end) {                                                     \
+                   size_t ld_inner, const W *ahead, End end) {                                     \
     vf total[V];                                                                                   \
     UNROLL for (int i = 0; i < V; i++) total[i] = (vf){0};                                         \
     const W *from = w + row * columns;                                                             \
-    ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, from, x, ldx, columns);                \
+    ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, from, x, ldx, columns, ahead, lines); \
     if (scales)                                                                                    \
       UNROLL for (int j = 0; j < count; j++) UNROLL for (int i = 0; i < rows; i++)                 \
           total[j * rows + i] *= scales[row + i];                                                  \
     if (b) {                                                                                       \
       const THIN *thin = b + row * rank;                                                           \
       ADD_PRODUCT(THIN, float, V, vf, LOAD_THIN, load_f32, MULTIPLY_ADD, thin, inner, ld_inner,    \
-                  rank);                                                                        \
+                  rank, thin, 0);                                                                  \
     }                                                                                              \
     store(sums(total), y, ldy, row, rows, count, end);                                             \
   }                                                                                                \
                                                                                                    \
   static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                \
-                          int64_t columns, int64_t start, int64_t stop, int64_t first,             \
-                          int64_t last, const float *scales, const Change *change, End end) {      \
-    int64_t row = first;                                                                           \
-    while (row < last) {                                                                           \
-      int is_single = stop - start == 1 && row + V <= last;                                        \
-      int is_tile = row + MR <= last;                                                              \
-      for (int64_t i = 0; i < change->adapters; i++) {                                             \
-        int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                              \
-        if (j < start) j = start;                                                                  \
-        if (end_j > stop) end_j = stop;                                                            \
-        const Thin *own = change->thin ? &change->thin[i] : NULL;                                  \
-        const THIN *b = own ? own->b : NULL;                                                       \
-        int64_t rank = b ? own->rank : 0;                                                          \
-        const float *inner = change->inner + change->part * rank;                                  \
-        /* clang-format off */                                                                     \
-        if (is_single && j < end_j) {                                                              \
-          RUN(NAME, V, 1);                                                                      \
-        } else if (is_tile) {                                                                      \
-          for (; j + NR <= end_j; j += NR) RUN(NAME, MR, NR);                                      \
-          if (end_j - j == 1) RUN(NAME, MR, 1);                                                 \
-          if (NR > 2 && end_j - j == 2) RUN(NAME, MR, 2);                                       \
-          if (NR > 2 && end_j - j == 3) RUN(NAME, MR, 3);                                       \
-        } else {                                                                                   \
-          for (; j < end_j; j++) RUN(NAME, 1, 1);                                               \
+                          int64_t columns, int64_t first, int64_t last, const float *scales,       \
+                          const Change *change, End end) {                                         \
+    int64_t start = change->bounds[0], stop = change->bounds[change->adapters];                    \
+    int64_t some = fitting(L2_PART, columns * sizeof(W), 64, V), n = stop - start;                 \
+    int64_t few = fitting(L1_PART, columns * sizeof(X), 64, NR);                                   \
+    if (n < few + NR) few = n;                                                                     \
+    int64_t lines = few < MR * NR ? MR * NR / (few < NR ? NR : few) : 1; /* of a tile's step */    \
+    for (int64_t chunk = first; chunk < last; chunk += some)                                       \
+      for (int64_t block = start; block < stop; block += few) {                                    \
+        int64_t distance = block == start ? 2 * MR : some; /* to the rows that are fetched */      \
+        int fetches = block == start ? few == n || chunk == first : block == start + few;          \
+        for (int64_t row = chunk; row < chunk + some && row < last;) {                             \
+          int is_single = n == 1 && row + V <= last, is_tile = row + MR <= last;                   \
+          for (int64_t i = 0; i < change->adapters; i++) {                                         \
+            int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                          \
+            if (j < block) j = block;                                                              \
+            if (end_j > block + few) end_j = block + few;                                          \
+            const Thin *own = change->thin ? &change->thin[i] : NULL;                              \
+            const THIN *b = own ? own->b : NULL;                                                   \
+            int64_t rank = b ? own->rank : 0;                                                      \
+            const float *inner = change->inner + change->part * rank;                              \
+            const W *ahead = w + (row + distance + (j - block) / NR * lines) * columns;            \
+            /* clang-format off */                                                                 \
+            if (is_single && j < end_j) {                                                          \
+              RUN(NAME, V, 1, 0);                                                                  \
+            } else if (is_tile) {                                                                  \
+              for (; j + NR <= end_j; j += NR, ahead += lines * columns) {                         \
+                if (!fetches) RUN(NAME, MR, NR, 0);                                                \
+                else if (lines == 1) RUN(NAME, MR, NR, 1);                                         \
+                else if (lines == 2) RUN(NAME, MR, NR, 2);                                         \
+                else RUN(NAME, MR, NR, MR);                                                        \
+              }                                                                                    \
+              if (end_j - j == 1) RUN(NAME, MR, 1, MR);                                            \
+              if (NR > 2 && end_j - j == 2) RUN(NAME, MR, 2, MR);                                  \
+              if (NR > 2 && end_j - j == 3) RUN(NAME, MR, 3, MR);                                  \
+            } else {                                                                               \
+              for (; j < end_j; j++) RUN(NAME, 1, 1, 0);                                           \
+            }                                                                                      \
+            /* clang-format on */                                                                  \
+          }                                                                                        \
+          row += is_single ? V : is_tile ? MR : 1;                                                 \
         }                                                                                          \
-        /* clang-format on */                                                                      \
       }                                                                                            \
-      row += is_single ? V : is_tile ? MR : 1;                                                     \
-    }                                                                                              \
   }
-#define RUN(NAME, rows, count)                                                          \
-  NAME(rows, count, y + j * ldy, ldy, x + j * ldx, ldx, w, columns, row, scales, b,     \
-       rank, inner + j * change->ld, change->ld, end)
+#define RUN(NAME, rows, count, lines)                                                             \
+  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx, ldx, w, columns, row, scales, b, rank,  \
+       inner + j * change->ld, change->ld, ahead, end)
 
 PRODUCTS(times_f32, float, float, float, V, vf, load_f32, load_f32, load_f32, MULTIPLY_ADD)
 PRODUCTS(times_bf16, bf16, bf16, float, V, vf, load_bf16, load_bf16, load_f32, MULTIPLY_ADD)
@@ -375,28 +405,21 @@ PRODUCTS(times_pairs, bf16, bf16, bf16, 32, pairs, LOAD_PAIRS, load_bf16, LOAD_P
 #define HAS_PAIRS 0
 #endif
 
-/* Sequences that are multiplied at a time: so many of their inputs stay in the L2 cache. */
-#define BLOCK 64
-
 static void multiply(int type, const void *w, int64_t columns, const float *scales, Input in,
                      const Change *change, float *y, size_t ldy, int64_t first, int64_t last,
                      End end) {
-  int64_t start = change->bounds[0], stop = change->bounds[change->adapters];
-  for (; start < stop; start += BLOCK) {
-    int64_t to = start + BLOCK < stop ? start + BLOCK : stop;
 #define ROWS(NAME, input) \
-  NAME##_rows(y, ldy, input, in.ld, w, columns, start, to, first, last, scales, change, end)
+  NAME##_rows(y, ldy, input, in.ld, w, columns, first, last, scales, change, end)
 #if HAS_PAIRS
-    if (type == BFLOAT16 && in.rounded) {
-      ROWS(times_pairs, in.rounded);
-      continue;
-    }
-#endif
-    if (type == FLOAT32) ROWS(times_f32, in.exact);
-    if (type == BFLOAT16) ROWS(times_bf16, in.exact);
-    if (type == INT8) ROWS(times_i8, in.exact);
-#undef ROWS
+  if (type == BFLOAT16 && in.rounded) {
+    ROWS(times_pairs, in.rounded);
+    return;
   }
+#endif
+  if (type == FLOAT32) ROWS(times_f32, in.exact);
+  if (type == BFLOAT16) ROWS(times_bf16, in.exact);
+  if (type == INT8) ROWS(times_i8, in.exact);
+#undef ROWS
 }
 
 /* The part of 0..total, in steps of *quantum*, that is this thread's. */
@@ -733,13 +756,15 @@ static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Inp
 
 static void head(const Step *s, const Shared *all, Input in) {
   const Matrix *m = &s->head;
-  for (int64_t j = 0; j < s->count; j++)
-    norm(in.exact + j * in.ld, s->x + j * s->width, s->final_norm, s->width, s->eps);
-  round_rows(s, in, s->width);
+  Step of_wanted = *s;
+  of_wanted.count = s->wanted_count;
+  of_wanted.adapters = s->wanted_adapters;
+  for (int64_t i = 0; i < s->wanted_count; i++)
+    norm(in.exact + i * in.ld, s->x + s->wanted[i] * s->width, s->final_norm, s->width, s->eps);
+  round_rows(&of_wanted, in, s->width);
   Share own = share(m->rows, V);
-  times_a(s, m, in, all->inner, all->room);
-  times(s, m, in, all->inner, all->room, s->logits, s->ld_logits, own.first,
-        own.last, 1, 0);
+  times_a(&of_wanted, m, in, all->inner, all->room);
+  times(&of_wanted, m, in, all->inner, all->room, s->logits, s->ld_logits, own.first, own.last, 1, 0);
 }
 
 static void *aligned(size_t bytes) {

@@ -63,9 +63,10 @@ LAYER = _struct(
 )  # fmt: skip
 SPAN = _struct(k=_P, v=_P, layer=_L, head=_L, length=_L)
 STEP = _struct(
-    layers=_P, sequences=_P, adapters=_P, final_norm=_P, x=_P, logits=_P, head=MATRIX,
+    layers=_P, sequences=_P, adapters=_P, final_norm=_P, x=_P, wanted=_P,
+    wanted_adapters=_P, logits=_P, head=MATRIX,
     count=_L, depth=_L, width=_L, heads=_L, kv_heads=_L, head_dim=_L, mlp=_L, adapter_count=_L,
-    ld_logits=_L,
+    wanted_count=_L, ld_logits=_L,
     weights=_I, cache=_I, activation=_I, interleaved=_I, threads=_I,
     eps=_F, scale=_F, cap=_F, residual=_F,
 )  # fmt: skip

@@ -18,8 +18,10 @@ from torch import Tensor
 from tinkex.engine.attention import PackedAttention, Packing, attention
 from tinkex.engine.base_model import Ints, OnHidden, Prompt
 from tinkex.engine.cpu_decoding import CompiledStep
+from tinkex.engine.cpu_kernels import SPAN
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
+from tinkex.engine.kv_cache import Cache
 from tinkex.engine.linears import Linears
 from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Workspace, can_merge
@@ -30,6 +32,10 @@ from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 
 #: An adapter with at least this many rows is merged into copies of the matrices.
 MERGE_ROWS = 16
+
+#: Prompts of up to this many tokens together are read by the compiled step. For more tokens
+#: PyTorch's attention is faster.
+COMPILED_TOKENS = 256
 
 
 @attrs.frozen(eq=False)
@@ -83,6 +89,9 @@ class Fillable(Protocol):
 
     def fill(self, layer: int, place: int, k: Tensor, v: Tensor, /) -> None:
         """Write a prompt's keys and values, (T, G, D) each, to a place."""
+
+    def fill_layers(self, place: int, k: Tensor, v: Tensor, /) -> None:
+        """The same of all layers, (layers, G, T, D) each."""
 
 
 class Store(Protocol):
@@ -146,6 +155,9 @@ class FastSampling:
         adapters = np.array([number[prompt.adapter] for prompt in ordered])
         places = [self._places(prompt) for prompt in ordered]
         sizes = [len(prompt.tokens) for prompt in ordered]
+        if self._compiled is not None and on_hidden is None and sum(sizes) <= COMPILED_TOKENS:
+            logits = self._read_compiled(self._compiled, ordered, stack, adapters, places)
+            return logits[torch.from_numpy(np.argsort(order))]
         room = None
         if len(stack.adapters) == 1:
             is_worth = sum(sizes) >= self._base.spec.width // 2
@@ -172,6 +184,32 @@ class FastSampling:
         logits = torch.cat(self._workers.run([partial(compute, share) for share in shares]))
         back = np.argsort(np.array(order)[np.concatenate(shares)])
         return logits[torch.from_numpy(back).to(logits.device)]
+
+    def _read_compiled(
+        self,
+        compiled: CompiledStep,
+        prompts: Sequence[Prompt],
+        stack: Stack,
+        adapters: Ints,
+        places: Sequence[Sequence[tuple[Fillable, int]]],
+    ) -> Tensor:
+        """Logits (prompts, V) after short prompts, each token of which is a sequence of its own."""
+        base, sizes = self._base, np.array([len(prompt.tokens) for prompt in prompts])
+        cache = Cache(base.spec, base.device, base.dtype)
+        cache.reserve(len(prompts), int(sizes.max()))
+        which = np.repeat(np.arange(len(sizes)), sizes)
+        ends = np.cumsum(sizes)
+        within = np.arange(len(which)) - np.repeat(ends - sizes, sizes)
+        spans = np.zeros((len(which), 2), SPAN)
+        spans[:, 1] = cache.spans(which, within + 1)
+        x = base.embed(torch.from_numpy(np.concatenate([prompt.tokens for prompt in prompts])))
+        logits = compiled.logits(
+            x, torch.from_numpy(within), spans, stack.adapters, adapters[which], ends - 1
+        )
+        for i, size in enumerate(sizes.tolist()):
+            for pool, place in places[i]:
+                pool.fill_layers(place, cache.k[:, i, :, :size], cache.v[:, i, :, :size])
+        return logits
 
     def _stack_with(self, adapters: Sequence[Finished | None]) -> Stack:
         """The stack of the running adapters if it has all of *adapters*; else a new stack of just
@@ -243,8 +281,7 @@ class FastSampling:
     def _keep(self, prompt: Prompt, k: Tensor, v: Tensor) -> None:
         """Keys and values (layers, G, T, D) of a prompt go to the places of its sequences."""
         for pool, place in self._places(prompt):
-            for layer in range(len(k)):
-                pool.fill(layer, place, k[layer].transpose(0, 1), v[layer].transpose(0, 1))
+            pool.fill_layers(place, k, v)
 
     # -- tokens ------------------------------------------------------------------------------
 

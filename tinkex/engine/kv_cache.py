@@ -73,6 +73,11 @@ class Cache:
         self.k[layer, row, :, : len(k)] = k.transpose(0, 1)
         self.v[layer, row, :, : len(v)] = v.transpose(0, 1)
 
+    def fill_layers(self, row: int, k: Tensor, v: Tensor) -> None:
+        """Write a prompt's keys and values, (layers, G, T, D) each, at the start of a row."""
+        self.k[:, row, :, : k.shape[2]] = k
+        self.v[:, row, :, : v.shape[2]] = v
+
     def places(self, rows: Ints, positions: Ints) -> Tensor:
         """Places of the keys at some rows' positions, for `write`; valid until the cache grows."""
         _, _, kv_heads, size, _ = self.k.shape
@@ -149,6 +154,9 @@ class SinglePool:
 
     def fill(self, layer: int, row: int, k: Tensor, v: Tensor) -> None:
         self._cache.fill(layer, row, k, v)
+
+    def fill_layers(self, row: int, k: Tensor, v: Tensor) -> None:
+        self._cache.fill_layers(row, k, v)
 
     def remove(self, member: int) -> None:
         row, last = self.members.index(member), len(self.members) - 1
@@ -273,6 +281,9 @@ class SharedPool:
 
     def fill(self, layer: int, group: int, k: Tensor, v: Tensor) -> None:
         self._prompts.fill(layer, group, k, v)
+
+    def fill_layers(self, group: int, k: Tensor, v: Tensor) -> None:
+        self._prompts.fill_layers(group, k, v)
 
     def remove(self, member: int) -> None:
         """Drop a sample, and its group with its last sample."""

@@ -160,6 +160,13 @@ class StaticCache:
             slab.k[layer, slot, :, : k.shape[1]] = k
             slab.v[layer, slot, :, : v.shape[1]] = v
 
+    def fill_layers(self, place: int, k: Tensor, v: Tensor) -> None:
+        """The same of all layers, (layers, G, T, D) each."""
+        for row in self._together[place]:
+            slab, slot = self._places[row]
+            slab.k[:, slot, :, : k.shape[2]] = k
+            slab.v[:, slot, :, : v.shape[2]] = v
+
     def remove(self, row: int) -> None:
         """Free the place of a row, if it has one."""
         self._together.pop(row, None)
