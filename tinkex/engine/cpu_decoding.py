@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine import cpu_kernels, int8
@@ -22,6 +24,7 @@ from tinkex.engine.cpu_kernels import ACTIVATIONS, LAYER, MATRIX, STEP, THIN, TY
 from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
 from tinkex.engine.kv_cache import SinglePool
 from tinkex.engine.linears import Linear, Part
+from tinkex.engine.lora import Pair
 from tinkex.engine.model import Base, Forward, Norms, Rope
 from tinkex.engine.spec import Spec
 
@@ -148,6 +151,8 @@ class CompiledStep:
         self._step = np.zeros(1, STEP)
         self._adapters: tuple[Finished | None, ...] = ()
         self._thin = np.zeros((0, 0), THIN)
+        self._padded: weakref.WeakKeyDictionary[Finished, dict[str, Pair]]
+        self._padded = weakref.WeakKeyDictionary()
         self._fill_sizes()
         for i, norms in enumerate(base.norms):
             self._fill_norms(self._layers[i], norms)
@@ -263,12 +268,27 @@ class CompiledStep:
         thin = np.zeros((len(keys), len(adapters)), THIN)
         for row, key in zip(thin, keys):
             for target, adapter in zip(row, adapters):
-                pair = None if adapter is None else adapter.thin.get(key)
-                if adapter is not None and pair is not None:
+                pair = None if adapter is None else self._whole_lines(adapter).get(key)
+                if pair is not None:
                     target["a"], target["b"] = pair.a.data_ptr(), pair.b[0].data_ptr()
-                    target["rank"] = adapter.rank
+                    target["rank"] = pair.b[0].shape[1]
         starts = thin.ctypes.data + np.arange(len(keys), dtype=np.uintp) * thin.strides[0]
         for i, name in enumerate(MATRICES):
             self._layers[name]["thin"] = starts[i : -1 : len(MATRICES)]
         self._step["head"]["thin"] = starts[-1]
         self._adapters, self._thin = adapters, thin
+
+    def _whole_lines(self, adapter: Finished) -> dict[str, Pair]:
+        """The matrices of an adapter, with ranks padded with zeros to whole lines of the cache: the
+        rest of a vector takes longer than a whole one."""
+        more = -adapter.rank % LINE
+        if not more:
+            return adapter.thin
+        if adapter not in self._padded:
+            padded = {}
+            for key, pair in adapter.thin.items():
+                b = F.pad(torch.cat(pair.b), (0, more)).split([len(part) for part in pair.b])
+                a = pair.a.view(len(b), adapter.rank, -1)
+                padded[key] = Pair(F.pad(a, (0, 0, 0, more)).flatten(0, 1), b)
+            self._padded[adapter] = padded
+        return self._padded[adapter]

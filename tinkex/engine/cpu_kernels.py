@@ -134,7 +134,7 @@ def _library() -> Path:
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"the step is compiled on Linux only, not on {sys.platform}")
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang) in PATH")
     target = config.cache() / "kernels" / f"{_fingerprint(compiler)}.so"
