@@ -1,10 +1,10 @@
 """Tinkex: fine-tune language models from plain, blocking Python.
 
-A synchronous SDK for the Tinker training API, with a training engine of its own. Start with
+A synchronous SDK for the Tinker training API, with its own training engine. Start with
 `ServiceClient`. Nothing is defined here; each name is imported when it is first used, so that
 `tinkex --help` loads neither numpy nor requests.
 
-The names of the official SDK (`tinker`) are here, too: `import tinkex as tinker` runs its scripts.
+Includes the names of the official SDK (`tinker`): `import tinkex as tinker` runs its scripts.
 """
 
 import importlib
@@ -165,7 +165,7 @@ __all__ = [
     "types",
 ]
 
-#: The modules that define the names above, where it is not `types`.
+#: The modules that define the names above, unless it is `types`.
 _HOMES = {
     "Callback": "recipes.callbacks",
     "ClientSpec": "training",
@@ -197,7 +197,7 @@ _HOMES = {
     "render_prompt": "text.renderer",
     "render_turns": "text.renderer",
 }
-#: Names of the official SDK for what has another name here.
+#: Names of the official SDK that differ from ours.
 _OTHER_NAMES = {"APIFuture": "OperationFuture", "TinkerError": "TinkexError"}
 _MODULES = {
     "auth": "auth",

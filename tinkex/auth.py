@@ -1,7 +1,7 @@
-"""Which API key is used, where it comes from, and whether a server accepts it.
+"""The API key: which one is used, its source, and whether a server accepts it.
 
-The key is looked for as by the clients: the argument, TINKER_API_KEY, TINKER_CREDENTIAL_CMD, and
-the credentials file that the official command line and `tinkex auth login` write.
+The key is found as in the clients: the argument, TINKER_API_KEY, TINKER_CREDENTIAL_CMD, then the
+credentials file of the official command line and `tinkex auth login`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ def get_tinker_token() -> str | None:
 
 
 def tinker_has_credentials() -> bool:
-    """True if there is a key, or a command that prints one. Nothing is sent or run."""
+    """True if there is a key, or a command that prints one. Sends and runs nothing."""
     return bool(get_tinker_token() or config.variable("TINKER_CREDENTIAL_CMD"))
 
 
 def raise_if_tinker_not_accessible() -> None:
-    """Ask the server that the environment names for its capabilities, once.
+    """Request the capabilities of the server named in the environment, once.
 
     Raises:
         TinkexError: If there is no key for the official service, or the server cannot be reached
@@ -33,5 +33,5 @@ def raise_if_tinker_not_accessible() -> None:
     try:
         with RestClient() as client:
             client.get_server_capabilities()
-    except ValueError as exc:  # no key, or one that the official service cannot have made
+    except ValueError as exc:  # no key, or not a key of the official service
         raise errors.TinkexError(str(exc)) from exc

@@ -19,11 +19,11 @@ import attrs
 
 #: The official service; used when there is a key and no base_url.
 OFFICIAL_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
-#: The pages of the official service for people.
+#: The web console of the official service.
 CONSOLE_URL = "https://tinker.thinkingmachines.ai"
 
-#: The version of the official SDK whose protocol tinkex speaks. Servers enable features by it, so
-#: it is not the version of tinkex (that is in the User-Agent).
+#: The version of the official SDK whose protocol tinkex implements. Servers enable features by it,
+#: so it is not tinkex's version (which is in the User-Agent).
 PROTOCOL_VERSION = "0.38.0"
 
 CREDENTIALS_FILE = Path("~/.tinker/credentials.json")
@@ -32,7 +32,7 @@ CREDENTIALS_FILE = Path("~/.tinker/credentials.json")
 def check_seconds(
     name: str, value: object, *, or_zero: bool = False, or_none: bool = False
 ) -> None:
-    """ValueError or TypeError unless *value* is a positive, finite number of seconds."""
+    """Raise ValueError or TypeError unless *value* is a positive, finite number of seconds."""
     if or_none and value is None:
         return
     wanted = "seconds of at least 0" if or_zero else "a positive number of seconds"
@@ -71,7 +71,7 @@ def _instance_of(cls: type, name: str) -> Callable[[Any, Any, Any], None]:
 
 
 def _check_url(url: object) -> str:
-    """A server's URL without a slash at its end. ValueError or TypeError if it is not one."""
+    """A server's URL without a trailing slash. ValueError or TypeError if it is not a URL."""
     if not isinstance(url, str):
         raise TypeError(f"base_url must be the URL of a server, got {url!r}.")
     wrong = f"base_url {url!r} is not a URL of a server"
@@ -137,7 +137,7 @@ def _check_hooks(instance: object, attribute: attrs.Attribute[Any], value: Any) 
 
 
 def _check_session(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    requests = sys.modules.get("requests")  # whoever has a Session has imported it
+    requests = sys.modules.get("requests")  # imported if there is a Session
     if value is not None and not (requests and isinstance(value, requests.Session)):
         raise TypeError(f"session must be a requests.Session, got {value!r}.")
 
@@ -154,20 +154,20 @@ def _dict_or_empty(value: Any) -> Any:
 
 @attrs.frozen
 class Patience:
-    """How long to wait for what. All times are in seconds.
+    """Time limits and intervals of waits, in seconds.
 
     Args:
         connect: for a connection.
-        request: for the answer to a request.
-        poll: for the answer to one long poll; servers hold these for up to 40 s.
-        first_contact: in total, until the first answer of a server; refused connections and unknown
-            hosts fail sooner.
-        no_answer: in total, while a server that answered before gives no useful answer.
+        request: for the response to a request.
+        poll: for the response to one long poll, which servers hold for up to 40 s.
+        first_contact: in total, until the first response of a server; refused connections and
+            unknown hosts fail sooner.
+        no_answer: in total, while a server that has answered before gives no useful response.
         report_after: before a wait is reported in the log.
         report_every: between two reports of the same wait.
         heartbeat: between two heartbeats of a session.
-        close: at most, for close() and the end of a program to wait until what was submitted is
-            done; they give up sooner when the server says nothing for `no_answer`.
+        close: for close() and the end of a program to wait for submitted operations; they give up
+            sooner if the server does not answer for `no_answer`.
     """
 
     connect: float = _seconds(5.0)
@@ -188,7 +188,7 @@ class SamplingLimits:
     Args:
         requests_in_dispatch: requests that are being submitted at a time.
         bytes_in_dispatch: bytes of prompts in those requests.
-        connections: threads (and connections) that submit and poll, at most.
+        connections: most threads (and connections) that submit and poll.
     """
 
     requests_in_dispatch: int = attrs.field(default=400, validator=_check_count)
@@ -198,10 +198,10 @@ class SamplingLimits:
 
 @attrs.frozen
 class Config:
-    """Which server to use, with which key, and how. What is not given is looked up.
+    """The server, the key, and further settings. Missing settings are looked up.
 
-    Pass it as `ServiceClient(config=...)`. Arguments of the client win over it; a field that is
-    left at its default comes from the environment (`TINKER_*`), or stays at the default.
+    Pass it as `ServiceClient(config=...)`. Arguments of the client override it; a field with its
+    default value comes from the environment (`TINKER_*`), or keeps the default.
 
     Attributes:
         base_url: of the server; everything is under `<base_url>/api/v1/`. "" looks it up.
@@ -209,13 +209,13 @@ class Config:
         credential_cmd: a command that prints a credential, for servers that exchange it for a JWT.
         project_id, tags: stored with each session.
         default_headers: sent with every request; values are never shown.
-        telemetry: send usage events to the service; None looks it up, by default off.
-        proxies: like {"https": "http://10.0.0.1:3128"}; they win over HTTP_PROXY and HTTPS_PROXY.
+        telemetry: send usage events to the service; None looks it up; off by default.
+        proxies: such as {"https": "http://10.0.0.1:3128"}; override HTTP_PROXY and HTTPS_PROXY.
         verify: False accepts any TLS certificate; a str is the path of a CA bundle.
         hooks: {"response": function or list of functions}, as in requests; each is called as
             function(response, **options) on the thread that made the request.
-        session: a requests.Session that all requests go through. It must not be changed by
-            several threads at once, and is not closed.
+        session: a requests.Session for all requests. Do not change it from several threads at once;
+            it is not closed.
     """
 
     base_url: str = attrs.field(default="", converter=_url_or_empty)
@@ -248,8 +248,8 @@ class Config:
         return urlsplit(self.base_url).hostname == urlsplit(OFFICIAL_URL).hostname
 
     def console_url(self, kind: str, name: str) -> str:
-        """Where to look at a session or a training run: its page in the official service's console;
-        on another server, the address of its record.
+        """The web address of a session or a training run: its page in the official service's
+        console; on other servers, its API address.
 
         Args:
             kind: "sessions" or "training_runs".
@@ -258,7 +258,7 @@ class Config:
         return f"{where}/{kind}/{quote(name, safe=':')}"
 
     def without_secrets(self) -> Config:
-        """A copy to be pickled. What may be secret, and what is code, is looked up or given again
+        """A copy for pickling, without secrets and functions; these are looked up or given again
         where the copy is used."""
         return attrs.evolve(
             self,
@@ -294,8 +294,8 @@ def load(
         fields: further fields of Config; None is "not given".
 
     Raises:
-        TypeError, ValueError: If a value cannot be right, such as a base_url that is not a URL; or
-            if the official service is used and the key is missing or of a wrong form.
+        TypeError, ValueError: If a value is invalid, such as a base_url that is not a URL; or if
+            the official service is used and the key is missing or malformed.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     given = attrs.evolve(_checked(config), **fields)
@@ -329,7 +329,7 @@ def _tags(text: str) -> tuple[str, ...]:
 
 
 def key_source(config: Config) -> str | None:
-    """Where the credential of *config* comes from, in words; None if there is none."""
+    """A description of the source of the credential in *config*; None if there is none."""
     if config.api_key and config.api_key == variable("TINKER_API_KEY"):
         return "from TINKER_API_KEY"
     if config.api_key and config.api_key == _engine_key(config.base_url):
@@ -342,7 +342,7 @@ def key_source(config: Config) -> str | None:
 
 
 def log_level() -> str | None:
-    """The log level that TINKEX_LOG names, in lower case; None if it is not set."""
+    """The log level in TINKEX_LOG, in lower case; None if it is not set."""
     level = variable("TINKEX_LOG")
     return level.lower() if level else None
 
@@ -358,12 +358,12 @@ def home() -> Path:
 
 
 def cache() -> Path:
-    """The folder of what can be made again: tinkex/ in XDG_CACHE_HOME, or in ~/.cache."""
+    """The cache folder: tinkex/ in XDG_CACHE_HOME, or in ~/.cache."""
     return Path(variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinkex"
 
 
 def engine_key_file(base_url: str) -> Path:
-    """The file with the key of the embedded engine at *base_url*, while that runs.
+    """The file with the key of the embedded engine at *base_url*, while the engine runs.
 
     Only its user can read it. Pickled clients and the command line use it in other processes.
     """
@@ -387,28 +387,28 @@ def openai_key() -> str:
 
 
 def engine_token() -> str | None:
-    """The secret by which an embedded engine recognizes its parent process."""
+    """The secret by which an embedded engine authenticates its parent process."""
     return variable("TINKEX_ENGINE_TOKEN")
 
 
-#: Variables that only the embedded engine gets. One engine serves the whole process.
+#: Environment variables for the embedded engine only. One engine serves the whole process.
 _for_engine: dict[str, str] = {}
 
 
 def set_engine_dtype(dtype: str) -> None:
-    """Number type of base weights in the embedded engines that this process starts from now on."""
+    """Set the type of base weights of embedded engines that this process starts later."""
     _for_engine["TINKEX_DTYPE"] = dtype
 
 
 def engine_settings() -> tuple[str, str]:
-    """Device and dtype of the embedded engines that this process starts, as `Engine` takes them."""
+    """Device and dtype of the embedded engines that this process starts, for `Engine`."""
     device = variable("TINKEX_DEVICE") or "auto"
     return device, _for_engine.get("TINKEX_DTYPE") or variable("TINKEX_DTYPE") or "auto"
 
 
 def engine_environment(token: str) -> dict[str, str]:
-    """The environment of an embedded engine: ours, with the secret, but without our keys and what
-    is meant for `tinkex serve`."""
+    """The environment of an embedded engine: ours, with the secret, but without our keys and the
+    variables of `tinkex serve`."""
     ours = {
         name: value
         for name, value in os.environ.items()
@@ -419,7 +419,7 @@ def engine_environment(token: str) -> dict[str, str]:
 
 
 def run_credential_cmd(command: str) -> str:
-    """Run *command* and return what it prints: a credential.
+    """Run *command*, which prints a credential, and return its output.
 
     Raises:
         ValueError: If it fails or prints nothing; its output may be secret and is not shown.
@@ -442,7 +442,7 @@ def variable(name: str) -> str | None:
 
 
 def _engine_key(base_url: str) -> str:
-    """The key of the embedded engine at *base_url*, if it is one of this user's; else ""."""
+    """The key of this user's embedded engine at *base_url*; "" if there is none."""
     try:
         return engine_key_file(base_url).read_text()
     except OSError:
@@ -483,9 +483,9 @@ def stored_key() -> str:
 
 
 def found_key() -> tuple[str, str]:
-    """Where the key for the official service would come from, and the key itself.
+    """The source of the key for the official service, and the key itself.
 
-    ("", "") if there is none; the key is "" if TINKER_CREDENTIAL_CMD prints it. Nothing is run.
+    ("", "") if there is none; the key is "" if TINKER_CREDENTIAL_CMD prints it. Runs nothing.
     """
     if given := variable("TINKER_API_KEY"):
         return "TINKER_API_KEY", given

@@ -2,10 +2,10 @@
 
 TinkexError
   APIError                          a request to the server failed
-    APIConnectionError              there was no answer  (retried)
-      APITimeoutError               there was none in time  (retried; a TimeoutError)
-    APIResponseValidationError      the answer could not be read
-    APIStatusError                  the server answered with an error  (retried: 408, 425, 429, 5xx)
+    APIConnectionError              there was no response  (retried)
+      APITimeoutError               there was no response in time  (retried; a TimeoutError)
+    APIResponseValidationError      the response could not be read APIStatusError
+    the server answered with an error  (retried: 408, 425, 429, 5xx)
       BadRequestError               400
       AuthenticationError           401
       BillingError                  402
@@ -52,7 +52,8 @@ class TinkexError(Exception):
     retryable: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle all attributes, whatever the constructor takes: errors cross processes."""
+        """Pickle all attributes, whatever the constructor takes, to pass errors between
+        processes."""
         return _remade, (type(self), self.args, vars(self))
 
 
@@ -71,7 +72,7 @@ class APIError(TinkexError):
     Attributes:
         method, url: of the request, if there was one; without the query, which may be secret.
         attempts: how many times it was sent.
-        outcome_unknown: True if the server may have run it although its answer was lost.
+        outcome_unknown: True if the server may have run it although the response was lost.
     """
 
     outcome_unknown: bool = False
@@ -84,17 +85,17 @@ class APIError(TinkexError):
 
 
 class APIConnectionError(APIError):
-    """There was no answer. The server may or may not have received the request."""
+    """There was no response. The server may or may not have received the request."""
 
     retryable = True
 
 
 class APITimeoutError(APIConnectionError, TimeoutError):
-    """There was no answer in time. The server may or may not have received the request."""
+    """There was no response in time. The server may or may not have received the request."""
 
 
 class APIResponseValidationError(APIError):
-    """The answer does not follow the protocol (bad JSON, a missing field, ...)."""
+    """The response does not follow the protocol (bad JSON, a missing field, ...)."""
 
     #: A proxy may have changed it. A resend is safe: the request carries its seq_id.
     retryable = True
@@ -177,7 +178,7 @@ class ConflictError(APIStatusError):
 
 
 class OutcomeUnknownError(ConflictError):
-    """409 after a resend: the first answer was lost, so the request may or may not have run."""
+    """409 after a resend: the first response was lost, so the request may or may not have run."""
 
 
 class PromiseExpiredError(APIStatusError):

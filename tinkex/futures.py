@@ -1,7 +1,7 @@
-"""What a call returns: futures, and one future made of many.
+"""Futures: the results of calls, and one future made of many.
 
 Every operation returns an `OperationFuture`: a concurrent.futures.Future that can also be awaited.
-Does not know about servers; polling.py and worker.py resolve what is made here.
+Does not know about servers; polling.py and worker.py resolve the futures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger("tinkex")
 
 
 class Progress:
-    """What is known of an operation so far: for its repr, log lines and traces.
+    """The progress of an operation: for its repr, log lines and traces.
 
     The requests of one call share it. Written by the threads that work on the operation.
 
@@ -34,11 +34,11 @@ class Progress:
         began: when it was called; time.monotonic().
         accepted: when the server accepted its last request, on the same clock; None before.
         model: id of the model or sampler.
-        tokens: that it sends; 0 if they were not counted.
-        seq_ids, request_ids: of its requests, as far as they are accepted.
+        tokens: number of tokens sent; 0 if not counted.
+        seq_ids, request_ids: of its accepted requests.
         retries: requests that failed and were sent again.
-        polls: answers "not yet".
-        queue_state: as the server names it; "" until a poll is answered.
+        polls: number of "not yet" responses.
+        queue_state: the server's; "" until a poll is answered.
         sent, received: bytes of bodies, in all exchanges.
         span: OpenTelemetry's, or None.
     """
@@ -80,7 +80,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
     `result` may be called again. `cancel()` works until the operation is sent.
 
     Args:
-        what: what is being done, for messages.
+        what: description of the operation, for messages.
         progress: of the call that this is a part of; by default its own.
     """
 
@@ -88,25 +88,25 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         super().__init__()
         self.what = what
         self.progress = progress or Progress()
-        #: Called once with (result, exception), before anybody who waits is woken: a program may
-        #: end right after that.
+        #: Called once with (result, exception), before waiting threads wake: a program may end
+        #: right after that.
         self.on_end: Callable[[Any, BaseException | None], None] | None = None
         self._pid = os.getpid()
-        self._ended: float | None = None  # when it was resolved; time.monotonic()
+        self._ended: float | None = None  # time of its resolution; time.monotonic()
         #: Called after a failure was raised to, or returned to, the caller.
         self.on_delivered: Callable[[BaseException], None] | None = None
-        #: What each task that was made of it waits in.
+        #: The coroutine of each task that was created from it.
         self._driven: dict[Any, Coroutine[Any, Any, T]] | None = None
-        #: True once a failure was handed to the caller, and while the caller waits for the result.
+        #: True once a failure has been delivered to the caller, and while the caller waits.
         self.is_retrieved = False
 
     def set_result(self, result: T) -> None:
-        """Resolve it; for those who make the future."""
+        """Resolve it; for the creator of the future."""
         self._end(result, None)
         super().set_result(result)
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """Resolve it with a failure; for those who make the future."""
+        """Resolve it with a failure; for the creator of the future."""
         self._end(None, exception)
         super().set_exception(exception)
 
@@ -119,7 +119,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
     def _end(self, result: Any, exc: BaseException | None) -> None:
         if self.done() and not self.cancelled():
-            return  # resolved already: what follows raises
+            return  # resolved already: the caller raises
         if self._ended is None:
             self._ended = time.monotonic()
         on_end, self.on_end = self.on_end, None
@@ -127,24 +127,24 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
             on_end(result, exc)
 
     def result(self, timeout: float | None = None) -> T:
-        """The result, waiting for it *timeout* seconds at most (None: as long as it takes).
+        """Wait for the result up to *timeout* seconds (None: without limit), and return it.
 
         Raises:
             TimeoutError: If it is not done in time.
             RuntimeError: In a forked child of the process that the future belongs to.
-            Exception: What the operation failed with.
+            Exception: The failure of the operation.
         """
         exc = self.exception(timeout)
         if exc is not None:
             try:
                 raise exc
             finally:
-                del exc, self  # or the traceback, which holds this frame, would hold them for long
+                del exc, self  # otherwise the traceback would keep them alive through this frame
         value: T = super().result()
         return value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What it failed with, or None if it succeeded; waits like `result`."""
+        """The failure, or None if it succeeded; waits like `result`."""
         self._check_process()
         self.is_retrieved = True
         try:
@@ -190,18 +190,18 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return self.result(0)
 
     async def coroutine(self) -> T:
-        """The result, for what takes coroutines only, as asyncio.create_task does."""
+        """The result, for functions that accept only coroutines, such as asyncio.create_task."""
         return await self.result_async()
 
     def future(self) -> Future[T]:
-        """The future as a concurrent.futures.Future, which it is."""
+        """Itself, as a concurrent.futures.Future."""
         return self
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
-    # With these three methods it also passes for a coroutine, which asyncio.create_task and
-    # asyncio.run ask for. Unlike one, it may be given to several tasks: each drives its own.
+    # With these three methods it is accepted as a coroutine by asyncio.create_task and asyncio.run.
+    # Unlike a coroutine, it may be used in several tasks: each drives its own.
 
     def send(self, value: Any) -> Any:
         """A step of the task that waits for it; for asyncio."""
@@ -212,7 +212,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return self._step(lambda driven: driven.throw(*exception))
 
     def close(self) -> None:
-        """Does nothing: the operation continues without anything that waits for it; for asyncio."""
+        """Do nothing: the operation continues even if nothing waits for it; for asyncio."""
 
     def _step(self, do: Callable[[Coroutine[Any, Any, T]], Any]) -> Any:
         import asyncio
@@ -229,7 +229,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
             raise
 
     def _check_process(self) -> None:
-        """In a forked child nothing resolves the futures of its parent: waiting would not end."""
+        """Raise in a forked child: nothing resolves its parent's futures there."""
         if not self.done() and os.getpid() != self._pid:
             raise RuntimeError(
                 f"{self.what} was submitted by process {self._pid}; this process ({os.getpid()}) "
@@ -254,7 +254,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
         return display.html_fields(f"OperationFuture of {self.what}", self._in_words())
 
     def _in_words(self) -> dict[str, str]:
-        """State, time, and the last report of the server, as text."""
+        """State, time, and the last queue state of the server, as text."""
         progress = self.progress
         seconds = (self._ended or time.monotonic()) - progress.began
         words = {"state": self._state_name(), "elapsed": f"{seconds:.1f} s"}
@@ -277,7 +277,7 @@ class OperationFuture(Future, Generic[T]):  # type: ignore[type-arg,unused-ignor
 
 
 def fail(future: Future[Any], exc: BaseException) -> None:
-    """Resolve *future* with an exception, unless it is resolved: such a race must not raise."""
+    """Resolve *future* with an exception, unless it is resolved already."""
     try:
         future.set_exception(exc)
     except concurrent.futures.InvalidStateError:
@@ -285,7 +285,7 @@ def fail(future: Future[Any], exc: BaseException) -> None:
 
 
 def succeed(future: Future[T], value: T) -> None:
-    """Resolve *future* with its result, unless it is resolved."""
+    """Resolve *future* with its result, unless it is resolved already."""
     try:
         future.set_result(value)
     except concurrent.futures.InvalidStateError:
@@ -294,7 +294,7 @@ def succeed(future: Future[T], value: T) -> None:
 
 def gather(parts: Sequence[Future[T]], combine: Callable[[list[T]], R], whole: Future[R]) -> None:
     """Resolve *whole* with combine(results in order) when all *parts* are done, or with the first
-    exception as soon as there is one."""
+    exception at once."""
     lock = threading.Lock()  # guards left: parts are resolved on several threads
     left = len(parts)
 
@@ -332,7 +332,7 @@ def awaits_result(method: Callable[P, Future[T]]) -> Callable[P, Coroutine[Any, 
 
 
 def awaits_future(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """The twin of a method that submits: a coroutine of the future, as `await` runs it."""
+    """The twin of a method that submits: a coroutine of the future, submitted by `await`."""
 
     async def twin(*args: P.args, **kwargs: P.kwargs) -> R:
         return method(*args, **kwargs)
@@ -341,7 +341,7 @@ def awaits_future(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]
 
 
 def awaits_value(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """The twin of a method that waits: a coroutine of its value, which waits on another thread."""
+    """The twin of a method that waits: a coroutine that waits on another thread."""
 
     async def twin(*args: P.args, **kwargs: P.kwargs) -> R:
         import asyncio  # only here: the SDK is for plain scripts

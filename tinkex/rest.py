@@ -1,8 +1,8 @@
-"""RestClient: what is stored on the server - runs, checkpoints, sessions.
+"""RestClient: the objects stored on a server: runs, checkpoints, sessions.
 
-Knows the lookups and changes of stored things; every method returns its value, for each is one
-short request. Downloading is download.py's, exporting export.py's. Long, because it is one class,
-most of it the documentation of its public methods.
+Lookups and changes of stored objects; every method is one short request and returns its value.
+Downloading is in download.py, exporting in export.py. Long, because it is one class, mostly
+documentation of public methods.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PAGE = 100
 
 
 class RestClient(types.Ready):
-    """Lists and changes what is stored on a server. Needs no session.
+    """Lists and changes stored objects on a server. Needs no session.
 
-    What it returns are values that also have the methods of a finished future, as in
+    Returned values also have the methods of a finished future, as in
     `list_training_runs().result()`.
 
     Paths are `tinker://<training run>/<weights or sampler_weights>/<name>`.
@@ -60,7 +60,7 @@ class RestClient(types.Ready):
         access_scope: AccessScope = "owned",
         project_id: str | None = None,
     ) -> types.TrainingRunsResponse:
-        """One page of training runs, newest first; of one project, if *project_id* is given."""
+        """One page of training runs, newest first; only of *project_id* if given."""
         query = {
             **_page(limit, offset),
             "access_scope": _scope(access_scope),
@@ -71,7 +71,7 @@ class RestClient(types.Ready):
     def iter_training_runs(
         self, access_scope: AccessScope = "owned", *, page: int = PAGE
     ) -> Iterator[types.TrainingRun]:
-        """All training runs, page by page as they are needed."""
+        """All training runs; pages are fetched as needed."""
 
         def fetch(offset: int) -> tuple[list[types.TrainingRun], types.Cursor | None]:
             response = self.list_training_runs(page, offset, access_scope)
@@ -82,7 +82,7 @@ class RestClient(types.Ready):
     def get_training_run(
         self, training_run_id: str, access_scope: AccessScope = "owned"
     ) -> types.TrainingRun:
-        """One training run. NotFoundError if there is none of this id."""
+        """One training run. NotFoundError if there is none with this id."""
         return self._connection.call(
             wire.GET_TRAINING_RUN,
             query={"access_scope": _scope(access_scope)},
@@ -92,16 +92,16 @@ class RestClient(types.Ready):
     def get_training_run_by_tinker_path(
         self, tinker_path: str, access_scope: AccessScope = "owned"
     ) -> types.TrainingRun:
-        """The training run that a checkpoint is of."""
+        """The training run of a checkpoint."""
         return self.get_training_run(_parsed(tinker_path).training_run_id, access_scope)
 
     def get_run_metrics(self, training_run_id: str, after: int = 0) -> types.RunMetricsResponse:
-        """The metrics of a training run: a point per optimizer step, and what was reported.
+        """The metrics of a training run: a point per optimizer step, and reported points.
 
         Servers of tinkex have it.
 
         Args:
-            after: `next` of an earlier response, to get only what is new.
+            after: `next` of an earlier response, to get only new points.
         """
         return self._connection.call(
             wire.RUN_METRICS,
@@ -115,12 +115,12 @@ class RestClient(types.Ready):
         points: Sequence[Mapping[str, float]],
         samples: Sequence[types.RunSample] = (),
     ) -> None:
-        """Add metrics of your own to a training run, and samples, for the server's web page.
+        """Add custom metrics and samples to a training run, for the server's web page.
 
         Servers of tinkex have it.
 
         Args:
-            points: up to 1,000 dicts of finite numbers by name; "step" says where one belongs.
+            points: up to 1,000 dicts of finite numbers by name, including "step".
             samples: up to 100. The server keeps the newest 200 of a run, and the first 4,000
                 characters of each text.
         """
@@ -144,7 +144,7 @@ class RestClient(types.Ready):
         return self._connection.call(wire.LIST_USER_CHECKPOINTS, query=_page(limit, offset))
 
     def iter_user_checkpoints(self, *, page: int = PAGE) -> Iterator[types.Checkpoint]:
-        """All checkpoints of all runs, page by page as they are needed."""
+        """All checkpoints of all runs; pages are fetched as needed."""
 
         def fetch(offset: int) -> tuple[list[types.Checkpoint], types.Cursor | None]:
             response = self.list_user_checkpoints(page, offset)
@@ -153,12 +153,12 @@ class RestClient(types.Ready):
         return _all_pages(fetch)
 
     def get_weights_info_by_tinker_path(self, tinker_path: str) -> types.WeightsInfoResponse:
-        """What a checkpoint is of: base model, rank, flags."""
+        """Base model, rank and flags of a checkpoint."""
         _parsed(tinker_path)
         return self._connection.call(wire.WEIGHTS_INFO, types.WeightsInfoRequest(tinker_path))
 
     def delete_checkpoint(self, training_run_id: str, checkpoint_id: str) -> types.Done:
-        """Delete a checkpoint; its id has its segment: `weights/<name>`."""
+        """Delete a checkpoint; its id includes the segment: `weights/<name>`."""
         return self._on_checkpoint(wire.DELETE_CHECKPOINT, training_run_id, checkpoint_id)
 
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
@@ -166,17 +166,17 @@ class RestClient(types.Ready):
         return self._on_path(wire.DELETE_CHECKPOINT, tinker_path)
 
     def publish_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
-        """Let every key of the server read a checkpoint."""
+        """Make a checkpoint readable with every key of the server."""
         return self._on_path(wire.PUBLISH_CHECKPOINT, tinker_path)
 
     def unpublish_checkpoint_from_tinker_path(self, tinker_path: str) -> types.Done:
-        """Keep a published checkpoint to its owner again."""
+        """Make a published checkpoint private again."""
         return self._on_path(wire.UNPUBLISH_CHECKPOINT, tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: int | None
     ) -> types.Done:
-        """Let a checkpoint expire in *ttl_seconds* from now; None is never."""
+        """Let a checkpoint expire *ttl_seconds* from now; None is never."""
         request = types.SetTtlRequest(types.check_ttl(ttl_seconds))
         return self._on_path(wire.SET_CHECKPOINT_TTL, tinker_path, request)
 
@@ -187,13 +187,14 @@ class RestClient(types.Ready):
         *,
         on_wait: Callable[[float], None] | None = None,
     ) -> types.CheckpointArchiveUrlResponse:
-        """Where the archive of a checkpoint can be fetched.
+        """The URL of a checkpoint's archive.
 
-        A server that is still packing it (503) is asked again, 6 times in all, 30 s apart.
+        If the server is still packing it (503), the request is repeated, 6 times in total, 30 s
+        apart.
 
         Args:
-            training_run_id: with checkpoint_id (`weights/<name>`); or the checkpoint's path,
-                `tinker://...`, alone.
+            training_run_id: together with checkpoint_id (`weights/<name>`); or only the
+                checkpoint's path, `tinker://...`.
             on_wait: called with the seconds of each wait.
         """
         path = training_run_id
@@ -204,11 +205,11 @@ class RestClient(types.Ready):
     def get_checkpoint_archive_url_from_tinker_path(
         self, tinker_path: str
     ) -> types.CheckpointArchiveUrlResponse:
-        """`get_checkpoint_archive_url` of a path."""
+        """`get_checkpoint_archive_url` for a path."""
         return self.get_checkpoint_archive_url(tinker_path)
 
     def get_external_weights_urls(self, tinker_path: str) -> types.ExternalWeightsUrlsResponse:
-        """Where the files of external weights can be fetched, without a key until they expire.
+        """URLs of the files of external weights, which need no key until they expire.
 
         Args:
             tinker_path: `tinker://<training run>/external_weights/<name>`, from
@@ -234,13 +235,13 @@ class RestClient(types.Ready):
         ttl_seconds: int | None = None,
         weights_access_token: str | None = None,
     ) -> OperationFuture[str]:
-        """Copy a checkpoint into a new training run; the future, already done, of its path.
+        """Copy a checkpoint into a new training run; returns a finished future of its path.
 
         Args:
             path: of this user's or of a public checkpoint.
             destination_project_id: the project that the copy belongs to.
             ttl_seconds: when the server may delete the copy; None is never.
-            weights_access_token: a key that may read the checkpoint, if this client's may not.
+            weights_access_token: a key that may read the checkpoint, if this client's key may not.
         """
         _parsed(path)
         request = types.CopyWeightsRequest(
@@ -261,14 +262,14 @@ class RestClient(types.Ready):
         force: bool = False,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> Path:
-        """Fetch a checkpoint as a folder of files (a PEFT adapter).
+        """Download a checkpoint as a folder of files (a PEFT adapter).
 
-        Streamed to disk, resumed where the connection breaks, checked, unpacked safely, and moved
-        into place when it is whole.
+        Streamed to disk, resumed after broken connections, verified, unpacked safely, and moved
+        into place when complete.
 
         Args:
             output_dir: the folder to make.
-            force: replace what is there; it stays until the new one is complete.
+            force: replace an existing folder, once the new one is complete.
             progress: called with (bytes so far, total bytes or None).
 
         Returns:
@@ -276,7 +277,7 @@ class RestClient(types.Ready):
 
         Raises:
             FileExistsError: If *output_dir* is there and not empty, without *force*.
-            DownloadError: If what comes is not whole, or not safe to unpack.
+            DownloadError: If the download is incomplete, or not safe to unpack.
         """
         return download.download(
             self._connection, _parsed(tinker_path), _folder(output_dir), force, progress
@@ -292,15 +293,15 @@ class RestClient(types.Ready):
         force: bool = False,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> Path:
-        """Fetch a checkpoint for use without this package.
+        """Download a checkpoint for use with other programs.
 
         Args:
             output_dir: the folder to make: a PEFT adapter (adapter_config.json and
                 adapter_model.safetensors).
-            merge: make it a whole Hugging Face model instead: the base model with the adapter
-                folded in, and its tokenizer. Needs `tinkex[local]` and the base model.
-            base_model: a directory, a hub id or "tiny"; by default what the server says. It is
-                what the adapter names as its base, and what is merged into.
+            merge: write a complete Hugging Face model instead: the base model with the adapter
+                merged in, and its tokenizer. Needs `tinkex[local]` and the base model.
+            base_model: a directory, a hub id or "tiny"; by default from the server. It is named in
+                the adapter as its base, and used for merging.
             force, progress: as for `download_checkpoint`.
 
         Returns:
@@ -309,14 +310,14 @@ class RestClient(types.Ready):
         Raises:
             FileExistsError: If *output_dir* is there and not empty, without *force*.
             ValueError: If the base model cannot be found, or is not the adapter's.
-            DownloadError: If what comes is not whole, not safe to unpack, or no adapter.
-            MissingExtraError: If *merge* needs what is not installed.
+            DownloadError: If the download is incomplete, not safe to unpack, or not an adapter.
+            MissingExtraError: If *merge* needs packages that are not installed.
         """
         parsed = _parsed(tinker_path)
         try:
             base_model = base_model or self.get_weights_info_by_tinker_path(tinker_path).base_model
         except errors.NotOfferedError:
-            pass  # the adapter itself may say it
+            pass  # the adapter itself may name it
         return export.export(
             self._connection,
             parsed,
@@ -339,7 +340,7 @@ class RestClient(types.Ready):
     def iter_sessions(
         self, access_scope: AccessScope = "owned", *, page: int = PAGE
     ) -> Iterator[str]:
-        """All session ids, page by page as they are needed."""
+        """All session ids; pages are fetched as needed."""
 
         def fetch(offset: int) -> tuple[list[str], types.Cursor | None]:
             response = self.list_sessions(page, offset, access_scope)
@@ -358,19 +359,19 @@ class RestClient(types.Ready):
         )
 
     def search_sessions(self, request: types.SessionSearchRequest) -> types.SessionSearchResponse:
-        """One page of the sessions that fit *request*, newest first."""
+        """One page of the sessions that match *request*, newest first."""
         if not isinstance(request, types.SessionSearchRequest):
             raise TypeError(f"request must be a types.SessionSearchRequest, got {request!r}.")
         return self._connection.call(wire.SEARCH_SESSIONS, request)
 
     def assign_session_project(self, session_id: str, project_id: str) -> types.Done:
-        """Move a session, and with it what it has trained, into a project."""
+        """Move a session, with its training runs, into a project."""
         request = types.SetProjectRequest(_id(project_id))
         self._connection.call(wire.SET_PROJECT, request, session_id=_id(session_id))
         return types.Done()
 
     def get_sampler(self, sampler_id: str) -> types.GetSamplerResponse:
-        """What a sampler samples from."""
+        """The weights or base model of a sampler."""
         return self._connection.call(wire.GET_SAMPLER, sampler_id=_id(sampler_id))
 
     # The server.
@@ -380,7 +381,7 @@ class RestClient(types.Ready):
         return self._connection.call(wire.CAPABILITIES)
 
     def whoami(self) -> types.KeyOwner:
-        """Whom the key belongs to, as the server knows it."""
+        """The owner of the key, according to the server."""
         return self._connection.call(wire.WHOAMI)
 
     def get_telemetry(self) -> None:
@@ -388,7 +389,7 @@ class RestClient(types.Ready):
         return None
 
     def health(self) -> types.HealthResponse:
-        """Ask the server for its health."""
+        """The server's health."""
         return self._connection.call(wire.HEALTHZ)
 
     # The same for scripts that use asyncio.
@@ -433,7 +434,7 @@ class RestClient(types.Ready):
     )
 
     def close(self) -> None:
-        """Close the connection, if it is this client's own. Safe to call twice."""
+        """Close the connection, if this client owns it. Safe to call twice."""
         if self._owns_connection:
             self._connection.close()
 
@@ -530,9 +531,9 @@ def _id(value: object) -> str:
 
 
 def _all_pages(fetch: Callable[[int], tuple[list[T], types.Cursor | None]]) -> Iterator[T]:
-    """Everything, page after page; ends at an empty page or when the server's total is reached.
+    """All items, page by page; ends at an empty page or at the server's total count.
 
-    A server that knows no pages sends the same again: that is the end, too.
+    Also ends if a server without paging sends the same page again.
     """
     offset, before = 0, None
     while True:

@@ -1,8 +1,7 @@
 """SamplingClient: samples from one set of weights, for many prompts at once, in any order.
 
-Knows the arguments and results of a sample; how many run at once is decided by
-runtime/sample_queue.py. Long, because it is one class, most of it the documentation of its public
-methods.
+Handles the arguments and results of samples; runtime/sample_queue.py decides how many run at once.
+Long, because it is one class, mostly documentation of public methods.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tinkex")
 
 Prompt = Union[types.ModelInput, Sequence[int], np.ndarray, str]
-#: How to choose tokens: an object, or a dict of its fields.
+#: Sampling parameters: an object, or a dict of its fields.
 Params = Union[types.SamplingParams, Mapping[str, Any], None]
 
 
@@ -49,11 +48,12 @@ PAUSE_REASONS = {
 
 
 class SamplingClient(types.Ready):
-    """Samples from one set of weights, which do not change.
+    """Samples from one fixed set of weights.
 
     All methods may be called from any thread, thousands of times without waiting. Make one with
     `ServiceClient.create_sampling_client` or `TrainingClient.save_weights_and_get_sampling_client`.
-    It can be pickled: the copy finds its key in the environment, and counts its samples separately.
+    It can be pickled: the copy takes its key from the environment, and numbers its samples
+    separately.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class SamplingClient(types.Ready):
         retry_config: Retry | None = None,
         record_stability_info: bool = False,
     ) -> SamplingClient:
-        """A client of the weights at *model_path*, or of *base_model* as it is.
+        """A client of the weights at *model_path*, or of *base_model* without an adapter.
 
         Raises:
-            ValueError: If neither is given, or the path is not one.
+            ValueError: If neither is given, or the path is not valid.
         """
         check_source(model_path, base_model, retry_config)
         with session.sampler_numbers.lent() as number:
@@ -158,7 +158,7 @@ class SamplingClient(types.Ready):
             poll_timeout: seconds until the future fails with APITimeoutError; None is never.
 
         Raises:
-            ValueError, TypeError: For what can be seen to be wrong; nothing is sent.
+            ValueError, TypeError: For invalid arguments; nothing is sent.
         """
         request = types.SampleRequest(
             prompt=self._as_input(prompt),
@@ -189,7 +189,8 @@ class SamplingClient(types.Ready):
     def compute_logprobs(
         self, prompt: Prompt, prompt_logprobs_last_n: int | None = None
     ) -> OperationFuture[list[float | None]]:
-        """The log-probability of each token of *prompt* after those before it; None first."""
+        """The log-probability of each token of *prompt* given the previous ones; None for the
+        first."""
         sampled = self.sample(
             prompt,
             sampling_params=types.SamplingParams(max_tokens=1),
@@ -219,13 +220,13 @@ class SamplingClient(types.Ready):
         """Sample from every prompt, yielding (index of the prompt, response) as they finish.
 
         Args:
-            prompts: any number; taken as there is room, so it may be a generator.
+            prompts: any number; consumed as there is room, so it may be a generator.
             in_flight: how many are in flight at a time.
             progress: show a progress bar on stderr.
             options: further arguments of `sample`.
 
         Raises:
-            What the first failing sample raises; those under way are abandoned.
+            The exception of the first failed sample; samples in flight are abandoned.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise TypeError(
@@ -283,8 +284,8 @@ class SamplingClient(types.Ready):
 
         Raises:
             NotOfferedError: From a server that does not stream.
-            RequestFailedError: If the server fails on the way.
-            EngineError: If the embedded engine dies on the way.
+            RequestFailedError: If the server fails during the stream.
+            EngineError: If the embedded engine dies during the stream.
         """
         request = types.SampleRequest(
             prompt=self._as_input(prompt),
@@ -316,7 +317,7 @@ class SamplingClient(types.Ready):
             raise
 
     def _show_text(self, response: types.SampleResponse) -> None:
-        """Let the repr of a response show its text, once a tokenizer is loaded."""
+        """Show text in the repr of a response, once a tokenizer is loaded."""
         if self._tokenizer is not None:
             types.show_with(response, self._tokenizer)
 
@@ -331,8 +332,8 @@ class SamplingClient(types.Ready):
         """The tokenizer of the model: an object with encode(text) and decode(ids).
 
         Args:
-            load_fn: loads it from its id; None loads it from the hub or a folder.
-            load_fun: another name of load_fn.
+            load_fn: loads it by its id; None loads it from the hub or a folder.
+            load_fun: alias of load_fn.
         """
         from tinkex.text import tokenizer  # only here: many scripts send tokens
 
@@ -348,7 +349,7 @@ class SamplingClient(types.Ready):
         return loaded
 
     def _told_tokenizer(self) -> str | None:
-        """The tokenizer that the server names for a checkpoint's model, or None."""
+        """The server's tokenizer id for a checkpoint's model, or None."""
         if self.model_path is None:
             return None
         run = types.ParsedCheckpointTinkerPath.from_tinker_path(self.model_path).training_run_id
@@ -359,7 +360,7 @@ class SamplingClient(types.Ready):
         return info.model_data.tokenizer_id
 
     def get_base_model(self) -> str:
-        """The name of the model that is sampled, without its adapter."""
+        """The name of the base model."""
         if self._base_model is None:
             sampler = self._session.call(wire.GET_SAMPLER, sampler_id=self.sampling_session_id)
             self._base_model = sampler.base_model
@@ -395,20 +396,21 @@ class SamplingClient(types.Ready):
 
     @property
     def limit(self) -> int:
-        """How many samples are submitted at a time now; falls after a 429, and rises again."""
+        """How many samples are currently submitted at a time; lower after a 429, then rising
+        again."""
         return self._queue.limit
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
-        """Wait until what was submitted is done, and take no more samples. Safe to call twice.
+        """Wait for submitted samples, and accept no more. Safe to call twice.
 
         Args:
-            cancel: do not wait; fail what is not done.
-            timeout: seconds to wait at most, by default `patience.close`. Then what is not done
-                is failed.
+            cancel: do not wait; fail unfinished samples.
+            timeout: time limit in seconds, by default `patience.close`. Then unfinished samples
+                fail.
 
         Raises:
-            ClientClosedError: If something was not done in time; says how much. Only logged while
-                another exception is being handled, and with cancel.
+            ClientClosedError: If samples were not finished in time, with their number. Only logged
+                while another exception is being handled, and with cancel.
         """
         self._queue.close(cancel=cancel, timeout=timeout)
 
@@ -431,7 +433,7 @@ class SamplingClient(types.Ready):
         return _unpickled, (settings, self._parts(), self._retry)
 
     def _parts(self) -> dict[str, Any]:
-        """What names this sampler on its server."""
+        """The identity of this sampler on its server."""
         return {
             "session_id": self._session.session_id,
             "sampling_session_id": self.sampling_session_id,
@@ -442,20 +444,20 @@ class SamplingClient(types.Ready):
 
     def get_sampler_handle(self) -> str:
         """A text from which `from_sampler_handle` makes a client of the same sampler, in any
-        process and any number of times. It holds no key."""
+        process and any number of times. It contains no key."""
         parts = {**self._parts(), "base_url": self._session.config.base_url}
         return base64.urlsafe_b64encode(json.dumps(parts).encode()).decode()
 
     @staticmethod
     def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
-        """A client of the sampler behind *handle*, with its own numbers.
+        """A client of the sampler of *handle*, with separate sample numbers.
 
         Args:
             handle: from `get_sampler_handle`.
             api_key: by default TINKER_API_KEY of this process.
 
         Raises:
-            ValueError: If *handle* is not one.
+            ValueError: If *handle* is not a sampler handle.
         """
         try:
             parts = json.loads(base64.urlsafe_b64decode(handle))
@@ -468,18 +470,18 @@ class SamplingClient(types.Ready):
         return _unpickled(Config(base_url=base_url, api_key=api_key or ""), parts, None)
 
     def get_telemetry(self) -> Any:
-        """The telemetry reporter of the session, or None where telemetry is off (the default)."""
+        """The telemetry reporter of the session, or None if telemetry is off (the default)."""
         return self._session.telemetry
 
     def on_queue_state_change(
         self, queue_state: str, queue_state_reason: str | None = None
     ) -> None:
-        """Warns that sampling is paused, once a minute at most."""
+        """Warn that sampling is paused, at most once a minute."""
         self._warn_of_pause(queue_state, queue_state_reason)
 
 
 def check_source(model_path: object, base_model: object, retry_config: object = None) -> None:
-    """ValueError or TypeError unless they say what to sample from."""
+    """Raise ValueError or TypeError unless the arguments name a source of samples."""
     if model_path is None and base_model is None:
         raise ValueError("Either model_path or base_model must be provided")
     if model_path is not None:
@@ -529,7 +531,7 @@ _NO_HANDLE = "handle must be a text that get_sampler_handle() returned; this is 
 
 
 def _unpickled(given: Config, parts: dict[str, Any], retry: Retry | None) -> SamplingClient:
-    """A copy of a client, perhaps in another process, with separate numbers."""
+    """A copy of a client, possibly in another process, with separate sample numbers."""
     settings, engine = connect(settings=given)
     session = Session(settings, session_id=parts["session_id"], engine=engine, heartbeat=False)
     sampling_session_id = parts["sampling_session_id"]
@@ -550,7 +552,7 @@ def _unpickled(given: Config, parts: dict[str, Any], retry: Retry | None) -> Sam
 
 
 class SamplingClientFuture(OperationFuture[SamplingClient]):
-    """The future of a sampling client that can be used as the client, too.
+    """The future of a sampling client, which can also be used as the client.
 
     `future.sample(...)` waits for the client and samples from it.
     """

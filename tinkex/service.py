@@ -1,7 +1,7 @@
 """ServiceClient: opens a session on a server, and creates the other clients.
 
 This is the entry point. With neither a URL nor a key it starts the embedded engine. Long, because
-it is one class, most of it the documentation of its public methods.
+it is one class, mostly documentation of public methods.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class ServiceClient(types.Ready):
     """A session on a server.
 
-    Use it as a context manager, or close it: its clients end with it. Arguments win over *config*,
-    *config* over the environment, the environment over defaults.
+    Use it as a context manager, or close it: its clients end with it. Arguments override *config*,
+    *config* the environment, and the environment the defaults.
 
     Without names, the arguments are (base_url, api_key); or, as in the official SDK,
     (user_metadata, project_id), where the first is a dict.
@@ -48,16 +48,16 @@ class ServiceClient(types.Ready):
         user_metadata: stored with the session.
         project_id: by default TINKER_PROJECT_ID.
         display_name: of the session, in listings.
-        timeout: seconds to wait for the answer to a request, in place of `patience.request`.
-        patience: how long to wait for what.
+        timeout: seconds to wait for the response to a request; replaces `patience.request`.
+        patience: time limits of waits.
         sampling: limits of concurrent sampling.
         config: all settings in one object.
-        session: a requests.Session that all requests go through; it is not closed.
+        session: a requests.Session for all requests; it is not closed.
         default_headers, proxies, verify, hooks: for all requests; see `tinkex.Config`.
-        default_headers_overrides: another name of default_headers.
+        default_headers_overrides: alias of default_headers.
 
     Raises:
-        ValueError, TypeError: For a setting that cannot be right.
+        ValueError, TypeError: For an invalid setting.
         TinkexError: If the server cannot be reached or refuses, within seconds.
     """
 
@@ -120,8 +120,8 @@ class ServiceClient(types.Ready):
         return self._session.config.base_url
 
     def get_console_url(self) -> str:
-        """The page of the session in the official service's console; on another server, where its
-        record can be read."""
+        """The session's page in the official service's console; on other servers, its API
+        address."""
         return self._session.config.console_url("sessions", self.session_id)
 
     # Training.
@@ -140,23 +140,23 @@ class ServiceClient(types.Ready):
         adapter: str | None = None,
         queue_state_observer: QueueStateObserver | None = None,
     ) -> TrainingClient:
-        """A new model: *base_model* with a fresh LoRA adapter.
+        """Create a model: *base_model* with a fresh LoRA adapter.
 
         Args:
-            base_model: name of the model, as `get_server_capabilities` lists it; or a model
-                directory (local server).
+            base_model: name of the model, from `get_server_capabilities`; or a model directory
+                (local server).
             rank: of the adapter.
             seed: of its initialization; None lets the server choose.
             train_mlp, train_attn, train_unembed: which linear layers are adapted. None lets the
                 server choose: our own adapts the head unless it is tied to the embedding.
             user_metadata: stored with the model.
-            optimizer: which optimizer trains it; None is AdamW.
+            optimizer: configuration of its optimizer; None is AdamW.
             adapter: a PEFT adapter folder to start from (local server only).
             queue_state_observer: called as (state, reason) when the server pauses training;
                 by default a warning is logged.
 
         Raises:
-            ValueError, TypeError: For wrong arguments, before anything is sent.
+            ValueError, TypeError: For invalid arguments, before anything is sent.
             RequestFailedError: If the server cannot load the base model; the message has the
                 reason.
         """
@@ -187,7 +187,7 @@ class ServiceClient(types.Ready):
         adapter: str | None = None,
         queue_state_observer: QueueStateObserver | None = None,
     ) -> OperationFuture[TrainingClient]:
-        """`create_lora_training_client`, as a future. Wrong arguments raise in the call."""
+        """`create_lora_training_client`, as a future. Invalid arguments raise in the call."""
         return self._session.in_background(
             self._new_model(
                 base_model,
@@ -244,15 +244,15 @@ class ServiceClient(types.Ready):
         weights_access_token: str | None = None,
         optimizer: types.OptimizerConfig | None = None,
     ) -> TrainingClient:
-        """A new model with the weights saved at *path*; its optimizer starts fresh.
+        """Create a model with the weights saved at *path* and a fresh optimizer.
 
         Args:
             path: `tinker://...`, from `save_state`.
             base_model: a variant of the checkpoint's base model to load the weights into; None is
-                the same.
+                the checkpoint's.
             user_metadata: stored with the new model.
-            weights_access_token: a key that may read the checkpoint, if this client's may not.
-            optimizer: which optimizer trains the new model; None is AdamW.
+            weights_access_token: a key that may read the checkpoint, if this client's key may not.
+            optimizer: configuration of the new model's optimizer; None is AdamW.
         """
         return self._restored(
             False, path, base_model, user_metadata, weights_access_token, optimizer
@@ -265,7 +265,7 @@ class ServiceClient(types.Ready):
         user_metadata: dict[str, Any] | None = None,
         weights_access_token: str | None = None,
     ) -> TrainingClient:
-        """A new model with the weights and the optimizer state saved at *path*.
+        """Create a model with the weights and the optimizer state saved at *path*.
 
         Arguments as for `create_training_client_from_state`.
         """
@@ -330,7 +330,7 @@ class ServiceClient(types.Ready):
         ttl_seconds: int | None = None,
         weights_access_token: str | None = None,
     ) -> OperationFuture[str]:
-        """Copy a checkpoint into a new training run of this session; the future of the copy's path.
+        """Copy a checkpoint into a new training run of this session; returns a future of its path.
 
         Args:
             path: `tinker://...`, of this user's or of a public checkpoint.
@@ -357,12 +357,12 @@ class ServiceClient(types.Ready):
     ) -> OperationFuture[LossHandle]:
         """A loss of one datum for `TrainingClient.forward_backward_custom`; a finished future.
 
-        It is computed here, by torch, for each datum, and summed.
+        It is computed locally by torch for each datum, and summed.
 
         Args:
             fn: called with the log-probabilities of a datum and the loss inputs that its other
                 parameters name, as tensors; returns (loss, metrics).
-            input_ranks: how many dimensions each of these inputs has.
+            input_ranks: number of dimensions of each of these inputs.
         """
         future: OperationFuture[LossHandle] = OperationFuture("create_custom_loss")
         future.set_result(make_handle(fn, input_ranks, self.session_id))
@@ -383,8 +383,8 @@ class ServiceClient(types.Ready):
             model_path: `tinker://...`, from `save_weights_for_sampler`; or give
             base_model: the name of a model, which is sampled without an adapter.
             retry_config: when a failed request is sent again.
-            record_stability_info: have the server keep what it knows of each sample, for losses
-                that take it by the sample's sequence_id.
+            record_stability_info: have the server record each sample, for losses that refer to it
+                by the sample's sequence_id.
         """
         return SamplingClient.create(
             self._session,
@@ -411,11 +411,11 @@ class ServiceClient(types.Ready):
         )
 
     def _recorded(self, base_model: str) -> str:
-        """For the embedded engine a folder's absolute path: checkpoints record it, and may be
-        loaded from another working directory."""
+        """For the embedded engine, a folder's absolute path: it is stored in checkpoints, which may
+        be loaded in another working directory."""
         if self._session.engine is None or not isinstance(base_model, str):
             return base_model
-        from tinkex.text.tokenizer import resolve_base_model  # only here: other servers do not care
+        from tinkex.text.tokenizer import resolve_base_model  # only the embedded engine needs it
 
         return resolve_base_model(base_model)
 
@@ -438,22 +438,22 @@ class ServiceClient(types.Ready):
         return RestClient(connection=self._session)
 
     def get_telemetry(self) -> Any:
-        """The telemetry reporter, or None where telemetry is off (the default)."""
+        """The telemetry reporter, or None if telemetry is off (the default)."""
         return self._session.telemetry
 
     def close(self, status: str = "success", detail: str | None = None) -> types.Done:
-        """Wait until what was submitted is done, then end the session. Safe to call twice.
+        """Wait for submitted operations, then end the session. Safe to call twice.
 
-        The embedded engine ends with its last session. The wait takes `patience.close` at most.
+        The embedded engine ends with its last session. The wait is limited by `patience.close`.
 
         Args:
-            status: "success", "errored" or "interrupted"; stored by the server. Only with "success"
-                does close() wait; else it drops what is not done, and logs how much.
-            detail: more about it, in words; stored by the server.
+            status: "success", "errored" or "interrupted"; stored by the server. close() waits only
+                with "success"; otherwise it drops unfinished operations, and logs their number.
+            detail: a description; stored by the server.
 
         Raises:
-            ClientClosedError: If something was not done in time; says how much. Only logged while
-                another exception is being handled.
+            ClientClosedError: If operations were not finished in time, with their number. Only
+                logged while another exception is being handled.
         """
         wait = self._session.config.patience.close if status == "success" else None
         self._session.finish(status, detail, wait=wait)
@@ -481,7 +481,7 @@ class ServiceClient(types.Ready):
 
 
 def _with_positional(positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """base_url, api_key, user_metadata and project_id, whichever way they are given."""
+    """base_url, api_key, user_metadata and project_id, given by position or by name."""
     first = positional[0] if positional else None
     names = ("user_metadata", "project_id") if isinstance(first, Mapping) else tuple(named)
     if len(positional) > 2:

@@ -1,8 +1,8 @@
-"""TrainingClient: one model, trained by operations that run in the order you call them.
+"""TrainingClient: one model, trained by operations that run in the order of the calls.
 
-Knows the operations of a model and what each call must check. runtime/model_queue.py and worker.py
-send them in order, polling.py waits for results. Long, because it is one class, most of it the
-documentation of its public methods.
+Defines the operations of a model and the checks of their arguments. runtime/model_queue.py and
+worker.py send them in order, polling.py waits for results. Long, because it is one class, mostly
+documentation of public methods.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tinkex")
 
-#: Why training is paused, where the server does not say.
+#: Reasons of pauses, if the server gives none.
 PAUSE_REASONS = {
     "paused_rate_limit": "concurrent training clients rate limit hit",
     "paused_capacity": "Tinker backend is running short on capacity, please wait",
@@ -52,14 +52,15 @@ PAUSE_REASONS = {
 
 @attrs.frozen
 class ClientSpec:
-    """What a supervisor needs to start a training client (again); picklable, without secrets.
+    """The arguments with which a supervisor (re)starts a training client; picklable, without
+    secrets.
 
-    The key is found in the environment where `start` is called.
+    The key is taken from the environment where `start` is called.
 
     Attributes:
         options: of `TrainingClient.start`.
-        restart: "temporary": a client that ended is not started again by itself, for its model's
-            state is on the server and only its owner knows where to resume.
+        restart: "temporary": a client that ended is not restarted automatically, because its
+            model's state is on the server and only its owner knows where to resume.
         shutdown: seconds to give `close`.
     """
 
@@ -68,12 +69,12 @@ class ClientSpec:
     shutdown: float = 5.0
 
     def start(self) -> TrainingClient:
-        """A new client of this recipe."""
+        """Start a new client with these options."""
         return TrainingClient.start(**self.options)
 
 
 class TrainingClient(types.Ready):
-    """One model on the server, with a LoRA adapter that is trained.
+    """One model on the server: a LoRA adapter in training.
 
     Operations return a future at once. They run in the order of the calls: from one thread in the
     order it makes them, from several in the order in which the calls return. When one cannot be
@@ -112,8 +113,8 @@ class TrainingClient(types.Ready):
         )
         self._lock = threading.Lock()  # guards the two below
         self._info: types.GetInfoResponse | None = None
-        #: True if a gradient may be accumulated on the server; a model that was attached to may
-        #: have one from before.
+        #: True if there may be an accumulated gradient on the server; an attached model may have an
+        #: earlier one.
         self._has_gradient = first_seq_id > 1
 
     # Starting.
@@ -137,21 +138,22 @@ class TrainingClient(types.Ready):
         adapter: str | None = None,
         config: config.Config | None = None,
     ) -> TrainingClient:
-        """Create a model in a new session, or attach to one that exists.
+        """Create a model in a new session, or attach to an existing one.
 
         Args:
-            base_model: of the new model; needed without model_id.
+            base_model: of the new model; required without model_id.
             model_id: attach to this model; nothing is created.
             lora_config: of the new model's adapter; a LoraConfig, or a dict of its fields.
-            base_url, api_key: of the server; without both (and TINKER_*) the embedded engine.
+            base_url, api_key: of the server; without them (and without TINKER_*) the embedded
+                engine.
             patience, config: as for `ServiceClient`.
             session_id: use this session of the server instead of a new one.
             model_seq_id: number of the new model in the session; by default the next one.
-            seq_id: with model_id, the number of the last operation that was sent to it.
+            seq_id: with model_id, the number of the last operation sent to it.
             name: of the client, in thread names and reprs.
 
         Raises:
-            ValueError, TypeError: For what can be seen to be wrong, before anything is sent.
+            ValueError, TypeError: For invalid arguments, before anything is sent.
             TinkexError: If the server cannot be reached or refuses.
         """
         if model_id is None:
@@ -184,10 +186,11 @@ class TrainingClient(types.Ready):
 
     @classmethod
     def spec(cls, base_model: str | None = None, **options: Any) -> ClientSpec:
-        """A recipe for `start` with these arguments, for a supervisor.
+        """A `ClientSpec` with these arguments of `start`, for a supervisor.
 
         Raises:
-            ValueError: If it would hold a secret (api_key), or nothing to start from.
+            ValueError: If it would contain a secret (api_key), or names neither a base model nor a
+                model.
         """
         if "api_key" in options:
             raise ValueError(
@@ -218,7 +221,7 @@ class TrainingClient(types.Ready):
         optimizer: types.OptimizerConfig | None = None,
         **options: Any,
     ) -> TrainingClient:
-        """Create a model in *session*. A number whose model was refused is used again."""
+        """Create a model in *session*. The number of a refused model is reused."""
         made = create_model(
             session,
             base_model,
@@ -232,9 +235,9 @@ class TrainingClient(types.Ready):
 
     @property
     def server(self) -> config.Config:
-        """Settings that reach the same server again: `ServiceClient(config=training.server)`.
+        """Settings for another client of the same server: `ServiceClient(config=training.server)`.
 
-        Without an address if that is the embedded engine, which a new client starts again.
+        Without an address for the embedded engine, which a new client starts again.
         """
         settings = self._session.config
         if self._session.engine is None:
@@ -251,11 +254,11 @@ class TrainingClient(types.Ready):
         *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
-        """Compute the loss of *data* and its log-probabilities; gradients are left as they are.
+        """Compute the loss of *data* and its log-probabilities; gradients do not change.
 
         Args:
-            data: any number of datums; sent in several requests if need be.
-            loss_fn: a name of `types.LOSS_FUNCTIONS`.
+            data: any number of datums; sent in several requests if needed.
+            loss_fn: a name in `types.LOSS_FUNCTIONS`.
             loss_fn_config: its settings.
             poll_timeout: seconds until the future fails with APITimeoutError; None is never.
 
@@ -272,7 +275,7 @@ class TrainingClient(types.Ready):
         *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
-        """Compute the loss of *data*, and add its gradients to those of the model.
+        """Compute the loss of *data*, and add its gradients to the model's.
 
         Arguments and errors as for `forward`.
         """
@@ -290,23 +293,23 @@ class TrainingClient(types.Ready):
         framework: str | None = None,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.ForwardBackwardOutput]:
-        """Train on a loss of your own, computed here from the log-probabilities of the targets.
+        """Train on a custom loss, computed locally from the log-probabilities of the targets.
 
-        Two passes in one place of the line: what is called next is sent after both.
+        Both passes have one place in the queue: the next call is sent after both.
 
         Args:
-            data: datums with target_tokens (any other inputs are for your function only).
+            data: datums with target_tokens (other inputs are only for your function).
             loss_fn: called once, on another thread, with (data, logprobs): an array for each
                 datum, in the shape of its target_tokens. Returns (loss, metrics), or (loss,
                 metrics, gradients) with d loss / d logprobs for each datum.
-            loss_type_input: "logprobs", which is the only kind of input, or None.
-            framework: "torch", "autograd" or "jax" gives the arrays as its own and differentiates;
-                "numpy" takes your gradients; None takes torch if it is installed, else autograd,
-                else your gradients.
+            loss_type_input: "logprobs", the only kind of input, or None.
+            framework: "torch", "autograd" or "jax" passes arrays of the framework and
+                differentiates; "numpy" uses your gradients; None uses torch if it is installed,
+                else autograd, else your gradients.
 
         Raises:
-            ValueError, TypeError, MissingExtraError: Before anything is sent. What loss_fn raises
-                comes out of the future as it is, and no gradient is sent.
+            ValueError, TypeError, MissingExtraError: Before anything is sent. Exceptions of loss_fn
+                are raised unchanged by the future, and no gradient is sent.
         """
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (data, logprobs), got {loss_fn!r}.")
@@ -369,15 +372,15 @@ class TrainingClient(types.Ready):
         gradient to apply. The embedded engine also sets the metric "no_gradient" in the result.
 
         Args:
-            optim_params: an AdamParams, or a dict of its fields; None takes the defaults. For a
-                model with another optimizer, the params of that.
-            adam_params: another name of optim_params.
+            optim_params: an AdamParams, or a dict of its fields; None uses the defaults. For a
+                model with another optimizer, its params.
+            adam_params: alias of optim_params.
             learning_rate, beta1, beta2, eps, weight_decay, grad_clip_norm: single fields of
                 AdamParams, as in `optim_step(learning_rate=1e-4)`; they replace those of
                 *optim_params*.
 
         Raises:
-            ValueError, TypeError: For values that AdamParams does not take; nothing is sent.
+            ValueError, TypeError: For values that AdamParams does not accept; nothing is sent.
         """
         fields = {
             "learning_rate": learning_rate,
@@ -413,7 +416,7 @@ class TrainingClient(types.Ready):
     optim_step_async = awaits_future(optim_step)
 
     def _note_gradient(self, is_there: bool) -> bool:
-        """Note whether the model has a gradient from now on; returns whether it had one before."""
+        """Record whether the model has a gradient now; returns the previous value."""
         with self._lock:
             before, self._has_gradient = self._has_gradient, is_there
         return before
@@ -433,7 +436,7 @@ class TrainingClient(types.Ready):
 
         Args:
             ttl_seconds: when the server may delete it; None is never.
-            overwrite: replace a checkpoint of this name.
+            overwrite: replace an existing checkpoint with this name.
         """
         name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
         user_metadata = types.check_metadata(user_metadata)
@@ -490,7 +493,7 @@ class TrainingClient(types.Ready):
         *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.SaveWeightsForSamplerResponse]:
-        """Save the weights, without optimizer, for sampling clients to use."""
+        """Save the weights, without optimizer, for sampling clients."""
         name, ttl_seconds = types.check_name(name), types.check_ttl(ttl_seconds)
         user_metadata = types.check_metadata(user_metadata)
         return self._queue.operation(
@@ -516,7 +519,7 @@ class TrainingClient(types.Ready):
         *,
         poll_timeout: float | None = None,
     ) -> OperationFuture[types.SaveWeightsExternalResponse]:
-        """Save the weights as files that `RestClient.get_external_weights_urls` gives URLs of.
+        """Save the weights as files with URLs from `RestClient.get_external_weights_urls`.
 
         Args:
             ttl_seconds: when the server may delete them; None is never.
@@ -547,17 +550,18 @@ class TrainingClient(types.Ready):
         ttl_seconds: int | None = None,
         poll_timeout: float | None = None,
     ) -> SamplingClientFuture:
-        """A sampling client of the weights as they are now, whatever is trained after.
+        """A sampling client of the current weights, whatever is trained later.
 
-        The future can be used as the client, too: it then waits for it.
+        The future can also be used as the client: it then waits for it.
 
         Args:
-            name: keep them as a checkpoint of this name; None keeps them for the session only.
+            name: keep the weights as a checkpoint with this name; None keeps them only during the
+                session.
             retry_config: when a failed request is sent again.
             record_stability_info: as for `ServiceClient.create_sampling_client`.
-            kind: "snapshot", weights that stay as they are; or "inflight", which a server may
-                replace by newer ones while samples are running.
-            path: another name of *name*.
+            kind: "snapshot": fixed weights; or "inflight": weights that a server may replace by
+                newer ones while samples are running.
+            path: alias of *name*.
         """
         if name is not None and path is not None:
             raise TypeError("path is another name of the argument name; give only one.")
@@ -592,7 +596,7 @@ class TrainingClient(types.Ready):
         ttl_seconds: int | None,
         poll_timeout: float | None,
     ) -> None:
-        """Send the save; one without a name takes a number of the session's, if it is accepted."""
+        """Send the save; one without a name uses a number of the session, if it is accepted."""
 
         def send(seq_id: int) -> None:
             numbers = self._session.sampler_numbers
@@ -612,7 +616,7 @@ class TrainingClient(types.Ready):
     def save_weights_and_get_sampling_client_sync(
         self, name: str | None = None, **options: Any
     ) -> SamplingClient:
-        """`save_weights_and_get_sampling_client`, waiting for the client."""
+        """`save_weights_and_get_sampling_client`, but waits for the client."""
         return self.save_weights_and_get_sampling_client(name, **options).result()
 
     def _sampler_of(
@@ -629,7 +633,7 @@ class TrainingClient(types.Ready):
             raise errors.APIResponseValidationError(
                 "save_weights_for_sampler returned neither path nor session"
             )
-        # Not by our own create_sampling_client: this client may have been closed meanwhile.
+        # Not with self.create_sampling_client: this client may have been closed meanwhile.
         return SamplingClient.create(
             self._session,
             model_path=saved.path,
@@ -675,7 +679,7 @@ class TrainingClient(types.Ready):
     # Lookups.
 
     def get_info(self) -> types.GetInfoResponse:
-        """What the server says of this model; asked once."""
+        """The server's description of this model; requested once."""
         self._queue.check_open("get_info")
         with self._lock:
             info = self._info
@@ -689,8 +693,7 @@ class TrainingClient(types.Ready):
     get_info_async = awaits_value(get_info)
 
     def get_console_url(self) -> str:
-        """The page of the model in the official service's console; on another server, where its
-        record can be read."""
+        """The model's page in the official service's console; on other servers, its API address."""
         return self._session.config.console_url("training_runs", self.model_id)
 
     def get_tokenizer(
@@ -705,12 +708,12 @@ class TrainingClient(types.Ready):
 
         Args:
             load_fn: loads it from its id; None loads it from the hub or a folder.
-            info_fn: returns the model's info; None asks the server.
-            load_fun, info_fun: other names of the two.
+            info_fn: returns the model's info; None requests it from the server.
+            load_fun, info_fun: aliases of these two.
 
         Raises:
             TypeError: If one of them is not a function, or is given under both names.
-            TokenizerError: If it cannot be loaded; says what was tried.
+            TokenizerError: If it cannot be loaded, with what was tried.
         """
         from tinkex.text import tokenizer  # only here: many scripts send tokens
 
@@ -751,9 +754,9 @@ class TrainingClient(types.Ready):
     # Ending.
 
     def unload_model(self) -> OperationFuture[types.UnloadModelResponse]:
-        """End the model on the server, after what was called before.
+        """Unload the model on the server, after all earlier calls.
 
-        Later calls raise ClientClosedError. If the session is the client's own
+        Later calls raise ClientClosedError. If the client owns the session
         (`TrainingClient.start`), it ends, too.
 
         Raises (from the future):
@@ -763,17 +766,17 @@ class TrainingClient(types.Ready):
         return self._queue.unload()
 
     def close(self, *, cancel: bool = False, timeout: float | None = None) -> None:
-        """Wait until what was submitted is done, and end the client's thread. Safe to call twice.
+        """Wait for submitted operations, and end the client's thread. Safe to call twice.
 
         Args:
-            cancel: do not wait; cancel what is not sent yet. What was sent still resolves, unless
-                the session is the client's own.
-            timeout: seconds to wait at most, by default `patience.close`. Then what is not sent
-                is dropped.
+            cancel: do not wait; cancel unsent operations. Sent operations still resolve, unless the
+                client owns the session.
+            timeout: time limit in seconds, by default `patience.close`. Then unsent operations are
+                dropped.
 
         Raises:
-            ClientClosedError: If something was not done in time; says how much. Only logged while
-                another exception is being handled, and with cancel.
+            ClientClosedError: If operations were not finished in time, with their number. Only
+                logged while another exception is being handled, and with cancel.
         """
         self._queue.close(cancel=cancel, timeout=timeout)
 
@@ -796,10 +799,10 @@ class TrainingClient(types.Ready):
     def on_queue_state_change(
         self, queue_state: str, queue_state_reason: str | None = None
     ) -> None:
-        """The default observer: warns that training is paused, once a minute at most."""
+        """The default observer: warns that training is paused, at most once a minute."""
         self._warn_of_pause(queue_state, queue_state_reason)
 
-    # The way down.
+    # Submitting.
 
     def _batches(
         self,
@@ -830,7 +833,7 @@ class TrainingClient(types.Ready):
         loss_fn: str,
         loss_fn_config: Mapping[str, float | str] | None,
     ) -> tuple[list[types.Datum], dict[str, float | str] | None]:
-        """The arguments of a batch, checked; a list of our own, as the caller may change theirs."""
+        """The checked arguments of a batch; copies the list, because the caller may change it."""
         settings = types.check_config(loss_fn, loss_fn_config)
         types.check_data(data, loss_fn)
         return list(data), settings
@@ -879,7 +882,7 @@ def _check_start(
 def _check_picklable(name: str, value: object) -> None:
     try:
         pickle.dumps(value)
-    except Exception as exc:  # whatever an object's own pickling raises
+    except Exception as exc:  # pickling may raise anything
         raise ValueError(
             f"{name}={value!r} cannot be pickled ({exc}), and a spec must be: give a function of a "
             "module rather than a lambda, or set it where the client is started."

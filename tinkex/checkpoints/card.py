@@ -19,7 +19,7 @@ class Training:
         steps: number of training steps.
         settings: of the run, by name; None values are omitted.
         losses: held-out losses before and after training, in nats per token. None if nothing was
-        held out.
+            held out.
     """
 
     data_sha256: str

@@ -181,7 +181,7 @@ def fetch(
 
     Raises:
         DownloadError: If the connection breaks repeatedly without progress, or the data does not
-        match the announced size and hash.
+            match the announced size and hash.
     """
     state = _Download(connection, path, target, progress)
     try:

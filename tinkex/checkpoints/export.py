@@ -89,7 +89,7 @@ def export_adapter(
     Raises:
         FileExistsError: If *output_dir* is not empty, without *force*.
         ValueError: If *form* is unknown, the base model cannot be found, or the adapter does not
-        belong to it.
+            belong to it.
         MissingExtraError: If merging is needed and the engine is not installed.
     """
     if form not in FORMATS:

@@ -37,7 +37,7 @@ class Example:
     Attributes:
         tokens: (T,) int64, T >= 2.
         counted: (T,) float32; 1 for tokens in the loss, else 0. The first is 0, since no token
-        precedes it.
+            precedes it.
         prompt_length: tokens of the prompt from which a model generates the rest; at least 1.
         record: number of the record, from 0.
     """
@@ -71,7 +71,7 @@ class Rendered:
         truncated: how many examples were longer than max_length.
         dropped: how many had no counted token (after truncation); they are not in `examples`.
         split: conversations that became several examples, because the chat template renders earlier
-        turns differently once later ones follow.
+            turns differently once later ones follow.
     """
 
     examples: list[Example] = attrs.field(repr=False)
@@ -89,7 +89,7 @@ class Options:
         max_length: most tokens of an example; the rest is cut off.
         train_on: which parts of a conversation are in the loss: see `tinkex.render`.
         split_turns: make several examples of a conversation if its template renders earlier turns
-        differently later. If false, such turns are not in the loss.
+            differently later. If false, such turns are not in the loss.
         date: the date for chat templates; None is today.
     """
 

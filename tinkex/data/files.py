@@ -86,7 +86,7 @@ def read(
 
     Raises:
         ValueError: If lines are bad, listing the first 20 with their reasons; if there are no valid
-        lines; or if the format is unknown.
+            lines; or if the format is unknown.
         MissingExtraError: If the format needs a package that is not installed.
         OSError: If a file cannot be read.
     """

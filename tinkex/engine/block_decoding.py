@@ -255,7 +255,7 @@ class BlockDecoding:
 
         Args:
             rows: settings and tokens of the sequences, by their numbers. For sequences of the last
-            block, the device's state is newer.
+                block, the device's state is newer.
             topk: how many of the likeliest tokens are wanted for each step.
 
         Yields:

@@ -130,7 +130,7 @@ def _library() -> Path:
 
     Raises:
         OSError: If there is no compiler, or the cache cannot be written.
-        subprocess.SubprocessError: If the compiler fails.
+            subprocess.SubprocessError: If the compiler fails.
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"the step is compiled on Linux only, not on {sys.platform}")

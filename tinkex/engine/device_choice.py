@@ -39,7 +39,7 @@ class Choice:
     Attributes:
         samples: True if a row has a temperature other than 0.
         look: how many of the likeliest tokens are candidates for top-k and top-p; 0 if no row sets
-        either.
+            either.
         topk: how many of the likeliest tokens are reported.
     """
 

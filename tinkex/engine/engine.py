@@ -185,7 +185,7 @@ class Engine:
 
         Args:
             on_progress: called with the bytes read so far and the bytes of all weights; an
-            exception that it raises stops the reading.
+                exception that it raises stops the reading.
 
         Raises:
             ValueError: With what was tried and what to do, when it cannot be loaded.
@@ -540,7 +540,7 @@ class Engine:
 
         Args:
             share: the share of the running batch that it counts towards. Shares take turns, and
-            none can fill the batch while another waits.
+                none can fill the batch while another waits.
             on_token: called with (sequence, token id, logprob) as tokens appear.
 
         Raises:

@@ -92,7 +92,7 @@ def load(
 
     Raises:
         ValueError: If there is no such model, it is not a causal language model, its files are
-        damaged or incomplete, or it does not fit in memory.
+            damaged or incomplete, or it does not fit in memory.
     """
     dtype = dtype or default_dtype(device)
     if name == tiny.NAME:
@@ -114,7 +114,7 @@ class Outline:
         parameters: how many; tied ones count once.
         linears: its matrices, which may be on the meta device.
         activations: floats that all layers save per token for the backward pass; None on the
-        generic path, where they are measured.
+            generic path, where they are measured.
     """
 
     architecture: str

@@ -45,7 +45,7 @@ class LongPrompt:
 
     Attributes:
         rows: numbers of its sequences, and the unit of each. The prompt is dropped with the last
-        row.
+            row.
         scores: of the jobs that request prompt log-probabilities.
         reader: None before the first piece.
         done: tokens that have been read.

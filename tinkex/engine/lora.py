@@ -174,7 +174,7 @@ class Workspace:
         Args:
             owner: names the adapter and its version.
             merge_into: writes the merged matrix into a tensor; called only if the copy is not
-            *owner*'s.
+                *owner*'s.
         """
         if owner != self._owner:
             self._owner = owner

@@ -31,7 +31,7 @@ class Pools:
 
     Args:
         step_bytes: most bytes of keys and values that a step reads; beyond this, the pools take
-        turns, so that steps stay short.
+            turns, so that steps stay short.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ def make_job(
 
     Raises:
         ValueError: If the prompt is empty, too long or outside the model's vocabulary, or the
-        request uses something that this server does not support.
+            request uses something that this server does not support.
     """
     params = request.sampling_params
     prompt = _check_prompt(request.prompt, base.vocab, base.context)

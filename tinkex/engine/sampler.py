@@ -50,7 +50,7 @@ class Sampler:
 
     Args:
         load_decode: returns ids -> text; called at the first request with a stop string, unless
-        `unread_decoder` has loaded it before.
+            `unread_decoder` has loaded it before.
         memory: bytes that keys and values may take; requests beyond that wait.
         workers: compute the prompts in parallel.
         new_state: makes an empty sampling state; None is the base model's.

@@ -18,7 +18,7 @@ class Spec:
         logit_scale: factor on logits.
         activation: "silu" or "gelu_pytorch_tanh", of the MLP's gate.
         windows: of each layer, positions that a token attends to, including its own; 0 is all.
-        Empty if no layer has a window.
+            Empty if no layer has a window.
         interleaved: True if rotated pairs are (2 i, 2 i + 1), not (i, i + D / 2).
     """
 

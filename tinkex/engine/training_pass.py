@@ -174,7 +174,7 @@ class Pass:
 
     Args:
         linears: the matrices; the gradient is complete once every batch has been computed and
-        `output` has been called.
+            `output` has been called.
         workers: compute the shares of a micro-batch.
         forward_only: compute no gradients.
 

@@ -26,7 +26,7 @@ class WeightStore:
 
     Attributes:
         folder: where the files are; None keeps weights in memory. Files are unlinked, so they
-        disappear when the process ends, however it ends.
+            disappear when the process ends, however it ends.
     """
 
     folder: Path | None = None

@@ -107,7 +107,7 @@ class Conversation:
 
         Raises:
             ValueError, TinkexError: If the model cannot answer. *text* is then removed from the
-            history.
+                history.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         try:

@@ -68,7 +68,7 @@ class Evaluation:
     Attributes:
         values: by metric and model.
         answers: a dict per example: "prompt", "answer" (the reference answer, or None), and each
-        model's answer by its name; [] if no metric needs answers.
+            model's answer by its name; [] if no metric needs answers.
     """
 
     values: dict[str, dict[str, Value]]

@@ -96,18 +96,18 @@ def finetune(
         output: folder of the run; it is created.
         eval_data: held-out examples, given like *data*; None holds out a part of *data*.
         resume: continue the run in *output*, if there is one, with its settings where none are
-        given.
+            given.
         base_url, api_key: of the server; without them (and without TINKER_*) the embedded engine.
         service: a client to use instead; it stays open.
         callbacks: objects like `tinkex.Callback`, which receive the events of the run.
         progress: show a progress bar on stderr, or in a notebook together with a plot of the
-        losses.
+            losses.
         settings: fields of `tinkex.recipes.settings.Settings`: rank, learning_rate, batch_size,
             epochs, report_to and others; see docs/finetune.md.
 
     Raises:
         ValueError: If a setting or the data is invalid; *output* is in use or already holds a run;
-        or the run to resume has other settings or data.
+            or the run to resume has other settings or data.
         TypeError: If a callback or *data* has a wrong type.
         DivergedError: If the loss is not finite, or stays far above the first one.
         TinkexError: If a request to the server fails. The run can be resumed.

@@ -27,10 +27,9 @@ def read(data: Any, told: str | None, settings: Settings, keep: Path) -> files.D
 
     Args:
         data: a path, or several; a list of dicts, a DataFrame, a `datasets.Dataset`, or an iterable
-        of datums. None reads *told*.
+            of datums. None reads *told*.
         told: data sources of the resumed run, one a line; None for a new run.
-        keep: where objects
-        are stored.
+        keep: where objects are stored.
 
     Raises:
         ValueError: If data is invalid, or objects differ from those of the resumed run.

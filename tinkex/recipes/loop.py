@@ -101,9 +101,9 @@ class Objective(Protocol):
         examples: number of training examples; steps receive their positions, from 0.
         is_evaluated: True if there are held-out examples.
         falls: True if the loss falls as the model learns, so that a loss far above the first one
-        means divergence.
-        shown: held-out prompts whose completions are stored, before and after training. prompts:
-        the settings' prompts, sampled during training.
+            means divergence.
+        shown: held-out prompts whose completions are stored, before and after training.
+        prompts: the settings' prompts, sampled during training.
     """
 
     examples: int

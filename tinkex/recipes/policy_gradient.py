@@ -45,8 +45,8 @@ def advantages(rewards: Sequence[float], kind: str) -> npt.NDArray[np.float64]:
     Args:
         rewards: of the episodes of one group.
         kind: "grpo": reward minus mean, divided by the standard deviation (Shao et al. 2024);
-        "centered": without the division (Liu et al. 2025, Dr. GRPO); "rloo": reward minus the mean
-        of the others (Ahmadian et al. 2024).
+            "centered": without the division (Liu et al. 2025, Dr. GRPO); "rloo": reward minus the
+            mean of the others (Ahmadian et al. 2024).
     """
     values = np.asarray(rewards, np.float64)
     centered = values - values.mean()
@@ -64,7 +64,7 @@ class _Part:
     Attributes:
         advantages: (T,) float32; 0 where the token was not sampled.
         gap: (T,) float32; log-probability at sampling minus that under the reference; None without
-        a reference.
+            a reference.
     """
 
     trace: Trace
@@ -89,7 +89,7 @@ class PolicyGradient:
     Args:
         first_step: the step after which training begins or resumes.
         reference: gives the log-probabilities of the KL term (*settings*.kl): of the base model, or
-        of a teacher.
+            of a teacher.
     """
 
     falls = False

@@ -66,7 +66,7 @@ class Options:
     """
     Args:
         beta: how strongly the model is kept close to the reference; in SimPO the scale of the
-        rewards, in ORPO the weight of the odds ratio.
+            rewards, in ORPO the weight of the odds ratio.
         label_smoothing: DPO: assumed fraction of pairs with swapped labels.
         margin: SimPO: target difference between the two rewards.
     """

@@ -97,8 +97,7 @@ def reference(
 
     Args:
         name: of the data; if the pairs have changed, they are computed again.
-        untrained: returns a
-        client of the model before the first step, if needed.
+        untrained: returns a client of the model before the first step, if needed.
     """
     if not pairs:
         return Reference([])

@@ -114,14 +114,14 @@ def keep_alive(
         run: folder in which the last checkpoint is recorded for `recover`; None records nothing.
         step: optimizer steps that *training* has already taken: `Recovered.step`.
         restarts: most restarts in a row without a checkpoint in between. The pause before a restart
-        doubles each time, from 1 s to 60 s.
+            doubles each time, from 1 s to 60 s.
         callbacks: receive on_save and on_restart; they require *run*.
         connect: opens a new client of the server; by default with the settings of *training*.
         pause: sleeps for a number of seconds; replaceable in tests.
 
     Raises:
         ValueError: If *every* or *restarts* is less than 1, callbacks are given without *run*, or
-        *run* is a run of `tinkex train`, which records its own checkpoints.
+            *run* is a run of `tinkex train`, which records its own checkpoints.
     """
     for name, value in (("every", every), ("restarts", restarts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -162,7 +162,7 @@ class KeptAlive:
     Attributes:
         step: optimizer steps submitted so far.
         position: any JSON value, such as the number of the next batch. Its value when a checkpoint
-        is requested is stored with the checkpoint.
+            is requested is stored with the checkpoint.
     """
 
     def __init__(

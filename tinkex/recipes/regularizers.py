@@ -76,7 +76,7 @@ def combine(
     Args:
         loss_fn: (data, logprobs) -> (loss, metrics), in PyTorch.
         track_grad_norms: also measure the L2 norm of each part's gradient with respect to the
-        log-probabilities, by one backward pass over the small graph for each part.
+            log-probabilities, by one backward pass over the small graph for each part.
 
     Returns:
         A function whose metrics are those of *loss_fn* and, for each regularizer NAME,
@@ -286,7 +286,7 @@ def gradient_penalty(
 
     Args:
         mode: "output" takes the gradient at the log-probabilities; "interpolated" at a random point
-        between them and *reference*, drawn for each datum (Gulrajani et al. 2017).
+            between them and *reference*, drawn for each datum (Gulrajani et al. 2017).
         reference: as for `kl`; used by "interpolated" only.
         seed: of the random points, which are the same in every call.
     """

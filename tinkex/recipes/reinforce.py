@@ -64,12 +64,12 @@ def reinforce(
 
     Args:
         prompts: rows with "prompt" (text or messages) and the keys that *reward* needs; in the
-        forms of the data of `tinkex.finetune`.
+            forms of the data of `tinkex.finetune`.
         reward: `reward(answer, row)` returns a number, or a dict with "reward" and other numbers
             that become metrics; plain or async, or "my_rewards.py:score". Called on several
             threads at once.
         env: instead of *reward*: `env(row)` creates a `tinkex.Env`, a conversation of several
-        turns.
+            turns.
         eval_prompts: held-out prompts; None holds out a part of *prompts*.
         settings: fields of `tinkex.recipes.settings.RewardSettings`: group_size, max_tokens,
             advantage, loss, kl, off_policy_steps and others; see docs/reinforcement.md.
@@ -78,7 +78,7 @@ def reinforce(
 
     Raises:
         RewardError: If the reward or the environment raises, hangs or returns no finite number; a
-        ValueError. A checkpoint is saved first, so that the run can be resumed.
+            ValueError. A checkpoint is saved first, so that the run can be resumed.
         ValueError, TypeError, TinkexError, KeyboardInterrupt: As `tinkex.finetune`.
     """
     return call(

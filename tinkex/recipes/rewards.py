@@ -103,8 +103,7 @@ class Pool:
 
     Args:
         workers: number of calls at a time.
-        timeout: time limit of a call, in seconds from its
-        start.
+        timeout: time limit of a call, in seconds from its start.
     """
 
     def __init__(self, workers: int, timeout: float) -> None:

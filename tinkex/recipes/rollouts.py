@@ -121,7 +121,7 @@ class Options:
         stop: ends an answer, besides the model's own end tokens.
         max_turns: most turns of an episode in an environment.
         deterministic: one request at a time. A server batches the requests that have arrived, so
-        batches depend on timing; so do the last bits of its results, and occasionally a token.
+            batches depend on timing; so do the last bits of its results, and occasionally a token.
     """
 
     group_size: int

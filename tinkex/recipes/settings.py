@@ -109,25 +109,24 @@ class Settings:
     Args:
         base_model: name, or absolute path of a folder: see `tinkex.text.tokenizer`.
         learning_rate: the highest of the run, for AdamW; at most 1.
-        schedule: "constant", or
-        "linear" or "cosine", which fall to 0 at the last step. warmup_steps: steps over which the
-        learning rate rises from 0.
+        schedule: "constant", or "linear" or "cosine", which fall to 0 at the last step.
+        warmup_steps: steps over which the learning rate rises from 0.
         max_steps: limit of the steps; None runs all epochs.
         max_length: most tokens of an example; the rest is cut off.
         eval_fraction: fraction of the examples that is held out. Unused with eval_data.
         skip_bad_lines: skip invalid lines of the data file instead of refusing the file.
         eval_every, save_every: steps between two evaluations, and two checkpoints; None is a tenth
-        of the run. The run always ends with both.
+            of the run. The run always ends with both.
         train_on: which parts of a conversation have weight: see `tinkex.render`.
         split_turns: make several examples of a conversation if its template renders earlier turns
-        differently once later ones follow.
+            differently once later ones follow.
         date: the date for chat templates that use it, such as 2024-07-26. None is the day of the
-        start.
+            start.
         data_format: shape of the rows, a name in `records.SHAPES`; None detects it from their keys.
         data_map: expected key -> key in the data.
         train_unembed: None lets the server choose: see `types.LoraConfig`.
         start_from: tinker:// path or PEFT adapter folder of the initial weights; None is a new
-        adapter.
+            adapter.
         weight_decay, beta1, beta2: of AdamW.
         method: "sft" imitates examples; "dpo", "ipo", "simpo" and "orpo" learn from pairs of a
             chosen and a rejected answer.
@@ -135,13 +134,13 @@ class Settings:
         grad_clip_norm: largest L2 norm of a step's gradient; 0 does not clip.
         gradient_accumulation: batches per optimizer step, each of batch_size examples.
         patience: evaluations without a lower held-out loss after which the run ends early, with the
-        weights of the best evaluation. None never ends early.
+            weights of the best evaluation. None never ends early.
         load_best: end with the weights of the lowest held-out loss instead of the last ones.
         keep: how many of the newest checkpoints stay on the server, besides the best; None keeps
-        all.
+            all.
         generate_every: steps between two samples of *prompts*; None is a tenth of the run.
         prompts: texts that the model continues during training (as user messages if the training
-        data is conversations).
+            data is conversations).
         report_to: names of trackers, as a list or "tensorboard,wandb".
     """
 
@@ -238,13 +237,13 @@ class RewardSettings(Settings):
         advantage: see `policy_gradient.advantages`.
         loss: the server's loss function: "importance_sampling", "ppo", "cispo" or "gspo".
         clip_low, clip_high: bounds of the ratio, for the last three; None uses the server's
-        defaults.
+            defaults.
         kl: coefficient of the KL penalty to the base model (or the teacher), in reward per nat and
-        token.
+            token.
         off_policy_steps: 1 samples the next step's answers, from the weights before this step,
-        while the server trains on this step.
+            while the server trains on this step.
         deterministic: sample one prompt after the other instead of all at once. Runs with the same
-        seed are then bitwise equal on an otherwise idle server; steps take longer.
+            seed are then bitwise equal on an otherwise idle server; steps take longer.
         reward, env: names of the functions, for information.
         reward_timeout: time limit, in seconds, of a reward function or a step of an environment.
         reward_workers: how many of them run at a time.

@@ -89,16 +89,16 @@ def run(
     Args:
         state: of the run to resume, from `load_state`; None starts one.
         guard: entered around the training loop; returns a function that returns True when the run
-        should stop. A checkpoint is then saved within `loop.STOP_SECONDS`, and the outcome is not
-        finished.
+            should stop. A checkpoint is then saved within `loop.STOP_SECONDS`, and the outcome is
+            not finished.
         eval_data: held out instead of a part of *data*.
         tokenizer: the base model's, if known before the model is loaded, so that invalid data is
-        refused earlier. None requests it from the server.
+            refused earlier. None requests it from the server.
         callbacks: receive the events of the run, except its end.
 
     Raises:
         ValueError: If the settings or the data differ from those of *state*, or the data is
-        invalid.
+            invalid.
         DivergedError: If the loss is not finite, or stays far above the first one.
         TinkexError: If a request to the server fails.
     """
@@ -240,8 +240,8 @@ class _Prepared:
     Attributes:
         is_chat: True if the data is conversations.
         pairs, held_out_pairs: the same examples as pairs, for preference methods.
-        counts: of the
-        data, and of what was omitted. notes: messages about what was omitted.
+        counts: of the data, and of what was omitted.
+        notes: messages about what was omitted.
         conversations: of the shown held-out examples; () for examples without one.
     """
 

@@ -31,7 +31,7 @@ class TokenKeeper:
 
     Args:
         exchange: requests a token from the server; called with True if there is no valid token
-        left.
+            left.
         credential: returns the key, or the output of the credential command.
         now: seconds since the epoch.
     """

@@ -35,8 +35,7 @@ class Evaluated:
     Attributes:
         loss: its value.
         metrics: the user's metrics, as floats.
-        data: for cross_entropy: each datum's input and
-        targets, with weights.
+        data: for cross_entropy: each datum's input and targets, with weights.
     """
 
     loss: float
@@ -118,7 +117,7 @@ def check(data: Sequence[Datum], framework: str | None) -> Framework | None:
 
     Raises:
         ValueError, TypeError: For an unknown framework, or data that cross_entropy does not accept;
-        additional loss inputs are for the function, and not checked.
+            additional loss inputs are for the function, and not checked.
         MissingExtraError: For a framework that is not installed.
     """
     check_data(data, "cross_entropy", only=_SENT)

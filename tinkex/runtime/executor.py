@@ -84,7 +84,7 @@ def end_all(wake: Callable[[], object], seconds: float = 3.0) -> None:
 
     Args:
         wake: interrupts the waits of threads; called repeatedly, since a thread may be just about
-        to wait.
+            to wait.
         seconds: time limit. After it, Python itself waits for the remaining threads.
     """
     pools = [pool for pool in list(_pools) if not pool.is_idle]

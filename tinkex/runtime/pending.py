@@ -50,10 +50,10 @@ class PendingOperations:
 
         Args:
             saves: if it saves the weights, the name of the call: a success logs a warning if
-            earlier operations failed and the caller has not seen that.
+                earlier operations failed and the caller has not seen that.
             ordered: True if the owner's operations finish in order, so that a failure is reported
-            as soon as the next one is done. Failures of samples, which finish in any order, are
-            reported when the client closes.
+                as soon as the next one is done. Failures of samples, which finish in any order, are
+                reported when the client closes.
         """
         with self._lock:
             self._open[future] = owner
@@ -154,9 +154,8 @@ def drop(left: str, whose: str, seconds: float | None) -> None:
     Args:
         left: the unfinished operations, from `describe`; "" for none.
         whose: the client that ended, for the message.
-        seconds: how long it waited for them: then
-        this raises, like close() of a file that cannot be written. If None, or during another
-        exception, it only logs.
+        seconds: how long it waited for them: then this raises, like close() of a file that cannot
+            be written. If None, or during another exception, it only logs.
 
     Raises:
         ClientClosedError: If awaited work is left.

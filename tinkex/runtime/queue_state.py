@@ -60,8 +60,7 @@ class PauseWarning:
 
     Args:
         what: the paused model or sampler, for the message.
-        reasons: by state, if the server gives
-        none.
+        reasons: by state, if the server gives none.
         now: the time, in seconds.
     """
 

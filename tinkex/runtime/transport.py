@@ -176,7 +176,7 @@ class Transport:
                 `patience.first_contact` if the server has never answered.
             accept: error statuses to return instead of raising.
             parse: converts the response; if it raises a retryable APIError, the request is sent
-            again.
+                again.
             wait: records failures; by default a new one.
 
         Raises:

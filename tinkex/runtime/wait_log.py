@@ -24,8 +24,7 @@ class Wait:
 
     Attributes:
         report_at: when to report it, on the log's clock.
-        progress: of the waiting operation, or
-        None.
+        progress: of the waiting operation, or None.
         on_failure: called with each failure.
     """
 

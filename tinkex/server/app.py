@@ -89,7 +89,7 @@ class LocalServer:
         with_tiny: True if the built-in model "tiny" is available, too.
         engine: creates the engine; called on the compute thread.
         on_failure: called on the compute thread if that fails. The server then refuses every
-        operation with the reason until it is stopped.
+            operation with the reason until it is stopped.
 
     Raises:
         HomeError: If the home or the port cannot be used.
@@ -325,7 +325,7 @@ def main(
         user_models, user_queue, user_disk, drain: as in `Limits`.
         ssl_certfile, ssl_keyfile: for TLS: the certificate chain and its key, as PEM files.
         session_timeout: seconds without a request after which a session ends; default as in
-        *limits*.
+            *limits*.
         device: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16"; "int8" to sample only.
         weights_on_disk: True if base weights that do not fit in memory may stay on disk.

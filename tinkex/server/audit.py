@@ -71,8 +71,7 @@ class Audit:
 
         Args:
             owner: "" for a request without a valid key.
-            key_id: returns `auth.key_id`; host: the
-            client's address.
+            key_id: returns `auth.key_id`; host: the client's address.
         """
         denied = status in (401, 403)
         reads = method in ("GET", "HEAD") and not path.endswith("/archive")

@@ -106,7 +106,7 @@ class Checkpoints:
 
         Args:
             directory: the checkpoint's folder. Folders that are not checkpoints, and checkpoints of
-            versions that saved no hashes, are not checked.
+                versions that saved no hashes, are not checked.
 
         Raises:
             Refusal: 400, naming the file, if one is missing or has changed.

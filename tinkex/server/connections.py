@@ -141,8 +141,9 @@ class Acceptor:
 
     Args:
         listener: a listening socket; made non-blocking.
-        make_protocol: returns the protocol of a
-        new connection. connections: the open ones. most: limit of open connections.
+        make_protocol: returns the protocol of a new connection.
+        connections: the open ones.
+        most: limit of open connections.
         tls: for encrypted connections, or None; handshake_seconds: time limit of the TLS handshake.
     """
 

@@ -117,8 +117,8 @@ class CheckpointRow:
     """A checkpoint.
 
     Attributes:
-        origin: the operation that made it, to detect repeats of that operation. sha256: of its
-        archive, once it was requested.
+        origin: the operation that made it, to detect repeats of that operation.
+        sha256: of its archive, once it was requested.
         file_hashes: file name -> SHA-256 at saving; None for those of earlier versions.
     """
 

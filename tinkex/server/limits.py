@@ -19,19 +19,19 @@ class Limits:
             after decompression.
         small_body_bytes: largest body of any other request, as sent and after decompression.
         json_values, json_containers: numbers, strings, lists and objects of a JSON body; lists and
-        objects only.
+            objects only.
         datums, proto_fields: datums of a batch in protobuf; fields of all its messages.
         decoding_bytes: memory for all bodies being received and decoded; further requests get a
-        503, which clients retry.
+            503, which clients retry.
         inline_bytes: bodies and results up to this size are encoded and decoded on the event loop.
         poll_seconds: a poll is answered with 408 after this time; clients time out at 45 s.
         metadata_bytes: for results larger than this, the size is sent first if the client requests
-        it.
+            it.
         model_queue, model_queue_bytes: waiting operations of one model, and their bodies.
         sample_queue: waiting and running sample requests of all clients.
         sample_queue_bytes: bodies of these requests.
         user_models, user_queue, user_disk_bytes: limits per user of live models, waiting operations
-        and sample requests, and bytes of checkpoints and sampler weights. None is no limit.
+            and sample requests, and bytes of checkpoints and sampler weights. None is no limit.
         num_samples, max_tokens: of one sample request.
         session_seconds: a session without a request for this time is closed; its models are freed.
             Longer than the 600 s for which clients wait for a server; heartbeats come every 10 s.
@@ -43,22 +43,22 @@ class Limits:
         snapshot_bytes: request bodies that the journal keeps for one model.
         load_seconds: time limit for reading a base model.
         idle_model_seconds: models and samplers that are not used for this time are moved to disk,
-        and loaded again when they are used.
+            and loaded again when they are used.
         trim_seconds: freed memory is returned to the system after this time without computation.
         spool_bytes: larger requests wait on disk, not in memory.
         drain_seconds: a stopping server accepts nothing new, and finishes accepted operations for
-        this time. With a journal, the others continue after a restart.
+            this time. With a journal, the others continue after a restart.
         reap_seconds: interval of the housekeeping that removes expired objects.
         connections: open connections; fewer if the process may not open that many files.
         head_seconds: the connection is closed if a request head takes longer.
         body_seconds, body_rate: a body may take body_seconds, plus a second per body_rate bytes.
         answer_seconds: the connection is closed if a client reads nothing of its response for this
-        time.
+            time.
         idle_seconds: an idle connection is closed after this time. Longer than clients' own limit,
-        because a request can be lost if the server closes first.
+            because a request can be lost if the server closes first.
         page_seconds: interval of updates to the web page.
         open_samplers: adapters kept in memory for sampling; beyond this number, idle ones are
-        closed.
+            closed.
     """
 
     body_bytes: int = 64 * MIB

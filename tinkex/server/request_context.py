@@ -183,7 +183,7 @@ class Call:
 
         Raises:
             Refusal: 503 if all requests together need too much. A single request is always
-            accepted.
+                accepted.
         """
         site = self.site
         if site.decoding > self.held and site.decoding + size > site.limits.decoding_bytes:

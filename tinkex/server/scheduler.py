@@ -31,8 +31,7 @@ class Wait:
 
     Attributes:
         done: the job is parked until this future ends, with or without an error.
-        describe: the
-        reason and progress of the wait, for clients that wait for the job.
+        describe: the reason and progress of the wait, for clients that wait for the job.
         leave: called once when the job no longer waits, because it continues or was cancelled.
     """
 
@@ -50,7 +49,7 @@ class Job:
 
     Attributes:
         steps: called with the engine when the job starts; a generator that yields None where other
-        work may run first, or yields a `Wait`, and returns the result.
+            work may run first, or yields a `Wait`, and returns the result.
         finish: called once, on the compute thread, with the result or the exception.
         after: called with the engine after `finish`, for work that no client waits for.
         size: bytes of memory that it holds while it waits.
@@ -69,7 +68,7 @@ class SampleJob:
     Attributes:
         ticket: its id in the engine.
         submit: called with the engine; submits the request under that ticket. A generator if it
-        must wait first.
+            must wait first.
         finish: called once, on the compute thread, with the response or the exception.
         after: called with the engine after `finish`, if the request had been submitted.
     """

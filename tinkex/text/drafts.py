@@ -75,7 +75,7 @@ class Drafter:
 
         Raises:
             ValueError: If the template does not accept the messages or omits some of them, or text
-            of a message would be encoded as a control token.
+                of a message would be encoded as a control token.
         """
         return self._draft_and_form(conversation)[0]
 

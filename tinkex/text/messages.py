@@ -27,7 +27,7 @@ class Conversation:
     Attributes:
         counts: whether each message is in the loss.
         texts: cache of renderings, by the number of messages and whether a generation prompt
-        follows. Shared with the conversations of `up_to` and `before`.
+            follows. Shared with the conversations of `up_to` and `before`.
         is_formed: True if made by `forms`.
     """
 

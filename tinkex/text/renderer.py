@@ -47,11 +47,11 @@ class Rendered:
     Attributes:
         tokens: (T,) int64.
         weights: (T,) float32; 1 for tokens in the loss, else 0. The first is 0, since no token
-        precedes it.
+            precedes it.
         spans: positions of the messages in the loss.
         left_out: numbers of messages that should be in the loss but are not, because the template
-        renders them differently once later messages follow. `render_turns` renders these
-        separately.
+            renders them differently once later messages follow. `render_turns` renders these
+            separately.
         text: the encoded text.
     """
 
@@ -125,7 +125,7 @@ def render(
         tokenizer: from `get_tokenizer()`, or a fast tokenizer of transformers.
         tools: JSON schemas of the functions that the assistant may call.
         train_on: what is in the loss: each message of the assistant, only the last one, or every
-        token.
+            token.
         date: today, for templates that write it; None is the real date.
 
     Raises:

@@ -123,7 +123,7 @@ class Tokenizer:
 
         Raises:
             ValueError: If the model has no chat template, or the template does not accept the
-            messages.
+                messages.
             MissingExtraError: If Jinja is not installed.
         """
         if self.chat_template is None:

@@ -38,7 +38,7 @@ def encode_request(
 
     Raises:
         ValueError: If the dialect cannot express the data (an image asset in protobuf, NaN in
-        JSON).
+            JSON).
     """
     if not protobuf:
         endpoint = FORWARD if request.forward_only else FORWARD_BACKWARD

@@ -68,7 +68,7 @@ class Family:
         partial_rotary: True if models may rotate only the first part of each head.
         settings: configuration -> fields of `Spec` that are not sizes.
         ropes: configuration -> kind of rotary embedding of each layer: "" if there is one kind, its
-        name if there are several, None for a layer without.
+            name if there are several, None for a layer without.
         limits: unsupported parts of the family; "" if there are none.
     """
 

@@ -33,11 +33,10 @@ class GenericModel:
         logit_scale: factor on the head's input.
         activation_bytes: measured.
         position_bytes: bytes of one token in the cache; None if the model has no cache that
-        sequences can join and leave, so that every token is computed from the whole text.
+            sequences can join and leave, so that every token is computed from the whole text.
         sequence_bytes: bytes of a sequence in the cache besides those of its tokens.
         needs_equal_lengths: True if padding would change the cache.
-        reads_in_pieces: True if a
-        prompt can be computed in pieces.
+        reads_in_pieces: True if a prompt can be computed in pieces.
     """
 
     adapted: Adapted

@@ -35,7 +35,7 @@ class CompletionRequest:
         prompts: token ids of each.
         count: completions of each prompt.
         logprobs: how many of the likeliest tokens to report at each position; None reports no
-        log-probabilities.
+            log-probabilities.
         max_tokens: 0 is allowed with *echo*: only the prompt is scored.
     """
 

@@ -59,9 +59,9 @@ class Generation:
 
     Args:
         stops: strings that end a sequence; unlike `SamplingParams.stop`, they do not replace the
-        model's end tokens.
+            model's end tokens.
         needs_response: run to the end even if stop strings have ended every sequence, because
-        `response` is needed.
+            `response` is needed.
 
     Attributes:
         response: of the engine, once `pieces` has ended; None if it was not waited for.

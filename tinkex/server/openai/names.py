@@ -44,8 +44,8 @@ async def find_model(call: Call, name: str) -> Model:
 
     Args:
         name: a base model; "tinker://..." of a checkpoint; "BASE;tinker://..."; or a training run,
-        which stands for its newest sampler checkpoint. A run is given by its id, or by the "name"
-        in its metadata (the last used run, if several have that name).
+            which stands for its newest sampler checkpoint. A run is given by its id, or by the
+            "name" in its metadata (the last used run, if several have that name).
 
     Raises:
         Refusal: 400, or 404 if the caller has nothing of that name.
