@@ -1,8 +1,8 @@
 """The command line: the group of commands, error messages and exit status.
 
-Each command has its own module, which lists it in `COMMANDS`; nothing else has to name it. Only the
-module of the command that runs is imported, or all of them for `tinkex --help`; and they import
-what they work with when a command runs.
+Each command has its own module, which lists it in `COMMANDS`; no other registration is needed. Only
+the module of the running command is imported, or all modules for `tinkex --help`; they import their
+dependencies when a command runs.
 
 Results go to stdout, everything else to stderr. Exit status: 0 success, 1 failure, 2 wrong usage,
 130 interrupted.
@@ -22,7 +22,7 @@ from tinkex._version import __version__
 from tinkex.cli import formatting
 from tinkex.cli.options import add_verbosity, format_option
 
-#: Modules that are programs of their own: `python -m tinkex.cli.demo`.
+#: Modules that are separate programs: `python -m tinkex.cli.demo`.
 PROGRAMS = ("demo",)
 
 #: Exit status after Ctrl-C.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Commands(click.Group):
-    """The commands of the modules of this folder, each imported when it is asked for."""
+    """The commands of the modules in this folder, each imported on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         for module in _modules():
@@ -58,7 +58,7 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.commands:
-            # Most modules are named like their command. Others may have any.
+            # Most modules are named after their command; others are searched.
             named = [module for module in _modules() if module == cmd_name]
             for module in named or _modules():
                 self._load(module)

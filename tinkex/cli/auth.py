@@ -1,6 +1,6 @@
-"""`tinkex auth`: the key for the official service, in the file that the official SDK reads, too.
+"""`tinkex auth`: the key for the official service, in the credentials file of the official SDK.
 
-Keys of other servers are not kept: they are given to each command, or in TINKER_API_KEY.
+Keys of other servers are not stored: give them to each command, or in TINKER_API_KEY.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, Any]:
-    """What is stored. A file that is something else is left as it is."""
+    """The stored keys. Raises ClickException if the file has another format."""
     empty: dict[str, Any] = {"version": 1, "default": None, "keys": {}}
     try:
         stored = json.loads(_path().read_text(encoding="utf-8"))

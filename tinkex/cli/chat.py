@@ -1,6 +1,6 @@
 """`tinkex chat`: a conversation with a run, a checkpoint or a base model.
 
-What the command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when the command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HELP = """\
 
 Ctrl-C stops an answer, not the chat. Up and down recall what you have written."""
 
-#: Lines that are remembered for the next chat.
+#: Lines of history kept for the next chat.
 HISTORY_LINES = 1000
 
 
@@ -115,7 +115,7 @@ def _conversation(
     base_url: str | None,
     api_key: str | None,
 ) -> Conversation:
-    """With a model that is sampled from; *stack* closes its client."""
+    """A conversation by sampling from a model; *stack* closes its client."""
     from tinkex import ServiceClient
     from tinkex.recipes.conversation import Conversation, Sampled
 
@@ -143,7 +143,7 @@ def _greet(model: str, conversation: Conversation) -> None:
 
 
 def _talk(conversation: Conversation) -> bool:
-    """Answer line by line; true if one of them failed."""
+    """Answer line by line; return True if a line failed."""
     from tinkex import errors
 
     failed = False
@@ -164,7 +164,7 @@ def _talk(conversation: Conversation) -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """What the user writes, line by line, until Ctrl-D."""
+    """The user's input, line by line, until Ctrl-D."""
     is_terminal = sys.stdin.isatty()
     while True:
         try:
@@ -172,7 +172,7 @@ def _lines() -> Iterator[str]:
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:  # of a line that is being written: begin another
+        except KeyboardInterrupt:  # during input: discard the line
             click.echo()
             continue
         if not line and not is_terminal:
@@ -181,7 +181,7 @@ def _lines() -> Iterator[str]:
 
 
 def _show(pieces: Iterator[str]) -> None:
-    """Print an answer as it comes; Ctrl-C stops it."""
+    """Print an answer as it arrives; Ctrl-C stops it."""
     try:
         for piece in pieces:
             click.echo(answers.shown(piece), nl=False)
@@ -195,7 +195,7 @@ def _show(pieces: Iterator[str]) -> None:
 
 
 def _command(conversation: Conversation, text: str) -> None:
-    """Raises ValueError with what is wrong."""
+    """Run a /command. Raises ValueError with the reason if it is invalid."""
     name, _, rest = text.partition(" ")
     rest = rest.strip()
     if name == "/reset":
@@ -265,7 +265,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Arrow keys recall earlier lines, also those of earlier chats."""
+    """Let arrow keys recall earlier lines, including those of earlier chats."""
     try:
         import readline
     except ImportError:  # Python without it
@@ -283,7 +283,7 @@ def _history() -> Iterator[None]:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        with contextlib.suppress(OSError):  # a chat is worth more than its history
+        with contextlib.suppress(OSError):  # a missing history must not end the chat
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             readline.write_history_file(file)
             file.chmod(0o600)

@@ -151,7 +151,7 @@ def checkpoint_info(path: str, as_json: bool, **server: str | None) -> None:
 def _look_up(
     rest: RestClient, path: str
 ) -> tuple[types.Checkpoint | None, types.WeightsInfoResponse | None]:
-    """The list entry of a checkpoint and the info of its weights; None where not offered.
+    """The list entry of a checkpoint and the info of its weights; None if not offered.
 
     Raises:
         NotFoundError: If the checkpoint does not exist, or the server offers neither.
@@ -416,7 +416,7 @@ class Change:
             _each(self.action, paths, done, failures)
         finally:  # also after an exception, print what was changed
             self._say(done, failures, as_json)
-        # No checkpoint that is old enough is a success; a name without a match is a failure.
+        # If no checkpoint is old enough, that is a success; a name without a match is a failure.
         found = bool(paths) or selection.is_filtered
         return 0 if found and not failures else 1
 
@@ -446,7 +446,7 @@ class Change:
 
 
 def _chosen(rest: RestClient, selection: Selection) -> tuple[list[str], list[types.Checkpoint]]:
-    """The selected paths, and their list entries where these were fetched.
+    """The selected paths, and their list entries if these were fetched.
 
     Raises:
         ValueError: If a path is not valid.

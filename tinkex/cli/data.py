@@ -1,6 +1,6 @@
 """`tinkex data`: look at training data before it is trained on.
 
-What the commands need is imported when they run, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def show(sources: tuple[str, ...], count: int, **options: Any) -> int:
 
 @attrs.frozen
 class _Look:
-    """The data as it was read, and as training reads it.
+    """The data as read from the files, and as rendered for training.
 
     Attributes:
-        shown: the records that were rendered; of a preference pair, both answers.
-        is_pairs: the data is preference pairs.
+        shown: the rendered records; of a preference pair, both answers.
+        is_pairs: True if the data is preference pairs.
     """
 
     file: files.DataFile
@@ -157,7 +157,7 @@ def _read(sources: tuple[str, ...], options: dict[str, Any], count: int | None =
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Lines of a bar chart: how many lengths lie in each of a few equal ranges."""
+    """Lines of a bar chart: the number of lengths in each of a few equal ranges."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // HISTOGRAM_ROWS))
     counts = Counter((length - low) // width for length in lengths)
@@ -171,7 +171,7 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def _marked(example: datums.Example, tokenizer: Any, colored: bool) -> str:
-    """The example's text with what is learned marked."""
+    """The example's text with the weighted tokens marked."""
     text = ""
     start = 0
     tokens, counted = example.tokens.tolist(), example.counted.tolist()

@@ -1,7 +1,7 @@
-"""The demonstration: fine-tune a real language model on a task whose effect is plain to see.
+"""The demonstration: fine-tune a real language model on a task with an obvious effect.
 
-Runs `tinkex train` like any user would. Its data is made on the spot: sentences about invented
-people for SmolLM2, docstrings of this Python's library for the built-in model.
+Runs `tinkex train` as a user would. Its data is generated: sentences about invented people for
+SmolLM2, docstrings of Python's standard library for the built-in model.
 
 Usage: python -m tinkex.cli.demo FOLDER [smollm2|tiny]
 """
@@ -26,11 +26,11 @@ from tinkex import cli
 from tinkex.cli.demo_people import INSTRUCTION, line, people
 from tinkex.recipes import charts
 
-#: The held-out loss must fall by this part of itself, or the demonstration has failed.
+#: The held-out loss must fall by this fraction, or the demonstration has failed.
 LEAST_FALL = 0.5
-#: Folders of the library that hold tests, programs and other people's packages.
+#: Folders of the library with tests, programs and third-party packages.
 SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "turtledemo"}
-#: Longer signatures and paragraphs are left out, in characters.
+#: Longer signatures and paragraphs, in characters, are omitted.
 MAX_CHARACTERS = 400
 
 #: Sentences to train on, held out, and shown with their answers.
@@ -66,7 +66,7 @@ TINY_OPTIONS = {
 
 
 def main(folder: Path, model: str = "smollm2") -> int:
-    """Run the demonstration with *model* ("smollm2" or "tiny"); an exit status."""
+    """Run the demonstration with *model* ("smollm2" or "tiny"); returns the exit status."""
     if model not in ("smollm2", "tiny"):
         print(f"There is no demonstration with {model!r}; choose smollm2 or tiny.", file=sys.stderr)
         return 2
@@ -78,7 +78,7 @@ def main(folder: Path, model: str = "smollm2") -> int:
 
 
 def _pulled() -> bool:
-    """Fetch SmolLM2 in a separate process, since 350 MB stay taken after the conversion."""
+    """Fetch SmolLM2 in a separate process, because the conversion leaves 350 MB allocated."""
     command = [sys.executable, "-m", "tinkex", "model", "pull", "smollm2"]
     return subprocess.run(command, check=False).returncode == 0
 
@@ -117,7 +117,7 @@ def train_smollm2(folder: Path) -> int:
 
 
 def _program() -> str:
-    """The installed command, as one types it here."""
+    """The installed command, as typed in this environment."""
     command = Path(sys.executable).with_name("tinkex")
     try:
         command = command.relative_to(Path.cwd())
@@ -127,7 +127,7 @@ def _program() -> str:
 
 
 def _answers(output: Path, sentences: Sequence[str]) -> list[tuple[str, str]]:
-    """What the base model and the trained model answer, the likeliest token each time."""
+    """Greedy answers of the base model and of the trained model."""
     from tinkex import ServiceClient, types
     from tinkex.recipes import run_folder
     from tinkex.text.renderer import render_prompt
@@ -232,7 +232,7 @@ def _losses(output: Path) -> tuple[float, float]:
 
 
 def write(path: Path, library: Path) -> int:
-    """One {"prompt", "completion"} line for each documented function; how many there are."""
+    """Write a {"prompt", "completion"} line for each documented function; return their number."""
     lines = [
         json.dumps({"prompt": signature, "completion": paragraph})
         for signature, paragraph in sorted(set(docstrings(library)))

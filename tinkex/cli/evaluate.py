@@ -118,7 +118,7 @@ def _plain(found: evaluation.Evaluation) -> dict[str, Any]:
 
 
 def _table(found: evaluation.Evaluation) -> str:
-    """A row a metric, a column a model; with both models, the change."""
+    """A row per metric, a column per model; with both models, also the change."""
     names = list(next(iter(found.values.values())))
     rows = []
     for metric, models in found.values.items():

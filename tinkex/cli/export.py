@@ -1,6 +1,6 @@
-"""`tinkex export` and `tinkex push`: a trained model for the programs that people run models with.
+"""`tinkex export` and `tinkex push`: write a trained model for inference programs, or upload it.
 
-What a command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinkex.cli import formatting
 from tinkex.cli.listing import open_rest
 from tinkex.cli.options import option, server_options, together
 
-#: In which form a model is written.
+#: Options of the output format.
 form_options = together(
     click.option(
         "--to",
@@ -78,7 +78,7 @@ def push(run: str, repository: str, private: bool, **options: Any) -> None:
 
 
 def name_of(repository: str) -> str:
-    """The second part of ORG/NAME; UsageError if it is not like that."""
+    """The second part of ORG/NAME; UsageError if it has another form."""
     parts = repository.split("/")
     if len(parts) != 2 or not all(parts):
         raise click.UsageError(f"{repository!r} is not like ORG/NAME.")
@@ -97,7 +97,7 @@ def upload(
     """Upload *folder* to the Hugging Face hub, into a new repository if there is none; its URL.
 
     Args:
-        private: of a new repository; None is as the organization has it.
+        private: of a new repository; None is the organization's default.
         revision: the branch; None is the main one.
         create_pr: True to propose the upload as a pull request.
     """

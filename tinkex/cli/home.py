@@ -27,7 +27,7 @@ def _home_option(command: Command) -> Command:
 
 @contextlib.contextmanager
 def _home_errors() -> Iterator[None]:
-    """What the server's modules raise, as errors of the command line."""
+    """Turn exceptions of the server's modules into errors of the command line."""
     from tinkex import errors
 
     try:

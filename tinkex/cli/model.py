@@ -1,6 +1,6 @@
 """`tinkex model`: the base models on this machine, and fetching them.
 
-What a command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from tinkex.engine.fetch import Progress
 
 
-#: What computes a model: the paths of docs/models.md.
+#: The two paths that compute models, as in docs/models.md.
 FAST, GENERIC = "fast path", "generic path"
 
-#: Ends of the names of classes that continue a text, or whose text part may.
+#: Suffixes of class names of causal language models, or of models with one inside.
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @attrs.frozen
 class Row:
-    """A base model: what `tinkex model list` says about it; None is unknown."""
+    """A row of `tinkex model list`; None is unknown."""
 
     name: str
     path: str | None
@@ -112,7 +112,7 @@ def fetched(base_model: str, base_url: str | None, api_key: str | None) -> str:
     """
     *base_model*, or the directory of a known one, fetched first with a progress bar.
 
-    Only for the embedded engine: any other server fetches for itself.
+    Only for the embedded engine: other servers fetch their own models.
     """
     from tinkex import config
     from tinkex.text import registry
@@ -200,7 +200,7 @@ def _local(name: str) -> Row:
 
 
 def _directory(name: str, place: Path) -> Row:
-    """What config.json and the files of a Hugging Face directory say."""
+    """A row from config.json and the files of a Hugging Face directory."""
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         content = json.loads((place / "config.json").read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ class Size(click.ParamType):
 
 
 def option(flag: str, kind: click.ParamType | None, default: Any, help: str) -> Decorator:
-    """An option whose default --help shows; *kind* is None for a pair of flags."""
+    """An option whose default is shown by --help; *kind* is None for a pair of flags."""
     return click.option(flag, type=kind, default=default, show_default=True, help=help)
 
 
@@ -87,7 +87,7 @@ def server_options(command: Command) -> Command:
     return url(key_option(command))
 
 
-#: Number types of base weights, as the engine takes them; for sampling also int8.
+#: Number types of base weights for the engine; for sampling also int8.
 DTYPES = ("auto", "float32", "bfloat16")
 SAMPLING_DTYPES = (*DTYPES, "int8")
 
@@ -108,7 +108,7 @@ def dtype_option(
 
 
 def set_dtype(dtype: str | None, base_url: str | None, is_explicit: bool) -> None:
-    """Use what `dtype_option` gave, for the embedded engine.
+    """Set the dtype from `dtype_option` for the embedded engine.
 
     Raises:
         click.UsageError: If it was given explicitly together with a server's address.
@@ -160,7 +160,7 @@ class Mapping(click.ParamType):
 
 
 class NameFrom(click.Choice[str]):
-    """One of the names in a table elsewhere, which is only imported when the names are needed.
+    """One of the names of a table in another module, which is imported only when needed.
 
     Args:
         load: returns the names.
@@ -207,7 +207,7 @@ def row_options(shape: str, renames: str) -> Decorator:
     )
 
 
-#: How data is read and rendered.
+#: Options of reading and rendering data.
 data_options = together(
     row_options("data_format", "data_map"),
     click.option("--skip-bad-lines", is_flag=True, help="Skip invalid rows instead of stopping."),
@@ -232,7 +232,7 @@ data_options = together(
     ),
 )
 
-#: What is learned: the method, and the settings of preference methods.
+#: Options of the training method, and settings of preference methods.
 method_options = together(
     option(
         "--method",

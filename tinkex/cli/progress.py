@@ -1,4 +1,4 @@
-"""Progress of a run in a terminal, and how Ctrl-C and SIGTERM stop it.
+"""Progress of a run in a terminal, and stopping it by Ctrl-C and SIGTERM.
 
 Progress goes to stderr; stdout is for results. Does not know what is running.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: Seconds after the first Ctrl-C at which the process exits in any case.
+#: Seconds after the first Ctrl-C until the process is forced to exit.
 LAST_RESORT_SECONDS = 4.7
 #: Seconds between two plain progress lines.
 PLAIN_SECONDS = 5.0
@@ -33,7 +33,7 @@ class Progress:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet: bool = False) -> None:
         self._clock = clock
         self._quiet = quiet
-        self._bar: Any = None  # a tqdm, once there is something to show
+        self._bar: Any = None  # a tqdm, once there is progress to show
         self._first_step = self._total = 0
         self._begun = self._last_line = clock()
 
@@ -96,7 +96,7 @@ class Progress:
 
 
 def is_notebook() -> bool:
-    """True in a Jupyter notebook, where IPython's shell talks with a browser."""
+    """True in a Jupyter notebook, where IPython's shell is connected to a browser."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell"
@@ -123,12 +123,12 @@ class CtrlC:
     """Handles Ctrl-C, and SIGTERM, the Ctrl-C of job schedulers, while this context is entered.
 
     Inside `deferred` the first signal is only recorded, elsewhere it raises KeyboardInterrupt. The
-    second one exits at once. `LAST_RESORT_SECONDS` after the first the process exits in any case,
-    whatever it is waiting for. In a thread that is not the main one signals are left alone.
+    second one exits at once. `LAST_RESORT_SECONDS` after the first, the process is forced to exit,
+    whatever it is waiting for. Signals are not handled in other threads than the main one.
 
     Args:
-        is_last_resort: end the process, as above. False is for programs that are not ours: there
-            the second signal raises KeyboardInterrupt, and only Ctrl-C is handled.
+        is_last_resort: end the process, as above. False is for use inside other programs: the
+            second signal raises KeyboardInterrupt, and only Ctrl-C is handled.
 
     Attributes:
         status: the exit status: 130 after Ctrl-C, 143 after SIGTERM.
@@ -181,9 +181,9 @@ class CtrlC:
 
 
 def _tqdm() -> Any:
-    """Its class for bars. Imported late: `tinkex --help` imports this module."""
+    """tqdm's class. Imported late, because `tinkex --help` imports this module."""
     with warnings.catch_warnings():
-        # In a notebook without ipywidgets it advises to install that; a bar of text will do.
+        # In a notebook without ipywidgets tqdm warns; a text bar is sufficient.
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 

@@ -1,6 +1,6 @@
-"""`tinkex report` and `tinkex compare`: runs as pages for a browser, and their settings as a table.
+"""`tinkex report` and `tinkex compare`: runs as HTML pages, and their settings as a table.
 
-What a command needs is imported when it runs, so that `tinkex --help` is quick.
+Imports happen when a command runs, so that `tinkex --help` is fast.
 """
 
 from __future__ import annotations

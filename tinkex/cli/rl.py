@@ -1,6 +1,6 @@
-"""`tinkex rl` and `tinkex distill`: train a model on its own answers to prompts.
+"""`tinkex rl` and `tinkex distill`: train a model on its sampled answers to prompts.
 
-They share the options of `tinkex train`, but for those that are about examples.
+They share the options of `tinkex train`, except those for imitation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 from tinkex.cli.options import Decorator, NameFrom, option, together
 from tinkex.cli.train import launch, train
 
-#: Options of `tinkex train` that these commands have, too.
+#: Options shared with `tinkex train`.
 SHARED = {
     *("base_model", "output", "resume", "rank", "learning_rate", "schedule", "warmup_steps"),
     *("epochs", "max_steps", "seed", "eval_fraction", "eval_every", "save_every", "train_mlp"),
@@ -104,7 +104,7 @@ _DISTILL = click.option(
 
 
 def _command(own: Decorator) -> Callable[[Callable[..., int]], click.Command]:
-    """Makes a command with the options *own*, and those of `tinkex train` in `SHARED`."""
+    """A command with the options *own*, and those of `tinkex train` in `SHARED`."""
 
     def decorate(function: Callable[..., int]) -> click.Command:
         function = together(own, _ANSWERS)(function)
@@ -149,7 +149,7 @@ def distill(context: click.Context, **options: Any) -> int:
 
 
 def _resumed(options: dict[str, Any], name: str) -> str | None:
-    """The option, or with --resume what the run was started with."""
+    """The option, or with --resume the resumed run's value."""
     from tinkex import Run
 
     given: str | None = options[name]

@@ -157,7 +157,7 @@ def _checked(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 
 def say_without_template(model: str) -> None:
-    """What becomes of a conversation with a model that has no chat template."""
+    """Warn how a conversation is rendered for a model without a chat template."""
     click.echo(
         f"{model} has no chat template: the conversation is written as 'User: ...' and "
         "'Assistant: ...', which a base model may not follow.",

@@ -71,7 +71,7 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """True if *path* may match several paths, or the end of one."""
+    """True if *path* is a pattern, which may match several paths or the end of one."""
     return not path.startswith("tinker://") or any(letter in path for letter in "*?[")
 
 

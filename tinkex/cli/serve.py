@@ -1,6 +1,6 @@
 """`tinkex serve`: run the training server in this process.
 
-Knows only the options; the server is imported when the command runs.
+Contains only the options; the server is imported when the command runs.
 """
 
 from __future__ import annotations

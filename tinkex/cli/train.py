@@ -30,12 +30,12 @@ from tinkex.recipes import trackers
 if TYPE_CHECKING:  # only annotations need these: --help must not import numpy and requests
     from tinkex.recipes import finetune, supervised
 
-#: Keys of a configuration file that are written as the flag is, and the option's name.
+#: Keys of a configuration file that are named after the flag -> the option's name.
 _ALIASES = {"format": "data_format", "map": "data_map", "from": "start_from"}
 
 
 class Prompts(click.ParamType):
-    """A file of prompts, read; or the prompts themselves, from a configuration file."""
+    """A file of prompts, which is read; or the prompts, from a configuration file."""
 
     name = "file"
 
@@ -51,7 +51,7 @@ class Prompts(click.ParamType):
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Make the values of the file the defaults of the other options."""
+    """Use the values of the file as defaults of the other options."""
     from tinkex.recipes import config_file
 
     if path is None:
@@ -226,7 +226,7 @@ def train(context: click.Context, **options: Any) -> int:
 
 
 class Common(NamedTuple):
-    """Options of all commands that train; what else they have are settings of the run."""
+    """Options of all training commands; all others are settings of the run."""
 
     data: tuple[str, ...]
     eval_data: tuple[str, ...]
@@ -245,11 +245,11 @@ def launch(
     defaults: Mapping[str, Any] | None = None,
 ) -> int:
     """
-    A command that trains: reads the options that such commands share, and runs *recipe*.
+    Run a training command: read the options that these commands share, and run *recipe*.
 
     Args:
-        options: those of `Common`, and settings, of which those count that were given explicitly.
-        defaults: of settings, other than the recipe's own.
+        options: those of `Common`, and settings, which are used only if given explicitly.
+        defaults: of settings, if they differ from the recipe's.
     """
     from tinkex.recipes import run_folder
 
@@ -276,7 +276,7 @@ def launch(
 def _train(
     recipe: Callable[[], finetune.Recipe], common: Common, output: Path, given: dict[str, Any]
 ) -> int:
-    """The command, when no other process uses the folder."""
+    """Run the command, with the folder locked."""
     from tinkex import ServiceClient, errors
     from tinkex.cli import progress
     from tinkex.recipes import finetune, run_folder, start_from, supervised
@@ -333,7 +333,7 @@ def _is_explicit(context: click.Context, name: str) -> bool:
 
 
 def _print_resume_command(command: str, output: Path) -> None:
-    """Print on stderr where the run in *output* stands, and the command that resumes it."""
+    """Print on stderr the progress of the run in *output*, and the command that resumes it."""
     from tinkex.recipes import run_folder
 
     state = run_folder.load_state(output)

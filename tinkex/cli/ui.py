@@ -1,6 +1,6 @@
 """`tinkex ui`: open the web page of a server in the browser.
 
-Knows how to find a server and how to open a page; what the page shows is the server's affair.
+Finds a server and opens its page. Does not know what the page shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 from tinkex.cli import formatting
 from tinkex.cli.options import server_options
 
-#: Seconds for the one request that is made here.
+#: Timeout, in seconds, of the only request of this module.
 _TIMEOUT = 10.0
 
 
@@ -45,7 +45,7 @@ def ui(base_url: str | None, api_key: str | None, home: Path | None, no_browser:
 
 
 def _entrance(address: str, key: str, *, required: bool) -> str | None:
-    """The path that signs in once; None if no server answers there and none is required."""
+    """The path for signing in once; None if no server answers and none is required."""
     import requests
 
     from tinkex import errors

@@ -1,10 +1,10 @@
-"""Named checks of a server against the Tinker API; each is a rule that some server breaks today.
+"""Named checks of a server against the Tinker API; each tests a rule that some server violates.
 
     for result in conformance.check("http://127.0.0.1:8000", write=True): ...
 
 `client` sends the requests, `context` creates models and samplers, `runner` runs the checks, which
-are in the modules named after their subjects. The SDK's own clients are not used: they would retry
-and reorder, and so hide what is checked here.
+are in the modules named after their subjects. The SDK's clients are not used, because they retry
+and reorder, which would hide errors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinkex.conformance.client import Client
 from tinkex.conformance.context import Context
 from tinkex.conformance.runner import MARGIN, Check, Result, as_json, line, run, summary
 
-#: Every check, in the order in which they are shown.
+#: All checks, in the order of the output.
 CHECKS: tuple[Check, ...] = (
     *basics.CHECKS,
     *ordering.CHECKS,
@@ -46,10 +46,10 @@ def check(
     Args:
         api_key: of the server; None for the one in the environment.
         other_api_key: of another user, to check that users cannot see each other's work.
-        base_model: to train; by default the first one that the server names.
+        base_model: to train; by default the first one that the server lists.
         write: also run the checks that create a session, models and checkpoints. These are removed
             at the end, where the server allows it.
-        restart: a shell command that restarts the server and ends once the restart has begun.
+        restart: a shell command that restarts the server and exits once the restart has begun.
         only: run only the checks whose name contains one of these texts.
         patience: seconds to wait for the result of one operation.
 

@@ -1,7 +1,7 @@
 """The HTTP client of the checks: single requests, every status returned, results polled for.
 
 Unlike the SDK it does not number requests, retry or hide a status, because order, repeats and
-refusals are what the checks examine. Does not know what a correct answer is.
+refusals are tested by the checks. Does not know what a correct response is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 #: Every status is returned to the check.
 _ANY_STATUS = frozenset(range(300, 600))
 
-#: Seconds that one poll may take; clients of the protocol time out then.
+#: Time limit of a poll in seconds, after which clients of the protocol time out.
 POLL_SECONDS = 45.0
 
 #: Statuses of an endpoint that the server does not have.
@@ -32,7 +32,7 @@ _MISSING = (404, 405, 501)
 
 
 class Broken(Exception):
-    """The server breaks the rule; the message says how."""
+    """The server violates the rule; the message has the details."""
 
 
 class NotOffered(Exception):
@@ -47,7 +47,7 @@ class Ended:
     Attributes:
         answer: the server's last answer about it.
         request_id: of its promise; "" if it was refused, or answered without a promise.
-        refused: True if the request itself was refused.
+        refused: True if the request was refused.
         failure: the server's message if it was refused or failed, else None.
         payload: the decoded JSON; None for a protobuf result.
     """
@@ -176,7 +176,7 @@ class Client:
         )
 
     def wait(self, request_id: str, seconds: float | None = None) -> Answer:
-        """Poll until the answer is not "not yet".
+        """Poll until the response is not "not yet".
 
         Raises:
             Broken: If there is none within *seconds*.
@@ -194,7 +194,7 @@ class Client:
         raise Broken(f"no result of {request_id} within {limit:.0f} s")
 
     def is_done(self, request_id: str, within: float = 1.0) -> bool:
-        """True if there is a result now or *within* so many seconds."""
+        """True if there is a result *within* this many seconds."""
         try:
             return not is_not_yet(self.poll(request_id, within))
         except errors.APITimeoutError:

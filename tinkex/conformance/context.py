@@ -1,6 +1,6 @@
 """Models and samplers on the server, and the context that creates and removes them for the checks.
 
-Does not know what must be true of them; that is the subject of the checks.
+Does not know the rules that the checks test.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Context:
 
     @property
     def base_model(self) -> str:
-        """The given one, or the first that can be trained according to the server."""
+        """The given base model, or the first one that the server lists as trainable."""
         if self._base_model is None:
             answer = self.client.get("get_server_capabilities")
             if answer.status != 200:
@@ -282,7 +282,7 @@ class Context:
                 "session_id": session_id or self.session_id,
                 "model_seq_id": self.model_number() if number is None else number,
                 "base_model": self.base_model,
-                # Our own type refuses ranks that a server should refuse.
+                # Our type refuses ranks that the server should refuse.
                 "lora_config": {**wire.to_json(types.LoraConfig(RANK, seed=11)), "rank": rank},
                 "type": "create_model",
                 **fields,

@@ -1,4 +1,4 @@
-"""Runs checks: each is a function whose docstring is the rule; formats their results.
+"""Runs checks, which are functions with the rule as docstring, and formats their results.
 
 Does not know about servers.
 """
@@ -20,7 +20,7 @@ from tinkex.errors import TinkexError
 
 Outcome = Literal["pass", "fail", "not offered"]
 
-#: A check returns a few words on what it found, or None.
+#: A check returns a short text about its result, or None.
 Function = Callable[[Context], "str | None"]
 
 
@@ -32,7 +32,7 @@ class Check:
         name: a few words.
         about: the rule, and which server breaks it.
         writes: True if it creates sessions, models or checkpoints on the server.
-        aside: True if it takes long and may run on a separate thread.
+        aside: True if it is slow and may run on a separate thread.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Check:
 
 @attrs.frozen
 class Result:
-    """The result of a check; `reason` is why it failed, or what was found."""
+    """The result of a check; `reason` is why it failed, or details of the result."""
 
     name: str
     outcome: Outcome

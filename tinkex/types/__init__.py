@@ -1,8 +1,8 @@
-"""Everything that travels between a client and a training server.
+"""The requests and results between a client and a training server.
 
-Frozen attrs classes over numpy arrays, grouped by subject. They check their data when they are
-made. Imports no other part of tinkex. Each module lists its public names in `__all__`; they are
-the names of this package.
+Frozen attrs classes over numpy arrays, grouped by subject. They validate their data when they are
+created. Imports no other part of tinkex. The public names in each module's `__all__` are the names
+of this package.
 """
 
 from tinkex.types.checks import *

@@ -48,7 +48,7 @@ def number(text: str, ok: Callable[[float], bool]) -> Validator:
 
 
 def integer(text: str, ok: Callable[[int], bool], *, optional: bool = False) -> Validator:
-    """A validator for whole numbers (None too if *optional*); *text* completes "must be ..."."""
+    """A validator for integers (and None if *optional*); *text* completes "must be ..."."""
 
     def check(instance: object, attribute: Any, value: Any) -> None:
         if optional and value is None:
@@ -102,7 +102,7 @@ def as_params(cls: type[P], value: object, name: str, **fields: Any) -> P:
 
     Raises:
         TypeError: If *value* is something else, or a dict has a key that is not a field.
-        ValueError, TypeError: If a field's value is wrong.
+        ValueError, TypeError: If a field's value is invalid.
     """
     fields = {key: given for key, given in fields.items() if given is not None}
     if isinstance(value, cls):
@@ -122,10 +122,10 @@ def as_params(cls: type[P], value: object, name: str, **fields: Any) -> P:
 
 
 def check_name(name: object) -> str:
-    """The name of a checkpoint: a name, not a path.
+    """Check the name of a checkpoint: a name, not a path.
 
     Raises:
-        TypeError, ValueError: With the characters that a name may have.
+        TypeError, ValueError: If it is invalid, with the allowed characters.
     """
     if not isinstance(name, str):
         raise TypeError(f"a checkpoint name must be a str, got {name!r}.")
@@ -138,7 +138,7 @@ def check_name(name: object) -> str:
 
 
 def check_metadata(user_metadata: object) -> dict[str, Any] | None:
-    """What a user keeps with a session, a model or a checkpoint: a dict that JSON can say.
+    """Check the user's metadata of a session, a model or a checkpoint: a dict of JSON values.
 
     Raises:
         TypeError, ValueError: If it is not.
@@ -157,15 +157,15 @@ def check_metadata(user_metadata: object) -> dict[str, Any] | None:
     return copy
 
 
-#: Most public keys that files are encrypted to.
+#: Most public keys for encryption.
 MAX_RECIPIENTS = 10
 
 
 def check_recipients(recipients: object) -> list[str] | None:
-    """Public keys of age (https://age-encryption.org) to encrypt to; None is no encryption.
+    """Check public keys of age (https://age-encryption.org) for encryption; None is no encryption.
 
     Raises:
-        TypeError, ValueError: If one of them cannot be a key, or there are too many.
+        TypeError, ValueError: If one of them is not a public key, or there are too many.
     """
     if recipients is None:
         return None

@@ -1,7 +1,6 @@
-"""What a model reads: token sequences and the training data made of them.
+"""Model inputs: token sequences, and training data made of them.
 
-Does not know about tokenizers (anything with an `encode` will do) or what a loss does with its
-inputs.
+Does not know about tokenizers (any object with `encode` works) or how losses use their inputs.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ __all__ = [
     "ModelInputChunk",
 ]
 
-#: Largest token id that travels (tokens are int32 on the wire).
+#: Largest token id (tokens are int32 on the wire).
 MAX_TOKEN_ID = 2**31 - 1
 
-#: The loss inputs that may be given as plain lists, with the dtype they travel in.
+#: The loss inputs that may be given as plain lists, with their dtype on the wire.
 INPUT_DTYPES: dict[str, DType] = {
     "target_tokens": "int64",
     "weights": "float32",
@@ -49,7 +48,7 @@ def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
     """Token ids as a (N,) int32 array.
 
     Raises:
-        TypeError: If they are not whole numbers.
+        TypeError: If they are not integers.
         ValueError: If they are not one-dimensional, negative, or beyond int32.
     """
     if value is None or isinstance(value, (str, bytes, Mapping, Set)):
@@ -83,11 +82,11 @@ def as_tokens(value: ArrayLike) -> npt.NDArray[np.int32]:
 
 @attrs.frozen
 class EncodedTextChunk:
-    """A run of text, as token ids.
+    """A chunk of text, as token ids.
 
     Attributes:
         tokens_np: (N,) int32.
-        tokens: the same as a list, made when it is first used.
+        tokens: the same as a list, created at the first access.
     """
 
     tokens_np: npt.NDArray[np.int32] = attrs.field(
@@ -146,7 +145,7 @@ class ImageChunk:
 
 @attrs.frozen
 class ImageAssetPointerChunk:
-    """An image that the server already has."""
+    """A reference to an image that the server already has."""
 
     location: str = attrs.field(validator=checks.text)
     format: str = attrs.field(validator=_check_format)
@@ -180,7 +179,7 @@ def _as_chunks(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
 
 @attrs.frozen
 class ModelInput:
-    """What the model reads, in chunks of text (and images, where the server takes them)."""
+    """The input of a model, in chunks of text (and images, if the server supports them)."""
 
     chunks: tuple[Chunk, ...] = attrs.field(converter=_as_chunks)
 
@@ -196,7 +195,7 @@ class ModelInput:
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Any) -> ModelInput:
-        """*text* encoded by anything that has `encode(text)`: a tokenizer, or a client."""
+        """*text* encoded by any object with `encode(text)`: a tokenizer, or a client."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}.")
         if not hasattr(tokenizer, "encode"):
@@ -207,15 +206,15 @@ class ModelInput:
 
     @classmethod
     def empty(cls) -> ModelInput:
-        """No chunks yet; `append` gives new ones."""
+        """An input without chunks, to `append` to."""
         return cls(())
 
     def append(self, chunk: Chunk) -> ModelInput:
-        """This input with *chunk* behind it."""
+        """This input with *chunk* appended."""
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
-        """This input with one more token, in the last chunk if that is text."""
+        """This input with one more token, in the last chunk if it is text."""
         if self.chunks and isinstance(self.chunks[-1], EncodedTextChunk):
             last = EncodedTextChunk(np.append(self.chunks[-1].tokens_np, token))
             return ModelInput((*self.chunks[:-1], last))
@@ -228,7 +227,7 @@ class ModelInput:
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:
-        """All token ids, (N,) int32. ValueError if there is a chunk that is not text."""
+        """All token ids, (N,) int32. ValueError if a chunk is not text."""
         if len(self.chunks) == 1 and isinstance(self.chunks[0], EncodedTextChunk):
             return self.chunks[0].tokens_np
         parts = []
@@ -242,17 +241,17 @@ class ModelInput:
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def to_ints(self) -> list[int]:
-        """All token ids as a list. ValueError if there is a chunk that is not text."""
+        """All token ids as a list. ValueError if a chunk is not text."""
         ints: list[int] = self.tokens.tolist()
         return ints
 
 
 def as_tensor(name: str, value: ArrayLike) -> TensorData:
-    """A loss input as it travels; *name* says its dtype.
+    """A loss input as a tensor; *name* determines its dtype.
 
     Raises:
         ValueError: For a plain list under an unknown name, whose dtype is not defined.
-        TypeError: If the numbers are of the wrong kind.
+        TypeError: If the numbers have the wrong type.
     """
     if isinstance(value, TensorData):
         return value
@@ -286,14 +285,14 @@ def _check_model_input(instance: object, attribute: object, value: Any) -> None:
 @like_a_dataclass
 @attrs.frozen
 class Datum:
-    """One training example: what the model reads, and what the loss needs at each position.
+    """One training example: the model input, and the loss inputs at each position.
 
     Args:
         model_input: N tokens.
-        loss_fn_inputs: arrays of length N (or (N, K)) by name, as the loss function asks for them
+        loss_fn_inputs: arrays of length N (or (N, K)) by name, as required by the loss function
             (see `LOSS_FUNCTIONS`). Targets are already shifted: `target_tokens[t]` is the token to
             predict after `model_input[0..t]`.
-        model_input_spans, loss_fn_input_spans: where the tokens came from; both or neither. See
+        model_input_spans, loss_fn_input_spans: the source of the tokens; both or neither. See
             `with_provenance`.
     """
 
@@ -315,11 +314,11 @@ class Datum:
     def with_provenance(
         self, model_input: ProvenanceSpans, loss_fn_inputs: ProvenanceSpans
     ) -> Datum:
-        """A copy that says which samples its tokens came from.
+        """A copy with the samples that its tokens came from.
 
         Args:
             model_input: spans of the input, in order; they cover its N tokens.
-            loss_fn_inputs: the same of `loss_fn_inputs["target_tokens"]`.
+            loss_fn_inputs: the same for `loss_fn_inputs["target_tokens"]`.
 
         Raises:
             ValueError: If they cover fewer or more tokens.
@@ -338,23 +337,23 @@ class Datum:
     def from_messages(
         cls, messages: Any, tokenizer: Any, tools: Any = None, train_on: str = "assistant"
     ) -> Datum:
-        """Of a conversation, rendered with the tokenizer's chat template: see `tinkex.render`."""
+        """A datum of a conversation, rendered with the chat template: see `tinkex.render`."""
         datum: Datum = _renderer().render(messages, tokenizer, tools, train_on).datum()
         return datum
 
     @classmethod
     def from_completion(cls, prompt: str, completion: str, tokenizer: Any) -> Datum:
-        """Of a prompt and what follows it; the completion and the end of text count."""
+        """A datum of a prompt and a completion, which is trained on with the end of text."""
         datum: Datum = _renderer().render_completion(prompt, completion, tokenizer).datum()
         return datum
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Any) -> Datum:
-        """Of plain text; all of it counts."""
+        """A datum of plain text; all of it is trained on."""
         datum: Datum = _renderer().render_text(text, tokenizer).datum()
         return datum
 
 
 def _renderer() -> Any:
-    """`tinkex.text.renderer`, which builds on this module and is imported when it is used."""
+    """`tinkex.text.renderer`, which imports this module and is therefore imported late."""
     return importlib.import_module("tinkex.text.renderer")

@@ -1,7 +1,7 @@
-"""Lets the functions of the standard module `dataclasses` accept objects of an attrs class.
+"""Lets the functions of the standard module `dataclasses` accept attrs objects.
 
-In the official SDK training data and samples are dataclasses, and scripts call
-`dataclasses.replace(datum, ...)`. Fields are named as the constructor names them.
+In the official SDK, training data and samples are dataclasses, and scripts call
+`dataclasses.replace(datum, ...)`. Fields have the names of the constructor's arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ C = TypeVar("C", bound=type)
 
 
 def like_a_dataclass(cls: C) -> C:
-    """Decorate an attrs class so that `dataclasses.replace`, `fields` and their like know it."""
+    """Decorate an attrs class so that `dataclasses.replace`, `fields` and others accept it."""
     names = [str(field.alias) for field in attrs.fields(cls) if field.init]
     form: Any = dataclasses.make_dataclass(cls.__name__, [(name, Any) for name in names])
     for attribute in ("__dataclass_fields__", "__dataclass_params__"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-#: Items of a list that are shown, and characters of a text.
+#: Most items and tokens shown of a list, and characters of a text.
 MOST_ITEMS, MOST_TOKENS, MOST_TEXT = 5, 8, 60
 
 
@@ -18,7 +18,7 @@ def count(number: int, thing: str) -> str:
 
 
 def tokens(ids: np.ndarray) -> str:
-    """How many tokens, and the first of them: `200 tokens: 5 8 13 ...`."""
+    """The number of tokens, and the first ones: `200 tokens: 5 8 13 ...`."""
     if not len(ids):
         return "0 tokens"
     more = " ..." if len(ids) > MOST_TOKENS else ""
@@ -46,7 +46,7 @@ def numbers(values: Mapping[str, float]) -> str:
 
 
 def html_fields(title: str, fields: Mapping[str, object]) -> str:
-    """A table with a row for each name and value; None is left out."""
+    """A table with a row for each name and value; None is omitted."""
     return _table(title, [], [[k, v] for k, v in fields.items() if v is not None])
 
 

@@ -1,9 +1,8 @@
-"""The loss functions of the API: which inputs and settings each takes, and the check of both.
+"""The loss functions of the API: their inputs and settings, and checks of both.
 
-A table and a check; what a loss computes is in `tinkex.engine.losses`. In the formulas lp is the
-log-probability of the target under the current weights, q the `logprobs` input (the sampling
-policy), A the `advantages`, r = exp(lp - q), sg = stop-gradient; every loss is a plain sum over
-tokens and datums.
+`tinkex.engine.losses` computes them. In the formulas lp is the log-probability of the target under
+the current weights, q the `logprobs` input (the sampling policy), A the `advantages`, r = exp(lp -
+q), sg = stop-gradient; every loss is a plain sum over tokens and datums.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ class LossFunction:
 
     Attributes:
         inputs: names that every datum must have, each of shape (N,) (cross_entropy: or (N, K)).
-        optional: names it may have.
+        optional: names that it may have.
         either: names of which it must have one.
-        config: settings and their defaults; None where one has to be given, or where the official
+        config: settings and their defaults; None if the setting is required, or the official
             default is not published.
-        formula: what is summed.
+        formula: the summed term.
     """
 
     name: str
@@ -85,7 +84,7 @@ LOSS_FUNCTIONS: Mapping[str, LossFunction] = MappingProxyType(
                 _CLIP,
                 "-min(rho A, clip(rho) A), log rho = sg(mean over mask of (lp - q)) + lp - sg(lp)",
             ),
-            # Of TuFT; the only loss here that is a mean over tokens and datums.
+            # From TuFT; the only loss here that is a mean over tokens and datums.
             LossFunction(
                 "trinity_ppo",
                 _POLICY,
@@ -109,7 +108,7 @@ LOSS_FUNCTIONS: Mapping[str, LossFunction] = MappingProxyType(
 def check_config(
     loss_fn: str, loss_fn_config: Mapping[str, LossConfigValue] | None
 ) -> dict[str, LossConfigValue] | None:
-    """The settings as they travel: numbers, and numbers written as text, become floats.
+    """The settings for the wire: numbers, and numbers written as text, become floats.
 
     Raises:
         ValueError: For an unknown loss function, or a value that is not a number.
@@ -148,10 +147,10 @@ def _as_number(key: str, value: object) -> float:
 
 
 def check_data(data: Sequence[Datum], loss_fn: str, only: Sequence[str] | None = None) -> None:
-    """Check that every datum has what *loss_fn* needs, in the right lengths, without NaN.
+    """Check that every datum has the inputs of *loss_fn*, with the right lengths, without NaN.
 
     Args:
-        only: names of the loss inputs to look at; None is all.
+        only: names of the loss inputs to check; None is all.
 
     Raises:
         ValueError: Naming the datum, the input, the value and the fix.
@@ -203,7 +202,7 @@ def _check_datum(
                 f"one value per token: shape [{length}]."
             )
         values = tensor.values
-        # A finite sum proves that all are; only otherwise it pays to look at each.
+        # A finite sum proves that all values are finite; only otherwise check each.
         if values.dtype.kind == "f" and not (
             math.isfinite(values.sum()) or np.isfinite(values).all()
         ):

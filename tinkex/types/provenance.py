@@ -1,8 +1,8 @@
-"""Provenance of the tokens of a datum: spans that name the samples of a server.
+"""Provenance of the tokens of a datum: spans that name samples of a server.
 
-A span says that so many tokens in a row are a part of a sampled sequence, or of the prompt that it
-continued. The spans of a datum cover its tokens from the first to the last. Servers use them to
-look up what they recorded while sampling (`record_stability_info`).
+A span of consecutive tokens is part of a sampled sequence, or of its prompt. The spans of a datum
+cover all its tokens. Servers use them to look up what they recorded during sampling
+(`record_stability_info`).
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class _Span:
 @like_a_dataclass
 @attrs.frozen(kw_only=True)
 class PromptProvenanceSpan(_Span):
-    """Tokens of the prompt that the sequence continued.
+    """Tokens of a sequence's prompt.
 
     Args:
         sequence_id: of the sequence.
-        offset: of the first of them in the prompt.
-        length: how many.
+        offset: position of the first token in the prompt.
+        length: number of tokens.
     """
 
 
 @like_a_dataclass
 @attrs.frozen(kw_only=True)
 class SampledProvenanceSpan(_Span):
-    """Tokens of the sequence itself; arguments as for `PromptProvenanceSpan`, of the sequence."""
+    """Tokens of a sequence; arguments as for `PromptProvenanceSpan`, relative to the sequence."""
 
 
 ProvenanceSpan = Union[PromptProvenanceSpan, SampledProvenanceSpan]
@@ -62,7 +62,7 @@ ProvenanceSpans = Sequence[ProvenanceSpan]
 
 
 def as_spans(value: Iterable[Any] | None) -> tuple[ProvenanceSpan, ...] | None:
-    """Spans as a tuple. TypeError if there is anything else among them."""
+    """Spans as a tuple. TypeError if an element is not a span."""
     if value is None:
         return None
     spans = tuple(value)
@@ -76,7 +76,7 @@ def as_spans(value: Iterable[Any] | None) -> tuple[ProvenanceSpan, ...] | None:
 
 
 def check_cover(what: str, spans: tuple[ProvenanceSpan, ...] | None, length: int) -> None:
-    """ValueError unless *spans* cover exactly *length* tokens."""
+    """Raise ValueError unless *spans* cover exactly *length* tokens."""
     covered = sum(span.length for span in spans or ())
     if spans is not None and covered != length:
         raise ValueError(

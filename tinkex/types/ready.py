@@ -1,7 +1,7 @@
-"""Values with the methods of a future, for scripts that wait for everything a client returns.
+"""Values with the methods of a future, for scripts that call result() on every returned value.
 
 The official SDK returns futures where tinkex returns the value itself. `client.get_session(id)` and
-`client.get_session(id).result()` are therefore the same here, and both can be awaited.
+`client.get_session(id).result()` are therefore equivalent, and both can be awaited.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ready:
 
 
 class Done:
-    """What a call without a value returns once it has succeeded; its `result()` is None."""
+    """The return value of successful calls without a value; its `result()` is None."""
 
     __slots__ = ()
 

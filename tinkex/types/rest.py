@@ -1,4 +1,4 @@
-"""What is stored on a server: training runs, checkpoints, sessions."""
+"""Objects stored on a server: training runs, checkpoints, sessions."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _SEGMENTS: dict[str, CheckpointType] = {
 class ParsedCheckpointTinkerPath:
     """`tinker://<training run>/<weights | sampler_weights | external_weights>/<name>`, in parts.
 
-    Some servers (SkyRL) leave the segment of sampler weights out.
+    Some servers (SkyRL) omit the segment of sampler weights.
 
     Attributes:
-        checkpoint_id: with its segment, as listings have it: `weights/<name>`; or the name alone,
-            where the path has no segment.
+        checkpoint_id: with its segment, as in listings: `weights/<name>`; only the name if the path
+            has no segment.
     """
 
     tinker_path: str
@@ -63,7 +63,7 @@ class ParsedCheckpointTinkerPath:
 
     @classmethod
     def from_tinker_path(cls, tinker_path: str) -> ParsedCheckpointTinkerPath:
-        """Raises ValueError naming the path and the form it should have."""
+        """Raises ValueError with the path and the expected form."""
         form = "tinker://<training run>/<weights or sampler_weights>/<name>"
         if not isinstance(tinker_path, str) or not tinker_path.startswith("tinker://"):
             raise ValueError(
@@ -106,7 +106,7 @@ class Checkpoint:
 
     @property
     def training_run_id(self) -> str:
-        """The training run that saved it."""
+        """The id of the training run that saved it."""
         return ParsedCheckpointTinkerPath.from_tinker_path(self.tinker_path).training_run_id
 
     def __repr__(self) -> str:
@@ -161,7 +161,7 @@ class TrainingRun(Ready):
 
 @attrs.frozen
 class RunSample:
-    """A prompt, and what the model of a training run said to it after a step."""
+    """A prompt, and the completion by a training run's model after a step."""
 
     step: int
     prompt: str
@@ -170,12 +170,12 @@ class RunSample:
 
 @attrs.frozen
 class RunMetricsResponse(Ready):
-    """Metrics of a training run, in the order in which they came.
+    """Metrics of a training run, in order of arrival.
 
     Attributes:
-        points: numbers by name; "step" and "time" (seconds since the epoch) say where they belong.
-        next: give it as *after* to get what comes later.
-        samples: the newest that its client has reported, oldest first.
+        points: numbers by name, including "step" and "time" (seconds since the epoch).
+        next: pass it as *after* to get later points.
+        samples: the newest samples reported by its client, oldest first.
     """
 
     points: list[dict[str, float]] = attrs.field(factory=list)
@@ -185,7 +185,7 @@ class RunMetricsResponse(Ready):
 
 @attrs.frozen
 class ReportMetricsRequest:
-    """Metrics of a training run that its client has measured, and samples that it has drawn."""
+    """Metrics and samples of a training run, measured by its client."""
 
     points: list[dict[str, float]]
     samples: list[RunSample] = attrs.field(factory=list)
@@ -232,25 +232,25 @@ class SetTtlRequest:
 
 @attrs.frozen
 class SetProjectRequest:
-    """project_id: the project that the session moves into."""
+    """project_id: the new project of the session."""
 
     project_id: str
 
 
 @attrs.frozen
 class SessionSearchRequest:
-    """Filters for sessions; all that are given must match.
+    """Filters for sessions; all given filters must match.
 
     Args:
         session_id: exact.
         project_ids: sessions of these projects; None is all.
         user_metadata: pairs that a session must have.
-        display_name: a part of the name; upper and lower case are the same.
+        display_name: a part of the name; case-insensitive.
         owner: whose sessions: {"type": "own"}, {"type": "accessible"}, or {"type": "user",
             "owner_urns": [...]}.
         statuses: any of these, as in {"type": "active"}; None is all.
         limit: sessions of a page.
-        cursor: the `next_cursor` of the page before.
+        cursor: the `next_cursor` of the previous page.
     """
 
     session_id: str | None = None
@@ -265,7 +265,7 @@ class SessionSearchRequest:
 
 @attrs.frozen
 class SessionSummary:
-    """A session that a search found; the time is ISO 8601 in UTC, sizes are bytes."""
+    """A session in search results; the time is ISO 8601 in UTC, sizes are bytes."""
 
     session_id: str
     created_at: str | None = None
@@ -297,11 +297,11 @@ def _as_moment(value: datetime | str | None) -> datetime | None:
 
 @attrs.frozen
 class ExternalWeightsUrlsResponse(Ready):
-    """Where the files of external weights can be fetched without a key.
+    """URLs of the files of external weights, which need no key.
 
     Attributes:
-        urls: for each file, by its path in the checkpoint.
-        expires: when the URLs stop working.
+        urls: the URL of each file, by its path in the checkpoint.
+        expires: when the URLs expire.
     """
 
     urls: dict[str, str] = attrs.field(repr=lambda urls: repr(sorted(urls)))

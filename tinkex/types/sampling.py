@@ -1,4 +1,4 @@
-"""Sampling from a model: requests and results. Arrays are numpy; lists are made when asked for."""
+"""Sampling from a model: requests and results. Arrays are numpy; lists are created on access."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ def _check_stop(instance: object, attribute: Any, value: Any) -> None:
 
 @attrs.frozen
 class SamplingParams:
-    """How to choose tokens.
+    """Sampling parameters.
 
     Args:
-        max_tokens: most tokens to generate; None is as many as the model's context takes.
-        seed: same seed and same request, same tokens; None is random.
+        max_tokens: most tokens to generate; None is limited only by the model's context.
+        seed: the same seed and request give the same tokens; None is random.
         stop: one string, several strings or several token ids that end a sequence. None: the
             model's end-of-text token; []: none.
-        temperature: 1 is the model's own distribution, 0 always takes the likeliest token.
-        top_k: sample among the k likeliest only; -1 is all.
-        top_p: sample among the likeliest tokens that together have this probability; 1 is all.
+        temperature: 1 is the model's distribution, 0 is greedy.
+        top_k: sample from the k likeliest tokens; -1 is all.
+        top_p: sample from the likeliest tokens with this total probability; 1 is all.
     """
 
     max_tokens: int | None = attrs.field(
@@ -134,12 +134,11 @@ def _check_targets(instance: object, attribute: Any, value: Any) -> None:
 class SampleRequest:
     """One prompt, sampled `num_samples` times.
 
-    The prompt's own log-probabilities come with it if `prompt_logprobs`; with
-    `topk_prompt_logprobs` / `topk_sample_logprobs` = k the k likeliest tokens at each position too;
-    with `target_prompt_logprobs` (N - 1, K), int64, -1 to skip, those of the tokens it names;
-    with `prompt_alt_tokens_k` = k there are k random draws from the distribution at each of its
-    positions, at the request's temperature (`PromptAltTokens`);
-    `prompt_logprobs_last_n` leaves all but the last n positions NaN.
+    `prompt_logprobs` requests the log-probabilities of the prompt's tokens; `topk_prompt_logprobs`
+    / `topk_sample_logprobs` = k the k likeliest tokens at each position; `target_prompt_logprobs`
+    (N - 1, K), int64, -1 to skip, those of the given tokens; `prompt_alt_tokens_k` = k requests k
+    random draws from the distribution at each position of the prompt, at the request's temperature
+    (`PromptAltTokens`); with `prompt_logprobs_last_n` = n, all positions but the last n are NaN.
     """
 
     prompt: ModelInput
@@ -196,7 +195,7 @@ class TopkLogprobs:
         return f"TopkLogprobs({display.count(positions, 'position')}, k={k})"
 
     def tolist(self) -> list[list[tuple[int, float]] | None]:
-        """For each position its (token id, log-probability) pairs, or None where there are none."""
+        """The (token id, log-probability) pairs of each position, or None if there are none."""
         rows: list[list[tuple[int, float]] | None] = []
         for tokens, logprobs in zip(self.token_ids.tolist(), self.logprobs.tolist()):
             row = [(t, p) for t, p in zip(tokens, logprobs) if p > ABSENT_LOGPROB]
@@ -221,11 +220,11 @@ class SampledSequence:
     """One sampled continuation.
 
     Attributes:
-        tokens_np: (T,) int32; the stop token, if one ended it, is the last.
+        tokens_np: (T,) int32; includes the stop token, if one ended it.
         logprobs_np: (T,) float32; log-probability of each token under the model at temperature 1.
         stop_reason: "stop" (a stop token or string, or end of text) or "length".
         sequence_id: the server's name for it, or None.
-        topk_logprobs_np: the likeliest tokens at each step, where asked for.
+        topk_logprobs_np: the likeliest tokens at each step, if requested.
     """
 
     tokens_np: npt.NDArray[np.int32] = attrs.field(alias="tokens", converter=as_tokens)
@@ -254,8 +253,8 @@ class SampledSequence:
 
         Args:
             tokenizer: anything with `decode(list of ids)`.
-            skip_special_tokens: omit special tokens, such as the one that ends the text; needs a
-                tokenizer whose `decode` takes this argument, too.
+            skip_special_tokens: omit special tokens, such as the end-of-text token; the tokenizer's
+                `decode` must accept this argument.
         """
         options = {"skip_special_tokens": True} if skip_special_tokens else {}
         decoded: str = tokenizer.decode(self.tokens, **options)
@@ -271,7 +270,7 @@ class SampledSequence:
         """The sequence in one line: its stop reason, its text or else its first tokens."""
         shown = display.tokens(self.tokens_np)
         if tokenizer is not None:
-            # Only what is shown is decoded. A repr never fails, whatever the tokenizer is.
+            # Decodes only the shown tokens. A repr must not fail, whatever the tokenizer is.
             with contextlib.suppress(Exception):
                 beginning = tokenizer.decode(self.tokens_np[: display.MOST_TEXT].tolist())
                 shown = f"{display.count(len(self), 'token')}: {display.text(beginning)}"
@@ -302,8 +301,8 @@ class SampleResponse:
         prompt_logprobs_np: (N,) float32, NaN where not computed (the first always), or None.
         topk_prompt_logprobs_np: (N, k), or None.
         target_prompt_logprobs: (N - 1, K) float32, or None.
-        prompt_cache_hit_tokens: tokens of the prompt that the server took from its cache.
-        prompt_alt_tokens: where `prompt_alt_tokens_k` asked for them.
+        prompt_cache_hit_tokens: number of prompt tokens from the server's cache.
+        prompt_alt_tokens: if requested by `prompt_alt_tokens_k`.
     """
 
     sequences: list[SampledSequence]
@@ -351,20 +350,20 @@ class SampleResponse:
         return self.sequences[0].text(tokenizer, skip_special_tokens)
 
 
-#: Tokenizers to show responses and sequences with, where they are known. They are kept apart from
-#: the values, which are compared, pickled and sent.
+#: Tokenizers for showing responses and sequences, if known. Stored separately from the values,
+#: which are compared, pickled and sent.
 _tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def show_with(response: SampleResponse, tokenizer: Any) -> None:
-    """Have *response* and its sequences shown as text in a REPL, by *tokenizer*."""
+    """Show *response* and its sequences as text in a REPL, using *tokenizer*."""
     for shown in (response, *response.sequences):
         _tokenizers[shown] = tokenizer
 
 
 @attrs.frozen
 class SampleStreamChunk:
-    """One token of a streamed sample, or its end.
+    """One token of a streamed sample, or the end of a sequence.
 
     Attributes:
         index: which of the num_samples sequences.
@@ -403,7 +402,7 @@ class JoinSamplingSessionResponse:
 
 @attrs.frozen
 class GetSamplerResponse(Ready):
-    """What a sampler samples from."""
+    """The weights or base model of a sampler."""
 
     sampler_id: str
     base_model: str

@@ -50,7 +50,7 @@ class ClientConfig:
     sample_max_concurrent_requests: int = 2000
     sample_use_retrieve_futures: bool = False
     sample_join_sampling_session: bool = False
-    #: True if forward_backward requests may be protobuf; None if the server does not say.
+    #: True if forward_backward requests may be protobuf; None if the server does not send it.
     proto_write_fwdbwd: bool | None = None
 
 
@@ -86,7 +86,7 @@ class FinishSessionRequest:
 
 @attrs.frozen
 class AuthTokenRequest:
-    """Empty: the credential travels in the X-API-Key header."""
+    """Empty: the credential is sent in the X-API-Key header."""
 
 
 @attrs.frozen
@@ -96,7 +96,7 @@ class AuthTokenResponse:
 
 @attrs.frozen
 class KeyOwner(Ready):
-    """Whom a key belongs to.
+    """The owner of a key.
 
     Attributes:
         user_details: {"email": ...}.
@@ -108,7 +108,7 @@ class KeyOwner(Ready):
 
     @property
     def email(self) -> str | None:
-        """The user's address; servers with named users give the name."""
+        """The user's e-mail address; the user's name on servers with named users."""
         return self.user_details.get("email")
 
     @property
@@ -140,7 +140,7 @@ class GetServerCapabilitiesResponse(Ready):
 
 @attrs.frozen
 class Promise:
-    """What the server answers to an operation it has accepted."""
+    """The server's acknowledgement of an accepted operation."""
 
     request_id: str
     model_id: str | None = None
@@ -164,9 +164,9 @@ class RetrieveFuturesRequest:
 
     Attributes:
         target: {"type": "sampling_session", "sampling_session_id", "cloned_sampler_id"}.
-        prev_cursor: the cursor of the answer before.
-        timeout: seconds to wait; 0 is not at all, None is as long as the server likes.
-        retrieved_request_ids: results that the client has, which the server may forget.
+        prev_cursor: the cursor of the previous response.
+        timeout: seconds to wait; 0 does not wait, None lets the server choose.
+        retrieved_request_ids: results that the client has received, which the server may drop.
     """
 
     target: dict[str, Any]

@@ -1,7 +1,7 @@
-"""Arrays that travel with a loss, and what may be given for one.
+"""Tensors of loss inputs and outputs, and the accepted array types.
 
-Arrays are numpy from here to the wire; a list is taken anywhere an array is, and so is a torch
-tensor, without importing torch. Does not know which inputs a loss takes.
+Arrays are numpy up to the wire; lists and torch tensors are accepted wherever arrays are, without
+importing torch. Does not know which inputs a loss takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ArrayLike = Any  # list, tuple, numpy array, torch tensor, TensorData
 
 
 def to_array(value: ArrayLike) -> np.ndarray:
-    """*value* as a numpy array, without copying where that can be: lists, arrays, torch tensors."""
+    """*value* (list, array or torch tensor) as a numpy array, if possible without a copy."""
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):  # a torch tensor; torch itself is not imported for it
@@ -40,7 +40,7 @@ def to_array(value: ArrayLike) -> np.ndarray:
 
 
 def own(made: np.ndarray, array: np.ndarray, value: ArrayLike) -> np.ndarray:
-    """*made* (from *array*, from *value*); a copy if the caller could still change its memory."""
+    """*made* (from *array*, from *value*); a copy if the caller could still change the memory."""
     lent = isinstance(value, np.ndarray) or hasattr(value, "detach")
     if lent and array.flags.writeable and np.may_share_memory(made, array):
         made = made.copy()
@@ -59,7 +59,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
-    """*array* as int64 or float32, whichever *dtype* says or its own kind asks for."""
+    """*array* as int64 or float32, by *dtype* or else by its own kind."""
     kind = array.dtype.kind
     if array.size == 0 and kind == "f" and dtype == "int64":  # np.asarray([]) is float64
         return array.astype(np.int64)
@@ -76,7 +76,7 @@ def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
         raise ValueError(f'{name}: dtype must be "int64" or "float32", got {dtype!r}.')
     if dtype == "int64" and kind == "f":
         raise TypeError(f"{name} must hold whole numbers, got {array.dtype}.")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is found later
+    with np.errstate(over="ignore"):  # too large values become infinite, which is checked later
         return np.ascontiguousarray(array, dtype=dtype)
 
 
@@ -88,21 +88,21 @@ def _as_shape(shape: Sequence[int], name: str) -> tuple[int, ...]:
 
 
 class TensorData:
-    """An array that travels: float32 or int64, dense or (two-dimensional) sparse in CSR form.
+    """A tensor on the wire: float32 or int64, dense or (two-dimensional) sparse in CSR form.
 
     Args:
-        data: the values; for a dense tensor in C order, or already in shape. An array that its
-            giver could still change is copied.
-        dtype: "int64" or "float32"; None takes it from the values.
-        shape: of the (dense) tensor; None takes the shape of *data*.
-        sparse_crow_indices, sparse_col_indices: CSR indices; *data* then holds the stored values
-            only and *shape* is needed.
+        data: the values; for a dense tensor in C order, or already in shape. An array that the
+            caller could still change is copied.
+        dtype: "int64" or "float32"; None derives it from the values.
+        shape: of the (dense) tensor; None is the shape of *data*.
+        sparse_crow_indices, sparse_col_indices: CSR indices; *data* then holds only the stored
+            values, and *shape* is required.
 
     Attributes:
-        values: the stored values, a one-dimensional array. `data` has them as a list.
+        values: the stored values, a one-dimensional array. `data` returns them as a list.
 
     Raises:
-        TypeError, ValueError: If values, dtype, shape and indices do not fit together.
+        TypeError, ValueError: If values, dtype, shape and indices are inconsistent.
     """
 
     __slots__ = ("shape", "sparse_col_indices", "sparse_crow_indices", "values")
@@ -141,7 +141,8 @@ class TensorData:
         crow = _cast(to_array(crow), "int64", f"{name}.sparse_crow_indices")
         col = _cast(to_array(col), "int64", f"{name}.sparse_col_indices")
         fits = crow.shape == (self.shape[0] + 1,) and col.shape == self.values.shape
-        # Sorted, without a difference that could wrap around: np.repeat trusts these numbers.
+        # Checks the order without differences, which could overflow: np.repeat relies on these
+        # numbers.
         rises = fits and bool((crow[:-1] <= crow[1:]).all())
         if not rises or crow[0] != 0 or crow[-1] != col.size:
             raise ValueError(
@@ -154,17 +155,17 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
-        """A dense tensor of any float or int array; it keeps its shape."""
+        """A dense tensor of any float or int array, in the same shape."""
         return cls(array)
 
     @classmethod
     def from_torch(cls, tensor: Any) -> TensorData:
-        """A dense tensor of a torch tensor; it keeps its shape."""
+        """A dense tensor of a torch tensor, in the same shape."""
         return cls(tensor)
 
     @classmethod
     def from_dense(cls, array: ArrayLike, pad_value: float = 0) -> TensorData:
-        """A (N, K) array in CSR form where that is smaller, leaving out *pad_value*."""
+        """A (N, K) array in CSR form if that is smaller, without the *pad_value* cells."""
         dense = _cast(to_array(array), None, "tensor")
         if dense.ndim != 2:
             raise ValueError(f"from_dense takes a (N, K) array, got shape {dense.shape}.")
@@ -176,8 +177,8 @@ class TensorData:
 
     @property
     def data(self) -> list[Any]:
-        """The stored values as a list of Python numbers, as the official SDK has them; a new one
-        each time, so that `values` and `to_numpy()` are quicker."""
+        """The stored values as a list of Python numbers, as in the official SDK. A new list each
+        time; `values` and `to_numpy()` are faster."""
         found: list[Any] = self.values.tolist()
         return found
 
@@ -191,7 +192,7 @@ class TensorData:
         return self.sparse_crow_indices is not None
 
     def to_numpy(self) -> np.ndarray:
-        """The array in its shape: a view where dense, a new zero-filled array where sparse."""
+        """The array in its shape: a view if dense, a new zero-filled array if sparse."""
         if self.sparse_crow_indices is None:
             return self.values.reshape(self.shape)
         dense = np.zeros(self.shape, self.values.dtype)

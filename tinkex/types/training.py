@@ -51,20 +51,19 @@ __all__ = [
 
 ModelID = str
 
-#: Largest LoRA rank that is accepted.
+#: Largest accepted LoRA rank.
 MAX_RANK = 4096
 
 
 @attrs.frozen
 class LoraConfig:
-    """Which LoRA adapter a model gets.
+    """The LoRA adapter of a model.
 
     Args:
         rank: of the low-rank matrices, 1 to 4096.
-        seed: of the adapter's initialization; None lets the server choose.
-        train_mlp, train_attn, train_unembed: which linear layers are adapted; at least one. A
-            train_unembed of None lets the server choose: our own adapts the head unless it is tied
-            to the embedding.
+        seed: of the adapter's initialization; None lets the server choose. train_mlp, train_attn,
+        train_unembed: which linear layers are adapted; at least one. A train_unembed of None lets
+        the server choose: tinkex's adapts the head unless it is tied to the embedding.
     """
 
     rank: int = attrs.field(
@@ -90,7 +89,7 @@ class LoraConfig:
 
 @attrs.frozen
 class AdamParams:
-    """Settings of one AdamW step; they may change from step to step.
+    """Settings of one AdamW step; each step may have different ones.
 
     Update: m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
     w <- w - lr weight_decay w;  w <- w - lr m_hat / (sqrt(v_hat) + eps)
@@ -144,14 +143,14 @@ OptimParams = Union[AdamParams, DimuonParams]
 
 @attrs.frozen
 class AdamOptimizerConfig:
-    """The model is trained by AdamW."""
+    """Train the model with AdamW."""
 
     type: Literal["adamw"] = "adamw"
 
 
 @attrs.frozen
 class DimuonOptimizerConfig:
-    """The model is trained by Dimuon, where a server offers it."""
+    """Train the model with Dimuon, on servers that support it."""
 
     type: Literal["dimuon"] = "dimuon"
     version: int = 1
@@ -161,10 +160,10 @@ OptimizerConfig = Union[AdamOptimizerConfig, DimuonOptimizerConfig]
 
 
 def optimizer_config(optimizer: OptimizerConfig | None) -> dict[str, Any] | None:
-    """What a request says of the optimizer: nothing for AdamW, which all servers use by default.
+    """The optimizer field of a request: None for AdamW, which is the default of all servers.
 
     Raises:
-        TypeError: If it is not the configuration of an optimizer.
+        TypeError: If it is not an optimizer configuration.
     """
     if optimizer is None or isinstance(optimizer, AdamOptimizerConfig):
         return None
@@ -208,7 +207,7 @@ class ModelData:
 
 @attrs.frozen
 class GetInfoResponse:
-    """What the server knows about a model. Fields that it does not send are None."""
+    """The server's description of a model. Fields that it does not send are None."""
 
     model_id: str
     model_data: ModelData = attrs.field(factory=ModelData)
@@ -220,7 +219,7 @@ class GetInfoResponse:
 
     @property
     def base_model(self) -> str | None:
-        """The base model's name, in whichever field the server sends it."""
+        """The base model's name, from any of the fields in which servers send it."""
         return self.model_data.model_name or self.model_name
 
 
@@ -296,7 +295,7 @@ class OptimStepResponse:
     """The result of `optim_step`.
 
     Attributes:
-        metrics: what the server measured. "no_gradient" is 1.0 if there was no gradient to apply
+        metrics: measured by the server. "no_gradient" is 1.0 if there was no gradient to apply
             (embedded engine).
     """
 
@@ -319,7 +318,7 @@ class SaveWeightsRequest:
 
 @attrs.frozen
 class SaveWeightsResponse:
-    """path: where the state is kept, `tinker://<model>/weights/<name>`."""
+    """path: of the saved state, `tinker://<model>/weights/<name>`."""
 
     path: str
 
@@ -347,12 +346,12 @@ class SaveWeightsForSamplerResponse:
 
 @attrs.frozen
 class SaveWeightsExternalRequest:
-    """Save weights as files that can be fetched one by one.
+    """Save weights as files that can be fetched separately.
 
     Args:
         path: the name.
-        age_encryption_recipients: public keys (https://age-encryption.org) that every file is
-            encrypted to; None leaves the files readable.
+        age_encryption_recipients: public keys (https://age-encryption.org) to encrypt every file
+            to; None does not encrypt.
     """
 
     model_id: str
@@ -364,7 +363,7 @@ class SaveWeightsExternalRequest:
 
 @attrs.frozen
 class SaveWeightsExternalResponse:
-    """path: `tinker://<model>/external_weights/<name>`; size_bytes: of all files."""
+    """path: `tinker://<model>/external_weights/<name>`; size_bytes: total size of the files."""
 
     path: str
     size_bytes: int | None = None
@@ -416,7 +415,7 @@ class WeightsInfoRequest:
 
 @attrs.frozen
 class WeightsInfoResponse(Ready):
-    """The model that a checkpoint belongs to."""
+    """The model of a checkpoint."""
 
     base_model: str
     is_lora: bool = True
