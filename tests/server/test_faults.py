@@ -57,7 +57,7 @@ def test_what_the_journal_cannot_take_is_not_accepted(serve, caplog):
     served = serve(port=free_port())
     client = served.client
     model = client.model()
-    journal = served.server.ledger.records._journal
+    journal = served.server.ledger.entries._journal
     pages = journal._db.execute("PRAGMA page_count").fetchone()[0]
     journal._db.execute(f"PRAGMA max_page_count={pages + 1}")
     request = batch(model, 1, list(range(5000)))

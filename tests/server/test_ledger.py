@@ -112,7 +112,7 @@ def test_the_number_of_a_sample_that_could_not_be_noted_is_free(serve, monkeypat
     served = serve(port=free_port())
     client = served.client
     sampler = client.sampler()
-    journal = served.server.ledger.records._journal
+    journal = served.server.ledger.entries._journal
     full = Future()
     full.set_exception(sqlite3.OperationalError("database or disk is full"))
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
@@ -158,7 +158,7 @@ def test_a_creation_that_is_sent_again_after_its_result_was_forgotten_creates_no
 def test_of_more_results_than_are_kept_the_oldest_go(serve):
     """A client that never fetches must not fill the memory; what came last is still there."""
     served = serve(limits={"result_bytes": 300, "reap_seconds": 0.02})
-    client, records = served.client, served.server.ledger.records
+    client, records = served.client, served.server.ledger.entries
     model = client.model()
     promises = [client.optim_step(model, seq) for seq in range(1, 40)]
     client.result(promises[-1])

@@ -1,6 +1,6 @@
 """Everything that one server has accepted: sessions, models, samplers, operations, results.
 
-Every operation has one record; a repeated request gets the same record and does not run again. The
+Every operation has one entry; a repeated request gets the same entry and does not run again. The
 operation is passed to the scheduler once the journal has stored it, and its result is kept until
 the client has fetched it. Runs on the event loop; the compute thread passes results through
 `Shared.on_loop`. Does not know about HTTP.
@@ -18,8 +18,8 @@ from typing import Any
 from tinkex.server import memory
 from tinkex.server.home import ServerFolder
 from tinkex.server.journal import Journal
+from tinkex.server.ledger.entries import Entries, Entry, Waiters, sleep_among, wake
 from tinkex.server.ledger.models import ModelPlace, Models
-from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
 from tinkex.server.ledger.restart import Restart
 from tinkex.server.ledger.samplers import SamplerPlace, Samplers
 from tinkex.server.ledger.sessions import Session, Sessions, Shared
@@ -29,7 +29,7 @@ from tinkex.server.scheduler import Scheduler
 from tinkex.server.spool import Spool
 from tinkex.server.store import Store
 
-__all__ = ["Ledger", "ModelPlace", "Record", "SamplerPlace", "Session"]
+__all__ = ["Entry", "Ledger", "ModelPlace", "SamplerPlace", "Session"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class Ledger:
             on_unloaded=lambda model: self.shared.on_loop(self.models.remove, model),
         )
         self.sessions = Sessions(self.shared)
-        self.records = Records(
+        self.entries = Entries(
             journal,
             limits,
             check_running=self.shared.check_accepting,
-            on_forgotten=lambda record: self.samplers.forgotten(record),
+            on_forgotten=lambda entry: self.samplers.forgotten(entry),
         )
-        parts = (self.shared, self.sessions, self.records, self.workshop)
+        parts = (self.shared, self.sessions, self.entries, self.workshop)
         self.spool = Spool(folder.spool, journal)
         self.models = Models(*parts, self.spool)
         self.samplers = Samplers(*parts)
@@ -91,7 +91,7 @@ class Ledger:
         self.shared.loop = asyncio.get_running_loop()
         if self._journal is not None:
             Restart(
-                self.shared, self.sessions, self.models, self.samplers, self.records, self.workshop
+                self.shared, self.sessions, self.models, self.samplers, self.entries, self.workshop
             ).run(self._journal)
         self._reaper = self.shared.loop.create_task(self._reap_forever())
 
@@ -109,7 +109,7 @@ class Ledger:
         scheduler = self.shared.scheduler
         if not scheduler.alive:
             return False
-        unfetched = self._journal is None and self.records.has_unfetched()
+        unfetched = self._journal is None and self.entries.has_unfetched()
         return unfetched or not scheduler.is_settled
 
     def stop(self) -> None:
@@ -122,7 +122,7 @@ class Ledger:
 
     def release(self) -> None:
         """Answer every waiting poll at once."""
-        self.records.release()
+        self.entries.release()
         self.samplers.release()
 
     async def base_info(self, base_model: str) -> Any | None:
@@ -147,11 +147,11 @@ class Ledger:
     def cancel(self, owner: str, request_id: str) -> None:
         """Cancel a sample request, or a model creation that waits for its base model. Other
         operations continue. Raises Refusal (410)."""
-        record = self.records.of_owner(request_id, owner)
-        if record.name == "Sample" and record.answer is None:
+        entry = self.entries.of_owner(request_id, owner)
+        if entry.name == "Sample" and entry.answer is None:
             self.shared.scheduler.cancel_sample(request_id)
-        elif record.seq == 0:
-            self.shared.scheduler.cancel_parked(record.target, 0)
+        elif entry.seq == 0:
+            self.shared.scheduler.cancel_parked(entry.target, 0)
 
     async def end_session(self, session: Session, status: str, detail: str | None) -> None:
         """End a session. Accepted operations still run, then models and samplers are removed."""
@@ -186,7 +186,7 @@ class Ledger:
         self._check_home()
         if self.shared.home_problem is not None:
             return
-        self.records.reap()
+        self.entries.reap()
         silent = time.monotonic() - self.shared.limits.session_seconds
         for session in self.sessions.silent_since(silent):
             if not self._is_busy(session):

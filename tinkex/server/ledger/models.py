@@ -12,8 +12,8 @@ import attrs
 
 from tinkex import types, wire
 from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger.entries import Entries, Entry
 from tinkex.server.ledger.ranges import Numbers
-from tinkex.server.ledger.records import Record, Records
 from tinkex.server.ledger.requests import REFUSED, decode
 from tinkex.server.ledger.sessions import RETRY_LATER, Session, Sessions, Shared, check_number
 from tinkex.server.live import LiveModel, Refused, Work
@@ -54,14 +54,14 @@ class Models:
         self,
         shared: Shared,
         sessions: Sessions,
-        records: Records,
+        entries: Entries,
         workshop: Workshop,
         spool: Spool,
     ) -> None:
         self._spool = spool
         self._shared = shared
         self._sessions = sessions
-        self._records = records
+        self._entries = entries
         self._workshop = workshop
         self._by_id: dict[str, ModelPlace] = {}
         self._touched: dict[str, float] = {}
@@ -85,37 +85,37 @@ class Models:
 
     async def create(
         self, name: str, model_seq_id: int, live: LiveModel, request: Any, body: bytes
-    ) -> Record:
+    ) -> Entry:
         """Accept operation 0 of a new model: its creation, with new weights or from a checkpoint.
 
-        A repeat gets the record of the first request.
+        A repeat gets the entry of the first request.
         """
         session = await self._sessions.live(live.session_id, live.owner)
         check_number("model_seq_id", model_seq_id)
-        record = Record.of(name, live.owner, live.session_id, live.model_id, 0, request, body)
-        self._free_failed_creation(session, model_seq_id, record)
-        known = await self._records.known(record)
+        entry = Entry.of(name, live.owner, live.session_id, live.model_id, 0, request, body)
+        self._free_failed_creation(session, model_seq_id, entry)
+        known = await self._entries.known(entry)
         if known is not None:
             return known
         if model_seq_id in session.created:  # the result was fetched and forgotten
-            return record
+            return entry
         self._check_models_of(live.owner)
         self._shared.check_queue_of(live.owner)
         work = Work(name, live, 0, request, secrets.randbelow(2**31), size=len(body))
         session.created.add(model_seq_id)
         try:
-            await self._records.accept(
-                record, body, wire.JSON, work.seed, in_line=True, new_model=live.info
+            await self._entries.accept(
+                entry, body, wire.JSON, work.seed, in_line=True, new_model=live.info
             )
         except BaseException:
             session.created.discard(model_seq_id)
             raise
         place = self.enter(live, first=0)
         place.used.add(0)
-        self.put(place, record, work)
+        self.put(place, entry, work)
         if self._sessions.get(live.session_id) is None:  # the session ended in the meantime
             self.put_unload(place)
-        return record
+        return entry
 
     def _check_models_of(self, owner: str) -> None:
         most = self._shared.limits.user_models
@@ -129,21 +129,21 @@ class Models:
                 "or finish a session that you do not need.",
             )
 
-    def _free_failed_creation(self, session: Session, model_seq_id: int, record: Record) -> None:
+    def _free_failed_creation(self, session: Session, model_seq_id: int, entry: Entry) -> None:
         """After a failed creation its number can be used by a different request.
 
         A resend of the failed request still gets the failure.
         """
-        known, place = self._records.get(record.request_id), self.get(record.target)
-        if known is None or place is None or known.fingerprint == record.fingerprint:
+        known, place = self._entries.get(entry.request_id), self.get(entry.target)
+        if known is None or place is None or known.fingerprint == entry.fingerprint:
             return
         if known.answer is None or not known.answer.failed or place.waiting or 1 in place.used:
             return
-        self._records.forget([known])
+        self._entries.forget([known])
         self.remove(place.live)
-        self._shared.scheduler.drop_line(record.target)
+        self._shared.scheduler.drop_line(entry.target)
         session.created.discard(model_seq_id)
-        self._records.remove_model(record.target)
+        self._entries.remove_model(entry.target)
 
     def enter(self, live: LiveModel, first: int) -> ModelPlace:
         """Add a model whose next operation has the number *first*."""
@@ -158,31 +158,31 @@ class Models:
 
     async def submit(
         self, owner: str, name: str, request: Any, body: bytes, content_type: str = wire.JSON
-    ) -> Record:
-        """Accept a numbered operation. A repeat gets the record of the first request."""
+    ) -> Entry:
+        """Accept a numbered operation. A repeat gets the entry of the first request."""
         place = self.of_owner(request.model_id, owner)
-        record = await self._accept(place, name, request, body, content_type)
+        entry = await self._accept(place, name, request, body, content_type)
         await self._fail_refused(place)
-        return record
+        return entry
 
     async def _accept(
         self, place: ModelPlace, name: str, request: Any, body: bytes, content_type: str
-    ) -> Record:
+    ) -> Entry:
         live, seq = place.live, request.seq_id
         owner = live.owner
         check_number("seq_id", seq, lowest=1)  # 0 is the creation
-        record = Record.of(name, owner, live.session_id, live.model_id, seq, request, body)
-        known = await self._records.known(record)
+        entry = Entry.of(name, owner, live.session_id, live.model_id, seq, request, body)
+        known = await self._entries.known(entry)
         if known is not None or seq in place.used:
-            return known or record
-        self._check_room(place, record)
+            return known or entry
+        self._check_room(place, entry)
         session = await self._sessions.live(live.session_id, owner)
         work = Work(name, live, seq, request, size=len(body))
         if _makes_sampler(request):
             session.claim_sampler(request.sampling_session_seq_id, f"save:{work.origin}")
         place.used.add(seq)
         try:
-            await self._records.accept(record, body, content_type, 0, in_line=True)
+            await self._entries.accept(entry, body, content_type, 0, in_line=True)
         except BaseException:
             place.used.discard(seq)
             self._release_sampler(work)
@@ -190,9 +190,9 @@ class Models:
         try:
             work = await self._without_request(work, body, content_type)
         finally:
-            self.put(place, record, work)
+            self.put(place, entry, work)
         place.refused.pop(seq, None)
-        return record
+        return entry
 
     async def _without_request(self, work: Work, body: bytes, content_type: str) -> Work:
         """*work* with its request moved to disk if it is large."""
@@ -245,77 +245,75 @@ class Models:
                 place.refused[seq] = name, sentence
                 return
 
-    def _check_room(self, place: ModelPlace, record: Record) -> None:
+    def _check_room(self, place: ModelPlace, entry: Entry) -> None:
         limits = self._shared.limits
         if place.closing:
-            raise Refusal(
-                404, f"model {record.target} is being unloaded and accepts no operations."
-            )
+            raise Refusal(404, f"model {entry.target} is being unloaded and accepts no operations.")
         full = (
             place.waiting >= limits.model_queue
-            or place.waiting_bytes + record.size > limits.model_queue_bytes
+            or place.waiting_bytes + entry.size > limits.model_queue_bytes
         )
         # The operation that all others wait for is always accepted; else the queue would stay full.
-        if place.waiting and record.seq == self._shared.scheduler.next_seq(record.target):
+        if place.waiting and entry.seq == self._shared.scheduler.next_seq(entry.target):
             return
         self._shared.check_queue_of(place.live.owner)
         if full and place.waiting:
             raise Refusal(
                 429,
-                f"model {record.target} has {place.waiting} operations "
+                f"model {entry.target} has {place.waiting} operations "
                 f"({place.waiting_bytes} bytes) waiting; wait for results before sending more.",
                 RETRY_LATER,
             )
 
-    def put(self, place: ModelPlace, record: Record, work: Work) -> None:
+    def put(self, place: ModelPlace, entry: Entry, work: Work) -> None:
         """Pass an accepted operation to the scheduler."""
         place.waiting += 1
-        self._shared.waiting[record.owner] += 1
-        place.waiting_bytes += record.size
-        self._touched[record.target] = time.time()
+        self._shared.waiting[entry.owner] += 1
+        place.waiting_bytes += entry.size
+        self._touched[entry.target] = time.time()
 
         def ended(outcome: Any) -> None:
             result = answer(outcome, work.title)
             if not work.ended:  # otherwise it only rebuilt the model after a restart
-                self._records.journal(record, result)
-            self._shared.on_loop(self._ended, place, record, work, result)
+                self._entries.journal(entry, result)
+            self._shared.on_loop(self._ended, place, entry, work, result)
 
         job = Job(
             steps=partial(self._workshop.steps, work),
             finish=ended,
             after=partial(self._workshop.snapshots.after, work),
         )
-        self._shared.scheduler.put(record.target, record.seq, job)
+        self._shared.scheduler.put(entry.target, entry.seq, job)
 
-    def _ended(self, place: ModelPlace, record: Record, work: Work, result: Answer) -> None:
+    def _ended(self, place: ModelPlace, entry: Entry, work: Work, result: Answer) -> None:
         place.waiting -= 1
-        self._shared.waiting[record.owner] -= 1
-        place.waiting_bytes -= record.size
+        self._shared.waiting[entry.owner] -= 1
+        place.waiting_bytes -= entry.size
         if work.ended:
             return
         if result.failed:
             self._release_sampler(work)
-        self._records.end(record, result)
+        self._entries.end(entry, result)
 
     def _release_sampler(self, work: Work) -> None:
         session = self._sessions.get(work.model.session_id)
         if session is not None and _makes_sampler(work.request):
             session.release_sampler(work.request.sampling_session_seq_id, f"save:{work.origin}")
 
-    def unload(self, owner: str, model_id: str) -> Record:
+    def unload(self, owner: str, model_id: str) -> Entry:
         """Unload the model after all accepted operations. The request has no number."""
-        known = self._records.get(f"{model_id}:unload")
+        known = self._entries.get(f"{model_id}:unload")
         if known is not None and known.owner == owner:
             return known
         return self.put_unload(self.of_owner(model_id, owner))
 
-    def put_unload(self, place: ModelPlace) -> Record:
+    def put_unload(self, place: ModelPlace) -> Entry:
         live = place.live
-        known = self._records.get(f"{live.model_id}:unload")
+        known = self._entries.get(f"{live.model_id}:unload")
         if known is not None:
             return known
         place.closing = True
-        record = Record(
+        entry = Entry(
             f"{live.model_id}:unload",
             "UnloadModel",
             live.owner,
@@ -323,15 +321,15 @@ class Models:
             live.model_id,
             -1,
         )
-        self._records.enter(record)
+        self._entries.enter(entry)
         work = Work("UnloadModel", live, -1, None)
 
         def ended(outcome: Any) -> None:
-            self._shared.on_loop(self._records.end, record, answer(outcome, "UnloadModel"))
+            self._shared.on_loop(self._entries.end, entry, answer(outcome, "UnloadModel"))
 
         job = Job(steps=partial(self._workshop.steps, work), finish=ended)
         self._shared.scheduler.put_last(live.model_id, job)
-        return record
+        return entry
 
     def unload_all(self, session: Session) -> None:
         for model_id in list(session.models):

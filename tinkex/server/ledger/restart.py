@@ -9,8 +9,8 @@ from typing import Any
 
 from tinkex import types
 from tinkex.server.journal import Journal, ModelRow, OperationRow
+from tinkex.server.ledger.entries import Entries, Entry
 from tinkex.server.ledger.models import Models
-from tinkex.server.ledger.records import Record, Records
 from tinkex.server.ledger.requests import decode
 from tinkex.server.ledger.samplers import Samplers, name_sequences
 from tinkex.server.ledger.sessions import Sessions, Shared
@@ -30,14 +30,14 @@ class Restart:
         sessions: Sessions,
         models: Models,
         samplers: Samplers,
-        records: Records,
+        entries: Entries,
         workshop: Workshop,
     ) -> None:
         self._shared = shared
         self._sessions = sessions
         self._models = models
         self._samplers = samplers
-        self._records = records
+        self._entries = entries
         self._workshop = workshop
         self._snapshots: dict[str, int] = {}  # model id -> last operation in its snapshot
 
@@ -81,7 +81,7 @@ class Restart:
         self._snapshots[row.model_id] = row.snapshot_seq
 
     def _read_operation(self, row: OperationRow) -> None:
-        record = Record(
+        entry = Entry(
             row.request_id,
             row.name,
             row.owner,
@@ -94,15 +94,15 @@ class Restart:
         )
         request = None if row.body is None else decode(row.name, row.content_type, row.body)
         if not row.forgotten:
-            self._records.enter(record)
+            self._entries.enter(entry)
         if row.in_line and row.seq > self._snapshots.get(row.target, row.seq):
-            self._put_work(row, record, request)
+            self._put_work(row, entry, request)
         elif row.name == "Sample":
-            self._put_sample(row, record, request)
+            self._put_sample(row, entry, request)
         elif row.ended is None:
-            self._fail(record)
+            self._fail(entry)
 
-    def _put_work(self, row: OperationRow, record: Record, request: Any) -> None:
+    def _put_work(self, row: OperationRow, entry: Entry, request: Any) -> None:
         place = self._models.of_owner(row.target, row.owner)
         work = Work(
             row.name,
@@ -112,7 +112,7 @@ class Restart:
             json.loads(row.extra)["seed"],
             ended=row.ended is not None,
             failure=None if row.answer is None else row.answer.sentence,
-            size=record.size,
+            size=entry.size,
         )
         if request is None and row.body_size:
             work = self._models.stored(work, row.content_type)
@@ -122,27 +122,27 @@ class Restart:
             if number is not None and not work.ended:
                 session.origins[number] = f"save:{work.origin}"
         place.used.add(row.seq)
-        self._models.put(place, record, work)
+        self._models.put(place, entry, work)
 
-    def _put_sample(self, row: OperationRow, record: Record, request: Any) -> None:
+    def _put_sample(self, row: OperationRow, entry: Entry, request: Any) -> None:
         place = self._samplers.get(row.target)
         if place is None:
             if row.ended is None:
-                self._fail(record)
+                self._fail(entry)
             return
         if ":once-" not in row.request_id:
             place.used.add(row.seq)
         if row.ended is None:
-            name_sequences(record, request.num_samples)
-            self._samplers.put(place, record, request, json.loads(row.extra)["seed"])
+            name_sequences(entry, request.num_samples)
+            self._samplers.put(place, entry, request, json.loads(row.extra)["seed"])
         elif not row.forgotten:
-            self._samplers.add_completion(place, record)
+            self._samplers.add_completion(place, entry)
 
-    def _fail(self, record: Record) -> None:
+    def _fail(self, entry: Entry) -> None:
         """Fail an operation whose model or sampler no longer exists."""
         gone = ValueError(
             "the server was restarted before it ran, and its session is gone; send it again."
         )
-        result = answer(gone, record.name)
-        self._records.journal(record, result)
-        self._records.end(record, result)
+        result = answer(gone, entry.name)
+        self._entries.journal(entry, result)
+        self._entries.end(entry, result)

@@ -13,8 +13,8 @@ import attrs
 from tinkex import types, wire
 from tinkex.server.database import SamplerRow
 from tinkex.server.http_errors import Refusal, shown
+from tinkex.server.ledger.entries import Entries, Entry, Waiters, sleep_among, wake
 from tinkex.server.ledger.ranges import Numbers
-from tinkex.server.ledger.records import Record, Records, Waiters, sleep_among, wake
 from tinkex.server.ledger.sessions import RETRY_LATER, Session, Sessions, Shared
 from tinkex.server.live import LiveSampler
 from tinkex.server.operations import Workshop
@@ -40,8 +40,8 @@ class SamplerPlace:
     live: LiveSampler
     used: Numbers = attrs.field(factory=Numbers)
     clones: int = 0
-    running: dict[str, Record] = attrs.field(factory=dict)
-    ended: dict[str, Record] = attrs.field(factory=dict)
+    running: dict[str, Entry] = attrs.field(factory=dict)
+    ended: dict[str, Entry] = attrs.field(factory=dict)
     waiters: Waiters = attrs.field(factory=list)
 
 
@@ -49,11 +49,11 @@ class Samplers:
     """The sampling sessions of this server."""
 
     def __init__(
-        self, shared: Shared, sessions: Sessions, records: Records, workshop: Workshop
+        self, shared: Shared, sessions: Sessions, entries: Entries, workshop: Workshop
     ) -> None:
         self._shared = shared
         self._sessions = sessions
-        self._records = records
+        self._entries = entries
         self._workshop = workshop
         self._by_id: dict[str, SamplerPlace] = {}
         self._running = self._running_bytes = 0
@@ -120,25 +120,23 @@ class Samplers:
         await self._shared.in_pool(self._shared.store.set_clones, sampler_id, number)
         return number
 
-    async def sample(
-        self, place: SamplerPlace, request: types.SampleRequest, body: bytes
-    ) -> Record:
-        """Accept a sample request. A repeat of its number gets the record of the first request.
+    async def sample(self, place: SamplerPlace, request: types.SampleRequest, body: bytes) -> Entry:
+        """Accept a sample request. A repeat of its number gets the entry of the first request.
 
         Requests without a number are all different.
         """
         live, seq = place.live, request.seq_id
         if seq is not None and not 0 <= seq < 2**62:
             raise Refusal(400, f"seq_id must be from 0 to 2**62 - 1, got {seq}.")
-        record = Record.of(
+        entry = Entry.of(
             "Sample", live.owner, live.session_id, live.sampler_id, seq or 0, request, body
         )
         if seq is None:
-            record.request_id = f"{live.sampler_id}:once-{uuid.uuid4()}"
-        name_sequences(record, request.num_samples)
-        known = await self._records.known(record)
+            entry.request_id = f"{live.sampler_id}:once-{uuid.uuid4()}"
+        name_sequences(entry, request.num_samples)
+        known = await self._entries.known(entry)
         if known is not None or (seq is not None and seq in place.used):
-            return known or record
+            return known or entry
         self._shared.check_queue_of(live.owner)
         limits = self._shared.limits
         too_large = self._running_bytes + len(body) > limits.sample_queue_bytes
@@ -151,40 +149,40 @@ class Samplers:
         if seq is not None:
             place.used.add(seq)
         try:
-            await self._records.accept(record, body, wire.JSON, seed, in_line=False)
+            await self._entries.accept(entry, body, wire.JSON, seed, in_line=False)
         except BaseException:
             if seq is not None:
                 place.used.discard(seq)
             raise
-        self.put(place, record, request, seed)
-        return record
+        self.put(place, entry, request, seed)
+        return entry
 
     def put(
-        self, place: SamplerPlace, record: Record, request: types.SampleRequest, seed: int
+        self, place: SamplerPlace, entry: Entry, request: types.SampleRequest, seed: int
     ) -> None:
         """Pass an accepted sample request to the scheduler."""
-        place.running[record.request_id] = record
+        place.running[entry.request_id] = entry
         self._running += 1
-        self._running_bytes += record.size
-        self._shared.waiting[record.owner] += 1
+        self._running_bytes += entry.size
+        self._shared.waiting[entry.owner] += 1
 
         def ended(outcome: Any) -> None:
-            outcome = self._recorded(outcome, record, request)
+            outcome = self._recorded(outcome, entry, request)
             result = answer(outcome, "Sample")
-            self._records.journal(record, result)
-            self._shared.on_loop(self._ended, place, record, result)
+            self._entries.journal(entry, result)
+            self._shared.on_loop(self._ended, place, entry, result)
 
-        self._submit(place.live, record.request_id, _seeded(request, seed), ended)
+        self._submit(place.live, entry.request_id, _seeded(request, seed), ended)
 
-    def _recorded(self, outcome: Any, record: Record, request: types.SampleRequest) -> Any:
+    def _recorded(self, outcome: Any, entry: Entry, request: types.SampleRequest) -> Any:
         """Store a response's sequences if requested; a failure to store them is the outcome."""
         if not request.record_stability_info or not isinstance(outcome, types.SampleResponse):
             return outcome
         try:
             self._shared.store.recorded.add(
-                record.owner,
-                record.session_id,
-                record.sample_sequence_ids or [],
+                entry.owner,
+                entry.session_id,
+                entry.sample_sequence_ids or [],
                 request.prompt,
                 outcome,
             )
@@ -219,20 +217,20 @@ class Samplers:
             )
         )
 
-    def _ended(self, place: SamplerPlace, record: Record, result: Answer) -> None:
-        place.running.pop(record.request_id, None)
+    def _ended(self, place: SamplerPlace, entry: Entry, result: Answer) -> None:
+        place.running.pop(entry.request_id, None)
         self._running -= 1
-        self._running_bytes -= record.size
-        self._shared.waiting[record.owner] -= 1
-        self._records.end(record, result)
-        self.add_completion(place, record)
+        self._running_bytes -= entry.size
+        self._shared.waiting[entry.owner] -= 1
+        self._entries.end(entry, result)
+        self.add_completion(place, entry)
 
-    def add_completion(self, place: SamplerPlace, record: Record) -> None:
+    def add_completion(self, place: SamplerPlace, entry: Entry) -> None:
         """Add a finished request to its session's completions and wake the polls."""
         # Microseconds since the epoch, so that cursors keep growing after a restart.
         self._last_cursor = max(self._last_cursor + 1, time.time_ns() // 1000)
-        record.cursor = self._last_cursor
-        place.ended[record.request_id] = record
+        entry.cursor = self._last_cursor
+        place.ended[entry.request_id] = entry
         wake(place.waiters)
 
     def stream(
@@ -260,16 +258,16 @@ class Samplers:
 
     async def completions(
         self, place: SamplerPlace, clone: int, after: int, seconds: float
-    ) -> list[Record]:
+    ) -> list[Entry]:
         """Requests of one clone that ended after a cursor. Waits until there is at least one."""
         deadline = time.monotonic() + seconds
         while True:
             found = []
-            for record in reversed(place.ended.values()):
-                if record.cursor <= after:
+            for entry in reversed(place.ended.values()):
+                if entry.cursor <= after:
                     break
-                if record.seq // CLONE_SPAN == clone:
-                    found.append(record)
+                if entry.seq // CLONE_SPAN == clone:
+                    found.append(entry)
             left = deadline - time.monotonic()
             if found or left <= 0 or self._shared.stopping:
                 return found[::-1]
@@ -278,12 +276,12 @@ class Samplers:
     def acknowledge(self, place: SamplerPlace, request_ids: Iterable[str]) -> None:
         """Drop results that the client has received."""
         ours = [place.ended.get(request_id) for request_id in request_ids]
-        self._records.forget([record for record in ours if record is not None])
+        self._entries.forget([entry for entry in ours if entry is not None])
 
-    def forgotten(self, record: Record) -> None:
-        place = self._by_id.get(record.target)
+    def forgotten(self, entry: Entry) -> None:
+        place = self._by_id.get(entry.target)
         if place is not None:
-            place.ended.pop(record.request_id, None)
+            place.ended.pop(entry.request_id, None)
 
     def release(self) -> None:
         """Wake every waiting poll."""
@@ -291,9 +289,9 @@ class Samplers:
             wake(place.waiters)
 
 
-def name_sequences(record: Record, num_samples: int) -> None:
+def name_sequences(entry: Entry, num_samples: int) -> None:
     """Name the sequences of a sample request; the promise contains the names."""
-    record.sample_sequence_ids = [f"{record.request_id}:{i}" for i in range(num_samples)]
+    entry.sample_sequence_ids = [f"{entry.request_id}:{i}" for i in range(num_samples)]
 
 
 def _seeded(request: types.SampleRequest, seed: int) -> types.SampleRequest:

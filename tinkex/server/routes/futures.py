@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from tinkex import types, wire
 from tinkex.server.http_errors import Refusal, shown
-from tinkex.server.ledger import Record
+from tinkex.server.ledger import Entry
 from tinkex.server.request_context import Call, reply
 from tinkex.server.results import Answer
 
@@ -19,18 +19,18 @@ async def retrieve_future(call: Call) -> Response:
     """Long poll for a result. 408 if it is not ready, with its queue state."""
     request, _ = await call.read(types.RetrieveFutureRequest)
     ledger = call.site.ledger
-    record = ledger.records.of_owner(request.request_id, call.owner)
-    ledger.sessions.heard_of(record.session_id)
-    if record.answer is None:
+    entry = ledger.entries.of_owner(request.request_id, call.owner)
+    ledger.sessions.heard_of(entry.session_id)
+    if entry.answer is None:
         ledger.shared.check_running()
-    result = await ledger.records.wait(record, call.site.limits.poll_seconds)
+    result = await ledger.entries.wait(entry, call.site.limits.poll_seconds)
     if result is None:
-        return _not_yet(call, record)
+        return _not_yet(call, entry)
     if request.allow_metadata_only and len(result.body) > call.site.limits.metadata_bytes:
         size = len(result.body)
         return reply({"status": "complete_metadata", "response_payload_size": size})
     response = await _result(call, result)
-    ledger.records.fetched(record)
+    ledger.entries.fetched(entry)
     return response
 
 
@@ -45,14 +45,14 @@ async def _result(call: Call, result: Answer) -> Response:
     return reply(await call.decoded(result.as_json, result.body))
 
 
-def _not_yet(call: Call, record: Record) -> Response:
+def _not_yet(call: Call, entry: Entry) -> Response:
     ledger = call.site.ledger
     ledger.shared.check_running()
-    payload: dict[str, Any] = {"request_id": record.request_id, "queue_state": "active"}
-    if record.name == "Sample":
-        payload["queue_state_reason"] = ledger.shared.scheduler.sample_place(record.request_id)
+    payload: dict[str, Any] = {"request_id": entry.request_id, "queue_state": "active"}
+    if entry.name == "Sample":
+        payload["queue_state_reason"] = ledger.shared.scheduler.sample_place(entry.request_id)
     else:
-        position, reason = ledger.shared.scheduler.place(record.target, record.seq)
+        position, reason = ledger.shared.scheduler.place(entry.target, entry.seq)
         payload |= {"queue_position": position, "queue_state_reason": reason}
     return reply(payload, 408)
 
@@ -77,13 +77,13 @@ async def retrieve_futures(call: Call) -> Response:
     seconds = longest if request.timeout is None else min(max(request.timeout, 0.0), longest)
     found = await ledger.samplers.completions(place, clone, request.prev_cursor, seconds)
     cursor = found[-1].cursor if found else request.prev_cursor
-    return reply(types.RetrieveFuturesResponse([_completion(record) for record in found], cursor))
+    return reply(types.RetrieveFuturesResponse([_completion(entry) for entry in found], cursor))
 
 
-def _completion(record: Record) -> types.Completion:
-    if record.answer is None or record.answer.failed:
-        return types.Completion("failed", record.request_id)
-    return types.Completion("finished", record.request_id, len(record.answer.body))
+def _completion(entry: Entry) -> types.Completion:
+    if entry.answer is None or entry.answer.failed:
+        return types.Completion("failed", entry.request_id)
+    return types.Completion("finished", entry.request_id, len(entry.answer.body))
 
 
 async def cancel_future(call: Call) -> Response:

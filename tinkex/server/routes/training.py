@@ -12,7 +12,7 @@ from tinkex import types, wire
 from tinkex.engine import tiny
 from tinkex.server.checkpoint_store import check_path
 from tinkex.server.http_errors import Refusal, shown
-from tinkex.server.ledger import Record
+from tinkex.server.ledger import Entry
 from tinkex.server.live import LiveModel
 from tinkex.server.request_context import Call, Handler, reply
 from tinkex.server.sampling_source import checked_base_model
@@ -31,10 +31,10 @@ async def create_model(call: Call) -> Response:
         lora=request.lora_config,
         user_metadata=request.user_metadata,
     )
-    record = await call.site.ledger.models.create(
+    entry = await call.site.ledger.models.create(
         "CreateModel", request.model_seq_id, live, request, body
     )
-    return promise(record)
+    return promise(entry)
 
 
 def _check_optimizer(config: dict[str, Any] | None) -> None:
@@ -203,10 +203,10 @@ async def _create_from_checkpoint(
             ),
             user_metadata=request.user_metadata,
         )
-    record = await call.site.ledger.models.create(
+    entry = await call.site.ledger.models.create(
         "LoadWeights", request.model_seq_id or 0, live, request, body
     )
-    return promise(record)
+    return promise(entry)
 
 
 async def unload_model(call: Call) -> Response:
@@ -219,9 +219,9 @@ async def get_info(call: Call) -> Response:
     request, _ = await call.read(types.GetInfoRequest)
     ledger = call.site.ledger
     live = ledger.models.of_owner(request.model_id, call.owner).live
-    creation = ledger.records.get(f"{live.model_id}:0")
+    creation = ledger.entries.get(f"{live.model_id}:0")
     if creation is not None:
-        await ledger.records.wait(creation, call.site.limits.poll_seconds)
+        await ledger.entries.wait(creation, call.site.limits.poll_seconds)
     if live.broken is not None:
         raise Refusal(404, f"there is no model {live.model_id}: {live.broken}.")
     info = await ledger.base_info(live.base_model)
@@ -251,12 +251,12 @@ async def submit(
     call: Call, name: str, request: Any, body: bytes, content_type: str = wire.JSON
 ) -> Response:
     """Accept an operation on a model; the answer is its promise."""
-    record = await call.site.ledger.models.submit(call.owner, name, request, body, content_type)
-    return promise(record)
+    entry = await call.site.ledger.models.submit(call.owner, name, request, body, content_type)
+    return promise(entry)
 
 
-def promise(record: Record) -> Response:
-    return reply(record.promise)
+def promise(entry: Entry) -> Response:
+    return reply(entry.promise)
 
 
 def numbered(name: str, handler: Handler) -> Handler:

@@ -1,7 +1,7 @@
-"""Records of accepted operations with their results, kept until the client has fetched them.
+"""Entries of accepted operations with their results, kept until the client has fetched them.
 
-States of a record: being accepted (the journal is writing it); waiting or running; ended; fetched;
-forgotten (polls get a 410). Used on the event loop, except `Records.journal`.
+States of an entry: being accepted (the journal is writing it); waiting or running; ended; fetched;
+forgotten (polls get a 410). Used on the event loop, except `Entries.journal`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Waiters = list["asyncio.Future[None]"]
 
 
 @attrs.define(eq=False)
-class Record:
+class Entry:
     """One accepted operation.
 
     Attributes:
@@ -64,8 +64,8 @@ class Record:
         seq: int,
         request: Any,
         body: bytes,
-    ) -> Record:
-        """Create the record of a numbered request, without adding it to `Records`."""
+    ) -> Entry:
+        """Create the entry of a numbered request, without adding it to `Entries`."""
         mark = fingerprint(request)
         return cls(f"{target}:{seq}", name, owner, session_id, target, seq, mark, len(body))
 
@@ -79,12 +79,12 @@ class Record:
         return 0 if self.answer is None else len(self.answer.body)
 
 
-class Records:
-    """All records by request id.
+class Entries:
+    """All entries by request id.
 
     Args:
         check_running: raises a Refusal if operations do not run any more.
-        on_forgotten: called with each dropped record.
+        on_forgotten: called with each dropped entry.
     """
 
     def __init__(
@@ -93,43 +93,43 @@ class Records:
         limits: Limits,
         *,
         check_running: Callable[[], None],
-        on_forgotten: Callable[[Record], None],
+        on_forgotten: Callable[[Entry], None],
     ) -> None:
         self._check_running = check_running
         self._journal = journal
         self._limits = limits
         self._on_forgotten = on_forgotten
-        self._by_id: dict[str, Record] = {}
-        self._fetched: dict[str, Record] = {}  # oldest first
+        self._by_id: dict[str, Entry] = {}
+        self._fetched: dict[str, Entry] = {}  # oldest first
         self._fetched_bytes = self._bytes = 0
 
-    def get(self, request_id: str) -> Record | None:
+    def get(self, request_id: str) -> Entry | None:
         return self._by_id.get(request_id)
 
-    def of_owner(self, request_id: str, owner: str) -> Record:
-        """A record of this owner. Raises Refusal: 410 if there is none."""
-        record = self._by_id.get(request_id)
-        if record is None or record.owner != owner:
+    def of_owner(self, request_id: str, owner: str) -> Entry:
+        """An entry of this owner. Raises Refusal: 410 if there is none."""
+        entry = self._by_id.get(request_id)
+        if entry is None or entry.owner != owner:
             raise Refusal(
                 410,
                 f"there is no result {shown(request_id, 200)}: it was fetched and dropped, its "
                 "session has ended, or no such request was accepted here.",
             )
-        return record
+        return entry
 
-    async def known(self, record: Record) -> Record | None:
-        """The existing record with the same id, or None.
+    async def known(self, entry: Entry) -> Entry | None:
+        """The existing entry with the same id, or None.
 
         Raises:
             Refusal: 400 if it belongs to a different request, 503 if it could not be journalled.
         """
-        known = self._by_id.get(record.request_id)
+        known = self._by_id.get(entry.request_id)
         if known is None:
             return None
-        if known.fingerprint != record.fingerprint:
+        if known.fingerprint != entry.fingerprint:
             raise Refusal(
                 400,
-                f"operation {record.seq} of {record.target} was accepted before with another body "
+                f"operation {entry.seq} of {entry.target} was accepted before with another body "
                 f"({known.name}); a resend must be identical, a new request needs the next number.",
             )
         if known.accepting is not None:
@@ -138,7 +138,7 @@ class Records:
 
     async def accept(
         self,
-        record: Record,
+        entry: Entry,
         body: bytes,
         content_type: str,
         seed: int,
@@ -146,7 +146,7 @@ class Records:
         in_line: bool,
         new_model: str | None = None,
     ) -> None:
-        """Add the record, and return when the journal has written it.
+        """Add the entry, and return when the journal has written it.
 
         Args:
             seed: drawn for the request; in_line, new_model: see `Journal.accept`.
@@ -155,34 +155,34 @@ class Records:
             Refusal: 503 if operations do not run any more, or the journal cannot be written.
         """
         self._check_running()
-        self._by_id[record.request_id] = record
+        self._by_id[entry.request_id] = entry
         if self._journal is None:
             return
         row = OperationRow(
-            request_id=record.request_id,
-            name=record.name,
-            owner=record.owner,
-            session_id=record.session_id,
-            target=record.target,
-            seq=record.seq,
+            request_id=entry.request_id,
+            name=entry.name,
+            owner=entry.owner,
+            session_id=entry.session_id,
+            target=entry.target,
+            seq=entry.seq,
             in_line=in_line,
-            changes_model=record.name in CHANGES_MODEL,
+            changes_model=entry.name in CHANGES_MODEL,
             content_type=content_type,
             body=body,
             extra=json.dumps({"seed": seed}),
-            fingerprint=record.fingerprint,
+            fingerprint=entry.fingerprint,
         )
         writing = self._journal.accept(row, new_model=new_model)
-        accepted = self._accepted(record, asyncio.wrap_future(writing))
-        record.accepting = asyncio.ensure_future(accepted)
-        # Shielded: if the client disconnects, others may still wait for this record.
-        await asyncio.shield(record.accepting)
+        accepted = self._accepted(entry, asyncio.wrap_future(writing))
+        entry.accepting = asyncio.ensure_future(accepted)
+        # Shielded: if the client disconnects, others may still wait for this entry.
+        await asyncio.shield(entry.accepting)
 
-    async def _accepted(self, record: Record, writing: asyncio.Future[None]) -> None:
+    async def _accepted(self, entry: Entry, writing: asyncio.Future[None]) -> None:
         try:
             await writing
         except (OSError, sqlite3.Error) as exc:
-            self._by_id.pop(record.request_id, None)
+            self._by_id.pop(entry.request_id, None)
             raise Refusal(
                 503,
                 f"the server cannot write its journal ({exc}), so the request was not accepted; "
@@ -190,55 +190,55 @@ class Records:
                 {"Retry-After": "5"},
             ) from exc
         finally:
-            record.accepting = None
+            entry.accepting = None
 
-    def enter(self, record: Record) -> None:
-        """Add a record without journalling it."""
-        self._by_id[record.request_id] = record
-        self._bytes += record.answer_bytes
-        if record.answer is not None:
-            record.ended_at = time.monotonic()
+    def enter(self, entry: Entry) -> None:
+        """Add an entry without journalling it."""
+        self._by_id[entry.request_id] = entry
+        self._bytes += entry.answer_bytes
+        if entry.answer is not None:
+            entry.ended_at = time.monotonic()
 
-    def journal(self, record: Record, result: Answer) -> None:
+    def journal(self, entry: Entry, result: Answer) -> None:
         """Journal a result. Can be called from any thread.
 
         Called where the result is created, so that it is written before any snapshot that includes
         the operation.
         """
         if self._journal is not None:
-            self._journal.finish(record.request_id, result)
+            self._journal.finish(entry.request_id, result)
 
-    def end(self, record: Record, result: Answer) -> None:
+    def end(self, entry: Entry, result: Answer) -> None:
         """Store the result of an operation and wake the polls that wait for it."""
-        record.answer = result
-        record.ended_at = time.monotonic()
+        entry.answer = result
+        entry.ended_at = time.monotonic()
         self._bytes += len(result.body)
-        wake(record.waiters)
+        wake(entry.waiters)
 
-    async def wait(self, record: Record, seconds: float) -> Answer | None:
-        """Wait for the record's result; None if it does not arrive in time."""
-        if record.answer is None:
-            await sleep_among(record.waiters, seconds)
-        return record.answer
+    async def wait(self, entry: Entry, seconds: float) -> Answer | None:
+        """Wait for the entry's result; None if it does not arrive in time."""
+        if entry.answer is None:
+            await sleep_among(entry.waiters, seconds)
+        return entry.answer
 
-    def fetched(self, record: Record) -> None:
+    def fetched(self, entry: Entry) -> None:
         """Mark the result as sent. It is kept for a while in case the response was lost."""
-        if record.fetched_at is None and record.answer is not None:
-            record.fetched_at = time.monotonic()
-            self._fetched[record.request_id] = record
-            self._fetched_bytes += record.answer_bytes
+        if entry.fetched_at is None and entry.answer is not None:
+            entry.fetched_at = time.monotonic()
+            self._fetched[entry.request_id] = entry
+            self._fetched_bytes += entry.answer_bytes
             self._forget_fetched()
 
-    def forget(self, records: Iterable[Record]) -> None:
-        gone = [record for record in records if self._by_id.get(record.request_id) is record]
-        for record in gone:
-            del self._by_id[record.request_id]
-            self._bytes -= record.answer_bytes
-            if self._fetched.pop(record.request_id, None) is not None:
-                self._fetched_bytes -= record.answer_bytes
-            self._on_forgotten(record)
+    def forget(self, entries: Iterable[Entry]) -> None:
+        gone = [entry for entry in entries if self._by_id.get(entry.request_id) is entry]
+        for entry in gone:
+            del self._by_id[entry.request_id]
+            self._bytes -= entry.answer_bytes
+            if self._fetched.pop(entry.request_id, None) is not None:
+                self._fetched_bytes -= entry.answer_bytes
+            self._on_forgotten(entry)
         if gone and self._journal is not None:
-            self._journal.forget([record.request_id for record in gone])
+            self._journal.forget([entry.request_id for entry in gone])
 
     def remove_model(self, model_id: str) -> None:
         """Forget a model in the journal: a restart does not rebuild it."""
@@ -252,11 +252,11 @@ class Records:
         too_much = self._bytes - self._limits.result_bytes
         unfetched = [r for r in self._by_id.values() if r.answer and r.fetched_at is None]
         gone = []
-        for record in sorted(unfetched, key=lambda r: r.ended_at):
-            if record.ended_at >= old and too_much <= 0:
+        for entry in sorted(unfetched, key=lambda r: r.ended_at):
+            if entry.ended_at >= old and too_much <= 0:
                 break
-            too_much -= record.answer_bytes
-            gone.append(record)
+            too_much -= entry.answer_bytes
+            gone.append(entry)
         self.forget(gone)
 
     def has_unfetched(self) -> bool:
@@ -267,17 +267,17 @@ class Records:
         ripe = time.monotonic() - self._limits.grace_seconds
         too_much = self._fetched_bytes - self._limits.fetched_bytes
         gone = []
-        for record in self._fetched.values():
-            if too_much <= 0 and (record.fetched_at or 0.0) >= ripe:
+        for entry in self._fetched.values():
+            if too_much <= 0 and (entry.fetched_at or 0.0) >= ripe:
                 break
-            too_much -= record.answer_bytes
-            gone.append(record)
+            too_much -= entry.answer_bytes
+            gone.append(entry)
         self.forget(gone)
 
     def release(self) -> None:
         """Wake every waiting poll."""
-        for record in self._by_id.values():
-            wake(record.waiters)
+        for entry in self._by_id.values():
+            wake(entry.waiters)
 
 
 def wake(waiters: Waiters) -> None:
