@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tinkex.runtime.executor import ByteBudget, Pool, end_all, on_daemon_thread
+from tinkex.runtime.executor import ByteBudget, GrowingPool, Pool, end_all, on_daemon_thread
 
 
 @pytest.fixture
@@ -133,3 +133,103 @@ def test_a_budget_is_never_overshot_by_a_second_one():
 
     assert not budget.acquire(91, timeout=0)
     assert budget.acquire(90, timeout=0)
+
+
+# A pool that gets more threads only where they help.
+
+
+@pytest.fixture
+def growing():
+    made = GrowingPool(16, "growing")
+    yield made
+    made.shutdown()
+
+
+def test_quick_tasks_share_a_few_threads(growing, monkeypatch):
+    """More would only wait for one another: one thread holds the interpreter at a time."""
+    monkeypatch.setattr(GrowingPool, "MOMENT", 60)
+    names, left, done = set(), [*range(300)], threading.Event()
+
+    def task():
+        names.add(threading.current_thread().name)
+        left.pop()
+        if not left:
+            done.set()
+
+    for _ in range(300):
+        growing.start(task)
+
+    assert done.wait(10)
+    assert len(names) <= GrowingPool.FEW + 1  # and the one that looks after them
+
+
+def test_tasks_that_wait_for_something_slow_get_a_thread_each_a_moment_later(growing):
+    """Twelve that each wait for all others: the first four alone would wait for ever."""
+    meeting = threading.Barrier(13)
+    for _ in range(12):
+        growing.start(meeting.wait, 10)
+
+    meeting.wait(10)
+
+
+def test_a_growing_pool_keeps_to_its_limit_and_does_all_tasks():
+    running, most, done = 0, 0, threading.Semaphore(0)
+    lock = threading.Lock()
+    narrow = GrowingPool(6, "narrow")
+
+    def task():
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.03)  # slower than a moment
+        with lock:
+            running -= 1
+        done.release()
+
+    for _ in range(30):
+        narrow.start(task)
+
+    assert all(done.acquire(timeout=10) for _ in range(30))
+    assert most <= 6
+    narrow.shutdown()
+
+
+def test_a_pool_of_one_thread_does_one_task_after_the_other():
+    pool, done = GrowingPool(1, "one"), []
+    finished = threading.Event()
+    for i in range(20):
+        pool.start(done.append, i)
+    pool.start(finished.set)
+
+    assert finished.wait(10)
+    assert [*range(20)] == done
+    pool.shutdown()
+
+
+def test_a_growing_pool_drops_what_waits_at_its_end_once_and_does_the_rest():
+    entered, release, told = threading.Barrier(5), threading.Event(), []
+    pool = GrowingPool(4, "ending")
+    for _ in range(4):
+        pool.start(lambda: (entered.wait(10), release.wait(10), told.append("done")))
+    entered.wait(10)
+    for i in range(3):
+        pool.start(told.append, "ran", dropped=lambda i=i: told.append(i))
+    pool.shutdown()
+    pool.start(told.append, "ran", dropped=lambda: told.append("too late"))
+    pool.shutdown()
+
+    assert [0, 1, 2, "too late"] == told
+    release.set()
+    deadline = time.monotonic() + 10
+    while len(told) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ["done"] * 4 == told[4:]
+
+
+def test_a_task_of_a_growing_pool_that_raises_does_not_cost_its_thread(growing, caplog):
+    for _ in range(GrowingPool.FEW):
+        growing.start(lambda: 1 / 0)
+
+    assert 1 == result_of(growing, lambda: 1)
+    assert "growing: a task raised" in caplog.text

@@ -68,6 +68,18 @@ def test_a_question_has_the_session_the_clone_and_the_cursor_of_the_answer_befor
     assert 45.0 == server.seen("retrieve_futures")[0].timeout[1]
 
 
+def test_after_news_it_waits_a_moment_for_more_of_it(watch, server):
+    """Of many samples that end together, each would otherwise cost a question."""
+    server.script("retrieve_futures", finished("r1", cursor=1), finished("r0", cursor=2))
+    waiting = [promise("r0"), promise("r1")]
+    for one in waiting:
+        watch.watch(one)
+    for one in waiting:
+        one.future.result(10)
+
+    assert [sample_watch.GATHER] == server.clock.slept
+
+
 def test_what_was_fetched_is_acknowledged(watch, server):
     """So that the server may forget it."""
     server.script("retrieve_futures", finished("r0"))

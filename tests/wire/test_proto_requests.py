@@ -58,6 +58,24 @@ def test_arrays_are_little_endian_in_the_request():
     )
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 127, 128, 1023, 1025, 2047, 2049, 40_000])
+def test_arrays_of_any_length_arrive_short_ones_as_copies_and_long_ones_as_views(length):
+    tokens, weights = np.arange(length) % 50_000, np.linspace(-1, 1, length, dtype=np.float32)
+    inputs = {
+        "target_tokens": types.TensorData.from_numpy(tokens[::-1]),
+        "weights": types.TensorData.from_numpy(weights),
+    }
+    datum = types.Datum(types.ModelInput.from_ints(tokens), inputs)
+    read = parsed(request(data=[datum, datum])).data
+
+    for one in read:
+        assert bytes_of(tokens, "<i4") == one.model_input[0].encoded_text.tokens
+        assert bytes_of(tokens[::-1], "<i8") == one.loss_fn_inputs["target_tokens"].dense
+        assert bytes_of(weights, "<f4") == one.loss_fn_inputs["weights"].dense
+        assert [length] == one.loss_fn_inputs["weights"].shape
+    assert 2 == len(read)
+
+
 def test_numbers_go_into_both_maps_and_texts_into_the_newer():
     """Servers before 0.27 read map 5, which cannot hold text."""
     sent = parsed(request(loss_fn_config={"low": 0.5, "mode": "a"}))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -73,6 +75,89 @@ class Pool:
             function(*args)
         except BaseException:
             logger.exception("%s: a task raised", self._name)
+
+
+class GrowingPool(Pool):
+    """A pool that begins with few threads, and gets more while tasks wait for something slow.
+
+    Requests to a server nearby are answered so soon that more threads only get in each other's way:
+    one holds the interpreter at a time. Where a task takes longer, what waits gets threads a moment
+    later: four times as many, or one for each task if no task was done in that time.
+    """
+
+    #: Threads at first; seconds until the next look; tasks of a thread in that time that are quick.
+    FEW, MOMENT, QUICK = 4, 0.02, 10
+
+    def __init__(self, max_workers: int, name: str) -> None:
+        super().__init__(max_workers, name)
+        self._most = max_workers
+        self._ended = threading.Event()
+        self._lock = threading.Lock()  # guards the four below
+        self._waiting: deque[tuple[Callable[[], object], Callable[[], object]]] = deque()
+        self._running = 0
+        self._done = 0
+        self._is_watched = False
+
+    def start(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        dropped: Callable[[], object] = lambda: None,
+    ) -> None:
+        """See `Pool.start`."""
+        with self._lock:
+            self._waiting.append((functools.partial(self._run, function, *args), dropped))
+            is_few = self._running < min(self.FEW, self._most)
+            watch = not is_few and not self._is_watched
+            self._running += is_few
+            self._is_watched = self._is_watched or watch
+        if is_few:
+            super().start(self._work, dropped=self._drop)
+        if watch:
+            super().start(self._grow)
+        if self._ended.is_set():
+            self._drop()
+
+    def shutdown(self) -> None:
+        """See `Pool.shutdown`."""
+        self._ended.set()
+        super().shutdown()
+        self._drop()
+
+    def _work(self) -> None:
+        """Do what waits until nothing does. Runs on a thread of the pool."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                task, _ = self._waiting.popleft()
+            task()
+            with self._lock:
+                self._done += 1
+
+    def _grow(self) -> None:
+        """Add threads as long as tasks wait. Runs on a thread of the pool."""
+        while True:
+            before = self._done
+            self._ended.wait(self.MOMENT)
+            with self._lock:
+                done, more = self._done - before, 0
+                if not self._waiting or self._ended.is_set():
+                    self._is_watched = False
+                    return
+                if done < self.QUICK * self._running:
+                    room = min(len(self._waiting), self._most - self._running - 1)
+                    more = max(0, min(room, 3 * self._running) if done else room)
+                self._running += more
+            for _ in range(more):
+                super().start(self._work, dropped=self._drop)
+
+    def _drop(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, deque()
+        for _, dropped in waiting:
+            dropped()
 
 
 #: All pools of this process that still exist.

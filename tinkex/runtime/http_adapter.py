@@ -474,7 +474,8 @@ def _self_test() -> bool:
         pool.pool.get_nowait()  # type: ignore[union-attr]  # room for one connection
         pool._put_conn(conn)
         timeout = urllib3.Timeout(connect=1.0, read=1.0)
-        reply = pool.urlopen("POST", "/x", b"body", {"A": "b"}, timeout=timeout)
+        sent = _Headers({"a": ("A", "b")})
+        reply = pool.urlopen("POST", "/x", b"body", sent, timeout=timeout)
         request = prepared_request("POST", "http://localhost/x", b"body")
         response = requests.adapters.HTTPAdapter.__new__(KeptConnections).build_response(
             request, reply
@@ -482,6 +483,8 @@ def _self_test() -> bool:
         return (
             b"ok" == response.content == b"".join(response.iter_content(1))
             and theirs.recv(1000) == b"POST /x HTTP/1.1\r\nHost: localhost\r\nA: b\r\n\r\nbody"
+            and [("Content-Length", "2")] == list(response.headers.items())
+            and response.headers["content-LENGTH"] == "2"
             and pool._get_conn() is conn
         )
     except Exception as exc:  # other versions of urllib3 or requests may raise anything
@@ -525,22 +528,46 @@ def _plain_head(start: bytes) -> tuple[int, CaseInsensitiveDict[str], int, int] 
     if end < 0 or start[:9] != b"HTTP/1.1 ":
         return None
     status, *lines = start[9:end].decode("latin-1").split("\r\n")
-    headers: CaseInsensitiveDict[str] = CaseInsensitiveDict()
+    found: dict[str, tuple[str, str]] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not name or name != name.strip():
             return None
-        value = value.strip()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    length = headers.get("Content-Length", "")
+        lower, value = name.lower(), value.strip()
+        if lower in found:
+            value = f"{found[lower][1]}, {value}"
+        found[lower] = (name, value)
+    _, length = found.get("content-length", ("", ""))
     if (
         status[:3] in ("204", "304")
         or not (status[:3].isdigit() and status[:1] >= "2")
         or not (length.isascii() and length.isdigit() and int(length) <= LONGEST)
-        or "Transfer-Encoding" in headers
-        or "Content-Encoding" in headers
-        or "Set-Cookie" in headers
-        or headers.get("Connection", "keep-alive").lower() != "keep-alive"
+        or not _UNUSUAL.isdisjoint(found)
+        or found.get("connection", ("", "keep-alive"))[1].lower() != "keep-alive"
     ):
         return None
-    return int(status[:3]), headers, end + 4, int(length)
+    return int(status[:3]), _Headers(found), end + 4, int(length)
+
+
+#: Headers of answers that take the usual way.
+_UNUSUAL = frozenset({"transfer-encoding", "content-encoding", "set-cookie"})
+
+
+def case_insensitive(headers: Mapping[str, str]) -> CaseInsensitiveDict[str]:
+    """*headers* for a request."""
+    if not quick_path_works():
+        return CaseInsensitiveDict(headers)
+    return _Headers({name.lower(): (name, value) for name, value in headers.items()})
+
+
+class _Headers(CaseInsensitiveDict[str]):
+    """Headers, by names in lower case, that are set and listed at once.
+
+    Its base class calls two Python functions for each of them.
+    """
+
+    def __init__(self, store: dict[str, tuple[str, str]]) -> None:
+        self._store = store
+
+    def items(self) -> Any:
+        return self._store.values()

@@ -20,7 +20,13 @@ from tinkex.futures import fail
 from tinkex.runtime import http_adapter
 from tinkex.runtime.exchange_limits import ExchangeLimits
 from tinkex.runtime.executor import on_daemon_thread
-from tinkex.runtime.http_adapter import KeptConnections, is_plain, prepared_request, read_within
+from tinkex.runtime.http_adapter import (
+    KeptConnections,
+    case_insensitive,
+    is_plain,
+    prepared_request,
+    read_within,
+)
 
 #: Default headers of a new requests.Session; others were set by the user.
 _REQUESTS_OWN = requests.utils.default_headers()
@@ -86,7 +92,7 @@ class HttpSession:
         """
         request = prepared_request(method, url, body)
         request.hooks = self._hooks
-        request.headers = requests.structures.CaseInsensitiveDict(headers)
+        request.headers = case_insensitive(headers)
         if not self._owns_session:
             self._apply(request, with_auth)
         if self._session.cookies:

@@ -87,4 +87,5 @@ def made_model(
     with session.model_numbers.lent() if number is None else nullcontext(number) as taken:
         post = partial(session.post, operation, request(taken))
         session.start(operation, post, future, queue=f"create-{session.session_id}-{taken}")
+    wire.load_protobuf()  # for the first batch
     return future.result(), taken

@@ -96,8 +96,11 @@ class Poller:
     the way resolves its future; none is ever dropped.
     """
 
-    #: Polls of one queue that begin at once, and seconds until there are more in an unordered one.
-    ORDERED_WIDTH, UNORDERED_WIDTH, MORE_AFTER = 4, 16, 0.1
+    #: Polls of one queue that begin at once.
+    WIDTH = 4
+    #: Seconds after which an unordered queue may get more: when none came in that time, and at the
+    #: latest after so many times that.
+    MORE_AFTER, MOST_TIMES = 0.05, 5
 
     def __init__(
         self,
@@ -124,10 +127,9 @@ class Poller:
 
     def watch(self, promise: Promise[Any], *, ordered: bool = True) -> None:
         """Resolve the promise's future with its result, when there is one."""
-        width = self.ORDERED_WIDTH if ordered else self.UNORDERED_WIDTH
         with self._lock:
             closed, asked = self._closed.is_set(), self._asked.get(promise.queue, 0)
-            start = not closed and asked < width
+            start = not closed and asked < self.WIDTH
             grow = not (closed or start or ordered or promise.queue in self._growing)
             if grow:
                 self._growing.add(promise.queue)
@@ -172,7 +174,14 @@ class Poller:
 
     def _grow(self, queue: str) -> None:
         """A moment later, have a thread for each promise that waits in an unordered queue."""
-        self._sleep(self.MORE_AFTER)
+        before = -1
+        for _ in range(self.MOST_TIMES):
+            self._sleep(self.MORE_AFTER)
+            with self._lock:
+                waiting = len(self._queues.get(queue, ()))
+            if waiting <= before:
+                break
+            before = waiting
         with self._lock:
             self._growing.discard(queue)
             asked = self._asked.get(queue, 0)

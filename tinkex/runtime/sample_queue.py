@@ -56,6 +56,9 @@ class SampleQueue:
         self.session = session
         self.sampling_session_id = sampling_session_id
         self.retry = retry
+        usual = retry or Retry()
+        #: Of the request itself: a 429 holds back all samplers.
+        self.post_retry = attrs.evolve(usual, pass_on=usual.pass_on | {429})
         self.on_queue_state = on_queue_state
         self._owns_session = owns_session
         self._lock = threading.Lock()  # guards _next
@@ -236,10 +239,9 @@ class _Sample:
 
     def _post(self, wait: Wait) -> Any:
         headers = {"X-Tinker-Sampling-Backpressure": "1"}
-        retry = self._queue.retry or Retry()
-        retry = attrs.evolve(retry, pass_on=retry.pass_on | {429})  # it holds back all samplers
-        return self._queue.session.post(
-            wire.SAMPLE, self._request, wait, retry=retry, headers=headers
+        queue = self._queue
+        return queue.session.post(
+            wire.SAMPLE, self._request, wait, retry=queue.post_retry, headers=headers
         )
 
     def _finish(self, inner: Any) -> None:

@@ -19,6 +19,7 @@ from tinkex.runtime.session import Session
 
 logger = logging.getLogger("tinkex")
 
+GATHER = 0.005  # seconds after news, in which more samples may finish, until the next question
 LINGER = 5.0  # seconds that the idle thread stays alive
 DOUBT = 60.0  # seconds without news after which each sample is polled separately
 
@@ -136,6 +137,8 @@ class CompletionWatch:
         self._attempts.answered(is_news=is_news)
         if is_news:
             self._news_at = now
+            if self._waiting:
+                self._session.transport.sleep(GATHER)
         elif now - self._news_at > DOUBT:
             self._news_at = now
             self._poll_each()
@@ -169,7 +172,8 @@ class CompletionWatch:
         """
         with self._changed:
             new = set(request_ids) - self._told
-            self._told = (self._told | new) - set(forgotten)
+            self._told |= new  # in place, as there may be many
+            self._told.difference_update(forgotten)
             ready = [self._waiting.pop(id) for id in request_ids if id in self._waiting]
         for promise in ready:
             self._session.poller.watch(promise, ordered=False)

@@ -26,7 +26,7 @@ from tinkex.runtime import (
     telemetry,
 )
 from tinkex.runtime.connection import CLOSE_TIMEOUT, HURRIED_TIMEOUT, Connection
-from tinkex.runtime.executor import Pool
+from tinkex.runtime.executor import GrowingPool, Pool
 from tinkex.runtime.heartbeat import Heartbeat
 from tinkex.runtime.pending import PendingOperations, describe, drop
 from tinkex.runtime.polling import Poller, Promise
@@ -107,7 +107,7 @@ class Session(Connection):
         self.restores_at_once: bool | None = None
         self._background = Pool(16, "tinkex-background")
         #: Submits samples.
-        self.sample_pool = Pool(settings.sampling.connections, "tinkex-sample")
+        self.sample_pool = GrowingPool(settings.sampling.connections, "tinkex-sample")
         #: Objects started by the session's clients, which end with the session.
         self.dependents: weakref.WeakSet[Dependent] = weakref.WeakSet()
         #: Unfinished operations of the session's clients.

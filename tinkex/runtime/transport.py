@@ -198,7 +198,7 @@ class Transport:
                 accept,
                 parse,
                 wait,
-                retry or Retry(),
+                retry or _USUAL_RETRY,
                 self.clock(),
             )
             return request.send()
@@ -343,8 +343,7 @@ class _Request(Generic[R]):
     def _once(self, timeout: float) -> R:
         transport = self.transport
         answer = transport._exchange(self, timeout)
-        invalid = "invalid_token" in answer.headers.get("WWW-Authenticate", "")
-        if answer.status == 401 and invalid and transport.refresh_key():
+        if answer.status == 401 and _is_invalid_token(answer) and transport.refresh_key():
             answer = transport._exchange(self, timeout)
         transport.waits.heard()
         is_answer = 200 <= answer.status < 300 or answer.status in self.accept
@@ -373,6 +372,13 @@ class _Request(Generic[R]):
             return self.policy.budget
         patience = self.transport.config.patience
         return patience.no_answer if self.transport.established else patience.first_contact
+
+
+_USUAL_RETRY = Retry()
+
+
+def _is_invalid_token(answer: Answer) -> bool:
+    return "invalid_token" in answer.headers.get("WWW-Authenticate", "")
 
 
 _OUTCOME_UNKNOWN = (

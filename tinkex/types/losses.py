@@ -221,7 +221,8 @@ def _check_targets(inputs: Mapping[str, object], i: int) -> None:
     values = targets.values  # type: ignore[attr-defined]
     if values.dtype.kind == "f":
         raise ValueError(f"data[{i}] target_tokens must be token ids (int64), got float32.")
-    if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**31):
+    # As unsigned numbers the negative ones are the largest: one look at each is enough.
+    if values.size and int(values.view(np.uint64).max()) >= 2**31:
         raise ValueError(
             f"data[{i}] target_tokens holds {int(values.min())}..{int(values.max())}; "
             "token ids are never negative. Mask a position out with weight 0, not with target -100."

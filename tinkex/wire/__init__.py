@@ -25,6 +25,11 @@ JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 
 
+def load_protobuf() -> None:
+    """Import what the protobuf form needs (some 20 ms), while something is waited for anyway."""
+    from tinkex.wire import proto_requests, proto_results  # noqa: F401
+
+
 def encode_request(
     request: ForwardBackwardRequest, protobuf: bool, compress: bool = False
 ) -> tuple[str, str, str | None, bytes]:

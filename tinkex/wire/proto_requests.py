@@ -79,19 +79,19 @@ def encode_request(request: types.ForwardBackwardRequest) -> bytes:
     body = Body()
     body.parts.append(message.SerializeToString())
     for i, datum in enumerate(request.data):
-        body.add(3, _datum(datum, i))
+        body.add_message(3, _datum(datum, i))
     return b"".join(body.parts)
 
 
 def _datum(datum: types.Datum, index: int) -> Body:
     body = Body()
     for chunk in datum.model_input.chunks:
-        body.add(1, _chunk(chunk, index))
+        body.add_message(1, _chunk(chunk, index))
     for name, tensor in datum.loss_fn_inputs.items():
         entry = Body()
         entry.add(1, name.encode())
-        entry.add(2, write_tensor(tensor))
-        body.add(2, entry)
+        entry.add_message(2, write_tensor(tensor))
+        body.add_message(2, entry)
     for number, spans in ((3, datum.model_input_spans), (4, datum.loss_fn_input_spans)):
         for span in spans or ():
             body.add(number, _span(span))
@@ -107,19 +107,20 @@ def _span(span: types.ProvenanceSpan) -> bytes:
     return written
 
 
-def _chunk(chunk: Any, index: int) -> Body | bytes:
+def _chunk(chunk: Any, index: int) -> Body:
+    body = Body()
     if isinstance(chunk, types.EncodedTextChunk):
-        text, body = Body(), Body()
+        text = Body()
         text.add(1, bytes_of(chunk.tokens_np, "<i4"))
-        body.add(1, text)
+        body.add_message(1, text)
         return body
     if isinstance(chunk, types.ImageChunk):
         message = CLASSES["Chunk"]()
         message.image.data, message.image.format = chunk.data, chunk.format
         if chunk.expected_tokens is not None:
             message.image.expected_tokens = chunk.expected_tokens
-        written: bytes = message.SerializeToString()
-        return written
+        body.add_fields(message.SerializeToString())
+        return body
     raise ValueError(
         f"data[{index}] holds an ImageAssetPointerChunk, which protobuf requests cannot "
         "carry; give the image itself as an ImageChunk."

@@ -6,6 +6,7 @@ without copies unless the type is converted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,6 +35,10 @@ FLOAT32, INT64, INT32, BFLOAT16 = 1, 2, 3, 4
 #: The numpy format of the numbers of each DType: little-endian on every machine.
 LAYOUTS = {FLOAT32: "<f4", INT64: "<i8", INT32: "<i4", BFLOAT16: "<u2"}
 DTYPES = {"float32": FLOAT32, "int64": INT64}
+
+
+#: Arrays of at most this many bytes are copied, which is quicker than making a view.
+SMALL = 1 << 13
 
 
 def to_bytes(array: np.ndarray, layout: str) -> bytes:
@@ -93,22 +98,30 @@ class Body:
         self.parts: list[bytes | memoryview] = []
         self.size = 0
 
-    def add(self, number: int, content: bytes | memoryview | Body) -> None:
-        """Add field *number*: bytes, a string in UTF-8 or a message."""
-        size = content.size if isinstance(content, Body) else len(content)
-        head = varint(number << 3 | 2) + varint(size)
-        self.parts.append(head)
-        if isinstance(content, Body):
-            self.parts += content.parts
-        else:
-            self.parts.append(content)
+    def add(self, number: int, content: bytes | memoryview) -> None:
+        """Field *number*, of bytes, a string in UTF-8 or a message that is written already."""
+        size = len(content)
+        head = _field_head(number, size)
+        self.parts += (head, content)
         self.size += len(head) + size
 
-    def add_number(self, number: int, value: int) -> None:
-        """Add field *number*: an enum."""
-        part = varint(number << 3) + varint(value)
-        self.parts.append(part)
-        self.size += len(part)
+    def add_message(self, number: int, message: Body) -> None:
+        """Field *number*, of a message."""
+        head = _field_head(number, message.size)
+        self.parts.append(head)
+        self.parts += message.parts
+        self.size += len(head) + message.size
+
+    def add_fields(self, fields: bytes) -> None:
+        """Fields that are written already."""
+        self.parts.append(fields)
+        self.size += len(fields)
+
+
+@functools.lru_cache(1 << 12)
+def _field_head(number: int, size: int) -> bytes:
+    """What comes before the *size* bytes of a field: most sizes of a batch come again and again."""
+    return varint(number << 3 | 2) + varint(size)
 
 
 def varint(value: int) -> bytes:
@@ -123,8 +136,10 @@ def varint(value: int) -> bytes:
     return bytes(groups)
 
 
-def bytes_of(array: np.ndarray, layout: str) -> memoryview:
-    """The bytes of *array* in *layout*, without a copy if they already are."""
+def bytes_of(array: np.ndarray, layout: str) -> bytes | memoryview:
+    """The bytes of *array* in *layout*; large arrays that already have it are not copied."""
+    if array.nbytes <= SMALL:
+        return to_bytes(array, layout)
     return np.ascontiguousarray(array, layout).reshape(-1).view(np.uint8).data
 
 
@@ -138,12 +153,18 @@ def write_tensor(tensor: types.TensorData) -> Body:
         sparse.add(1, values)
         sparse.add(2, bytes_of(tensor.sparse_crow_indices, "<i8"))
         sparse.add(3, bytes_of(tensor.sparse_col_indices, "<i8"))
-        body.add(2, sparse)
+        body.add_message(2, sparse)
     else:
         body.add(1, values)
-    body.add_number(3, dtype)
-    body.add(4, b"".join(map(varint, tensor.shape)))
+    body.add_fields(_dtype_and_shape(dtype, tuple(tensor.shape)))
     return body
+
+
+@functools.lru_cache(1 << 10)
+def _dtype_and_shape(dtype: int, shape: tuple[int, ...]) -> bytes:
+    """Fields 3 and 4 of a Tensor, which are the same in most tensors of a batch."""
+    lengths = b"".join(map(varint, shape))
+    return varint(3 << 3) + varint(dtype) + _field_head(4, len(lengths)) + lengths
 
 
 def read_tensor(message: Any) -> types.TensorData:
