@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, and its derivative.
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
-padding. Only attention knows where a sequence ends. On an accelerator torch's kernel computes it,
-unless scores are capped. Otherwise queries are computed in blocks, so that scores stay in the
-caches, and memory and arithmetic grow with the window and not with the square of the length.
+padding. Only attention knows where a sequence ends. torch's kernel computes it, unless scores are
+capped, or of 16 bits on a CPU. Then, or with a window, queries are computed in blocks: scores stay
+in the caches, and memory and arithmetic grow with the window, not with the square of the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -28,10 +28,10 @@ LEAST_FILL = 0.85
 
 #: Attention scores held at a time, by kind of device: on a CPU so few that they stay in a core's
 #: cache.
-BLOCK_PRODUCTS = {"cpu": 2**18, "cuda": 64 * 2**20}
+BLOCK_PRODUCTS = {"cpu": 2**17, "cuda": 64 * 2**20}
 
 #: Fewest queries of a block.
-LEAST_QUERIES = 32
+LEAST_QUERIES = 64
 
 
 class Packing:
@@ -126,7 +126,8 @@ def attention(
         cap: soft cap of the scaled scores, at +-cap; 0 is no cap.
         window: positions that a query attends to, including its own; 0 is all.
     """
-    if cap or (q.device.type == "cpu" and q.shape[2] >= min(LEAST_QUERIES, k.shape[2])):
+    is_half_on_cpu = q.device.type == "cpu" and q.dtype.itemsize == 2
+    if cap or (is_half_on_cpu and q.shape[2] >= min(LEAST_QUERIES, k.shape[2])):
         out: Tensor = _InBlocks.apply(q, k, v, scale, cap, window)
         return out
     kernel = partial(
@@ -150,9 +151,8 @@ class _InBlocks(torch.autograd.Function):
     """Attention in blocks of queries, over the keys that any of them attends to.
 
     The backward pass recomputes the scores, as flash attention does (Dao et al. 2022). torch's
-    kernel has no soft cap, and is slower on a CPU, in bfloat16 several times. On a CPU scores are
-    float32 for queries and keys of any type, as in that kernel: rounding to bfloat16 would change
-    weights by percents.
+    kernel has no soft cap, and takes twice to four times as long for bfloat16 on a CPU. As in that
+    kernel, scores are float32 there: rounding them to bfloat16 would change weights by percents.
     """
 
     @staticmethod
