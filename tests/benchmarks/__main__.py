@@ -1,10 +1,10 @@
-"""`make bench`: every figure side by side in one run, the page that shows them, and what moved.
+"""`make bench`: measures all figures, writes their page, and prints which have changed.
 
 Usage: python -m tests.benchmarks [client] [engine] [whole] [growth] [rendering] [llama] [gpu]
-[--minutes M] [--model NAME] [--dtype TYPE] [--case NAME]; without names, all that this machine can
-run. Writes docs/benchmarks.md, docs/benchmarks.json and the pictures beside them; parts that were
-not run keep what they had, and nothing is written of a part of which only some rows are measured.
-Prints which figures have moved by more than noise since the last commit.
+[--minutes M] [--model NAME] [--dtype TYPE] [--case NAME]; without names, all parts that this
+machine can run. Writes docs/benchmarks.md, docs/benchmarks.json and the pictures beside them. Parts
+that are not run, or of which only some rows are measured, are not changed. Prints which figures
+have changed by more than noise since the last commit.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ PAGE = figures.FILE.with_suffix(".md")
 
 INTRODUCTION = """# Benchmarks
 
-Command: `make bench` (a quarter of an hour; a part: `make bench ARGS=client`, others in
-`make bench ARGS=--help`). Everything in a row ran in turns in the same run: ours, what a user would
-pick instead, and where it stands, the **limit of this machine**. A ratio or share is the median
-over the rounds, ± half the distance from the least to the largest. Absolute numbers give a feeling
-only; they mean nothing on another machine. The ratios are kept in `benchmarks.json`; the command
-compares with those last committed and prints what has moved by more than both spreads.
+Command: `make bench` (a quarter of an hour; a part: `make bench ARGS=client`, others in `make bench
+ARGS=--help`). All figures of a row were measured in turns in the same run: ours, the alternative
+that a user would choose, and, where given, the **limit of this machine**. A ratio or share is the
+median over the rounds, ± half the distance from the smallest to the largest. Absolute numbers are
+only a rough guide; they mean nothing on another machine. The ratios are stored in
+`benchmarks.json`; the command compares them with the last committed ones and prints those that
+moved by more than both spreads.
 """
 
 
 @attrs.frozen
 class Options:
-    """What was asked for: seconds for the part, and which rows of the engine's."""
+    """The options of a run: seconds for the part, and selected rows of the engine."""
 
     seconds: float
     models: Sequence[str] = ()
@@ -46,20 +47,20 @@ class Options:
 
     @property
     def is_whole(self) -> bool:
-        """True if every row is measured, as the page and the file need."""
+        """True if every row is measured, as required for the page and the file."""
         return not (self.models or self.dtypes or self.cases)
 
 
 @attrs.frozen
 class Part:
-    """A section of the page, and the rows whose figures are kept."""
+    """A section of the page, and the rows whose figures are stored."""
 
     text: str
     rows: Sequence[Row]
 
 
 def client_part(options: Options) -> Part:
-    """The client against the official SDK, and an operation's cost against their number."""
+    """The client against the official SDK, and the cost of an operation by their number."""
     from tests.benchmarks.plots import plot  # matplotlib, which the tests of this do not need
 
     rows, curves = client.run_all(options.seconds)
@@ -71,7 +72,7 @@ def client_part(options: Options) -> Part:
         "",
         table(rows),
         "",
-        "What an operation costs does not grow with how many are queued or in flight:",
+        "The cost of an operation does not grow with the number of queued or running operations:",
         "",
         "| operations | " + " | ".join(f"{n:,}" for n in client.GROWTH) + " |",
         "|---" * (len(client.GROWTH) + 1) + "|",
@@ -82,13 +83,13 @@ def client_part(options: Options) -> Part:
         "",
         "![cost per operation against their number](growth.svg)",
         "",
-        "What limits it: 200 samples of 1,000 ms take at least that second with any client; the "
-        "time on top of it has its own row. It is the time in which the 200 are submitted: each is "
-        "done a second after its own submit, and its result is there some ms later. Four threads "
-        "submit, and more only where the server is slow to accept. On a server without "
-        "retrieve_futures each has a long poll, with a connection and a thread of its own; all but "
-        "the first 4 begin when the 200 are submitted. The quicker the official SDK is, the closer "
-        "to 1 is the ratio of the whole times.",
+        "The limit: 200 samples of 1,000 ms take at least one second with any client; the "
+        "additional time has its own row. It is the time to submit all 200: each sample is done "
+        "one second after its own submit, and its result arrives a few ms later. Four threads "
+        "submit, and more only if the server is slow to accept. On a server without "
+        "retrieve_futures, each sample has a long poll with its own connection and thread; all "
+        "but the first 4 polls begin when the 200 are submitted. The faster the official SDK is, "
+        "the closer to 1 is the ratio of the total times.",
         "",
         _price_of_session(rows),
     ]
@@ -99,7 +100,7 @@ def _price_of_session(rows: Sequence[Row]) -> str:
     [row] = [row for row in rows if client.OF_SESSION in row.case]
     ours, without = (statistics.median(values) for values in (row.ours, row.theirs))
     return (
-        "The price of `requests.Session`, through which all goes so that hooks, mocks and "
+        "The cost of `requests.Session`, which all traffic uses so that hooks, mocks and "
         f"instrumentation see every exchange: {ours - without:.0f} us of processor time for each, "
         f"{ours:.0f} with it and {without:.0f} with the adapter alone."
     )
@@ -119,12 +120,12 @@ def engine_part(options: Options, device: str = "cpu") -> Part:
     title = "The engine" if device == "cpu" else "The engine on a GPU"
     lines = [
         f"## {title}, against transformers and PEFT, and against the machine",
-        "Padded batches and `generate`, the same numbers on the same data, in a process of their "
-        "own with torch's own settings. Ratio: tinkex / instead. Limit: all products with the "
-        "model's matrices at the speed of the best product (1,024 cubed) that the processor made "
-        "in the same round, and nothing else to do. In decoding: these products for the prompts, "
-        "then for each token of all streams the products or, if that takes longer, reading the "
-        "weights once at the bandwidth at which the same round read as many bytes.",
+        "Padded batches and `generate`, the same numbers on the same data, in a separate process "
+        "with torch's own settings. Ratio: tinkex / alternative. Limit: only the products with "
+        "the model's matrices, at the speed of the fastest product (1,024 cubed) measured in the "
+        "same round. In decoding: these products for the prompts, then for each token of all "
+        "streams the products or, if that takes longer, reading the weights once at the "
+        "bandwidth measured in the same round for as many bytes.",
         "",
         table(rows, OF_LIMIT),
     ]
@@ -134,19 +135,19 @@ def engine_part(options: Options, device: str = "cpu") -> Part:
 
 
 def whole_part(options: Options) -> Part:
-    """The whole way against the engine alone, and first times."""
+    """The whole stack against the engine alone, and times from the start."""
     from tests.benchmarks import whole
 
     rows = whole.rows(options.seconds)
     lines = [
         "## The whole way",
-        "SDK, HTTP, scheduler and engine together; instead: the engine alone, or the time allowed. "
-        "From nothing: a process that starts with files in the system's cache; floor: "
+        "SDK, HTTP, scheduler and engine together; alternative: the engine alone, or the allowed "
+        "time. From nothing: a process that starts with its files in the system's cache; floor: "
         "`import torch`.",
         "",
         table(rows),
         "",
-        "Where the time goes until the first loss and the first token:",
+        "Time until the first loss and the first token, by stage:",
         "",
         whole.stages(),
     ]
@@ -154,16 +155,16 @@ def whole_part(options: Options) -> Part:
 
 
 def growth_part(options: Options) -> Part:
-    """Costs against numbers and sizes."""
+    """Costs by numbers and sizes."""
     from tests.benchmarks import growth
 
     rows, found = growth.run()
     lines = [
         "## What grows with what",
-        "A curve may rise in proportion (slope 1), but not bend upwards. The slope at the end is "
-        "that of a line through the last three points, in logarithms. Dotted in the picture: in "
-        "proportion. Attention compares each token with all before it, so what it takes for a "
-        "token grows with the length of the text; nothing else does.",
+        "A curve may rise proportionally (slope 1), but not bend upwards. The slope at the end "
+        "is that of a line fitted to the last three points, on logarithmic axes. Dotted in the "
+        "picture: proportional growth. Attention compares each token with all previous ones, so "
+        "its cost per token grows with the length of the text; nothing else does.",
         "",
         growth.text_of(found),
         "",
@@ -181,9 +182,9 @@ def rendering_part(options: Options) -> Part:
     rows = rendering.rows(options.seconds)
     lines = [
         "## Conversations to tokens",
-        "Processor time of all threads. Ours: tokens and weights of a batch; instead: what "
-        "transformers' `apply_chat_template` takes for each conversation, without weights, or the "
-        "time allowed.",
+        "Processor time of all threads. Ours: tokens and weights of a batch; alternative: "
+        "transformers' `apply_chat_template` for each conversation, without weights, or the "
+        "allowed time.",
         "",
         table(rows),
     ]
@@ -191,7 +192,7 @@ def rendering_part(options: Options) -> Part:
 
 
 def llama_part(options: Options) -> Part:
-    """Decoding beside llama.cpp on the same weights."""
+    """Decoding compared with llama.cpp on the same weights."""
     from tests.benchmarks import llama
 
     rows = llama.rows(options.seconds)
@@ -203,7 +204,7 @@ def gpu_part(options: Options) -> Part:
     return engine_part(options, "cuda")
 
 
-#: Parts of the page in its order, and the share of the time that each gets.
+#: Parts of the page in order, and the fraction of the time for each.
 PARTS: dict[str, tuple[Callable[[Options], Part], float]] = {
     "client": (client_part, 0.2),
     "engine": (engine_part, 0.55),
@@ -213,14 +214,14 @@ PARTS: dict[str, tuple[Callable[[Options], Part], float]] = {
     "llama": (llama_part, 0.0),
     "gpu": (gpu_part, 0.0),
 }
-#: Run only when they are asked for, as they need what few machines have.
+#: Run only on request, because they need special hardware or software.
 ON_REQUEST = ("llama", "gpu")
-#: Parts take a little longer than they get: each case has a least number of rounds.
+#: Parts take a little longer than this: each case has a minimum number of rounds.
 MINUTES = 13.0
 
 
 def write_page(parts: dict[str, str]) -> None:
-    """Put the sections that were made into the page."""
+    """Insert the measured sections into the page."""
     old = PAGE.read_text() if PAGE.exists() else ""
     sections = [INTRODUCTION]
     for name in PARTS:
@@ -234,7 +235,7 @@ def write_page(parts: dict[str, str]) -> None:
 
 
 def run_part(name: str, options: Options, committed: dict[str, Any]) -> None:
-    """Run one part, write it to the page and the file, and print what moved."""
+    """Run one part, write it to the page and the file, and print what has changed."""
     load, started = machine.load(), time.perf_counter()
     part = PARTS[name][0](options)
     taken = time.perf_counter() - started

@@ -1,6 +1,6 @@
 """The client against the official SDK, side by side on the same do-nothing server.
 
-Every case is a process of its own, one of each SDK after the other in every round.
+Every case runs in a separate process; in every round, both SDKs run in turn.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ NAMES = {
     "samples_2000_polled": "the same 2,000, server without retrieve_futures",
     "samples_200_polled": "the same 200, server without retrieve_futures",
 }
-#: Seconds that no client can be quicker than, where they are much of the whole.
+#: Lower bounds in seconds for any client, where they dominate the total.
 LATENCY = {"samples_200": 1.0, "samples_200_polled": 1.0}
 OF_SESSION = "against the adapter without requests.Session"
 GROWTH = (10, 100, 1000, 10_000)
 
-#: Cost against numbers, by what is counted.
+#: Costs by number, for each counted object.
 Curves = dict[str, list[tuple[int, float]]]
 
 
@@ -110,7 +110,7 @@ def run_all(seconds: float) -> tuple[list[Row], Curves]:
 def _case_rows(
     case: str, figures: Sequence[tuple[str, str, float, float | None]], url: str, seconds: float
 ) -> list[Row]:
-    """A case of both SDKs in turns, and of the bare loop where there is one."""
+    """A case of both SDKs in turns, and of the bare loop if there is one."""
     names = ["tinkex", "tinker"]
     if case in ("cold_start", "small_operation", "pipelined"):
         names.append("floor")
@@ -141,10 +141,10 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def import_rows() -> list[Row]:
-    """`import`, in a fresh process, less the time of a bare interpreter; and its memory.
+    """`import` in a fresh process, minus the time of a bare interpreter; and its memory.
 
-    Ours imports the public names when they are first used; what that costs then is in the cold
-    start, and shown here as a line without a target.
+    Ours imports the public names when they are first used; that cost is part of the cold start, and
+    shown here as a line without a target.
     """
     made = []
     official = str(sdk.python_of(OFFICIAL))
@@ -188,7 +188,7 @@ def _import(python: str, code: str) -> dict[str, float]:
 
 
 def closed_port_rows(url: str) -> list[Row]:
-    """First contact with a closed port: seconds until an error comes."""
+    """First contact with a closed port: seconds until the error."""
     ours, theirs = run("tinkex", "closed_port", url), run("tinker", "closed_port", url)
     case = "first contact with a closed port: seconds to a clear error"
     if not theirs["said"]:
@@ -197,7 +197,7 @@ def closed_port_rows(url: str) -> list[Row]:
 
 
 def session_row(url: str) -> Row:
-    """What `requests.Session` costs in each exchange: without it stands as the other's figure."""
+    """The cost of `requests.Session` per exchange; the other figure is without it."""
     rounds = [run("tinkex", "session_price", url) for _ in range(LEAST)]
     return Row(
         f"one exchange, {OF_SESSION}: cpu",
@@ -208,7 +208,7 @@ def session_row(url: str) -> Row:
 
 
 def growth(url: str) -> Curves:
-    """Client processor time per operation (ms) against how many there are."""
+    """Client processor time per operation (ms), by the number of operations."""
     curves: Curves = {"queued": [], "in flight": []}
     for n in GROWTH:
         pipelined = run("tinkex", f"pipelined_{n}", url)

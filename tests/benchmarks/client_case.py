@@ -1,8 +1,7 @@
 """One case of the client benchmark: `PYTHON client_case.py SDK CASE URL`, prints one JSON object.
 
 Runs in a separate process, in the environment of the SDK it measures ("tinkex", "tinker", or
-"floor": bare http.client). The two SDKs go through the same lines here; where their names differ, a
-few adapters report it.
+"floor": bare http.client). Both SDKs run the same code here; a few adapters handle different names.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def peak_bytes() -> int:
 
 
 def server(**settings: Any) -> dict[str, int]:
-    """Set the null server up (and its counters to 0), or ask what has come."""
+    """Configure the null server (and reset its counters), or read its counters."""
     body = json.dumps(settings).encode() if settings else None
     with urllib.request.urlopen(URL + "/null", body) as answer:
         counted: dict[str, int] = json.loads(answer.read())
@@ -45,7 +44,7 @@ def server(**settings: Any) -> dict[str, int]:
 
 
 class Measured:
-    """Wall and processor time of a block, and what the server saw of it."""
+    """Wall and processor time of a block, and the server's counters for it."""
 
     def __enter__(self) -> Measured:
         self.before = server()
@@ -184,7 +183,7 @@ def samples(count: int, latency: float, retrieve_futures: bool = True) -> dict[s
 
 
 def session_price() -> dict[str, float]:
-    """Processor time of one exchange, as it is and with the adapter called without the Session."""
+    """Processor time of one exchange, normally and with the adapter called without the Session."""
     import requests
 
     from tinkex import config, types, wire

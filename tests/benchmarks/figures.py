@@ -1,7 +1,7 @@
-"""The committed figures, docs/benchmarks.json, and what has moved against them.
+"""The committed figures, docs/benchmarks.json, and changes against them.
 
-Only ratios and shares of the limit are kept: absolute times mean nothing on another machine, or
-beside another load.
+Only ratios and shares of the limit are stored: absolute times are not comparable between machines
+or loads.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tests.benchmarks.rows import Row, Spread
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "benchmarks.json"
 
-#: A figure has to move at least by this part of itself, however steady its rounds were.
+#: A change must be at least this fraction of the figure, however steady its rounds were.
 LEAST_MOVE = 0.05
 
 
 def of_rows(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """What is kept of rows, by their keys: of the ratio and of the share the median and spread."""
+    """The stored figures of rows, by their keys: median and spread of the ratio and the share."""
     kept: dict[str, dict[str, float]] = {}
     for row in rows:
         figures = {"ratio": row.ratio, "share": row.share}
@@ -41,7 +41,7 @@ def of_rows(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def committed() -> dict[str, Any]:
-    """The file as it was last committed; empty where there is none."""
+    """The last committed file; empty if there is none."""
     shown = subprocess.run(
         ["git", "show", f"HEAD:{FILE.relative_to(ROOT)}"],
         cwd=ROOT,
@@ -55,7 +55,7 @@ def committed() -> dict[str, Any]:
 
 
 def write(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace the parts that were run; the others keep what they had."""
+    """Replace the figures of the parts that were run; keep the others."""
     there = json.loads(FILE.read_text()) if FILE.exists() else {}
     FILE.write_text(json.dumps({**there, **parts}, indent=1, sort_keys=True) + "\n")
 
@@ -63,7 +63,7 @@ def write(parts: Mapping[str, Mapping[str, Any]]) -> None:
 def moved(
     before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    """A sentence for each figure that moved by more than noise.
+    """A sentence for each figure that changed by more than noise.
 
     Noise is the spread of the rounds then and now together, and at least `LEAST_MOVE`.
     """

@@ -1,8 +1,8 @@
-"""What things cost against how many there are, and how large: no curve may bend upwards.
+"""Costs by numbers and sizes: no curve may bend upwards.
 
 The server's curves go through the SDK to the embedded engine with *tiny*; a home full of
-checkpoints is made by adding rows and linked files to that of the server. The engine's curves are
-`growth_case`'s. A figure is the fastest of a few tries, since other load can only add to it. All
+checkpoints is made by adding rows and linked files to the server's home. The engine's curves come
+from `growth_case`. A figure is the fastest of a few tries, since other load can only add to it. All
 sizes are always measured, which takes about two minutes.
 """
 
@@ -32,20 +32,20 @@ METRICS = (100, 1000, 10_000, 100_000)
 #: A curve bends upwards if its slope at the end, in logarithms, is steeper than this: a cost that
 #: grows in proportion has slope 1. Times vary more than memory.
 STEEPEST = {"time": 1.2, "memory": 1.1}
-#: Curves of what the machine does at least, beside ours.
+#: Lower bounds of the machine, shown beside our curves.
 OF_THE_MACHINE = ("of which attention (ms a token)", "the bare products with the head (ms)")
 #: Points at the end of a curve through which a line is fitted.
 FITTED = 3
-#: Costs below this (ms, MiB) count as this: they are next to nothing.
+#: Costs below this (ms, MiB) are negligible and count as this.
 NEXT_TO_NOTHING = {"time": 0.001, "memory": 1.0}
-#: Seconds that `tinkex checkpoint list` may take.
+#: Allowed seconds of `tinkex checkpoint list`.
 LIST_SECONDS = 0.5
 
 Panels = dict[str, dict[str, Curve]]
 
 
 def run() -> tuple[list[Row], Panels]:
-    """Rows with a target, and panels of curves: costs by what is counted."""
+    """Rows with a target, and panels of curves: costs by counted object."""
     with _served() as (service, home):
         rows, found = _of_the_server(service, home)
     found |= _of_the_engine()
@@ -65,15 +65,15 @@ def text_of(found: Panels) -> str:
 
 
 def slope(name: str, points: Curve) -> float:
-    """Of the line through the last points in logarithms, by least squares: 0 where the cost is the
-    same, 1 where it is in proportion."""
+    """Slope of a least-squares line through the last points on logarithmic axes: 0 is a constant
+    cost, 1 a proportional one."""
     least = NEXT_TO_NOTHING[_quantity(name)]
     xs, ys = zip(*((math.log(n), math.log(max(cost, least))) for n, cost in points[-FITTED:]))
     return statistics.linear_regression(xs, ys).slope
 
 
 def _quantity(name: str) -> str:
-    """What a curve with this name is of."""
+    """The quantity of the curve with this name: time or memory."""
     return "memory" if name.startswith("memory") else "time"
 
 
@@ -136,7 +136,7 @@ def _datum() -> Any:
 
 
 def _models(service: Any) -> dict[str, Curve]:
-    """A step of one model, and creating another, while others are there."""
+    """A step of one model, and creating another, beside existing models."""
     from tinkex import types
 
     clients: list[Any] = []
@@ -248,7 +248,7 @@ def _metrics(service: Any) -> dict[str, Curve]:
 
 
 def _checkpoints(service: Any, home: Path) -> tuple[dict[str, Curve], float]:
-    """The newest 20 and all of them through the SDK; the command, in the end, in seconds."""
+    """Listing the newest 20 and all through the SDK; and the time of the command, in seconds."""
     from tinkex.server.database import CheckpointRow
 
     rest = service.create_rest_client()
@@ -271,7 +271,7 @@ def _checkpoints(service: Any, home: Path) -> tuple[dict[str, Curve], float]:
 
 
 def _twin(first: Any, i: int) -> Any:
-    """Another row of the same checkpoint, with files of its own that are links to the first's."""
+    """Another row for the same checkpoint, with links to the first one's files."""
     import attrs
 
     name = f"weights/old-{i}"
@@ -286,7 +286,7 @@ def _twin(first: Any, i: int) -> Any:
 
 
 def _list_command(url: str, key: str) -> float:
-    """Seconds of `tinkex checkpoint list` at a server, from the start of the process to its end."""
+    """Seconds of `tinkex checkpoint list`, from the start of the process to its end."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "tinkex", "checkpoint", "list", "--base-url", url],

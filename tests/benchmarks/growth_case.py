@@ -1,8 +1,8 @@
 """Growth in the engine: `python -m tests.benchmarks.growth_case context|vocabulary`, prints JSON.
 
-What texts of growing length cost, and growing vocabularies, with a model 128 wide with two layers
-and two heads. In a separate process, whose peak memory is reset before each measurement. Time is
-the shortest of a few tries, since other load can only add to it.
+Costs by text length and by vocabulary size, for a model of width 128 with two layers and two heads.
+Runs in a separate process, whose peak memory is reset before each measurement. Times are the
+shortest of a few tries, since other load can only add to them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VOCABULARIES = (512, 4096, 32_768, 131_072, 262_144)
 TOKENS = 1024
 
 WIDTH, LAYERS, HEADS = 128, 2, 2
-#: Tokens that are sampled after a prompt, and how many of the last are measured.
+#: Number of tokens sampled after a prompt, and how many of the last ones are measured.
 SAMPLED, MEASURED = 17, 12
 #: Tries are repeated for at most this many seconds, as often as `TRIES`.
 SECONDS, TRIES = 4.0, 5
@@ -66,7 +66,7 @@ class Case:
             self.engine.open_sampler("s", folder)
 
     def step(self, length: int) -> tuple[float, float]:
-        """A training step of one text: seconds, and bytes that it adds to the process."""
+        """A training step of one text: seconds, and additional bytes of the process."""
         data = bench.data_of(bench.prompts_of([length + 1], self.vocab))
 
         def train() -> None:
@@ -95,10 +95,10 @@ class Case:
 
 
 def _measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the quickest try, and bytes that the tries add to what the process holds."""
+    """Seconds of the fastest try, and additional bytes of the process."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back: it would hide what is added
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
+    ctypes.CDLL(None).malloc_trim(0)  # return free memory, which would hide additional bytes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     before, end, taken = peak_memory(), time.perf_counter() + SECONDS, []
     while not taken or (len(taken) < TRIES and time.perf_counter() < end):
         started = time.perf_counter()
@@ -125,7 +125,7 @@ def context() -> Curves:
 
 
 def _attention(length: int) -> float:
-    """Seconds that attention alone takes of a step: all layers, forward and backward."""
+    """Seconds of attention in a step: all layers, forward and backward."""
     shape = 1, HEADS, length, WIDTH // HEADS
     parts = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     grad = torch.randn(shape)
@@ -152,7 +152,7 @@ def vocabulary() -> Curves:
 
 
 def _products(vocab: int) -> float:
-    """Seconds of the two products with a head that a step cannot do without."""
+    """Seconds of the two unavoidable products with the head in a step."""
     hidden, head = torch.randn(TOKENS, WIDTH), torch.randn(vocab, WIDTH)
 
     def both() -> None:

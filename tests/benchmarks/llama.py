@@ -1,6 +1,6 @@
-"""Decoding beside llama.cpp, on the same weights of SmolLM2 written as GGUF.
+"""Decoding compared with llama.cpp, on the same weights of SmolLM2 as GGUF.
 
-llama-cpp-python is built first where it is not on the machine: see `tests.support.llama_cpp`.
+llama-cpp-python is built first if it is missing: see `tests.support.llama_cpp`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from tinkex.engine.cpu_parallel import available_cores
 
 HERE = Path(__file__).parent
 
-#: A type of ours, and llama.cpp's with as many bits.
+#: Our type, and llama.cpp's type with as many bits.
 KINDS = {"float32": "F32", "bfloat16": "F16"}
 STREAMS, LENGTH = (1, 16, 64), 32
 
 
 class Llama:
-    """llama.cpp in a process of its own, with a file and a number of streams."""
+    """llama.cpp in a separate process, with a file and a number of streams."""
 
     def __init__(self, python: Path, file: Path, streams: int) -> None:
         command = [python, HERE / "llama_case.py", file, streams, LENGTH, available_cores()]

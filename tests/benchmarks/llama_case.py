@@ -1,9 +1,9 @@
 """Decoding by llama.cpp: `PYTHON llama_case.py FILE STREAMS LENGTH THREADS`, in an environment with
-llama-cpp-python. Loads the GGUF file once; then every line on its standard input makes it decode,
-and it answers with the seconds that this took.
+llama-cpp-python. Loads the GGUF file once; then for every line on standard input it decodes and
+prints the seconds.
 
-The low-level interface, so that several streams are decoded in one batch; tokens are chosen by the
-largest logit, which costs next to nothing.
+Uses the low-level interface, to decode several streams in one batch; decoding is greedy, which
+costs next to nothing.
 """
 
 from __future__ import annotations

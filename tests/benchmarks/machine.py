@@ -1,7 +1,6 @@
-"""What this machine can do: its processor, its load, and the limits that programs run into.
+"""This machine: its processor, its load, and its performance limits.
 
-Figures of a limit are the best of many short tries, measured in the same run as what is compared
-with them.
+A limit is the best of many short tries, measured in the same run as the figures compared with it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-#: Seconds that one measurement of a limit takes.
+#: Seconds of one measurement of a limit.
 SECONDS = 0.15
 
 
@@ -36,14 +35,14 @@ def describe() -> str:
 
 
 def has_gpu() -> bool:
-    """True if torch finds a GPU of the kind that the part "gpu" measures."""
+    """True if torch finds a GPU for the part "gpu"."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def load() -> float:
-    """Processes that wanted to run, on average over the last minute; 0 where that is unknown."""
+    """The load average of the last minute; 0 if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
@@ -72,7 +71,7 @@ def matmul_peak(dtype: torch.dtype, device: str = "cpu") -> float:
 
 
 def _wait_for(result: torch.Tensor) -> None:
-    """Until an accelerator has computed it."""
+    """Wait until an accelerator has computed *result*."""
     if result.device.type != "cpu":
         import torch
 
@@ -80,9 +79,10 @@ def _wait_for(result: torch.Tensor) -> None:
 
 
 def read_bandwidth(size: int, device: str = "cpu") -> float:
-    """Bytes a second at which *size* bytes are read from memory again and again, by all threads.
+    """Bytes a second of all threads reading *size* bytes from memory repeatedly.
 
-    A small model's weights lie in the processor's caches, which are faster: hence the size.
+    The size matters because a small model's weights fit in the processor's caches, which are
+    faster.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """A training server that computes nothing: `PYTHON null_server.py`, prints its port.
 
-Stands behind both SDKs in the client benchmark, in a separate process, and costs as little as a
-Python server can: asyncio and hand-cut HTTP/1.1. Every result is the same few bytes, ready
-`latency` seconds after its submit. POST /null {"latency": seconds, "retrieve_futures": bool} sets
-it up and GET /null tells how many requests and bytes have come since.
+Serves both SDKs in the client benchmark, in a separate process, at the least possible cost for
+Python: asyncio and hand-written HTTP/1.1. Every result is the same few bytes, ready `latency`
+seconds after its submit. POST /null {"latency": seconds, "retrieve_futures": bool} configures it,
+and GET /null returns the number of requests and bytes since then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLER = f"{SESSION}:sample:0"
 
 
 class State:
-    """What has come, and what is ready when."""
+    """Counters of received requests, and pending results."""
 
     def __init__(self) -> None:
         self.latency = 0.0
@@ -35,7 +35,7 @@ class State:
         self.ready_at: dict[str, float] = {}
         self.finished: list[str] = []
         self.changed = asyncio.Event()
-        self.tasks: set[asyncio.Future[None]] = set()  # asyncio itself holds them weakly
+        self.tasks: set[asyncio.Future[None]] = set()  # asyncio holds only weak references
 
     def promise(self, kind: str) -> str:
         loop = asyncio.get_running_loop()
@@ -53,7 +53,7 @@ class State:
 
 
 class Connection(asyncio.Protocol):
-    """One client connection: cuts requests out of the stream, and answers them in order."""
+    """One client connection: splits the stream into requests, and answers them in order."""
 
     def __init__(self, state: State) -> None:
         self.state = state

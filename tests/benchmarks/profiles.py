@@ -1,9 +1,9 @@
 """`make profile`: flame graphs of a training step, a decode step and a call of the client.
 
-Usage: python -m tests.benchmarks.profiles [step] [decode] [call]: starts py-spy, which looks at a
-process of its own a hundred times a second, and writes build/profile/NAME.svg. Lines of Python, not
-C: py-spy loses what it cannot unwind, such as the code that oneDNN generates, which is most of a
-step. For the engine's two also a table of torch's operations by their own time.
+Usage: python -m tests.benchmarks.profiles [step] [decode] [call]: starts py-spy, which samples a
+separate process a hundred times a second, and writes build/profile/NAME.svg. Shows lines of Python,
+not C, because py-spy cannot unwind the code that oneDNN generates, which is most of a step. For the
+engine's two graphs, also prints a table of torch's operations by their own time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.benchmarks.figures import ROOT
 OUT = ROOT / "build" / "profile"
 MODEL = "small"
 
-#: Seconds that a graph is made of.
+#: Seconds sampled for a graph.
 SECONDS = 10.0
 #: Operations in a table.
 TOP = 12
@@ -52,7 +52,7 @@ def decode(repeat: Callable[[Callable[[], object]], None]) -> None:
 
 
 def call(repeat: Callable[[Callable[[], object]], None]) -> None:
-    """One small operation of the client after another, against a server that computes nothing."""
+    """Consecutive small operations of the client, on a server that computes nothing."""
     import os
 
     import tinkex
@@ -74,7 +74,7 @@ def _for_a_while(work: Callable[[], object]) -> None:
 
 
 def _with_table(work: Callable[[], object]) -> None:
-    """Print what torch's profiler counts in one go."""
+    """Print the results of torch's profiler for one call."""
     from torch.profiler import ProfilerActivity, profile
 
     work()
@@ -88,10 +88,10 @@ def _with_table(work: Callable[[], object]) -> None:
 
 
 def record(name: str) -> Path:
-    """Draw one flame graph; gives its file.
+    """Draw one flame graph; return its file.
 
     Raises:
-        RuntimeError: With what py-spy says, if it may not look at the process.
+        RuntimeError: With py-spy's message, if it may not inspect the process.
     """
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / f"{name}.svg"

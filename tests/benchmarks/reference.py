@@ -1,8 +1,8 @@
-"""What a user would write with transformers and PEFT, in a separate process.
+"""A user's code with transformers and PEFT, in a separate process.
 
-Separate, so that nothing of ours (thread settings, malloc's, torch's modes) makes it slower or
-faster. `Reference` is the caller's end; `python reference.py BASE ADAPTER DTYPE DEVICE` is the
-other, which reads pickled (method, arguments) from its standard input and answers with results.
+Separate, so that our settings (of threads, malloc and torch) do not affect it. `Reference` is the
+caller's end; `python reference.py BASE ADAPTER DTYPE DEVICE` is the process, which reads pickled
+(method, arguments) from standard input and writes results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-#: What tinkex.engine sets for the threads of its process.
+#: Environment variables that tinkex.engine sets for its process.
 OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -38,7 +38,7 @@ class Reference:
         )
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """What the method of `Loop` returns; RuntimeError if the process has ended."""
+        """Call a method of `Loop` and return its result; RuntimeError if the process has ended."""
         pipe_in, pipe_out = self._process.stdin, self._process.stdout
         if pipe_in is None or pipe_out is None:
             raise RuntimeError("the reference process has no pipes.")
@@ -78,7 +78,7 @@ class Loop:
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def parameters_used(self, adapter: bool) -> int:
-        """Numbers that each token is multiplied with in the layers, and in their adapters."""
+        """Parameters that each token is multiplied with in the layers, and in their adapters."""
         return sum(
             p.numel()
             for name, p in self._model.named_parameters()
@@ -86,7 +86,7 @@ class Loop:
         )
 
     def step(self, texts: Sequence[np.ndarray], size: int) -> float:
-        """A training step as one writes it: padded batches, cross_entropy on all logits, AdamW."""
+        """A usual training step: padded batches, cross_entropy on all logits, AdamW."""
         torch, total = self._torch, 0.0
         self._model.train()
         for start in range(0, len(texts), size):
@@ -133,7 +133,7 @@ class Loop:
             )
 
     def generate_one_by_one(self, prompt: np.ndarray, samples: int, length: int) -> None:
-        """The same prompt again and again."""
+        """The same prompt, one sample at a time."""
         for _ in range(samples):
             self.generate([prompt], 1, length)
 
@@ -165,7 +165,7 @@ def peak_memory() -> int:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries out of the results
     loop = Loop(*sys.argv[1:])
     while True:
         try:

@@ -1,7 +1,7 @@
 """Conversations to tokens and weights, against transformers' cached `apply_chat_template`.
 
-Both take processor time, summed over threads, so that neither gains from a second core. What is
-compared with gives no weights. Vocabularies are those of Qwen and Mistral, as tests have them.
+Both are measured in processor time, summed over threads, so that a second core gives no advantage.
+transformers returns no weights. Vocabularies are those of Qwen and Mistral, as in the tests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tests.text.test_renderer import KINDS
 from tests.text.test_templates_table import MODELS
 from tinkex.data import datums, files, records
 
-#: At most so many times what the other takes.
+#: Largest ratio to transformers' time.
 TARGET = 2.0
 #: Conversations of each kind of template, and of a larger set for two kinds.
 FEW, MANY = 100, 10_000
-#: Conversations of a file that is read and rendered, and the seconds that this may take.
+#: Conversations in the file that is read and rendered, and the allowed seconds.
 IN_A_FILE, ALLOWED = 100_000, 60.0
 WORDS = (
     "the capital of France is Paris and what weather in Berlin today was sunny with some clouds "
@@ -86,7 +86,7 @@ def _processor(call: Callable[[], Any], scale: float) -> Callable[[], float]:
 
 
 def _file() -> Row:
-    """Once: it takes as long as many of the others."""
+    """Measured once, because it takes as long as many other cases."""
     ours, _ = load_pair("qwen2_5", is_real=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "chats.jsonl"

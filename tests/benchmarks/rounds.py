@@ -1,4 +1,4 @@
-"""Measuring in turns within a time that is given."""
+"""Measuring in turns within a given time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-#: Rounds that a spread needs, and how many are enough.
+#: Least rounds for a spread, and most rounds.
 LEAST, MOST = 3, 9
 
 
 class Allowance:
-    """Seconds that a number of cases share; what one leaves is for those after it."""
+    """Seconds for a number of cases; time that a case does not use goes to later ones."""
 
     def __init__(self, seconds: float, cases: int) -> None:
         self._end = time.perf_counter() + seconds
@@ -28,11 +28,10 @@ def in_turns(calls: Sequence[Callable[[], Any]], seconds: float) -> list[list[fl
     """Run each call once to warm up, then all of them in turns, in changing order.
 
     Args:
-        seconds: in which to do it; at least `LEAST` rounds are made, at most `MOST`.
+        seconds: time limit; at least `LEAST` and at most `MOST` rounds are run.
 
     Returns:
-        For each call its numbers, one a round: what it returned if that is a float, else the
-        seconds that it took.
+        For each call one number per round: its result if that is a float, else its seconds.
     """
     end = time.perf_counter() + seconds
     for call in calls:

@@ -1,4 +1,4 @@
-"""A line of a benchmark table: figures of several rounds, ours beside another's and the limit's."""
+"""Rows of benchmark tables: figures of several rounds, for ours, the alternative and the limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import attrs
 
 @attrs.frozen
 class Spread:
-    """A median of several rounds, and half the distance from the least to the largest."""
+    """The median of several rounds, and half the distance from the smallest to the largest."""
 
     median: float
     half_range: float
@@ -25,16 +25,16 @@ class Spread:
 
 @attrs.frozen
 class Row:
-    """One figure, in rounds in which everything was measured one after the other.
+    """One figure, from rounds in which everything was measured in turn.
 
     Attributes:
-        ours, theirs: a number for each round; theirs is empty where there is nothing to compare
-            with, and a single number where it is the time that is allowed.
-        target: what the ratio ours / theirs should be at most, or with *at_least* at the least;
-            None: no target.
-        floor: what a bare loop does, in the same unit.
-        limits: what this machine allows at most, a number for each round; empty: unknown.
-        share_target: what ours / limit should be at the least; None: no target.
+        ours, theirs: a number for each round; theirs is empty if there is no alternative, and a
+            single number if it is the allowed time.
+        target: upper bound of the ratio ours / theirs, or with *at_least* its lower bound; None is
+            no target.
+        floor: the figure of a bare loop, in the same unit.
+        limits: the limit of this machine, a number for each round; empty if unknown.
+        share_target: lower bound of ours / limit; None is no target.
     """
 
     case: str
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What names the figure in the committed file."""
+        """The key of the figure in the committed file."""
         return f"{self.case} | {self.model}" if self.model else self.case
 
     @property
@@ -83,7 +83,7 @@ def _quotient(ours: Sequence[float], others: Sequence[float]) -> Spread | None:
 
 
 def number(value: float | None) -> str:
-    """A number in a table: three digits, or whole from 100 on."""
+    """Format a number for a table: three digits, or an integer from 100 on."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -105,17 +105,17 @@ MODEL: Columns = {"model": lambda row: row.model}
 FIGURES: Columns = {
     "unit": lambda row: row.unit,
     "tinkex": lambda row: _middle(row.ours),
-    "instead": lambda row: _middle(row.theirs),
+    "alternative": lambda row: _middle(row.theirs),
 }
 FLOOR: Columns = {"floor": lambda row: number(row.floor)}
 RATIO: Columns = {
     "ratio": lambda row: "" if row.ratio is None else str(row.ratio),
-    "wanted": lambda row: _wanted(row.target, row.at_least),
+    "target": lambda row: _wanted(row.target, row.at_least),
 }
 SHARE: Columns = {
     "limit": lambda row: _middle(row.limits),
-    "share of it": lambda row: "" if row.share is None else str(row.share),
-    "share wanted": lambda row: _wanted(row.share_target, True),
+    "share of limit": lambda row: "" if row.share is None else str(row.share),
+    "share target": lambda row: _wanted(row.share_target, True),
 }
 MET: Columns = {"met": lambda row: {None: "", True: "yes", False: "**no**"}[row.met]}
 

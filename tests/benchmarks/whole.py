@@ -1,7 +1,7 @@
-"""The whole way, SDK and HTTP and scheduler, against the engine alone in this process.
+"""The whole stack (SDK, HTTP, scheduler) against the engine alone in this process.
 
-Both train the same model on the same data in turns. Also how long it takes from nothing to a first
-loss and a first token, in processes that a user would start.
+Both train the same model on the same data in turns. Also measures the time from the start of a
+process to the first loss and the first token.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ with tinkex.ServiceClient() as service:
 IMPORT_TORCH = "import torch; print(torch.__version__, flush=True)"
 CHAT = [sys.executable, "-c", "from tinkex.cli import main; main()", "chat", "smollm2"]
 
-#: Seconds from the start of the process that each may take.
+#: Allowed seconds from the start of the process.
 FIRST_LOSS_SECONDS, FIRST_TOKEN_SECONDS = 3.5, 5.0
 
 
 def rows(seconds: float) -> list[Row]:
-    """All figures of the whole way."""
+    """All figures of this part."""
     with _home() as folder:
         found = [_first_loss(), _first_token()]
         started = time.perf_counter()
@@ -56,7 +56,7 @@ def rows(seconds: float) -> list[Row]:
 
 @contextmanager
 def _home() -> Iterator[Path]:
-    """An empty home, but for the model that is already here."""
+    """A home that contains only the fetched model."""
     model = ensure("smollm2")
     folder = Path(tempfile.mkdtemp(prefix="tinkex-bench-"))
     before = os.environ.get("TINKEX_HOME")
@@ -92,7 +92,7 @@ def _first_token() -> Row:
 
 
 def _floor() -> float:
-    """Seconds of a process that only imports torch, which no engine can do without."""
+    """Seconds of a process that only imports torch, which every engine needs."""
     return min(_until_output([sys.executable, "-c", IMPORT_TORCH], b"") for _ in range(LEAST))
 
 
@@ -100,7 +100,7 @@ def _until_output(command: list[str], typed: bytes) -> float:
     """Seconds from the start of a program until it prints something.
 
     Raises:
-        RuntimeError: If it ends without.
+        RuntimeError: If it ends without output.
     """
     started = time.perf_counter()
     with subprocess.Popen(
@@ -130,8 +130,8 @@ print(1e3 * (time.perf_counter() - started))
 
 
 def stages() -> str:
-    """A table of what is imported on the way to the first loss, by `python -X importtime`, and of
-    reading a model on the way to the first token."""
+    """A table of import times before the first loss, by `python -X importtime`, and of reading a
+    model before the first token."""
     rows = ["| import | ms | of which |", "|---|---|---|"]
     for what, code in (
         ("the client", "import tinkex; tinkex.ServiceClient"),
@@ -148,7 +148,7 @@ def stages() -> str:
 
 
 def _import_times(code: str) -> dict[str, float]:
-    """Milliseconds that packages' modules take themselves, by package."""
+    """Milliseconds of the modules themselves, by package."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What one batch costs on the wire: `python tests/benchmarks/wire.py`.
+"""The cost of one batch on the wire: `python tests/benchmarks/wire.py`.
 
 1,024 datums of 1,024 tokens with targets and weights, in each dialect: bytes, and milliseconds of
 the client (encoding) and of the server (decoding); best of five.
