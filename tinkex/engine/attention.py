@@ -2,8 +2,9 @@
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
 padding. Only attention knows where a sequence ends. torch's kernel computes it, unless scores are
-capped, or of 16 bits on a CPU. Then, or with a window, queries are computed in blocks: scores stay
-in the caches, and memory and arithmetic grow with the window, not with the square of the length.
+capped, or of 16 bits on a CPU and trained. Then, or with a window, queries are computed in blocks:
+scores stay in the caches, and memory and arithmetic grow with the window, not with the square of
+the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -127,7 +128,7 @@ def attention(
         window: positions that a query attends to, including its own; 0 is all.
     """
     is_half_on_cpu = q.device.type == "cpu" and q.dtype.itemsize == 2
-    if cap or (is_half_on_cpu and q.shape[2] >= min(LEAST_QUERIES, k.shape[2])):
+    if cap or (is_half_on_cpu and q.requires_grad):
         out: Tensor = _InBlocks.apply(q, k, v, scale, cap, window)
         return out
     kernel = partial(
@@ -151,8 +152,9 @@ class _InBlocks(torch.autograd.Function):
     """Attention in blocks of queries, over the keys that any of them attends to.
 
     The backward pass recomputes the scores, as flash attention does (Dao et al. 2022). torch's
-    kernel has no soft cap, and takes twice to four times as long for bfloat16 on a CPU. As in that
-    kernel, scores are float32 there: rounding them to bfloat16 would change weights by percents.
+    kernel has no soft cap, and its derivative takes two to four times as long for bfloat16 on a
+    CPU. (Its forward pass, on all cores, is the faster one.) As in that kernel, scores are float32
+    there: rounding them to bfloat16 would change weights by percents.
     """
 
     @staticmethod
