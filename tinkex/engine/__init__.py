@@ -1,13 +1,13 @@
 """The training engine, installed by `pip install tinkex[local]`. Imports none of its modules.
 
 Sets how torch's threads wait for each other, which OpenMP reads once, when torch is first imported:
-by spinning for some microseconds, as between two products that follow each other, then by sleeping.
-A thread that spins on holds the core that the one it waits for needs: on a machine with anything
-else to do (the client, say) that made training up to ten times slower. One that sleeps at once has
-to be woken for every product: a third slower on a machine with nothing else to do.
+they spin for some microseconds, as between two consecutive products, then sleep. Spinning longer
+would occupy cores that other threads need: on a machine with other load (such as the client)
+training was up to ten times slower. Sleeping at once needs a wake-up for every product: a third
+slower on an idle machine.
 
-And how much oneDNN keeps (see matmul.py). It prepares a product of a new shape, and keeps what it
-prepared, working memory and all: of a thousand shapes, by default, which came to 8 GB. Too few are
+Also limits oneDNN's cache (see matmul.py). oneDNN sets up each product of a new shape, and keeps
+the set-up with its working memory, by default for a thousand shapes, which took 8 GB. Too few are
 slow as well: each layer repeats the shapes of a micro-batch, 114 with 8 texts in bfloat16, and if
 they do not all fit, every layer prepares every product again (0.3 ms each, a tenth of a step).
 """

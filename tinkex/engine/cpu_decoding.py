@@ -1,6 +1,6 @@
 """The compiled decoding step of a base model: one call for all layers of one more token.
 
-With PyTorch alone a token of a model with 30 layers takes some 1,500 small operations, which take
+With PyTorch alone, a token of a model with 30 layers takes about 1,500 small operations, which take
 longer than reading the weights. Knows the layout of `cpu_kernels.c`; does not know about requests.
 """
 
@@ -35,10 +35,10 @@ Ints = npt.NDArray[np.int64]
 #: The fused matrices of a layer.
 MATRICES = ("qkv", "o", "gate_up", "down")
 
-#: Of a step, by the type of activations, relative to torch's.
+#: Largest relative difference of a step from torch's, by the type of activations.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
-#: Numbers of a line of the cache; rows of logits are an odd number of lines apart.
+#: Floats in a cache line; rows of logits are an odd number of lines apart.
 LINE = 16
 
 #: Most norms of queries and keys in a layer.
@@ -46,7 +46,7 @@ HEAD_NORMS = 2
 
 
 def step_of(base: Base) -> CompiledStep | None:
-    """The compiled step of *base*; None if it cannot be compiled here, or not for such a model."""
+    """The compiled step of *base*; None if this machine or this model does not support it."""
     weights = [linear.weight for linear in base.linears.values()]
     is_simple = (
         base.device.type == "cpu"
@@ -65,9 +65,10 @@ def step_of(base: Base) -> CompiledStep | None:
 
 @functools.cache
 def agrees_with_torch(kernel: Kernel, weights: torch.dtype, dtype: torch.dtype) -> bool:
-    """True if a step of a small random model comes out as torch computes it.
+    """True if a step of a small random model agrees with torch.
 
-    A compiler may be at fault, or a processor that is emulated: wrong tokens would not be noticed.
+    Guards against faulty compilers and emulated processors, because wrong tokens would go
+    unnoticed.
     """
     base = _small_model(dtype)
     if weights == torch.int8:
@@ -146,7 +147,7 @@ class CompiledStep:
     def __init__(self, base: Base, kernel: Kernel) -> None:
         self._base = base
         self._kernel = kernel
-        self._kept: list[Tensor | Array | npt.NDArray[np.int64]] = []  # what pointers point to
+        self._kept: list[Tensor | Array | npt.NDArray[np.int64]] = []  # targets of pointers
         self._layers = np.zeros(base.spec.layers, LAYER)
         self._step = np.zeros(1, STEP)
         self._adapters: tuple[Finished | None, ...] = ()
@@ -246,7 +247,7 @@ class CompiledStep:
         return soft_cap_(logits, base.spec.logit_cap) if base.spec.logit_cap else logits
 
     def _turn(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Set the cosines and sines of each layer; give the tensors."""
+        """Set the cosines and sines of each layer; return the tensors."""
         longest = int(positions.max()) + 1
         found: dict[Rope, tuple[Tensor, Tensor]] = {}
         for rope in self._base.ropes:
@@ -262,7 +263,7 @@ class CompiledStep:
         return list(found.values())
 
     def _point_to(self, adapters: tuple[Finished | None, ...]) -> None:
-        """Make *adapters* those that sequences are numbered by."""
+        """Set *adapters*, whose indices are the sequences' numbers."""
         depth = self._base.spec.layers
         keys = [f"{i}.{name}" for i in range(depth) for name in MATRICES] + ["head"]
         thin = np.zeros((len(keys), len(adapters)), THIN)
@@ -279,8 +280,8 @@ class CompiledStep:
         self._adapters, self._thin = adapters, thin
 
     def _whole_lines(self, adapter: Finished) -> dict[str, Pair]:
-        """The matrices of an adapter, with ranks padded with zeros to whole lines of the cache: the
-        rest of a vector takes longer than a whole one."""
+        """The matrices of an adapter, with ranks zero-padded to whole cache lines: partial vectors
+        are slower than whole ones."""
         more = -adapter.rank % LINE
         if not more:
             return adapter.thin

@@ -1,8 +1,7 @@
 """Compile `cpu_kernels.c` with the machine's C compiler, once, and mirror its structs.
 
-The library is kept in the user's cache under a name that depends on the source, the compiler and
-the processor. Without a compiler, or where a step of the library differs from torch's, there is no
-library, and torch does what it would do.
+The library is stored in the user's cache under a name that depends on the source, the compiler and
+the processor. Without a compiler, or if its results differ from torch's, torch is used instead.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 
-#: -march=native: compiled where it runs. No -ffast-math: infinities and NaN keep their meaning.
+#: -march=native, since it is compiled where it runs. No -ffast-math, to keep infinities and NaN.
 FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp",
     "-fPIC",
 )  # fmt: skip
 
-#: Seconds after which a compiler is given up.
+#: Timeout of the compiler, in seconds.
 COMPILE_SECONDS = 120.0
 
 Array = npt.NDArray[np.void]
@@ -83,7 +82,7 @@ _loading = threading.Lock()
 
 
 def load() -> Kernel | None:
-    """The compiled step, compiled now if it has not been; None if this machine cannot have it.
+    """The compiled step, compiled now if needed; None if this machine does not support it.
 
     May be called from any thread. Takes some seconds the first time on a machine.
     """
@@ -145,7 +144,7 @@ def _library() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Depends on all that the library depends on."""
+    """A hash of everything that the library depends on."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS
     ).stdout
@@ -162,7 +161,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Compile to *target*, which appears as a whole."""
+    """Compile to *target*, which is created atomically."""
     logger.info("Compiling the decoding step with %s, once on this machine.", compiler)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         code, library = Path(folder) / "step.o", Path(folder) / "step.so"

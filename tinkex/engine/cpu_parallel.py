@@ -34,8 +34,8 @@ MAX_IMBALANCE = 1.25
 
 
 def available_cores() -> int:
-    """Processor threads that this process may use: those that the system gives it, and no more than
-    OMP_NUM_THREADS, which whoever shares a machine sets for each program."""
+    """Processor threads that this process may use: its CPU affinity, limited by OMP_NUM_THREADS,
+    which users of shared machines set."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:

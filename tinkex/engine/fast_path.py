@@ -164,7 +164,7 @@ class FastSampling:
             room = self._room(stack.adapters[0], is_worth)
         shares = [list(range(len(ordered)))]
         if len(stack.adapters) == 1 or on_hidden is None:
-            # Scores of several adapters take turns in the workspace.
+            # Scores of several adapters use the workspace in turn.
             shares = self._workers.share_out(sizes)
         if len(shares) > 1:
             MixedLinears(self._base.linears, stack, adapters, room).prepare()
@@ -193,7 +193,7 @@ class FastSampling:
         adapters: Ints,
         places: Sequence[Sequence[tuple[Fillable, int]]],
     ) -> Tensor:
-        """Logits (prompts, V) after short prompts, each token of which is a sequence of its own."""
+        """Logits (prompts, V) after short prompts, with each token as a separate sequence."""
         base, sizes = self._base, np.array([len(prompt.tokens) for prompt in prompts])
         cache = Cache(base.spec, base.device, base.dtype)
         cache.reserve(len(prompts), int(sizes.max()))

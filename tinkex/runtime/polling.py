@@ -1,7 +1,7 @@
-"""Asking the server "done yet?" and resolving futures with what it answers.
+"""Polls the server for results, and resolves futures with them.
 
-Polling means: again, because the answer was "not yet". Again because a request failed is retry, and
-lives in transport.py. Does not know about models or the order of operations.
+A poll is repeated because the response was "not yet". Repeating a failed request is a retry, see
+transport.py. Does not know about models or the order of operations.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tinkex")
 
-#: How often a promise that the server has lost is asked for again under the same number.
+#: How many times a lost promise's request is resent under the same number.
 MAX_RESUBMITS = 3
 
 
 @attrs.define(eq=False)
 class Promise(Generic[T]):
-    """An operation that the server has accepted and we wait for.
+    """An operation that the server has accepted, and whose result is pending.
 
     Attributes:
-        request_id: the server's handle.
-        operation: what it is.
-        future: to be resolved.
-        wait: notes failures and what the server says; ends with the promise.
-        queue: name of its queue; a queue is polled oldest first, see `Poller`.
+        request_id: the server's id.
+        operation: its entry in the wire table.
+        future: resolved with the result.
+        wait: records failures and the server's states; ends with the promise.
+        queue: name of its queue, see `Poller`.
         deadline: on the poller's clock.
-        resubmit: sends the same request again (same seq_id) and returns the server's handle; for
-            a server that has lost the promise. None where that cannot be done.
-        on_queue_state: called with (state, reason) when the server says why it waits.
+        resubmit: resends the request (same seq_id) after a lost promise and returns the server's
+            id. None if that is not possible.
+        on_queue_state: called with (state, reason) when the server reports why the operation waits.
     """
 
     request_id: str
@@ -75,7 +75,7 @@ class Promise(Generic[T]):
 
 
 class NotYet(Exception):
-    """The operation is not done; ask again after `pause` seconds."""
+    """The operation is not done; poll again after `pause` seconds."""
 
     def __init__(self, pause: float) -> None:
         super().__init__(pause)
@@ -83,23 +83,23 @@ class NotYet(Exception):
 
 
 class Poller:
-    """Resolves promises by asking the server for their results, many at once.
+    """Resolves promises by polling for their results, many at a time.
 
-    Promises are polled by queues. A queue of a model is ordered: its operations finish in order, so
-    the few oldest are polled and the rest wait their turn. In the unordered queue of a sampler all
-    are polled, as far as there are threads; then each goes to the back of the line after a "not
-    yet", so that a slow operation never keeps a finished one waiting for long. All but the first
-    few polls begin a moment later: opening connections for them would delay the submits of the
-    samples that a program asks for in the same moment.
+    Promises wait in queues. A model's queue is ordered: its operations finish in order, so only the
+    few oldest are polled. In the unordered queue of a sampler all are polled, as far as there are
+    threads; otherwise a promise goes to the end of the queue after a "not yet", so that a slow
+    operation does not delay finished ones for long. All but the first few polls begin a moment
+    later, because opening their connections would delay the submits of samples requested at the
+    same time.
 
-    States of a promise: queued -> asked -> (not yet -> asked)* -> resolved. Whatever is raised on
-    the way resolves its future; none is ever dropped.
+    States of a promise: queued -> polled -> (not yet -> polled)* -> resolved. Any exception
+    resolves the future; no promise is dropped.
     """
 
     #: Polls of one queue that begin at once.
     WIDTH = 4
-    #: Seconds after which an unordered queue may get more: when none came in that time, and at the
-    #: latest after so many times that.
+    #: An unordered queue may get more polls when no promise was added for MORE_AFTER seconds, at
+    #: the latest after MOST_TIMES as long.
     MORE_AFTER, MOST_TIMES = 0.05, 5
 
     def __init__(
@@ -114,7 +114,7 @@ class Poller:
         self._transport = transport
         self._pool = Pool(max_workers, "tinkex-poll")
         self._bytes = ByteBudget(max_response_bytes)
-        #: The time by the clock of deadlines, in seconds.
+        #: The current time on the clock of deadlines, in seconds.
         self.now = clock
         self._closed = threading.Event()
         self._sleep = sleep or self._closed.wait
@@ -126,7 +126,7 @@ class Poller:
         self._width = max_workers
 
     def watch(self, promise: Promise[Any], *, ordered: bool = True) -> None:
-        """Resolve the promise's future with its result, when there is one."""
+        """Resolve the promise's future when its result is ready."""
         with self._lock:
             closed, asked = self._closed.is_set(), self._asked.get(promise.queue, 0)
             start = not closed and asked < self.WIDTH
@@ -146,7 +146,7 @@ class Poller:
             self._pool.start(self._grow, promise.queue)
 
     def in_flight(self, queue: str) -> int:
-        """How many promises of *queue* are not resolved yet."""
+        """The number of unresolved promises of *queue*."""
         return len(self._of(queue))
 
     def _of(self, queue: str) -> list[Promise[Any]]:
@@ -154,12 +154,12 @@ class Poller:
             return [promise for promise in self._open if promise.queue == queue]
 
     def abandon(self, queue: str, exc: BaseException) -> None:
-        """Fail what of *queue* is not resolved, and ask for it no more."""
+        """Fail the unresolved promises of *queue*, and stop polling for them."""
         for promise in self._of(queue):
             self._resolve_error(promise, exc)
 
     def close(self) -> None:
-        """Fail what is not resolved, and take nothing more."""
+        """Fail all unresolved promises, and accept no more."""
         self._closed.set()
         with self._lock:
             left = list(self._open)
@@ -173,7 +173,7 @@ class Poller:
         self._pool.shutdown()
 
     def _grow(self, queue: str) -> None:
-        """A moment later, have a thread for each promise that waits in an unordered queue."""
+        """Start, a moment later, a thread for each waiting promise of an unordered queue."""
         before = -1
         for _ in range(self.MOST_TIMES):
             self._sleep(self.MORE_AFTER)
@@ -192,7 +192,7 @@ class Poller:
             self._pool.start(self._run_queue, queue, False)
 
     def _run_queue(self, queue: str, ordered: bool) -> None:
-        """Take promises from *queue* until it is empty. Runs on a pool thread."""
+        """Poll promises of *queue* until it is empty. Runs on a pool thread."""
         while True:
             with self._lock:
                 waiting = self._queues.get(queue)
@@ -215,7 +215,8 @@ class Poller:
             except NotYet as not_yet:
                 if (pause := min(not_yet.pause, promise.deadline - self.now())) > 0:
                     self._sleep(pause)
-                # One that holds bytes keeps its thread: the others may all be waiting for them.
+                # A promise that holds bytes keeps its thread: all others may be waiting for the
+                # bytes.
                 if not ordered and waiting and not promise.reserved_bytes:
                     with self._lock:
                         waiting.append(promise)
@@ -240,15 +241,15 @@ class Poller:
             self._open.discard(promise)
 
     def _release(self, promise: Promise[Any]) -> None:
-        with self._lock:  # closing may end a promise at the same time
+        with self._lock:  # close() may end the promise at the same time
             held, promise.reserved_bytes = promise.reserved_bytes, 0
         if held:
             self._bytes.release(held)
 
-    # One question and what its answer means.
+    # One poll and its response.
 
     def ask(self, promise: Promise[T]) -> T:
-        """Ask once. Returns the result.
+        """Poll once. Returns the result.
 
         Raises:
             NotYet: If it is not done.
@@ -270,12 +271,12 @@ class Poller:
             raise meant from exc
 
     def _meaning_of(self, promise: Promise[Any], exc: errors.APIError) -> Exception:
-        """What to raise after a question that was answered with an error, or not at all."""
+        """The exception for a poll that failed or was answered with an error."""
         if isinstance(exc, errors.PromiseExpiredError):
             return self._lost(promise, exc)
         if isinstance(exc, errors.BadRequestError) and not is_stray(exc):
             category = exc.body.get("category") if isinstance(exc.body, dict) else None
-            return _failed(promise, exc.detail, "status 400", category)  # some servers say it so
+            return _failed(promise, exc.detail, "status 400", category)  # of some servers
         body = getattr(exc, "body", None)
         if isinstance(body, dict) and body.get("queue_state"):
             self._note_queue_state(promise, body)
@@ -304,7 +305,7 @@ class Poller:
         )
 
     def _read(self, promise: Promise[T], answer: Answer, took: float) -> T:
-        """The result in *answer*, or NotYet, or the failure it tells."""
+        """The result in *answer*; raises NotYet, or the reported failure."""
         binary = promise.operation in _IN_PROTOBUF and answer.is_protobuf
         if binary and answer.status == 200:
             return self._decode_protobuf(promise, answer)
@@ -346,7 +347,7 @@ class Poller:
             tell(promise.on_queue_state, *now)
 
     def _pause(self, promise: Promise[Any], took: float, payload: dict[str, Any]) -> float:
-        """Seconds until the next question."""
+        """Seconds until the next poll."""
         promise.attempts.answered()
         asked = payload.get("retry_after_ms")
         if isinstance(asked, (int, float)) and not isinstance(asked, bool) and asked > 0:
@@ -355,7 +356,7 @@ class Poller:
         return promise.attempts.not_yet(took, PAUSED if paused else NOT_YET)
 
     def _reserve(self, promise: Promise[Any], payload: dict[str, Any]) -> None:
-        """A large result is ready: wait for room, then ask for all of it."""
+        """A large result is ready: wait until it fits into the byte budget, then request it."""
         if not promise.metadata_only:
             raise errors.APIResponseValidationError(
                 f"the server answered {promise.what} {promise.request_id} with the size of its "
@@ -377,19 +378,20 @@ class Poller:
         told = error if isinstance(error, str) else error_detail(error)
         failure = _failed(promise, told, f"category {category}", category)
         if payload.get("status") == "failed" and category != "user":
-            # This older form says that the server may still bring it off.
+            # In this older form, the operation may still succeed.
             return self._failed_once(promise, failure)
         return failure
 
     def _failed_once(self, promise: Promise[Any], exc: errors.TinkexError) -> Exception:
-        """A question failed in a way that may pass: NotYet, or *exc* when patience is over."""
+        """After a temporary failure: NotYet, or *exc* when the time limit is over."""
         promise.wait.failed_once(exc)
         patience = self._transport.config.patience.no_answer
         pause = promise.attempts.failed(exc, self.now(), patience)
         return exc if pause is None else NotYet(pause)
 
     def _lost(self, promise: Promise[Any], exc: errors.PromiseExpiredError) -> Exception:
-        """410: the same request under the same number brings the promise back, or nothing does."""
+        """After a 410: resending the request under the same number recovers the promise, or
+        fails."""
         if promise.resubmit is None or promise.resubmits >= MAX_RESUBMITS:
             return retold(
                 exc,
@@ -450,7 +452,7 @@ def _as_object(answer: Answer) -> dict[str, Any]:
 
 
 def _with_sequence_ids(result: T, ids: list[str] | None) -> T:
-    """Samples carry the names that the promise gave them."""
+    """Give samples the sequence ids from the promise."""
     if not ids or not isinstance(result, types.SampleResponse):
         return result
     named = [attrs.evolve(s, sequence_id=i) for s, i in zip(result.sequences, ids)]

@@ -1,7 +1,7 @@
-"""How many samples run at once: of one sampler, and of all samplers with one key.
+"""Limits of concurrent samples: of one sampler, and of all samplers with the same key.
 
-A server that answers 429 is asked less often, by all samplers of that key at once, and gets the
-full speed back step by step. Does not know about HTTP.
+After a 429, all samplers of the key send fewer requests, and return to the full rate gradually.
+Does not know about HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tenacity
 from tinkex.config import SamplingLimits
 from tinkex.runtime.retry import seconds
 
-#: A prompt of more bytes than this costs a longer pause after a 429.
+#: A prompt with more bytes than this gets a longer pause after a 429.
 LARGE_PROMPT = 128 * 1024
 #: Seconds of pause after a 429 without Retry-After, for small and for large prompts.
 SMALL_PAUSE, LARGE_PAUSE = 1.0, 5.0
@@ -26,9 +26,9 @@ THROTTLED = 10
 
 
 class Pace:
-    """Admits requests, so many and so many bytes at a time, and none while the server wants quiet.
+    """Admits a limited number of requests and bytes at a time, and none during a pause after a 429.
 
-    The mutable state is how much is admitted, the current limit, and until when all must wait.
+    Its state: the admitted requests and bytes, the current limit, and the end of the pause.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Pace:
     ) -> None:
         self._limits = limits
         self._clock = clock
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards everything below
         self._requests = 0
         self._bytes = 0
         self._limit = limits.requests_in_dispatch
@@ -46,7 +46,7 @@ class Pace:
     def admitted(
         self, nbytes: int, cancelled: Callable[[], bool] = lambda: False
     ) -> Iterator[None]:
-        """Wait until a request of *nbytes* may go, and hold its place for the block's length."""
+        """Wait until a request of *nbytes* may be sent, and hold its place during the block."""
         with self._changed:
             while not cancelled() and not self._admits(nbytes):
                 pause = self._quiet_until - self._clock()
@@ -62,68 +62,68 @@ class Pace:
                 self._changed.notify()
 
     def throttled(self, nbytes: int, retry_after: float | None) -> float:
-        """The server said 429: everybody waits. Returns for how many seconds."""
+        """Pause all requests after a 429. Returns the seconds of the pause."""
         usual = tenacity.wait_fixed(LARGE_PAUSE if nbytes > LARGE_PROMPT else SMALL_PAUSE)
         pause = seconds(usual) if retry_after is None else max(retry_after, 0.01)
         with self._changed:
-            # Never sooner than an earlier answer asked for.
+            # An earlier response may have requested a longer pause.
             self._quiet_until = max(self._quiet_until, self._clock() + pause)
             self._limit = min(self._limit, max(THROTTLED, self._limit // 2))
         return pause
 
     def succeeded(self) -> None:
-        """The server took one: one more at a time, up to the full number."""
+        """After an accepted request: raise the limit by one, up to the maximum."""
         if self._limit < self._limits.requests_in_dispatch:
             with self._changed:
                 self._limit += 1
                 self._changed.notify()
 
     def wake(self) -> None:
-        """Let those that wait look again: somebody among them has given up."""
+        """Wake waiting threads, because one of them has given up."""
         with self._changed:
             self._changed.notify_all()
 
     @property
     def limit(self) -> int:
-        """How many requests are admitted at a time now."""
+        """The current limit of requests at a time."""
         return self._limit
 
     def _admits(self, nbytes: int) -> bool:
         if self._clock() < self._quiet_until:
             return False
         if self._requests == 0:
-            return True  # a single larger one passes when nothing else is under way
+            return True  # a single larger request passes if nothing else is in flight
         fits = self._bytes + nbytes <= self._limits.bytes_in_dispatch
         return fits and self._requests < self._limit
 
 
 class Places:
-    """So many samples at a time, from their start to their end; the rest stand in line.
+    """At most *count* samples at a time, from start to end; the rest wait in a queue.
 
-    No thread waits in it. A sample that took a place calls `leave` once, when it is done.
+    No thread blocks. A sample with a place calls `leave` once, when it is done.
     """
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards everything below
         self._free = count
         self._line: deque[Callable[[], None]] = deque()
         self._calling = False
 
     def enter(self, start: Callable[[], None]) -> None:
-        """Call *start* as soon as there is a place, from whatever thread."""
+        """Call *start* as soon as there is a place, on any thread."""
         with self._lock:
             self._line.append(start)
         self._call_next()
 
     def leave(self) -> None:
-        """A place is free."""
+        """Free a place."""
         with self._lock:
             self._free += 1
         self._call_next()
 
     def _call_next(self) -> None:
-        """Give out the free places. One thread at a time, in a loop: a sample that is over as soon
-        as it starts would otherwise start the next one inside itself, and so on."""
+        """Assign the free places. One thread at a time, in a loop: a sample that ends as soon as it
+        starts would otherwise start the next one recursively."""
         while True:
             with self._lock:
                 if self._calling or not self._free or not self._line:
@@ -143,13 +143,13 @@ _paces_lock = threading.Lock()  # guards _paces
 
 
 def pace_of(base_url: str, api_key: str, limits: SamplingLimits) -> Pace:
-    """The one pace of all who sample at *base_url* with *api_key* in this process."""
+    """The pace shared by all samplers at *base_url* with *api_key* in this process."""
     with _paces_lock:
         return _paces.setdefault((base_url, api_key), Pace(limits))
 
 
 def wake_all() -> None:
-    """Let everybody who waits for a rate limit look again: a session has ended."""
+    """Wake all threads that wait for a rate limit, because a session has ended."""
     with _paces_lock:
         paces = list(_paces.values())
     for pace in paces:

@@ -1,6 +1,6 @@
-"""When something is tried again, and after how long: tenacity's strategies for all of tinkex.
+"""Retry rules: what is retried, and after which pauses, as tenacity strategies for all of tinkex.
 
-A retry sends the same request again because it failed. A poll asks again because the answer was
+A retry sends the same request again because it failed. A poll is repeated because the response was
 "not yet"; its pauses are here, too. Sends nothing.
 """
 
@@ -21,11 +21,11 @@ R = TypeVar("R")
 
 
 class Backoff(tenacity.wait.wait_base):
-    """Waits as long as the server asks for (Retry-After), else an exponential step with jitter.
+    """Waits as long as the server requests (Retry-After), else an exponential step with jitter.
 
     Args:
         first, longest: seconds of the first and of the longest step.
-        least: a wait is drawn between this part of the step and the whole step.
+        least: the wait is drawn between this fraction of the step and the whole step.
     """
 
     def __init__(self, first: float, longest: float, least: float = 0.75) -> None:
@@ -42,9 +42,9 @@ class Backoff(tenacity.wait.wait_base):
 def seconds(
     wait: tenacity.wait.wait_base, attempt: int = 1, exc: BaseException | None = None
 ) -> float:
-    """What *wait* says after try number *attempt* (from 1) failed with *exc*.
+    """The pause of *wait* after attempt number *attempt* (from 1) failed with *exc*.
 
-    For those who count their tries themselves, since these are made on several threads.
+    For callers that count attempts themselves, because they run on several threads.
     """
     state = tenacity.RetryCallState(None, None, (), {})  # type: ignore[arg-type]
     state.attempt_number = attempt
@@ -54,7 +54,7 @@ def seconds(
 
 
 def failure_of(state: tenacity.RetryCallState) -> BaseException | None:
-    """What the last try failed with."""
+    """The exception of the last attempt."""
     return state.outcome.exception() if state.outcome is not None else None
 
 
@@ -67,14 +67,14 @@ def repeat(
     sleep: Callable[[float], object],
     note: Callable[[BaseException | None], None] = lambda _: None,
 ) -> R:
-    """Call *attempt* until it returns, another try may not help, or *stop* is true.
+    """Call *attempt* until it returns, a retry cannot help, or *stop* is true.
 
     *note* is called with each failure before the pause after it.
     """
     try:
-        return attempt()  # nearly always the only one, and cheaper without the machinery
+        return attempt()  # nearly always succeeds, and is cheaper without tenacity
     except errors.APIError as exc:
-        failures = [exc]  # the first, for tenacity to judge
+        failures = [exc]  # the first failure, for tenacity
 
     def again() -> R:
         if failures:
@@ -91,38 +91,38 @@ def repeat(
     )(again)
 
 
-#: Between two polls that were answered "not yet" sooner than a long poll would be; the same, while
-#: the server has paused the work.
+#: Between polls that were answered "not yet" sooner than a long poll; and while the server has
+#: paused the work.
 NOT_YET, PAUSED = Backoff(0.02, 2.0), Backoff(1.0, 1.0)
-#: After a poll that failed; after a promise that the server has lost.
+#: After a failed poll; after a lost promise.
 POLL_FAILED, LOST = Backoff(0.1, 10.0), Backoff(0.05, 1.0)
-#: After the one poll for all samples failed: everybody waits for it.
+#: After a failed poll for all samples, for which all of them wait.
 WATCH_FAILED = Backoff(0.5, 0.5, least=1.0)
-#: While a server packs an archive: seconds, and how often it is asked.
+#: While a server packs an archive: seconds between requests, and number of requests.
 PACKING_PAUSE, PACKING_TRIES = 30.0, 6
-#: After a download that broke off; `CUT_TRIES` of these in a row without progress end it.
+#: After a broken download; `CUT_TRIES` breaks in a row without progress end it.
 CUT, CUT_TRIES = Backoff(0.2, 5.0, least=1.0), 8
 
-#: A poll that was answered "not yet" sooner than this was no long poll: pause before the next.
+#: A poll answered "not yet" sooner than this was not a long poll: pause before the next.
 LONG_POLL = 1.0  # seconds
 
-#: Answers that are tried again only so often: a proxy's stray one must not end a run, and a server
-#: that means it should be heard soon. By status; 0 is a success that cannot be read.
+#: Most attempts after responses that may be a proxy's, which must not end a run, or the server's,
+#: which should be raised soon. By status; 0 is a success that cannot be read.
 FEW_TRIES = {0: 3, 400: 3, 409: 3}
 
 
 class Attempts:
-    """How the attempts at one thing have gone, and how long to pause before the next one."""
+    """The history of attempts of one request, and the pause before the next one."""
 
     def __init__(self) -> None:
         self._strays: Counter[int] = Counter()  # by status
-        self._pauses = 0  # since something last changed
+        self._pauses = 0  # since the last news
         self._failing_since: float | None = None
-        #: Of the last attempt; None after one that was answered.
+        #: Of the last attempt; None if it was answered.
         self.last_error: BaseException | None = None
 
     def answered(self, *, is_news: bool = False) -> None:
-        """The last attempt was answered with sense; after news the next one comes sooner again."""
+        """Record a valid response; after news, pauses start from the shortest again."""
         self._strays.clear()
         self._failing_since = self.last_error = None
         if is_news:
@@ -136,7 +136,7 @@ class Attempts:
         return self.pause(wait)
 
     def may_pass(self, exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
-        """Note that an attempt failed with *exc*; True if another may not. *may_explain* is for
+        """Record a failure *exc*; True if another attempt may succeed. *may_explain* is for
         `is_stray`."""
         if not is_stray(exc, may_explain):
             return exc.retryable
@@ -155,7 +155,7 @@ class Attempts:
         return pause if now + pause - self._failing_since < patience else None
 
     def pause(self, wait: Backoff, exc: BaseException | None = None) -> float:
-        """Seconds of the next pause, longer than the one before it."""
+        """Seconds of the next pause, longer than the previous one."""
         self._pauses += 1
         return seconds(wait, self._pauses, exc)
 
@@ -178,9 +178,9 @@ class Retry:
     """When a failed request is sent again.
 
     Args:
-        budget: seconds after which no new try begins; 0 is a single try; None is patient with a
-            server that has answered once, and brief with one that never has.
-        pass_on: error statuses that are raised at once, for the caller to deal with.
+        budget: seconds after which no new attempt begins; 0 is a single attempt; None is long for a
+            server that has answered before, and short for one that never has.
+        pass_on: error statuses that are raised at once, for the caller to handle.
         first, longest: seconds of the first and of the longest pause. A pause is drawn between half
             of and the whole exponential step, unless the server names one (Retry-After).
     """
@@ -192,7 +192,7 @@ class Retry:
 
     @property
     def wait(self) -> Backoff:
-        """The pauses between tries."""
+        """The pauses between attempts."""
         return Backoff(self.first, self.longest, least=0.5)
 
 
@@ -200,14 +200,14 @@ ONCE = Retry(budget=0)
 
 
 def check_retry(retry_config: object) -> None:
-    """TypeError unless it is a Retry or None."""
+    """Raise TypeError unless *retry_config* is a Retry or None."""
     if retry_config is not None and not isinstance(retry_config, Retry):
         raise TypeError(f"retry_config must be a tinkex.Retry or None, got {retry_config!r}.")
 
 
 def is_stray(exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
-    """True for an answer that a proxy between may have made: a success that cannot be read, or a
-    400 or 409 without the server's own sentence (which statuses in *may_explain* may have)."""
+    """True for a response that may be a proxy's: a success that cannot be read, or a 400 or 409
+    without a message of the server (which statuses in *may_explain* may have)."""
     if not isinstance(exc, errors.APIStatusError):
         return isinstance(exc, errors.APIResponseValidationError)
     if exc.status not in FEW_TRIES or exc.should_retry is False:
@@ -216,7 +216,7 @@ def is_stray(exc: errors.APIError, may_explain: Container[int] = ()) -> bool:
 
 
 def is_hopeless(exc: errors.APIError, elapsed: float) -> bool:
-    """On first contact: an unknown name, a bad certificate, a port without a server."""
+    """True on first contact for an unknown host, an invalid certificate, or a closed port."""
     cause = str(exc.__cause__)
     if any(word in cause for word in ("NameResolution", "getaddrinfo", "certificate", "SSLError")):
         return True
