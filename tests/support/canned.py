@@ -1,4 +1,4 @@
-"""Canned HTTP answers, by the package responses: for tests in which the server plays no part."""
+"""Canned HTTP responses, by the package responses, for tests that need no server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEALTHZ = f"{API}healthz"
 
 
 def reply(code=200, body=None, **headers):
-    """An answer; the body is JSON, or bytes as they are (HTML if no Content-Type is given)."""
+    """A response; the body is JSON, or raw bytes (HTML if no Content-Type is given)."""
     named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
     usual = "text/html" if isinstance(body, bytes) else "application/json"
     kind = named.pop("Content-Type", usual)
@@ -26,10 +26,10 @@ OK = reply(200, {"status": "ok"})
 
 
 class Canned(responses.RequestsMock):
-    """Answers all HTTP of a with block from what a test gives it; `calls` has what was sent.
+    """Answers all HTTP requests of a with block with given responses; `calls` has the requests.
 
-    A request gets its answers in the order given, and the last one again and again. One that is
-    never asked for fails the test.
+    A request gets its responses in the given order, and then the last one repeatedly. An unused
+    response fails the test.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Canned(responses.RequestsMock):
             self.add(method, API + to, **answer)
 
     def transport(self, **options):
-        """A transport whose time is `clock`, and whose server has answered before."""
+        """A transport on the clock `clock`, whose server has answered before."""
         clock = self.clock
         made = Transport(settings(**options), sleep=clock.sleep, clock=clock)
         made.established = True

@@ -1,4 +1,4 @@
-"""Virtual environments of their own for single tests, below build/: made once, and then kept."""
+"""Separate virtual environments for single tests, below build/: created once and reused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def make_once(folder: Path, make: Callable[[], None]) -> None:
-    """Call *make* if *folder* is not made yet; several test processes may want it at once."""
+    """Call *make* if *folder* does not exist; safe with several test processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -21,7 +21,7 @@ def make_once(folder: Path, make: Callable[[], None]) -> None:
 
 
 def borrowing(folder: Path, packages: Sequence[str], *options: str) -> Path:
-    """The Python of an environment with *packages*, which borrows what the tests have.
+    """The Python of an environment with *packages*, plus the packages of the tests.
 
     Args:
         options: of pip.
@@ -39,6 +39,6 @@ def borrowing(folder: Path, packages: Sequence[str], *options: str) -> Path:
 
 
 def borrow(folder: Path) -> None:
-    """Let the environment in *folder* find all packages of the one that runs this."""
+    """Make all packages of the current environment importable in the one in *folder*."""
     scheme = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
     (Path(scheme["purelib"]) / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")

@@ -1,8 +1,8 @@
-"""An engine of toy numbers behind the engine's contract: deterministic, instant, and watchful.
+"""A fake engine with the engine's interface: deterministic, instant, and strict.
 
 A model is one float: forward_backward adds the mean target token to its gradient, a step moves
-the weight by learning rate times gradient plus momentum. Knows of training enough that order,
-repeats, lost state and wrong merging change the numbers.
+the weight by learning rate times gradient plus momentum. Wrong order, repeats, lost state and wrong
+merging therefore change the numbers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Model:
 
 
 class FakeEngine:
-    """`gate`: while it is cleared, forward_backward gives way without getting on. `log` is what
-    was called, in order."""
+    """`gate`: while it is cleared, forward_backward yields without progress. `log`: the calls, in
+    order."""
 
     def __init__(self, *, micro_batch=1, gate=None):
         self.models = {}

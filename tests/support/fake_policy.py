@@ -1,4 +1,4 @@
-"""FakeService for models that learn from their own answers: it samples, and knows policy losses."""
+"""FakeService for training on sampled answers: it samples, and supports policy losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from tests.support import fake_service
 from tinkex import types
 
-#: Its optimizer takes gradients as they are, so learning rates up to 1 would be too low.
+#: Factor on gradients, since its optimizer does not normalize them and learning rates are at most
+#: 1.
 SPEED = 150
 
 

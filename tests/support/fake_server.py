@@ -1,9 +1,9 @@
 """
 A training server that lives inside requests: no sockets, no sleeping.
 
-It keeps the protocol's promises (numbers in order, each once; a resend gets the answer of the
-first send) and fails only where a test tells it to. What it was sent is in `requests`, what it ran,
-in the order in which it ran it, in `executed`.
+It follows the protocol (numbers in order, each once; a resend gets the first response) and fails
+only where a test scripts it. `requests` has the received requests, `executed` the operations in the
+order of their execution.
 
     server = FakeServer()
     server.script("optim_step", status(503), reset())   # the next two go wrong, then all is well
@@ -38,11 +38,11 @@ from tinkex.training import TrainingClient
 URL = "http://training.test"
 MODEL = "s0:train:0"
 
-_HTTPAdapter = requests.adapters.HTTPAdapter  # the real one, whatever a test puts in its place
+_HTTPAdapter = requests.adapters.HTTPAdapter  # the real one, even if a test replaces it
 
 
 class Clock:
-    """Time that passes only when somebody sleeps."""
+    """A clock that advances only by sleeping."""
 
     def __init__(self):
         self.now = 1000.0
@@ -60,7 +60,7 @@ class Clock:
 
 @attrs.frozen
 class Seen:
-    """A request as it came in. `body` is decoded: a type for training data, else what JSON says."""
+    """A received request. `body` is decoded: an object for training data, else JSON data."""
 
     method: str
     path: str
@@ -79,7 +79,7 @@ class Seen:
 
 
 def status(code, body=None, **headers):
-    """An error status; the body is JSON, or bytes as they are, or nothing."""
+    """An error status; the body is JSON, raw bytes, or empty."""
     named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
 
     def fault(server, request, timeout, behave):
@@ -94,7 +94,7 @@ def answer(body, **headers):
 
 
 def reset(after_it_ran=False):
-    """The connection breaks: before the server has seen the request, or with its answer."""
+    """The connection breaks: before the server has seen the request, or during the response."""
 
     def fault(server, request, timeout, behave):
         if after_it_ran:
@@ -108,7 +108,7 @@ def reset(after_it_ran=False):
 
 
 def lost():
-    """The server does what it was asked to do, and its answer is lost."""
+    """The server executes the request, and the response is lost."""
     return reset(after_it_ran=True)
 
 
@@ -150,7 +150,7 @@ def bad_certificate():
 
 
 def no_connection():
-    """The host does not answer at all; the time of the connect timeout passes."""
+    """The host does not answer; the connect timeout passes."""
 
     def fault(server, request, timeout, behave):
         server.clock.sleep(timeout[0])
@@ -161,7 +161,7 @@ def no_connection():
 
 
 def timeout(after_it_ran=False):
-    """The answer does not begin in time; the time of the read timeout passes."""
+    """The response does not begin in time; the read timeout passes."""
 
     def fault(server, request, timeout, behave):
         if after_it_ran:
@@ -173,7 +173,7 @@ def timeout(after_it_ran=False):
 
 
 def garbage(body=b"<html>Please log in</html>", content_type="text/html"):
-    """A success that is not what the protocol promises."""
+    """A success that violates the protocol."""
     return status(200, body, **{"Content-Type": content_type})
 
 
@@ -190,7 +190,7 @@ def half_protobuf():
 
 
 def cut(after):
-    """A file that breaks off after a number of bytes."""
+    """A file that is cut off after a number of bytes."""
 
     def fault(server, request, timeout, behave):
         return server._file(request, server.files[request.url], after)
@@ -199,7 +199,7 @@ def cut(after):
 
 
 def blocked(entered, released, then=None):
-    """The answer (*then*, or as usual) waits until a test releases it, by an Event."""
+    """The response (*then*, or the normal one) waits until a test sets an Event."""
 
     def fault(server, request, timeout, behave):
         entered.set()
@@ -234,7 +234,7 @@ def not_yet_408(state=None, reason=None):
 
 
 def after(seconds, fault):
-    """A long poll: the time passes, then this answer."""
+    """A long poll: the time passes, then this response."""
 
     def slow(server, request, timeout, behave):
         server.clock.sleep(seconds)
@@ -265,7 +265,7 @@ class _Stored:
 class FakeServer(requests.adapters.BaseAdapter):
     """
     Args:
-        features: what client/config says; None: the endpoint is not there (404).
+        features: content of client/config; None: the endpoint does not exist (404).
         protobuf: whether training data and results may be protobuf.
         not_yet: most "not yet" answers before a result; how many is drawn by *seed*.
         lacks: paths that this server does not offer.
@@ -288,7 +288,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         self.results = {}
         #: Stored things: (method, path) -> (status, body) or a function of the request.
         self.stored = {}
-        #: Archives and the like, anywhere on the internet: url -> bytes.
+        #: Archives and other files, at any URL: url -> bytes.
         self.files = {}
         self.not_yet = not_yet
         self._random = random.Random(seed)
@@ -308,11 +308,11 @@ class FakeServer(requests.adapters.BaseAdapter):
     # For tests.
 
     def script(self, path, *faults):
-        """The next requests to *path* get these answers."""
+        """The next requests to *path* get these responses."""
         self._scripts[path].extend(faults)
 
     def always(self, path, fault):
-        """All requests to *path* get this answer from now on; None: as usual again."""
+        """All later requests to *path* get this response; None restores the normal behaviour."""
         self._always[path] = fault
 
     def seen(self, *paths):
@@ -324,7 +324,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         return [seen.body for seen in self.seen(*paths)]
 
     def seq_ids(self):
-        """Of everything that came for the model, in order of arrival."""
+        """Of all requests for the model, in order of arrival."""
         return [b["seq_id"] if isinstance(b, dict) else b.seq_id for b in self._numbered()]
 
     def _numbered(self):
@@ -415,7 +415,7 @@ class FakeServer(requests.adapters.BaseAdapter):
             return self.response(request, 200, reply)
 
     def _file(self, request, content, cut=None):
-        """The file, or the part of it that is asked for; *cut* is how many bytes really come."""
+        """The file, or the requested range; *cut* is the number of bytes that are really sent."""
         start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
         headers = {"Content-Length": str(len(content) - start)}
         if start:
@@ -547,7 +547,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         return {"request_id": stored.request_id}
 
     def _run_in_order(self, model_id, seq_id, stored):
-        """As the contract has it: strictly by number; what comes early is held."""
+        """Execute strictly by number; early operations are held."""
         held = self._held[model_id]
         held[seq_id] = stored
         while self._next[model_id] in held:
@@ -570,7 +570,7 @@ class FakeServer(requests.adapters.BaseAdapter):
         return wire.to_json(value) if binary else value
 
     def _on_retrieve_futures(self, seen):
-        """Everything that is finished and not yet taken, whatever the cursor."""
+        """Everything finished and not yet acknowledged, whatever the cursor."""
         for request_id in seen.body["retrieved_request_ids"]:
             self._operations.pop(request_id, None)
         done = [
@@ -604,7 +604,7 @@ def _decoded(request, raw):
 
 
 def logprobs_of(datum):
-    """What this server's model thinks of a datum's targets: -1/16 for token 0, -2/16 for 1, ..."""
+    """The log-probabilities of a datum's targets: -1/16 for token 0, -2/16 for 1, ..."""
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
     return (-(1.0 + targets % 16) / 16).astype(np.float32)
 
@@ -624,7 +624,7 @@ def loss_of(batch):
 
 
 def samples_of(body):
-    """The prompt, backwards, for each sample."""
+    """The reversed prompt, for each sample."""
     tokens = [t for chunk in body["prompt"]["chunks"] for t in chunk["tokens"]]
     most = body["sampling_params"].get("max_tokens") or len(tokens)
     sequence = types.SampledSequence(tokens[::-1][:most], [-0.5] * len(tokens[::-1][:most]))
@@ -641,7 +641,7 @@ def settings(**options):
 
 
 def transport(server, **options):
-    """A Transport to *server* whose time is the server's."""
+    """A Transport to *server* on the server's clock."""
     own = settings(**options)
     waits = WaitLog(own.patience.report_after, own.patience.report_every, clock=server.clock)
     return Transport(own, adapter=server, waits=waits, sleep=server.clock.sleep, clock=server.clock)
@@ -649,7 +649,7 @@ def transport(server, **options):
 
 @contextmanager
 def session(server, heartbeat=False, **options):
-    """A Session on *server*, with a clock that only sleeping moves."""
+    """A Session on *server*, with its clock, which advances only by sleeping."""
     way = transport(server, **options)
     made = Session(
         way.config,
@@ -670,7 +670,7 @@ def training(server, **options):
 
 
 def plugged_in(monkeypatch, server):
-    """From now on, all HTTP through requests and all sleeping goes to *server*."""
+    """Redirect all HTTP through requests, and all sleeping, to *server*."""
     monkeypatch.setattr("tinkex.runtime.http_session.KeptConnections", lambda **_: server)
     for name in [name for name in os.environ if name.startswith("TINKER_")]:
         monkeypatch.delenv(name)

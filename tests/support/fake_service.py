@@ -1,8 +1,8 @@
 """
-A ServiceClient that trains for real, in this process: a model of how often each token occurs.
+A ServiceClient that really trains, in this process: a unigram model.
 
-Its logits are one number per token, whatever comes before, and its optimizer is momentum. So the
-loss really falls, order really matters, and a checkpoint without the optimizer's state shows.
+Its logits are one number per token, independent of the context, and its optimizer is momentum. So
+the loss falls, order matters, and a checkpoint without optimizer state is noticed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinkex import types
 
 
 class ByteTokenizer:
-    """One token a byte, 256 begins a text, 257 ends it."""
+    """One token per byte; 256 begins a text, 257 ends it."""
 
     bos_token_id, eos_token_id = 256, 257
     chat_template = None
@@ -30,7 +30,7 @@ class ByteTokenizer:
 class FakeService:
     """
     Args:
-        on_operation: called with the name of each operation as it is asked for.
+        on_operation: called with the name of each submitted operation.
     """
 
     base_url = "http://fake"
@@ -42,7 +42,7 @@ class FakeService:
         self.on_operation = on_operation
         self.reported = []  # (run, points) of each report of metrics
         self.said = []  # samples in these reports
-        self.hangs = False  # no answer comes any more
+        self.hangs = False  # stop answering
 
     def create_lora_training_client(self, base_model, adapter=None, **settings):
         if adapter is not None:
@@ -147,7 +147,7 @@ class FakeTraining:
         self.is_closed = True
 
     def _answer(self, name, operation):
-        """Run at once, in the order asked: the future is born resolved."""
+        """Run at once, in the order of the calls; the future is already resolved."""
         self.service.on_operation(name)
         future = Future()
         result = operation()
@@ -164,7 +164,7 @@ class FakeTraining:
         return types.ForwardBackwardOutput(loss_fn_outputs=outputs, metrics={})
 
     def _accumulate(self, data):
-        """The gradient of -sum(weights * logprobs): what softmax gives less what was there."""
+        """The gradient of -sum(weights * logprobs): softmax minus the weighted targets."""
         p = np.exp(self.logits) / np.exp(self.logits).sum()
         for datum in data:
             weights = datum.loss_fn_inputs["weights"].to_numpy().astype(float)
@@ -186,7 +186,7 @@ class FakeTraining:
 
 
 class FakeSampling:
-    """Says the likeliest token, over and over."""
+    """Always samples the likeliest token."""
 
     def __init__(self, service, logits):
         self.service, self.logits = service, logits

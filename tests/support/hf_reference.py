@@ -1,6 +1,6 @@
-"""An independent opinion: small Hugging Face models, and PEFT's LoRA on top of them.
+"""An independent reference: small Hugging Face models, and PEFT's LoRA on top of them.
 
-Made on the spot with random weights; what `tinkex.engine` computes is compared with them.
+Created with random weights, and compared with the results of `tinkex.engine`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ LONG_ROPE = {
 }
 MIXED_LAYERS = ["sliding_attention", "full_attention"]
 
-#: Configurations by name: every architecture, and what sets them apart.
+#: Configurations by name: every architecture, with its special features.
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "llama-tied-biased": lambda: transformers.LlamaConfig(
@@ -121,7 +121,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
-#: Gemma 3 as llama.cpp knows it: much of it is in its code and not in GGUF files.
+#: Gemma 3 as in llama.cpp, which has many settings in its code and not in GGUF files.
 CONFIGS["gemma3-of-gguf"] = lambda: transformers.Gemma3TextConfig(
     **{**SIZES, "num_hidden_layers": 7},
     head_dim=16,
@@ -239,7 +239,7 @@ def make_random_base(directory: Path, sizes: Mapping[str, Any]) -> Path:
 
 def load_base(directory: Path) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(directory)
-    # Some versions of transformers choose torch's attention, and leave out the cap of its scores.
+    # Some versions of transformers choose torch's attention, and ignore the cap of the scores.
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager" if is_capped else None
@@ -258,7 +258,7 @@ def make_adapter(base: Path, directory: Path, *, rank: int = 8, **config: Any) -
         "task_type": "CAUSAL_LM",
     }
     with _peft_warnings_ignored():
-        import peft  # seconds of processor time, which few tests need
+        import peft  # takes seconds to import, and few tests need it
 
         module = load_base(base)
         settings |= _with_experts(module, settings["target_modules"])
@@ -334,7 +334,7 @@ def logits(base: BaseModel, hidden: Tensor) -> Tensor:
 
 
 def logprobs(model: Any, tokens: Sequence[int], targets: np.ndarray) -> Tensor:
-    """The plain way: all logits, log_softmax, gather. targets (N,) or (N, K)."""
+    """The direct computation: all logits, log_softmax, gather. targets (N,) or (N, K)."""
     logits = model(input_ids=torch.tensor(np.asarray(tokens)[None], dtype=torch.long)).logits[0]
     wanted = torch.from_numpy(np.asarray(targets, np.int64)).reshape(len(logits), -1)
     found = logits.log_softmax(-1).gather(1, wanted)
@@ -342,7 +342,7 @@ def logprobs(model: Any, tokens: Sequence[int], targets: np.ndarray) -> Tensor:
 
 
 def peft_gradients(model: Any) -> dict[str, Tensor]:
-    """By name, as `gradients` has them."""
+    """Gradients by name, with the names of `gradients`."""
     found = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -352,7 +352,7 @@ def peft_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def gradients(engine: Engine, model_id: str, directory: Path) -> dict[str, Tensor]:
-    """What the engine has accumulated, by name, read from a snapshot in *directory*."""
+    """The engine's accumulated gradients by name, read from a snapshot in *directory*."""
     directory.mkdir()
     engine.snapshot(model_id, directory)
     flat = load_file(directory / "live.safetensors")["gradient"]
@@ -361,7 +361,7 @@ def gradients(engine: Engine, model_id: str, directory: Path) -> dict[str, Tenso
 
 
 def drive(pass_: Generator[None, None, Any]) -> Any:
-    """Run a forward_backward to its end; give its result."""
+    """Run a forward_backward to its end; return its result."""
     while True:
         try:
             next(pass_)
@@ -370,7 +370,7 @@ def drive(pass_: Generator[None, None, Any]) -> Any:
 
 
 def sample_all(engine: Engine) -> dict[Any, Any]:
-    """Step until nothing is left; results by ticket."""
+    """Step until all samples are done; results by ticket."""
     results: dict[Any, Any] = {}
     while engine.has_samples:
         results.update(engine.sample_step())
@@ -378,7 +378,7 @@ def sample_all(engine: Engine) -> dict[Any, Any]:
 
 
 def ask(engine, *requests):
-    """All at once; (sampler, request) -> responses in order."""
+    """Submit all (sampler, request) pairs at once; return the responses in order."""
     for i, (sampler, one) in enumerate(requests):
         engine.submit_sample(i, sampler, one)
     results = sample_all(engine)

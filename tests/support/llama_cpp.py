@@ -1,7 +1,7 @@
-"""llama.cpp for tests: llama-cpp-python in an environment of its own, under build/llama.
+"""llama.cpp for tests: llama-cpp-python in a separate environment, under build/llama.
 
-The package index has no wheel of it, and building one takes ten minutes, so that is done only when
-it is asked for: `make llama`. A wheel that is on the machine is installed within seconds.
+The package index has no wheel of it, and building one takes ten minutes, so it is built only on
+request: `make llama`. A wheel that is on the machine is installed within seconds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tests.support.processes import ROOT
 BUILD = ROOT / "build" / "llama"
 REQUIREMENT = "llama-cpp-python==0.3.36"
 WHEEL = "TINKEX_LLAMA_WHEEL"
-#: How to come by it.
+#: How to get it.
 HINT = f"{REQUIREMENT} is not built on this machine: run `make llama`, or name a wheel in {WHEEL}"
 
 
 def wheel() -> str | None:
-    """The wheel that `WHEEL` names, or that pip has kept from an earlier build."""
+    """The wheel named in `WHEEL`, or pip's cached wheel of an earlier build."""
     named = os.environ.get(WHEEL)
     if named:
         return named
@@ -33,7 +33,7 @@ def wheel() -> str | None:
 
 
 def python(*, build: bool = False) -> Path | None:
-    """The environment's Python; None if the package is not on this machine and not to be built."""
+    """The environment's Python; None if the package is missing and *build* is False."""
     found = BUILD / "bin" / "python"
     if (BUILD / "done").exists():
         return found

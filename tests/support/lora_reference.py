@@ -1,4 +1,4 @@
-"""Adapters of random numbers, and what they do to a matrix, written out."""
+"""Adapters of random numbers, and their effect on a matrix, computed directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def flat(layout: lora.Layout, seed: int) -> torch.Tensor:
 
 
 def dense(layout: lora.Layout, adapter: torch.Tensor, key: str) -> torch.Tensor:
-    """W + scale B A, written out."""
+    """W + scale B A, computed directly."""
     tensors, linear = layout.tensors(adapter), layout.linears[key]
     change = [
         tensors[f"{part.name}.lora_B"] @ tensors[f"{part.name}.lora_A"] for part in linear.parts

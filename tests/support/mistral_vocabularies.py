@@ -1,4 +1,4 @@
-"""Vocabularies of Mistral's models, from the package mistral-common, as Hugging Face has them."""
+"""Vocabularies of Mistral's models, from the package mistral-common, in Hugging Face's form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEKKEN_CONTROL = (
 
 
 def file(name: str) -> Path:
-    """A file of the package; the test is skipped where that is not installed."""
+    """A file of the package; skips the test if it is not installed."""
     package = importlib.util.find_spec("mistral_common")
     if package is None or package.origin is None:
         pytest.skip("mistral-common is not installed")

@@ -1,9 +1,9 @@
 """
-Servers that speak the API each in its own way, over real HTTP: `with OddServer(Quirks()) as odd`.
+Servers that deviate from the API in known ways, over real HTTP: `with OddServer(Quirks()) as odd`.
 
-Under every oddity is the same model of how often each token occurs, so the same script must come to
-the same numbers on all of them. Operations run when they arrive, in that order, unless the quirks
-say that numbers count. `KNOWN` are the quirks of servers one meets, as far as they were seen there.
+All of them train the same unigram model, so the same script must give the same numbers on all of
+them. Operations run in order of arrival, unless the quirks order them by number. `KNOWN` are the
+observed quirks of existing servers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ VOCABULARY = 128
 @attrs.frozen
 class Quirks:
     """
-    What is odd about a server; the defaults are the protocol.
+    Deviations of a server; the defaults follow the protocol.
 
     Attributes:
-        lacks: endpoints that are not there; lacking: the status they answer with.
-        protobuf: None if it is taken; else the status that a protobuf body gets.
+        lacks: missing endpoints; lacking: their status.
+        protobuf: None if it is accepted; else the status for a protobuf body.
         only_protobuf: JSON batches get 415.
-        results_in_json: results come as JSON whatever the client would take.
-        numbered: numbers must come in order, and a repeat is a 409 (else they are not looked at).
+        results_in_json: results are JSON even if the client accepts protobuf.
+        numbered: numbers must arrive in order, and a repeat is a 409 (else they are ignored).
         immediate: endpoints that answer with the result instead of a promise.
         request_ids: str or int.
         create_names_model: create_model answers with the model's id beside the promise.
@@ -45,9 +45,9 @@ class Quirks:
         sampler_segment: whether paths of sampler weights have the segment sampler_weights.
         failures: how a failed operation is reported: 200 with error and category, or 400, or 500.
         metrics: "sum" for loss:sum, "none" for {}, "odd" for a name without a reduction.
-        optim_metrics: what optim_step gives.
+        optim_metrics: metrics of optim_step.
         wrapped: results come as {"status": "completed", "result": ...}.
-        not_yet: what is answered to the first polls, before a result.
+        not_yet: the responses to the first polls, before a result.
         hold: seconds that a poll is held when there is no result yet; work: seconds till there is.
         restores_at_once: whether load_weights makes a model.
         gradients: "sum", "mean" over the weights, "last" batch only, or "always", in a forward
@@ -59,10 +59,10 @@ class Quirks:
         lost: the status of an unknown promise; once: results are given once.
         prompt_logprobs: "aligned", or "short" by the first.
         strict: unknown fields in requests are a 422.
-        pause: seconds that every answer takes.
+        pause: seconds of every response.
         tokens: requests need a token of this server's, which it gives for the credential in
             `credentials`.
-        flags: what client/config says.
+        flags: content of client/config.
     """
 
     lacks: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
@@ -108,7 +108,7 @@ MANAGEMENT = frozenset(
 )
 NEWER = frozenset({"finish", "retrieve_futures", "cancel_future", "join_sampling_session"})
 
-#: The servers of users-and-ecosystem, as far as their behaviour is known.
+#: Existing servers, as far as their behaviour is known.
 KNOWN = {
     "the protocol itself": Quirks(),
     "SkyRL 0.3.0": Quirks(
@@ -268,7 +268,7 @@ class OddServer:
         self.seen = Counter()
         self.bodies = []
         self.headers = []
-        #: By endpoint: how many requests were under way at once, at most.
+        #: By endpoint: the most requests in progress at a time.
         self.at_once = Counter()
         self.credentials = set()
         self.tokens = []
@@ -646,7 +646,8 @@ class OddServer:
             return self.quirks.not_yet[polls - 1]
         held_until = time.monotonic() + self.quirks.hold
         if done.at > time.monotonic():
-            # A server that holds polls looks for results now and then, and only the last sees it.
+            # A server that holds polls checks for results periodically, and only the last poll sees
+            # them.
             self._closing.wait(min(done.at, held_until) - time.monotonic())
             if self.quirks.hold and done.at > time.monotonic():
                 return TIMEOUT

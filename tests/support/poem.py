@@ -1,4 +1,4 @@
-"""A model that knows a poem by heart: small enough for a test, and its answers are known."""
+"""A model that has memorized a poem: small enough for a test, with known answers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def free_port():
 
 
 class ServerProcess:
-    """A server on a port that it keeps over restarts; on the fake engine unless *real*."""
+    """A server that keeps its port across restarts; on the fake engine unless *real*."""
 
     def __init__(self, home, port=None, environment=None, real=False, **options):
         if real:
@@ -53,7 +53,7 @@ class ServerProcess:
         )
 
     def start(self, **kwargs):
-        """Returns when it answers; the first line of its output is its URL."""
+        """Start it, and return when it answers; the first line of its output is its URL."""
         self.spawn(**kwargs)
         line = self.process.stdout.readline()
         assert line.startswith("http://"), self.process.stderr.read()
@@ -64,7 +64,7 @@ class ServerProcess:
         self.end()
 
     def end(self, timeout=10):
-        """Wait for its end; what it wrote to stderr."""
+        """Wait for its end; return its stderr."""
         _, errors = self.process.communicate(timeout=timeout)
         return errors
 
@@ -75,7 +75,7 @@ class ServerProcess:
 
 
 def patiently(call, *arguments, seconds=20):
-    """*call* again and again while the server is away."""
+    """Repeat *call* while the server is not reachable."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A FakeServer behind a real socket, for tests of what travels over HTTP."""
+"""A FakeServer behind a real socket, for tests of HTTP traffic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.fake_server import URL
 
 @contextmanager
 def served(server):
-    """The address where *server* (a FakeServer) listens."""
+    """The address of *server* (a FakeServer)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -6,12 +6,12 @@ import os
 
 
 def read_all(terminal: int) -> str:
-    """What was written to the other end, until that is closed."""
+    """Everything written to the other end, until it is closed."""
     written = b""
     try:
         while more := os.read(terminal, 4096):
             written += more
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # on Linux, the other end is closed
         pass
     os.close(terminal)
     return written.decode()

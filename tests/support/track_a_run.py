@@ -1,5 +1,5 @@
 """
-Trains on the fake service with one real tracker, offline, and prints what arrived there as JSON.
+Trains on the fake service with one real tracker, offline, and prints its content as JSON.
 
 Runs in an environment that has the tracker's package, without the rest of the test requirements:
 python -m tests.support.track_a_run NAME FOLDER

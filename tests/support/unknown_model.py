@@ -1,7 +1,6 @@
-"""An architecture that tinkex was not prepared for: its names, its layers and its head are its own.
+"""An architecture unknown to tinkex, with its own names, layers and head.
 
-It mixes what came before each token by averaging, has no attention and no cache, and caps its
-logits after a factor.
+It averages the previous tokens, has no attention and no cache, and caps its logits after a factor.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class AveragingConfig(transformers.PretrainedConfig):
 
 
 class HalvedLinear(nn.Linear):
-    """A subclass with a forward of its own, which computes the same."""
+    """A subclass with its own forward, which computes the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + (0 if self.bias is None else self.bias)

@@ -1,4 +1,4 @@
-"""A client that speaks the bare protocol to a real server: what it sends is what the test says."""
+"""A client of the bare protocol for a real server: it sends exactly the test's requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WireClient:
         return answer.json()
 
     def refused(self, path, json=None, method="POST", **kwargs):
-        """Status and sentence of a refusal, whose form is checked."""
+        """Status and message of a refusal, whose form is checked."""
         answer = self.send(method, path, json, **kwargs)
         assert 400 <= answer.status_code < 500, (answer.status_code, answer.text)
         assert "content-length" in answer.headers
