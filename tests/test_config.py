@@ -169,7 +169,7 @@ def test_statement_32_the_official_service_takes_keys_of_two_shapes(key):
 
 
 def test_statement_32_a_key_of_another_shape_is_told_before_anything_is_sent():
-    """The service would answer 401, minutes into somebody's script. (statement 32)"""
+    """The service would answer 401, minutes into a user's script. (statement 32)"""
     with pytest.raises(ValueError, match="api_key must start with the 'tml-' prefix"):
         config.load(None, "sk-something")
 

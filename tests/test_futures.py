@@ -1,4 +1,4 @@
-"""The handle of an operation: a plain future that says what it is of, and can be awaited, too."""
+"""The handle of an operation: a plain future with a description, which can also be awaited."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def failed(exc):
 
 
 def test_it_works_with_the_standard_library():
-    """wait, as_completed and callbacks are what everybody knows."""
+    """wait, as_completed and callbacks work as with any future."""
     futures = [resolved(1), resolved(2)]
     called = []
     futures[0].add_done_callback(called.append)

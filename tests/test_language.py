@@ -35,6 +35,12 @@ REPLACED = {
     r"learnt": "learned",
     r"another --output": "a different --output",
     r"moved by one": "shifted by one",
+    r"who asks": "the caller, the owner, the client",
+    r"everybody|anybody|somebody": "all users, every caller, a client (name them)",
+    r"in a process of (its|their) own": "in a separate process",
+    r"folded (in|into)": "merged into",
+    r"filled up with zeros": "zero-padded",
+    r"are not to": "must not",
 }
 #: Names of modules, classes and folders before they got the field's names.
 FORMER_NAMES = {

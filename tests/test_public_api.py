@@ -94,7 +94,7 @@ NAMES = [
     "types",
 ]
 
-#: The functions of the SDK, by class. One that goes away breaks somebody's script.
+#: The functions of the SDK, by class. Removing one breaks users' scripts.
 METHODS = {
     "ServiceClient": """
         close copy_weights create_custom_loss
@@ -142,7 +142,7 @@ METHODS = {
 
 
 def test_these_are_the_public_names():
-    """A name that goes away breaks somebody's script; one that comes is for ever."""
+    """Removing a name breaks users' scripts; a new name must be kept for ever."""
     assert sorted(NAMES) == sorted(tinkex.__all__)
 
 

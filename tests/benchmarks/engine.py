@@ -1,9 +1,9 @@
 """The engine against what a user would write with transformers and PEFT, and against the machine.
 
-Both sides compute the same numbers on the same data in one run, in turns, each in a process of its
-own. The machine's limit is measured in every round, too: all the products with the model's matrices
-at the speed of its best product or, where weights are read for a few tokens only, at the bandwidth
-at which they can be read. Attention and everything else is not in it.
+Both sides compute the same numbers on the same data in one run, in turns, each in a separate
+process. The machine's limit is measured in every round, too: all the products with the model's
+matrices at the speed of its best product or, where weights are read for a few tokens only, at the
+bandwidth at which they can be read. Attention and everything else is not in it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Bench:
 
     def reading_limit(self) -> float:
         """Tokens a second at 2 operations for each number of the base model: an adapter that is
-        not being trained can be folded into it."""
+        not being trained can be merged into it."""
         return self.peak() / (2 * self._numbers)
 
     def decoding_limit(self, streams: int, prompt: int, length: int) -> float:

@@ -1,4 +1,4 @@
-"""A user's small samples beside a neighbour who asks for everything.
+"""A user's small samples beside a neighbour that requests as much as possible.
 
 python -m tests.chaos.neighbour [--seconds 60]
     prints the latencies and the server's memory, and fails if they are not as promised.

@@ -28,7 +28,7 @@ def _prompt(tokens, adapter, *rows):
 
 @torch.no_grad()
 def test_results_come_in_the_order_of_the_prompts(base):
-    """They are computed by adapter and length; who asks does not have to know."""
+    """They are computed in order of adapter and length, which callers do not see."""
     a, b = _adapter(base, 1), _adapter(base, 2)
     prompts = [_prompt(range(9), b), _prompt(range(3), a), _prompt(range(5), None)]
     seen = {}

@@ -211,7 +211,7 @@ def drop_thirty(use):
 
 @pytest.mark.parametrize("use", [looks_at_the_server, trains_and_samples])
 def test_dropped_clients_leave_no_threads_and_no_descriptors(use):
-    """In a process of its own, where no other test has left anything."""
+    """In a separate process, which no other test has affected."""
     code = f"from tests.runtime import test_heartbeat as t; t.drop_thirty(t.{use.__name__})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120

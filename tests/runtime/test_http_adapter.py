@@ -48,7 +48,7 @@ class ByteServer:
             self.answers.put(answer)
 
     def has_seen(self, count):
-        """Wait until so many requests have come, and have each their answer."""
+        """Wait until *count* requests have arrived and been answered."""
         with self._seen:
             return self._seen.wait_for(lambda: len(self.requests) >= count, 30)
 

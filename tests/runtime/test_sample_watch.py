@@ -163,7 +163,7 @@ def test_at_its_end_it_fails_what_is_waited_for(watch, server):
 def test_statement_31_whatever_is_raised_on_its_thread_ends_in_the_futures(
     watch, monkeypatch, caplog
 ):
-    """Its thread is the only one that waits: what it dies of, everybody must hear.
+    """Its thread is the only one that waits, so its failure must fail every sample.
     (statement 31)"""
     problem = RuntimeError("injected")
 

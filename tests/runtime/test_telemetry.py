@@ -1,4 +1,4 @@
-"""Telling the service how a session goes: asked for, bounded, and never in anybody's way."""
+"""Telemetry of a session: opt-in, bounded, and without effect on the program."""
 
 from __future__ import annotations
 

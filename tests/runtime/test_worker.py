@@ -185,7 +185,7 @@ def test_once_the_failure_was_delivered_the_worker_goes_on(worker, of):
 
 
 def test_what_was_put_before_the_delivery_fails_even_if_its_turn_comes_after(worker):
-    """It was called by somebody who believed that the operation before it would succeed."""
+    """Its caller expected the operation before it to succeed."""
     log = []
     entered, release = threading.Event(), threading.Event()
     failed = worker.put(refuses(NO_SUCH_LOSS), "forward_backward")

@@ -17,7 +17,7 @@ STREAMS = 1000
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fake", "real"])
 def process(request, tmp_path_factory):
-    """A server in a process of its own, with the real engine or without."""
+    """A server in a separate process, with the real engine or without."""
     server = ServerProcess(tmp_path_factory.mktemp("home"), real=request.param)
     server.start()
     server.client.session()

@@ -113,7 +113,7 @@ def test_memory_comes_back_after_a_storm_of_models_samplers_and_large_bodies(
         return readings[-1]
 
     def back_at(size, seconds=20):
-        """The memory once it is no more than *size*, or after so many seconds."""
+        """The memory once it is at most *size*, or after *seconds*."""
         deadline = time.monotonic() + seconds
         while (now := process.memory_info().rss) >= size and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -172,10 +172,10 @@ def test_on_another_address_a_key_is_made_up_and_shown_once(process):
     server.start()
     line = server.process.stdout.readline()
     key = line.rsplit(" ", 1)[1].strip()
-    anybody = server.client.refused("create_session", {})
+    refused = server.client.refused("create_session", {})
 
     assert line.startswith("API key (not shown again): tml-")
-    assert 401 == anybody[0]
+    assert 401 == refused[0]
     assert WireClient(f"http://127.0.0.1:{server.port}", key).session()
 
 

@@ -285,7 +285,7 @@ def zstd_frame(body: bytes) -> bytes:
 
 
 def zstd_bomb(mebibytes: int) -> bytes:
-    """A zstd frame that unpacks to so many MiB of zeros, in 32 bytes each."""
+    """A zstd frame that unpacks to *mebibytes* MiB of zeros, in 32 bytes each."""
     return _frame([(1, 1 << 17, b"\0")] * (8 * mebibytes))
 
 

@@ -228,7 +228,7 @@ def _read_info(directory: Path) -> Info:
 def read_adapter(directory: Path, layout: Layout, flat: Tensor) -> None:
     """Read an adapter (ours or PEFT's) into *flat*; modules missing from it keep their values.
 
-    An alpha other than ours is folded into B.
+    B is scaled to compensate for an alpha other than ours.
 
     Raises:
         ValueError: If it does not fit the layout, or is not plain LoRA.

@@ -74,7 +74,7 @@ _INSIDE_GEMMA3 = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-#: Every so many-th layer of Gemma 3 has no window, unless the file gives another period.
+#: One in this many layers of Gemma 3 has no window, unless the file gives another period.
 GEMMA3_PERIOD = 6
 #: RoPE base of Gemma 3's layers with a window.
 GEMMA3_LOCAL_BASE = 10000.0

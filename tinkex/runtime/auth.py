@@ -20,7 +20,7 @@ from tinkex.runtime.transport import Transport
 
 logger = logging.getLogger("tinkex")
 
-#: A token is not used in its last so many seconds (fewer for a short-lived token).
+#: A token is not used in its last seconds, this many (fewer for a short-lived token).
 MARGIN = 60.0
 HOUR = 3600.0  # seconds
 JUST_NOW = 1.0  # seconds

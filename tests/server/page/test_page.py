@@ -111,7 +111,7 @@ def test_a_typed_key_signs_in_and_out(users):
     inside = browser.get("/ui/state").status_code
     cookie = dict(browser.cookies)
     browser.post("/ui/sign-out", json={})
-    browser.cookies.update(cookie)  # kept by somebody
+    browser.cookies.update(cookie)  # kept by another client
 
     assert (401, 200, 200) == (wrong.status_code, right.status_code, inside)
     assert 401 == browser.get("/ui/state").status_code
