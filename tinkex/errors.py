@@ -4,8 +4,8 @@ TinkexError
   APIError                          a request to the server failed
     APIConnectionError              there was no response  (retried)
       APITimeoutError               there was no response in time  (retried; a TimeoutError)
-    APIResponseValidationError      the response could not be read APIStatusError
-    the server answered with an error  (retried: 408, 425, 429, 5xx)
+    APIResponseValidationError      the response could not be read
+    APIStatusError                  the server answered with an error  (retried: 408, 425, 429, 5xx)
       BadRequestError               400
       AuthenticationError           401
       BillingError                  402
