@@ -80,7 +80,7 @@ def recorded(version, address):
         yield proxy
 
 
-CRAMPED = {"poll_seconds": 0.2, "metadata_bytes": 2000, "sample_queue": 40}
+CRAMPED = {"poll_seconds": 0.2, "metadata_bytes": 2000, "sample_queue": 8}
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,10 @@
 #define V 4
 #endif
 
-/* A tile of a product: MR rows of the matrix times NR sequences, V sums in all. */
-#define MR 4
-#define NR (V / MR)
+/* A tile of a product: MR rows of the matrix times NR sequences, V sums in all. Many rows: the
+ * inputs of all sequences are read once for each MR rows, from the L2 cache if they are many. */
+#define NR (V > 4 ? 2 : 1)
+#define MR (V / NR)
 
 typedef float vf __attribute__((vector_size(4 * V)));
 typedef int32_t vi __attribute__((vector_size(4 * V)));
@@ -255,36 +256,36 @@ INLINE void store(vf result, float *y, size_t ldy, int64_t row, int rows, int co
 #define HOLD(x)
 #endif
 
-/* total += rows of w times count rows of x, STRIDE columns at a time; what is left of the columns
- * is filled up with zeros. Meanwhile, some lines of rows *ahead* are fetched into the cache. */
-#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, x, ldx, columns, ahead, lines) \
-  do {                                                                                          \
-    int64_t k = 0;                                                                              \
-    for (; k + STRIDE <= (columns); k += STRIDE) {                                              \
-      UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (columns) + k);   \
-      VEC b[MR];                                                                                \
-      UNROLL for (int j = 0; j < count; j++) {                                                  \
-        b[j] = LOAD_X((x) + j * (ldx) + k);                                                     \
-        HOLD(b[j]);                                                                             \
-      }                                                                                         \
-      UNROLL for (int i = 0; i < rows; i++) {                                                   \
-        VEC a = LOAD_W((w) + i * (columns) + k);                                                \
-        HOLD(a);                                                                                \
-        UNROLL for (int j = 0; j < count; j++)                                                  \
-            total[j * rows + i] = MULTIPLY(total[j * rows + i], a, b[j]);                       \
-      }                                                                                         \
-    }                                                                                           \
-    size_t left = (columns) - k;                                                                \
-    if (left)                                                                                   \
-      for (int j = 0; j < count; j++)                                                           \
-        for (int i = 0; i < rows; i++) {                                                        \
-          X last_x[STRIDE] = {0};                                                               \
-          W last_w[STRIDE] = {0};                                                               \
-          memcpy(last_x, (x) + j * (ldx) + k, left * sizeof(X));                                \
-          memcpy(last_w, (w) + i * (columns) + k, left * sizeof(W));                            \
-          total[j * rows + i] =                                                                 \
-              MULTIPLY(total[j * rows + i], LOAD_W(last_w), LOAD_X(last_x));                    \
-        }                                                                                       \
+/* total += rows of w (width apart) times count rows of x, STRIDE columns at a time; the last columns
+ * are zero-padded. Meanwhile, some lines of rows *ahead* are fetched into the cache. */
+#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, width, x, ldx, columns, ahead, lines) \
+  do {                                                                                                    \
+    int64_t k = 0;                                                                                        \
+    for (; k + STRIDE <= (columns); k += STRIDE) {                                                        \
+      UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (width) + k);               \
+      VEC b[NR];                                                                                          \
+      UNROLL for (int j = 0; j < count; j++) {                                                            \
+        b[j] = LOAD_X((x) + j * (ldx) + k);                                                               \
+        HOLD(b[j]);                                                                                       \
+      }                                                                                                   \
+      UNROLL for (int i = 0; i < rows; i++) {                                                             \
+        VEC a = LOAD_W((w) + i * (width) + k);                                                            \
+        HOLD(a);                                                                                          \
+        UNROLL for (int j = 0; j < count; j++)                                                            \
+            total[j * rows + i] = MULTIPLY(total[j * rows + i], a, b[j]);                                 \
+      }                                                                                                   \
+    }                                                                                                     \
+    size_t left = (columns) - k;                                                                          \
+    if (left)                                                                                             \
+      for (int j = 0; j < count; j++)                                                                     \
+        for (int i = 0; i < rows; i++) {                                                                  \
+          X last_x[STRIDE] = {0};                                                                         \
+          W last_w[STRIDE] = {0};                                                                         \
+          memcpy(last_x, (x) + j * (ldx) + k, left * sizeof(X));                                          \
+          memcpy(last_w, (w) + i * (width) + k, left * sizeof(W));                                        \
+          total[j * rows + i] =                                                                           \
+              MULTIPLY(total[j * rows + i], LOAD_W(last_w), LOAD_X(last_x));                              \
+        }                                                                                                 \
   } while (0)
 
 #define MULTIPLY_ADD(total, a, b) ((total) + (a) * (b))
@@ -305,89 +306,76 @@ typedef struct {
   size_t ld;
 } Change;
 
-/* Bytes of inputs and of a matrix that stay in the L1 and L2 cache while they are multiplied. */
-#define L1_PART (18 * 1024)
-#define L2_PART (128 * 1024)
+/* Columns of a tile: so many of MR rows stay in the L1 cache while sequences are multiplied. */
+#define COLUMNS 1024
 
-/* How many of *most* rows of so many bytes fit; a multiple of *quantum*, at least that. */
-static int64_t fitting(int64_t room, int64_t bytes, int64_t most, int64_t quantum) {
-  int64_t count = room / bytes < most ? room / bytes : most;
-  return count < quantum ? quantum : count / quantum * quantum;
-}
-
-/* Products with a matrix of one type. NAME: one tile, of *count* sequences and the *rows* of w from
- * *row* on. NAME_rows: y of rows first..last.
- *
- * Some rows of w are multiplied with a few sequences, then with the next few, so that both lie in
- * caches; while the second few are multiplied, the next rows of w are fetched from memory. */
-#define PRODUCTS(NAME, W, THIN, X, STRIDE, VEC, LOAD_W, LOAD_THIN, LOAD_X, MULTIPLY)               \
-  INLINE void NAME(const int rows, const int count, const int lines, float *y, size_t ldy,         \
-                   const X *x, size_t ldx, const W *w, int64_t columns, int64_t row,               \
-                   const float *scales, const THIN *b, int64_t rank, const float *inner,           \
-                   size_t ld_inner, const W *ahead, End end) {                                     \
-    vf total[V];                                                                                   \
-    UNROLL for (int i = 0; i < V; i++) total[i] = (vf){0};                                         \
-    const W *from = w + row * columns;                                                             \
-    ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, from, x, ldx, columns, ahead, lines); \
-    if (scales)                                                                                    \
-      UNROLL for (int j = 0; j < count; j++) UNROLL for (int i = 0; i < rows; i++)                 \
-          total[j * rows + i] *= scales[row + i];                                                  \
-    if (b) {                                                                                       \
-      const THIN *thin = b + row * rank;                                                           \
-      ADD_PRODUCT(THIN, float, V, vf, LOAD_THIN, load_f32, MULTIPLY_ADD, thin, inner, ld_inner,    \
-                  rank, thin, 0);                                                                  \
-    }                                                                                              \
-    store(sums(total), y, ldy, row, rows, count, end);                                             \
-  }                                                                                                \
-                                                                                                   \
-  static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                \
-                          int64_t columns, int64_t first, int64_t last, const float *scales,       \
-                          const Change *change, End end) {                                         \
-    int64_t start = change->bounds[0], stop = change->bounds[change->adapters];                    \
-    int64_t some = fitting(L2_PART, columns * sizeof(W), 64, V), n = stop - start;                 \
-    int64_t few = fitting(L1_PART, columns * sizeof(X), 64, NR);                                   \
-    if (n < few + NR) few = n;                                                                     \
-    int64_t lines = few < MR * NR ? MR * NR / (few < NR ? NR : few) : 1; /* of a tile's step */    \
-    for (int64_t chunk = first; chunk < last; chunk += some)                                       \
-      for (int64_t block = start; block < stop; block += few) {                                    \
-        int64_t distance = block == start ? 2 * MR : some; /* to the rows that are fetched */      \
-        int fetches = block == start ? few == n || chunk == first : block == start + few;          \
-        for (int64_t row = chunk; row < chunk + some && row < last;) {                             \
-          int is_single = n == 1 && row + V <= last, is_tile = row + MR <= last;                   \
-          for (int64_t i = 0; i < change->adapters; i++) {                                         \
-            int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                          \
-            if (j < block) j = block;                                                              \
-            if (end_j > block + few) end_j = block + few;                                          \
-            const Thin *own = change->thin ? &change->thin[i] : NULL;                              \
-            const THIN *b = own ? own->b : NULL;                                                   \
-            int64_t rank = b ? own->rank : 0;                                                      \
-            const float *inner = change->inner + change->part * rank;                              \
-            const W *ahead = w + (row + distance + (j - block) / NR * lines) * columns;            \
-            /* clang-format off */                                                                 \
-            if (is_single && j < end_j) {                                                          \
-              RUN(NAME, V, 1, 0);                                                                  \
-            } else if (is_tile) {                                                                  \
-              for (; j + NR <= end_j; j += NR, ahead += lines * columns) {                         \
-                if (!fetches) RUN(NAME, MR, NR, 0);                                                \
-                else if (lines == 1) RUN(NAME, MR, NR, 1);                                         \
-                else if (lines == 2) RUN(NAME, MR, NR, 2);                                         \
-                else RUN(NAME, MR, NR, MR);                                                        \
-              }                                                                                    \
-              if (end_j - j == 1) RUN(NAME, MR, 1, MR);                                            \
-              if (NR > 2 && end_j - j == 2) RUN(NAME, MR, 2, MR);                                  \
-              if (NR > 2 && end_j - j == 3) RUN(NAME, MR, 3, MR);                                  \
-            } else {                                                                               \
-              for (; j < end_j; j++) RUN(NAME, 1, 1, 0);                                           \
-            }                                                                                      \
-            /* clang-format on */                                                                  \
-          }                                                                                        \
-          row += is_single ? V : is_tile ? MR : 1;                                                 \
-        }                                                                                          \
-      }                                                                                            \
+/* Products with a matrix of one type. NAME: one tile, of *count* sequences, the *rows* of w from
+ * *row* on, and columns from..to. NAME_rows: y of rows first..last. While a tile's rows are
+ * multiplied with the first sequences, the rows after the next tile are fetched from memory, some
+ * *lines* at each step. */
+#define PRODUCTS(NAME, W, THIN, X, STRIDE, VEC, LOAD_W, LOAD_THIN, LOAD_X, MULTIPLY)                   \
+  INLINE void NAME(const int rows, const int count, const int lines, float *y, size_t ldy,             \
+                   const X *x, size_t ldx, const W *w, int64_t columns, int64_t width, int64_t row,    \
+                   const float *scales, const THIN *b, int64_t rank, const float *inner,               \
+                   size_t ld_inner, const W *ahead, End end) {                                         \
+    vf total[V];                                                                                       \
+    UNROLL for (int i = 0; i < V; i++) total[i] = (vf){0};                                             \
+    ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, width, x, ldx, columns, ahead, lines); \
+    if (scales)                                                                                        \
+      UNROLL for (int j = 0; j < count; j++) UNROLL for (int i = 0; i < rows; i++)                     \
+          total[j * rows + i] *= scales[row + i];                                                      \
+    if (b) {                                                                                           \
+      const THIN *thin = b + row * rank;                                                               \
+      ADD_PRODUCT(THIN, float, V, vf, LOAD_THIN, load_f32, MULTIPLY_ADD, thin, rank, inner, ld_inner,  \
+                  rank, thin, 0);                                                                      \
+    }                                                                                                  \
+    store(sums(total), y, ldy, row, rows, count, end);                                                 \
+  }                                                                                                    \
+                                                                                                       \
+  static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                    \
+                          int64_t columns, int64_t first, int64_t last, const float *scales,           \
+                          const Change *change, End whole) {                                           \
+    int64_t start = change->bounds[0], stop = change->bounds[change->adapters], n = stop - start;      \
+    int64_t parts = (columns + COLUMNS - 1) / COLUMNS;                                                 \
+    int64_t part = ((columns + parts - 1) / parts + 31) / 32 * 32;                                     \
+    int64_t lines = n < 2 * NR ? MR : n < 4 * NR ? MR / 2 : n < 8 * NR ? MR / 4 : 1;                   \
+    for (int64_t row = first; row < last;) {                                                           \
+      int is_single = n == 1 && row + V <= last, is_tile = row + MR <= last;                           \
+      for (int64_t from = 0; from < columns; from += part) {                                           \
+        int64_t to = from + part < columns ? from + part : columns;                                    \
+        End end = from == 0 || whole.adds ? whole : (End){NULL, 1, 1};                                 \
+        if (from > 0) end.bias = NULL;                                                                 \
+        const W *ahead = w + (row + 2 * MR) * columns + from, *none = ahead + MR * columns;            \
+        for (int64_t i = 0; i < change->adapters; i++) {                                               \
+          int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                                \
+          const Thin *own = change->thin ? &change->thin[i] : NULL;                                    \
+          const THIN *b = own && to == columns ? own->b : NULL;                                        \
+          int64_t rank = b ? own->rank : 0;                                                            \
+          const float *inner = change->inner + change->part * rank;                                    \
+          /* clang-format off */                                                                       \
+          if (is_single && j < end_j) {                                                                \
+            RUN(NAME, V, 1, 0);                                                                        \
+          } else if (is_tile) {                                                                        \
+            for (; j + NR <= end_j; j += NR, ahead += lines * columns) {                               \
+              if (ahead >= none) RUN(NAME, MR, NR, 0);                                                 \
+              else if (lines == 1) RUN(NAME, MR, NR, 1);                                               \
+              else if (lines == MR / 4) RUN(NAME, MR, NR, MR / 4);                                     \
+              else if (lines == MR / 2) RUN(NAME, MR, NR, MR / 2);                                     \
+              else RUN(NAME, MR, NR, MR);                                                              \
+            }                                                                                          \
+            for (; j < end_j; j++) RUN(NAME, MR, 1, 0);                                                \
+          } else {                                                                                     \
+            for (; j < end_j; j++) RUN(NAME, 1, 1, 0);                                                 \
+          }                                                                                            \
+          /* clang-format on */                                                                        \
+        }                                                                                              \
+      }                                                                                                \
+      row += is_single ? V : is_tile ? MR : 1;                                                         \
+    }                                                                                                  \
   }
-#define RUN(NAME, rows, count, lines)                                                             \
-  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx, ldx, w, columns, row, scales, b, rank,  \
-       inner + j * change->ld, change->ld, ahead, end)
+#define RUN(NAME, rows, count, lines)                                                            \
+  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx + from, ldx, w + row * columns + from,  \
+       to - from, columns, row, scales, b, rank, inner + j * change->ld, change->ld, ahead, end)
 
 PRODUCTS(times_f32, float, float, float, V, vf, load_f32, load_f32, load_f32, MULTIPLY_ADD)
 PRODUCTS(times_bf16, bf16, bf16, float, V, vf, load_bf16, load_bf16, load_f32, MULTIPLY_ADD)
@@ -616,17 +604,31 @@ static void attend(const Step *s, const Layer *layer, int64_t number, int64_t j,
     done += count;
   }
   for (int64_t h = 0; h < group; h++) {
-    float *own = scores + h * PIECE, *result = out + h * room, most = -INFINITY, scale = s->scale;
-    float cap = s->cap, total = 0;
-    if (cap) EACH(own, done, cap * vtanh(x * (scale / cap)));
-    else EACH(own, done, x * scale);
-    for (int64_t t = 0; t < done; t++) most = own[t] > most ? own[t] : most;
-    EACH(own, done, vexp(x - most));
-    for (int64_t t = 0; t < done; t++) total += own[t];
+    float *own = scores + h * PIECE, *result = out + h * room, scale = s->scale, cap = s->cap;
+    int64_t whole = (done + V - 1) / V * V; /* PIECE is a multiple of V */
+    vf most = (vf){0} - INFINITY, total = {0};
+    for (int64_t t = done; t < whole; t++) own[t] = -INFINITY;
+    for (int64_t t = 0; t < whole; t += V) {
+      vf x = load_f32(own + t);
+      x = cap ? cap * vtanh(x * (scale / cap)) : x * scale;
+      if (t + V > done)
+        for (int64_t i = done - t; i < V; i++) x[i] = -INFINITY;
+      most = pick(x > most, x, most);
+      *(vf_any *)(own + t) = x;
+    }
+    float greatest = most[0];
+    for (int i = 1; i < V; i++) greatest = most[i] > greatest ? most[i] : greatest;
+    for (int64_t t = 0; t < whole; t += V) {
+      vf x = vexp(load_f32(own + t) - greatest);
+      if (t + V > done)
+        for (int64_t i = done - t; i < V; i++) x[i] = 0;
+      total += x;
+      *(vf_any *)(own + t) = x;
+    }
     for (int i = 0; i < 2; i++)
       if (read[i].count) add_values(s, result, own + read[i].first, read[i].v, read[i].count);
-    result[size] = most;
-    result[size + 1] = total;
+    result[size] = greatest;
+    result[size + 1] = sum(total);
   }
 }
 

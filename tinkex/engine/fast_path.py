@@ -35,7 +35,7 @@ MERGE_ROWS = 16
 
 #: Prompts of up to this many tokens together are read by the compiled step. For more tokens
 #: PyTorch's attention is faster.
-COMPILED_TOKENS = 256
+COMPILED_TOKENS = 192
 
 
 @attrs.frozen(eq=False)
