@@ -17,7 +17,7 @@ from torch import Tensor
 from tinkex.engine import matmul
 from tinkex.engine.finished_lora import Finished
 from tinkex.engine.linears import Linear
-from tinkex.engine.lora import Pair
+from tinkex.engine.lora import Factors
 
 #: Ranks are rounded up to a multiple of this.
 RANK_STEP = 8
@@ -39,7 +39,7 @@ class AdapterSlots:
         self._owners: list[weakref.ref[Finished] | None] = []
         self._rank = 0
         self._keys: frozenset[str] = frozenset()
-        self._buffers: dict[str, Pair] = {}
+        self._buffers: dict[str, Factors] = {}
         self.version = 0
 
     def __len__(self) -> int:
@@ -48,7 +48,8 @@ class AdapterSlots:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return sum(tensor.nbytes for pair in self._buffers.values() for tensor in (pair.a, *pair.b))
+        buffers = self._buffers.values()
+        return sum(tensor.nbytes for own in buffers for tensor in (own.a, *own.b))
 
     def place(self, adapters: Iterable[Finished | None]) -> dict[Finished | None, int]:
         """The slot of each running adapter, `NO_SLOT` for None; copies new adapters into slots.
@@ -90,7 +91,7 @@ class AdapterSlots:
             if adapter is not None:
                 self._copy(adapter, slot)
 
-    def _buffer(self, linear: Linear) -> Pair:
+    def _buffer(self, linear: Linear) -> Factors:
         """A (slots, parts, rank, in) and for each part B (slots, rank, out)."""
         count, rank, weight = len(self), self._rank, linear.weight
 
@@ -98,7 +99,7 @@ class AdapterSlots:
             return torch.zeros(count, *shape, device=weight.device, dtype=self._dtype)
 
         a = zeros(len(linear.parts), rank, weight.shape[1])
-        return Pair(a, tuple(zeros(rank, part.stop - part.start) for part in linear.parts))
+        return Factors(a, tuple(zeros(rank, part.stop - part.start) for part in linear.parts))
 
     def _copy(self, adapter: Finished, slot: int) -> None:
         for key, buffer in self._buffers.items():
@@ -130,7 +131,7 @@ class SlotLinears:
     """
 
     def __init__(
-        self, linears: Mapping[str, Linear], buffers: Mapping[str, Pair], mask: Tensor | None
+        self, linears: Mapping[str, Linear], buffers: Mapping[str, Factors], mask: Tensor | None
     ) -> None:
         self._linears = linears
         self._buffers = buffers

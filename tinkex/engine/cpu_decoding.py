@@ -24,7 +24,7 @@ from tinkex.engine.cpu_kernels import ACTIVATIONS, LAYER, MATRIX, STEP, THIN, TY
 from tinkex.engine.finished_lora import Finished, MixedLinears, Stack
 from tinkex.engine.kv_cache import SinglePool
 from tinkex.engine.linears import Linear, Part
-from tinkex.engine.lora import Pair
+from tinkex.engine.lora import Factors
 from tinkex.engine.model import Base, Forward, Norms, Rope
 from tinkex.engine.spec import Spec
 
@@ -152,7 +152,7 @@ class CompiledStep:
         self._step = np.zeros(1, STEP)
         self._adapters: tuple[Finished | None, ...] = ()
         self._thin = np.zeros((0, 0), THIN)
-        self._padded: weakref.WeakKeyDictionary[Finished, dict[str, Pair]]
+        self._padded: weakref.WeakKeyDictionary[Finished, dict[str, Factors]]
         self._padded = weakref.WeakKeyDictionary()
         self._fill_sizes()
         for i, norms in enumerate(base.norms):
@@ -269,17 +269,17 @@ class CompiledStep:
         thin = np.zeros((len(keys), len(adapters)), THIN)
         for row, key in zip(thin, keys):
             for target, adapter in zip(row, adapters):
-                pair = None if adapter is None else self._whole_lines(adapter).get(key)
-                if pair is not None:
-                    target["a"], target["b"] = pair.a.data_ptr(), pair.b[0].data_ptr()
-                    target["rank"] = pair.b[0].shape[1]
+                factors = None if adapter is None else self._whole_lines(adapter).get(key)
+                if factors is not None:
+                    target["a"], target["b"] = factors.a.data_ptr(), factors.b[0].data_ptr()
+                    target["rank"] = factors.b[0].shape[1]
         starts = thin.ctypes.data + np.arange(len(keys), dtype=np.uintp) * thin.strides[0]
         for i, name in enumerate(MATRICES):
             self._layers[name]["thin"] = starts[i : -1 : len(MATRICES)]
         self._step["head"]["thin"] = starts[-1]
         self._adapters, self._thin = adapters, thin
 
-    def _whole_lines(self, adapter: Finished) -> dict[str, Pair]:
+    def _whole_lines(self, adapter: Finished) -> dict[str, Factors]:
         """The matrices of an adapter, with ranks zero-padded to whole cache lines: partial vectors
         are slower than whole ones."""
         more = -adapter.rank % LINE
@@ -287,9 +287,9 @@ class CompiledStep:
             return adapter.thin
         if adapter not in self._padded:
             padded = {}
-            for key, pair in adapter.thin.items():
-                b = F.pad(torch.cat(pair.b), (0, more)).split([len(part) for part in pair.b])
-                a = pair.a.view(len(b), adapter.rank, -1)
-                padded[key] = Pair(F.pad(a, (0, 0, 0, more)).flatten(0, 1), b)
+            for key, factors in adapter.thin.items():
+                b = F.pad(torch.cat(factors.b), (0, more)).split([len(part) for part in factors.b])
+                a = factors.a.view(len(b), adapter.rank, -1)
+                padded[key] = Factors(F.pad(a, (0, 0, 0, more)).flatten(0, 1), b)
             self._padded[adapter] = padded
         return self._padded[adapter]

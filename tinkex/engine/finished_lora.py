@@ -18,41 +18,41 @@ from torch import Tensor
 
 from tinkex.engine import matmul
 from tinkex.engine.linears import Linear
-from tinkex.engine.lora import Layout, Pair, Workspace, of_experts
+from tinkex.engine.lora import Layout, Factors, Workspace, of_experts
 
 
 class Finished:
     """A finished adapter: its low-rank matrices, ready to multiply with.
 
-    `thin[key]` is a `Pair` of A (parts * rank, in) and, part by part, scale B (out, rank). The
+    `thin[key]` is a `Factors` of A (parts * rank, in) and, part by part, scale B (out, rank). The
     latter follow each other in memory.
     """
 
     def __init__(self, layout: Layout, flat: Tensor, dtype: torch.dtype) -> None:
         self.rank = layout.shape.rank
-        self.thin: dict[str, Pair] = {}
-        for key, pair in layout.pairs(flat).items():
-            scaled = (torch.cat(pair.b) * layout.shape.scale).to(dtype)
-            b = scaled.split([len(m) for m in pair.b])
-            self.thin[key] = Pair(pair.a.to(dtype, copy=True), b)
+        self.thin: dict[str, Factors] = {}
+        for key, factors in layout.factors(flat).items():
+            scaled = (torch.cat(factors.b) * layout.shape.scale).to(dtype)
+            b = scaled.split([len(m) for m in factors.b])
+            self.thin[key] = Factors(factors.a.to(dtype, copy=True), b)
 
     def add(self, key: str, y: Tensor, x: Tensor, linear: Linear) -> None:
         """y (N, out) += scale B A x (N, in), if the adapter has that matrix."""
         if key not in self.thin:
             return
-        pair = self.thin[key]
-        inner = matmul.linear(x, pair.a).split(self.rank, dim=1)
-        for part, columns, b in zip(linear.parts, inner, pair.b):
+        factors = self.thin[key]
+        inner = matmul.linear(x, factors.a).split(self.rank, dim=1)
+        for part, columns, b in zip(linear.parts, inner, factors.b):
             y[:, part.start : part.stop].addmm_(columns, b.T)
 
     def merge_into(self, out: Tensor, key: str, linear: Linear) -> None:
         """Write W + scale B A into *out*, of the shape of W."""
-        pair = self.thin[key]
+        factors = self.thin[key]
         if linear.weight.dim() == 3:
-            a, b = of_experts(pair.a, pair.b[0], linear.experts)
+            a, b = of_experts(factors.a, factors.b[0], linear.experts)
             torch.baddbmm(linear.weight, b, a, out=out)
             return
-        for part, a, b in zip(linear.parts, pair.a.split(self.rank), pair.b):
+        for part, a, b in zip(linear.parts, factors.a.split(self.rank), factors.b):
             rows = slice(part.start, part.stop)
             torch.addmm(linear.weight[rows], b, a, out=out[rows])
 
@@ -117,29 +117,29 @@ class Stack:
 
     def _stack(self, key: str) -> Stacked | None:
         thin = [None if a is None else a.thin.get(key) for a in self.adapters]
-        first = next((pair for pair in thin if pair is not None), None)
+        first = next((factors for factors in thin if factors is not None), None)
         if first is None:
             return None
-        filled = [self._of_highest_rank(pair, first) for pair in thin]
+        filled = [self._of_highest_rank(factors, first) for factors in thin]
         segments, start = [], 0
         every = range(len(first.b))
         for width, parts in itertools.groupby(every, lambda i: len(first.b[i])):
             alike = list(parts)
-            b = torch.stack([pair.b[i].T for pair in filled for i in alike])
+            b = torch.stack([factors.b[i].T for factors in filled for i in alike])
             segments.append(Segment(start, len(alike), b))
             start += len(alike) * width
-        return Stacked(torch.stack([pair.a for pair in filled]), tuple(segments))
+        return Stacked(torch.stack([factors.a for factors in filled]), tuple(segments))
 
-    def _of_highest_rank(self, pair: Pair | None, like: Pair) -> Pair:
-        """*pair*, or zeros in the shape of *like*, zero-padded to the highest rank."""
-        if pair is None:
-            pair = Pair(like.a[:0], tuple(m[:, :0] for m in like.b))
-        rank = pair.b[0].shape[1]
+    def _of_highest_rank(self, factors: Factors | None, like: Factors) -> Factors:
+        """*factors*, or zeros in the shape of *like*, zero-padded to the highest rank."""
+        if factors is None:
+            factors = Factors(like.a[:0], tuple(m[:, :0] for m in like.b))
+        rank = factors.b[0].shape[1]
         if rank == self.rank:
-            return pair
+            return factors
         more = self.rank - rank
-        a = F.pad(pair.a.reshape(len(pair.b), rank, pair.a.shape[1]), (0, 0, 0, more))
-        return Pair(a.flatten(0, 1), tuple(F.pad(m, (0, more)) for m in pair.b))
+        a = F.pad(factors.a.reshape(len(factors.b), rank, factors.a.shape[1]), (0, 0, 0, more))
+        return Factors(a.flatten(0, 1), tuple(F.pad(m, (0, more)) for m in factors.b))
 
 
 class MixedLinears:

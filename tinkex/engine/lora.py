@@ -53,7 +53,7 @@ class Shape:
 
 
 @attrs.frozen(eq=False)
-class Pair:
+class Factors:
     """The low-rank matrices of one fused matrix.
 
     Attributes:
@@ -91,9 +91,9 @@ class Layout:
             for linear in self.linears.values()
         )
 
-    def pairs(self, flat: Tensor) -> dict[str, Pair]:
+    def factors(self, flat: Tensor) -> dict[str, Factors]:
         """Views of *flat* (size,) by key."""
-        rank, offset, pairs = self.shape.rank, 0, {}
+        rank, offset, factors = self.shape.rank, 0, {}
 
         def view(rows: int, columns: int) -> Tensor:
             nonlocal offset
@@ -103,17 +103,17 @@ class Layout:
         for key, linear in self.linears.items():
             each = rank * linear.experts
             a = view(len(linear.parts) * each, linear.weight.shape[-1])
-            pairs[key] = Pair(a, tuple(view(p.stop - p.start, each) for p in linear.parts))
-        return pairs
+            factors[key] = Factors(a, tuple(view(p.stop - p.start, each) for p in linear.parts))
+        return factors
 
     def tensors(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of *flat* by name: "model.layers.0.self_attn.q_proj.lora_A", ..."""
         named = {}
-        for key, pair in self.pairs(flat).items():
-            rank = pair.b[0].shape[1]
+        for key, factors in self.factors(flat).items():
+            rank = factors.b[0].shape[1]
             for i, part in enumerate(self.linears[key].parts):
-                named[f"{part.name}.lora_A"] = pair.a[i * rank : (i + 1) * rank]
-                named[f"{part.name}.lora_B"] = pair.b[i]
+                named[f"{part.name}.lora_A"] = factors.a[i * rank : (i + 1) * rank]
+                named[f"{part.name}.lora_B"] = factors.b[i]
         return named
 
 
@@ -124,28 +124,28 @@ def initialise(layout: Layout, seed: int, device: torch.device) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     flat = torch.zeros(layout.size)
-    for pair in layout.pairs(flat).values():
-        bound = 1 / math.sqrt(pair.a.shape[1])
-        pair.a.uniform_(-bound, bound, generator=generator)
+    for factors in layout.factors(flat).values():
+        bound = 1 / math.sqrt(factors.a.shape[1])
+        factors.a.uniform_(-bound, bound, generator=generator)
     return flat.to(device)
 
 
 def of_experts(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Views (experts, rank, in) and (experts, out, rank) of a `Pair` of experts."""
+    """Views (experts, rank, in) and (experts, out, rank) of a `Factors` of experts."""
     a = a.view(experts, -1, a.shape[1])
     return a, b.view(len(b), -1, experts).permute(2, 0, 1)
 
 
-def merge_into(out: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
+def merge_into(out: Tensor, linear: Linear, factors: Factors, scale: float) -> None:
     """Write W + scale B A into *out*, of the shape of W."""
     if linear.weight.dim() == 3:
-        a, b = of_experts(pair.a, pair.b[0], linear.experts)
+        a, b = of_experts(factors.a, factors.b[0], linear.experts)
         torch.baddbmm(linear.weight, b, a, alpha=scale, out=out)
         return
     for i, part in enumerate(linear.parts):
-        rank = pair.b[i].shape[1]
-        a, rows = pair.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
-        torch.addmm(linear.weight[rows], pair.b[i], a, alpha=scale, out=out[rows])
+        rank = factors.b[i].shape[1]
+        a, rows = factors.a[i * rank : (i + 1) * rank], slice(part.start, part.stop)
+        torch.addmm(linear.weight[rows], factors.b[i], a, alpha=scale, out=out[rows])
 
 
 class Workspace:
@@ -226,13 +226,13 @@ class TrainedLinears:
         self._scale = layout.shape.scale
         # Rounded once, not for each product.
         self._rounded = _rounded(linears, flat) if rounded is None else rounded
-        self._pairs = layout.pairs(self._rounded)
-        self._gradients = None if gradient is None else layout.pairs(gradient)
+        self._factors = layout.factors(self._rounded)
+        self._gradients = None if gradient is None else layout.factors(gradient)
         self._workspace = workspace
 
     def prepare(self) -> None:
         """Merge or stack now, so that several threads do not do the same work at once."""
-        for key in self._pairs:
+        for key in self._factors:
             self._weight(key)
 
     def twin(self) -> TrainedLinears:
@@ -256,28 +256,28 @@ class TrainedLinears:
 
     def _weight(self, key: str) -> Tensor:
         """The matrix, merged if there is a workspace."""
-        if self._workspace is None or key not in self._pairs:
+        if self._workspace is None or key not in self._factors:
             return self._linears[key].weight
-        linear, pair, scale = self._linears[key], self._pairs[key], self._scale
+        linear, factors, scale = self._linears[key], self._factors[key], self._scale
         return self._workspace.merged(
-            self._owner, key, linear.weight, lambda out: merge_into(out, linear, pair, scale)
+            self._owner, key, linear.weight, lambda out: merge_into(out, linear, factors, scale)
         )
 
     def stacked(self, key: str) -> Tensor:
         """W + scale B A (experts, out, in) of experts."""
         weight = self._weight(key)
-        if key in self._pairs and self._workspace is None:
+        if key in self._factors and self._workspace is None:
             weight = torch.empty_like(weight)
-            pair = _cast(self._pairs[key], weight.dtype)
-            merge_into(weight, self._linears[key], pair, self._scale)
+            factors = _cast(self._factors[key], weight.dtype)
+            merge_into(weight, self._linears[key], factors, self._scale)
         return weight
 
     def stacked_backward(self, key: str, dweight: Tensor) -> None:
         """Accumulate the adapter's gradients from dweight (experts, out, in)."""
-        if key not in self._pairs or self._gradients is None:
+        if key not in self._factors or self._gradients is None:
             return
-        pair, gradient, experts = self._pairs[key], self._gradients[key], len(dweight)
-        a, b = of_experts(pair.a, pair.b[0], experts)
+        factors, gradient, experts = self._factors[key], self._gradients[key], len(dweight)
+        a, b = of_experts(factors.a, factors.b[0], experts)
         da, db = of_experts(gradient.a, gradient.b[0], experts)
         da.add_(torch.bmm(b.transpose(1, 2).to(dweight.dtype), dweight), alpha=self._scale)
         db.add_(torch.bmm(dweight, a.transpose(1, 2).to(dweight.dtype)), alpha=self._scale)
@@ -285,22 +285,22 @@ class TrainedLinears:
     def forward(self, key: str, x: Tensor) -> Tensor:
         linear = self._linears[key]
         y = matmul.linear(x, self._weight(key), linear.bias)
-        if key in self._pairs and self._workspace is None:
-            add_low_rank(y, x, linear, self._pairs[key], self._scale)
+        if key in self._factors and self._workspace is None:
+            add_low_rank(y, x, linear, self._factors[key], self._scale)
         return y
 
     def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
         dx = matmul.product(dy, self._weight(key)) if wants_dx else None
-        if key not in self._pairs or self._gradients is None:
+        if key not in self._factors or self._gradients is None:
             return dx
-        linear, pair, gradient = self._linears[key], self._pairs[key], self._gradients[key]
-        a = pair.a.to(x.dtype)
+        linear, factors, gradient = self._linears[key], self._factors[key], self._gradients[key]
+        a = factors.a.to(x.dtype)
         inner = matmul.linear(x, a)  # (N, parts * rank)
         dinner = torch.empty_like(inner)
         for i, part in enumerate(linear.parts):
-            rank = pair.b[i].shape[1]
+            rank = factors.b[i].shape[1]
             dy_part, columns = dy[:, part.start : part.stop], slice(i * rank, (i + 1) * rank)
-            dinner[:, columns] = matmul.product(dy_part, pair.b[i].to(x.dtype))
+            dinner[:, columns] = matmul.product(dy_part, factors.b[i].to(x.dtype))
             matmul.add_product(gradient.b[i], dy_part.T, inner[:, columns], self._scale)
         matmul.add_product(gradient.a, dinner.T, x, self._scale)
         if dx is not None and self._workspace is None:
@@ -308,7 +308,7 @@ class TrainedLinears:
         return dx
 
     def matrix(self, key: str) -> Tensor | None:
-        is_adapted = key in self._pairs
+        is_adapted = key in self._factors
         is_trained = is_adapted and self._gradients is not None
         is_apart = is_adapted and self._workspace is None
         if is_trained or is_apart or self._linears[key].bias is not None:
@@ -322,14 +322,14 @@ def _rounded(linears: Mapping[str, Linear], flat: Tensor) -> Tensor:
     return flat.to(same) if same.is_floating_point else flat
 
 
-def _cast(pair: Pair, dtype: torch.dtype) -> Pair:
-    return Pair(pair.a.to(dtype), tuple(b.to(dtype) for b in pair.b))
+def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
+    return Factors(factors.a.to(dtype), tuple(b.to(dtype) for b in factors.b))
 
 
-def add_low_rank(y: Tensor, x: Tensor, linear: Linear, pair: Pair, scale: float) -> None:
+def add_low_rank(y: Tensor, x: Tensor, linear: Linear, factors: Factors, scale: float) -> None:
     """y (N, out) += scale B A x (N, in)."""
-    inner = matmul.linear(x, pair.a.to(x.dtype))
+    inner = matmul.linear(x, factors.a.to(x.dtype))
     for i, part in enumerate(linear.parts):
-        rank = pair.b[i].shape[1]
-        b = pair.b[i].to(x.dtype)
+        rank = factors.b[i].shape[1]
+        b = factors.b[i].to(x.dtype)
         y[:, part.start : part.stop].addmm_(inner[:, i * rank : (i + 1) * rank], b.T, alpha=scale)

@@ -12,7 +12,7 @@ from tinkex.engine.configuration import Unsupported
 from tinkex.engine.generic import loading
 from tinkex.engine.generic.adapted import adaptable, head_linear, head_of
 from tinkex.engine.linears import Linear
-from tinkex.engine.lora import Pair, merge_into
+from tinkex.engine.lora import Factors, merge_into
 
 
 @torch.no_grad()
@@ -40,8 +40,8 @@ def merge(source: Path, tensors: Mapping[tuple[str, str], Tensor], scale: float,
     for linear in [*linears, head_linear(name, head)]:
         [part] = linear.parts
         if part.name in left:
-            pair = Pair(tensors[part.name, "A"].float(), (tensors[part.name, "B"].float(),))
-            _merge(linear, pair, scale, part.name)
+            factors = Factors(tensors[part.name, "A"].float(), (tensors[part.name, "B"].float(),))
+            _merge(linear, factors, scale, part.name)
             left.discard(part.name)
     if left:
         raise ValueError(
@@ -51,10 +51,10 @@ def merge(source: Path, tensors: Mapping[tuple[str, str], Tensor], scale: float,
     model.save_pretrained(out)
 
 
-def _merge(linear: Linear, pair: Pair, scale: float, name: str) -> None:
+def _merge(linear: Linear, factors: Factors, scale: float, name: str) -> None:
     """Change a weight in place, computed in float32."""
     weight = linear.weight
-    rows, columns = len(pair.b[0]), pair.a.shape[1]
+    rows, columns = len(factors.b[0]), factors.a.shape[1]
     if weight.shape[-2:] != (rows, columns):
         raise ValueError(
             f"the adapter changes {name!r} by shape {[rows, columns]}, but the base model's has "
@@ -62,5 +62,5 @@ def _merge(linear: Linear, pair: Pair, scale: float, name: str) -> None:
         )
     exact = Linear(weight.float(), None, linear.parts, linear.group)
     merged = torch.empty_like(exact.weight)
-    merge_into(merged, exact, pair, scale)
+    merge_into(merged, exact, factors, scale)
     weight.copy_(merged)
