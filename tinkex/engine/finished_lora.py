@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tinkex.engine import matmul
 from tinkex.engine.linears import Linear
-from tinkex.engine.lora import Layout, Factors, Workspace, of_experts
+from tinkex.engine.lora import Factors, Layout, Workspace, of_experts
 
 
 class Finished:
