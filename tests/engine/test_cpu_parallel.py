@@ -1,4 +1,4 @@
-"""Data-parallel workers: shares, results, failures, and how many cores a training step uses."""
+"""Data-parallel workers: portions, results, failures, and how many cores a training step uses."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def test_workers_have_equally_many_cores_and_leave_none_idle(threads, count):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_item_is_in_one_share_and_shares_are_of_about_one_size(seed):
-    """All workers wait for the largest share."""
+def test_every_item_is_in_one_portion_and_portions_are_of_about_one_size(seed):
+    """All workers wait for the largest portion."""
     sizes = np.random.default_rng(seed).integers(16, 512, 40).tolist()
 
-    shares = Workers(3).share_out(sizes)
+    portions = Workers(3).divide(sizes)
 
-    assert list(range(40)) == sorted(i for share in shares for i in share)
-    totals = [sum(sizes[i] for i in share) for share in shares]
-    assert 3 == len(shares)
+    assert list(range(40)) == sorted(i for portion in portions for i in portion)
+    totals = [sum(sizes[i] for i in portion) for portion in portions]
+    assert 3 == len(portions)
     assert max(totals) <= cpu_parallel.MAX_IMBALANCE * sum(sizes) / 3
 
 
-def test_a_share_keeps_the_order_of_its_items():
+def test_a_portion_keeps_the_order_of_its_items():
     """Items are sorted by length, for attention, or by adapter."""
-    assert [[0, 3], [1, 2]] == Workers(2).share_out([400, 300, 200, 100])
+    assert [[0, 3], [1, 2]] == Workers(2).divide([400, 300, 200, 100])
 
 
 @pytest.mark.parametrize(
     "sizes", [[2000], [100, 100, 100], [900, 300]], ids=["one item", "little", "uneven"]
 )
 def test_work_that_would_leave_a_worker_waiting_is_computed_by_all_cores_together(sizes):
-    assert [list(range(len(sizes)))] == Workers(2).share_out(sizes)
+    assert [list(range(len(sizes)))] == Workers(2).divide(sizes)
 
 
 def test_results_come_in_the_order_of_the_workers_whichever_ends_first():

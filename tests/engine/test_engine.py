@@ -63,7 +63,7 @@ def test_a_fresh_adapter_is_the_base_model():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_with_one_seed_are_bit_identical(threads, monkeypatch):
     """Whatever else the server does in between, and whichever worker is done first."""
-    monkeypatch.setattr(cpu_parallel, "MIN_SHARE", 1)
+    monkeypatch.setattr(cpu_parallel, "MIN_PORTION", 1)
     quiet, busy = _engine("m", threads=threads), _engine("m", "other", threads=threads)
     for i in range(3):
         _step(quiet, "m", _data(i))
@@ -84,7 +84,7 @@ def test_two_runs_with_one_seed_are_bit_identical(threads, monkeypatch):
 def test_passes_of_two_models_may_alternate(threads, monkeypatch):
     """Each micro-batch computes with its own weights, though the room for them is shared."""
     monkeypatch.setattr(training_pass, "tokens_per_batch", lambda *args: 64)
-    monkeypatch.setattr(cpu_parallel, "MIN_SHARE", 1)
+    monkeypatch.setattr(cpu_parallel, "MIN_PORTION", 1)
     engine, reference = (_engine("a", "b", threads=threads) for _ in range(2))
     for one in (engine, reference):
         for model_id in "ab":
@@ -173,7 +173,7 @@ def test_the_size_of_micro_batches_does_not_show(monkeypatch):
 @pytest.mark.parametrize("train_unembed", [True, False])
 def test_workers_give_the_numbers_of_one_thread(loss_fn, train_unembed, monkeypatch):
     """Losses, log-probabilities in the order of the data, and gradients."""
-    monkeypatch.setattr(cpu_parallel, "MIN_SHARE", 1)
+    monkeypatch.setattr(cpu_parallel, "MIN_PORTION", 1)
     lengths = (200, 170, 90, 60, 40, 30, 20, 10)
     rng = np.random.default_rng(0)
     data = []
@@ -191,7 +191,7 @@ def test_workers_give_the_numbers_of_one_thread(loss_fn, train_unembed, monkeypa
     found = []
     for threads in (1, 2, 3):
         engine = _engine("m", threads=threads, train_unembed=train_unembed)
-        assert threads == len(engine._workers.share_out(lengths))
+        assert threads == len(engine._workers.divide(lengths))
         engine._models["m"].weights.normal_(0, 0.05, generator=torch.manual_seed(1))
         output = hf.drive(engine.forward_backward("m", data, loss_fn, config))
         found.append((output, engine._models["m"].gradient))

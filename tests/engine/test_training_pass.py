@@ -61,7 +61,7 @@ def test_micro_batches_of_any_model_are_large_enough_for_all_workers(sizes):
     base = _base(*sizes)
     tokens = training_pass.tokens_per_batch(base.device, base.activation_bytes)
 
-    assert cpu_parallel.MAX_WORKERS * cpu_parallel.MIN_SHARE <= tokens <= 2048
+    assert cpu_parallel.MAX_WORKERS * cpu_parallel.MIN_PORTION <= tokens <= 2048
 
 
 def test_activations_are_kept_while_they_take_an_eighth_of_the_memory(monkeypatch):

@@ -413,14 +413,14 @@ static void multiply(int type, const void *w, int64_t columns, const float *scal
 /* The part of 0..total, in steps of *quantum*, that is this thread's. */
 typedef struct {
   int64_t first, last;
-} Share;
+} Portion;
 
-static Share share(int64_t total, int64_t quantum) {
+static Portion portion(int64_t total, int64_t quantum) {
   int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
   int64_t steps = (total + quantum - 1) / quantum;
   int64_t first = steps * thread / threads * quantum;
   int64_t last = steps * (thread + 1) / threads * quantum;
-  return (Share){first, last < total ? last : total};
+  return (Portion){first, last < total ? last : total};
 }
 
 /* Adapters are float32 or bfloat16, also where the weights are int8. */
@@ -433,14 +433,14 @@ static int is_adapted(const Step *s, const Matrix *m) {
   return 0;
 }
 
-/* This thread's share of A x of all adapters, then a barrier; inner (N, room). */
+/* This thread's portion of A x of all adapters, then a barrier; inner (N, room). */
 static void times_a(const Step *s, const Matrix *m, Input in, float *inner, size_t room) {
   if (!is_adapted(s, m)) return;
   for (int64_t i = 0; i < s->adapter_count; i++) {
     const Thin *thin = &m->thin[i];
     if (!thin->a) continue;
     Change none = {.bounds = s->adapters + i, .adapters = 1};
-    Share own = share(m->parts * thin->rank, V);
+    Portion own = portion(m->parts * thin->rank, V);
     multiply(thin_type(s), thin->a, m->columns, NULL, in, &none, inner, room, own.first, own.last,
              (End){0});
   }
@@ -671,13 +671,13 @@ static size_t inner_room(const Step *s, const Matrix *m) {
 /* x += residual times a branch, whose last matrix is m; *after* is the norm that ends it. */
 static void end_branch(const Step *s, const Shared *all, const Matrix *m, const float *after,
                        Input in) {
-  Share own = share(m->rows, V);
+  Portion own = portion(m->rows, V);
   float *to = after ? all->branch : s->x;
   times_a(s, m, in, all->inner, all->room);
   times(s, m, in, all->inner, all->room, to, s->width, own.first, own.last, s->residual, !after);
 #pragma omp barrier
   if (!after) return;
-  Share rows = share(s->count, 1);
+  Portion rows = portion(s->count, 1);
   for (int64_t j = rows.first; j < rows.last; j++) {
     float *branch = all->branch + j * s->width, *x = s->x + j * s->width;
     norm(branch, branch, after, s->width, s->eps);
@@ -696,11 +696,11 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
     norm(in.exact + j * in.ld, s->x + j * s->width, layer->before_attention, s->width, s->eps);
   round_rows(s, in, s->width);
   const Matrix *m = &layer->qkv;
-  Share own = share(m->rows, V);
+  Portion own = portion(m->rows, V);
   times_a(s, m, in, all->inner, all->room);
   times(s, m, in, all->inner, all->room, qkv.exact, qkv.ld, own.first, own.last, 1, 0);
 #pragma omp barrier
-  Share rows = share(s->count, 1);
+  Portion rows = portion(s->count, 1);
   for (int64_t j = rows.first; j < rows.last; j++) prepare(s, layer, number, j, qkv);
 #pragma omp barrier
   int64_t pieces = all->first_piece[s->count] * s->kv_heads, j = 0;
@@ -729,7 +729,7 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
 static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Input in) {
   const Matrix *m = &layer->gate_up;
   int64_t mlp = s->mlp;
-  Share own = share(mlp, V);
+  Portion own = portion(mlp, V);
   for (int64_t j = 0; j < s->count; j++)
     norm(in.exact + j * in.ld, s->x + j * s->width, layer->before_mlp, s->width, s->eps);
   round_rows(s, in, s->width);
@@ -764,7 +764,7 @@ static void head(const Step *s, const Shared *all, Input in) {
   for (int64_t i = 0; i < s->wanted_count; i++)
     norm(in.exact + i * in.ld, s->x + s->wanted[i] * s->width, s->final_norm, s->width, s->eps);
   round_rows(&of_wanted, in, s->width);
-  Share own = share(m->rows, V);
+  Portion own = portion(m->rows, V);
   times_a(&of_wanted, m, in, all->inner, all->room);
   times(&of_wanted, m, in, all->inner, all->room, s->logits, s->ld_logits, own.first, own.last, 1, 0);
 }

@@ -1,7 +1,7 @@
-"""Data-parallel workers: threads that compute shares of one batch, each on its own cores.
+"""Data-parallel workers: threads that compute portions of one batch, each on its own cores.
 
 Cores that split every operation wait for each other at every operation, and read what another core
-has just written. Workers synchronise once, at the end of their shares: on two cores a model of
+has just written. Workers synchronise once, at the end of their portions: on two cores a model of
 width 128 trains a third faster this way. Does not know what is computed.
 """
 
@@ -27,9 +27,9 @@ _Tasks = queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
 MAX_WORKERS = 4
 
 #: Tokens per worker below which all cores together are faster than separate workers.
-MIN_SHARE = 128
+MIN_PORTION = 128
 
-#: Largest ratio of the largest share to the average share; all workers wait for the largest.
+#: Largest ratio of the largest portion to the average portion; all workers wait for the largest.
 MAX_IMBALANCE = 1.25
 
 
@@ -57,7 +57,7 @@ class Workers:
         on_cpu: False if another device computes; then there is one worker, the calling thread.
 
     Attributes:
-        count: number of workers, which is the number of shares that are computed at a time.
+        count: number of workers, which is the number of portions that are computed at a time.
     """
 
     def __init__(self, threads: int, *, on_cpu: bool = True) -> None:
@@ -78,28 +78,28 @@ class Workers:
         weakref.finalize(self, _end, self._tasks)
         self.run([lambda: set_threads(threads_each)] * self.count)
 
-    def share_out(self, sizes: Sequence[int]) -> list[list[int]]:
+    def divide(self, sizes: Sequence[int]) -> list[list[int]]:
         """Divide items among the workers.
 
-        Depends on *sizes* alone, so that the same work is always computed in the same shares.
+        Depends on *sizes* alone, so that the same work is always computed in the same portions.
 
         Args:
             sizes: tokens of each item.
 
         Returns:
-            Indices of the items of each worker's share, in ascending order. A single share, for all
-            cores together, if the shares would be smaller than `MIN_SHARE` or uneven.
+            Indices of the items of each portion, in ascending order. A single portion, for all
+            cores together, if the portions would be smaller than `MIN_PORTION` or uneven.
         """
-        shares: list[list[int]] = [[] for _ in range(self.count)]
+        portions: list[list[int]] = [[] for _ in range(self.count)]
         totals = [0] * self.count
         for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
             smallest = totals.index(min(totals))
-            shares[smallest].append(i)
+            portions[smallest].append(i)
             totals[smallest] += sizes[i]
         average = sum(totals) / self.count
-        if average < MIN_SHARE or max(totals) > MAX_IMBALANCE * average:
+        if average < MIN_PORTION or max(totals) > MAX_IMBALANCE * average:
             return [list(range(len(sizes)))]
-        return [sorted(share) for share in shares]
+        return [sorted(portion) for portion in portions]
 
     def run(self, parts: Sequence[Callable[[], Result]]) -> list[Result]:
         """Call each part on its own worker and return the results in the order of *parts*.

@@ -162,27 +162,27 @@ class FastSampling:
         if len(stack.adapters) == 1:
             is_worth = sum(sizes) >= self._base.spec.width // 2
             room = self._room(stack.adapters[0], is_worth)
-        shares = [list(range(len(ordered)))]
+        portions = [list(range(len(ordered)))]
         if len(stack.adapters) == 1 or on_hidden is None:
             # Scores of several adapters use the workspace in turn.
-            shares = self._workers.share_out(sizes)
-        if len(shares) > 1:
+            portions = self._workers.divide(sizes)
+        if len(portions) > 1:
             MixedLinears(self._base.linears, stack, adapters, room).prepare()
 
-        def compute(share: list[int]) -> Tensor:
-            packing = Packing([sizes[i] for i in share], self._base.device)
-            own = adapters[share]
+        def compute(portion: list[int]) -> Tensor:
+            packing = Packing([sizes[i] for i in portion], self._base.device)
+            own = adapters[portion]
             linears = MixedLinears(self._base.linears, stack, own.repeat(packing.lengths), room)
-            tokens = [ordered[i].tokens for i in share]
-            hidden = self._prefill(tokens, packing, [places[i] for i in share], linears)
+            tokens = [ordered[i].tokens for i in portion]
+            hidden = self._prefill(tokens, packing, [places[i] for i in portion], linears)
             if on_hidden is not None:
-                on_hidden([order[i] for i in share], hidden.split(packing.lengths))
+                on_hidden([order[i] for i in portion], hidden.split(packing.lengths))
             ends = torch.from_numpy(packing.starts + np.asarray(packing.lengths) - 1)
             head = MixedLinears(self._base.linears, stack, own)
             return head_logits(head, hidden[ends.to(hidden.device)], self._base.spec.logit_cap)
 
-        logits = torch.cat(self._workers.run([partial(compute, share) for share in shares]))
-        back = np.argsort(np.array(order)[np.concatenate(shares)])
+        logits = torch.cat(self._workers.run([partial(compute, portion) for portion in portions]))
+        back = np.argsort(np.array(order)[np.concatenate(portions)])
         return logits[torch.from_numpy(back).to(logits.device)]
 
     def _read_compiled(

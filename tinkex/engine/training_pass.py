@@ -26,7 +26,7 @@ from tinkex.engine.lora import TrainedLinears
 from tinkex.engine.memory import kind_of, total_memory
 
 #: Least and greatest target size of a micro-batch in tokens, by kind of device. With fewer, matrix
-#: products are slower and the workers' shares become too small; more are no faster. Other work may
+#: products are slower and the workers' portions become too small; more are no faster. Other work may
 #: run between micro-batches, so they should not be larger than needed. (Activations of 1,200 tokens
 #: in a model of 30 layers and width 576 take 1 GiB, an eighth of 8 GiB.)
 MIN_TOKENS = {"cpu": 1200, "cuda": 4096}
@@ -175,7 +175,7 @@ class Pass:
     Args:
         linears: the matrices; the gradient is complete once every batch has been computed and
             `output` has been called.
-        workers: compute the shares of a micro-batch.
+        workers: compute the portions of a micro-batch.
         forward_only: compute no gradients.
 
     Attributes:
@@ -211,22 +211,22 @@ class Pass:
     def compute(self, batch: Sequence[int]) -> None:
         """Forward and backward of the datums numbered in *batch*."""
         sizes = [len(self._data[i]) for i in batch]
-        shares = [list(range(len(batch)))]
+        portions = [list(range(len(batch)))]
         if self._base.is_shared:
-            shares = self._workers.share_out(sizes)
+            portions = self._workers.divide(sizes)
         first = self._linears[0]
-        if len(shares) > 1:
+        if len(portions) > 1:
             first.prepare()
-            self._linears += [first.twin() for _ in range(len(shares) - len(self._linears))]
+            self._linears += [first.twin() for _ in range(len(portions) - len(self._linears))]
         recompute = sum(sizes) > self._most_kept
         parts = [
-            partial(self._compute_share, [batch[i] for i in share], linears, recompute)
-            for share, linears in zip(shares, self._linears)
+            partial(self._compute_portion, [batch[i] for i in portion], linears, recompute)
+            for portion, linears in zip(portions, self._linears)
         ]
         for outcome in self._workers.run(parts):
             self._keep(outcome)
 
-    def _compute_share(self, numbers: Sequence[int], linears: Linears, recompute: bool) -> _Outcome:
+    def _compute_portion(self, numbers: Sequence[int], linears: Linears, recompute: bool) -> _Outcome:
         data, base = [self._data[i] for i in numbers], self._base
         lengths = [len(datum) for datum in data]
         tokens = self._pack([datum.tokens for datum in data])
