@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tests.support import hf_reference as hf
 from tinkex.engine import cpu_decoding, cpu_kernels, finished_lora, int8, loading, lora
@@ -236,7 +237,28 @@ def _error(found, exact):
     return float(sum((a - b).norm() for a, b in pairs) / sum(b.norm() for _, b in pairs))
 
 
-def test_more_sequences_than_a_block(tiny):
+@pytest.mark.parametrize("mlp", [1030, 2100])
+def test_long_rows_of_a_matrix_are_multiplied_in_parts(mlp, tmp_path, monkeypatch):
+    """Longer than the columns of a tile, and no multiple of them."""
+    config = lambda: transformers.LlamaConfig(**(hf.SIZES | {"intermediate_size": mlp}))  # noqa: E731
+    monkeypatch.setitem(hf.CONFIGS, "long", config)
+    base = loading.load(str(hf.make_base(tmp_path / "base", "long")), CPU).base
+    prompts = _prompts(base, [_adapter(base, 8, 1), None])
+
+    together, alone, expected = (
+        _steps(base, own, step, removed=())
+        for own, step in (
+            (prompts, cpu_decoding.step_of(base)),
+            (prompts[:1], cpu_decoding.step_of(base)),
+            (prompts, None),
+        )
+    )
+
+    _compare(together, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[0][0], expected[0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_more_sequences_than_a_tile_takes(tiny):
     rng = np.random.default_rng(0)
     prompts = [
         Prompt(rng.integers(0, tiny.vocab, 5).astype(np.int32), None, [[row]]) for row in range(131)

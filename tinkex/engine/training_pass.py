@@ -26,7 +26,7 @@ from tinkex.engine.lora import TrainedLinears
 from tinkex.engine.memory import kind_of, total_memory
 
 #: Least and greatest target size of a micro-batch in tokens, by kind of device. With fewer, matrix
-#: products are slower and the workers' portions become too small; more are no faster. Other work may
+#: products are slower and portions become too small; more are no faster. Other work may
 #: run between micro-batches, so they should not be larger than needed. (Activations of 1,200 tokens
 #: in a model of 30 layers and width 576 take 1 GiB, an eighth of 8 GiB.)
 MIN_TOKENS = {"cpu": 1200, "cuda": 4096}
@@ -226,7 +226,9 @@ class Pass:
         for outcome in self._workers.run(parts):
             self._keep(outcome)
 
-    def _compute_portion(self, numbers: Sequence[int], linears: Linears, recompute: bool) -> _Outcome:
+    def _compute_portion(
+        self, numbers: Sequence[int], linears: Linears, recompute: bool
+    ) -> _Outcome:
         data, base = [self._data[i] for i in numbers], self._base
         lengths = [len(datum) for datum in data]
         tokens = self._pack([datum.tokens for datum in data])
