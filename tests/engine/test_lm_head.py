@@ -26,7 +26,7 @@ def _trained(base, workspace=None, gradient=True):
     layout = lora.Layout(base.linears, lora.Shape(4))
     flat = _random(layout.size, seed=5, scale=0.1)
     dense = torch.empty(VOCAB, WIDTH)
-    lora.merge_into(dense, base.linears["head"], layout.pairs(flat)["head"], layout.shape.scale)
+    lora.merge_into(dense, base.linears["head"], layout.factors(flat)["head"], layout.shape.scale)
     total = torch.zeros_like(flat) if gradient else None
     return lora.TrainedLinears(base.linears, layout, flat, total, workspace, "me"), dense
 

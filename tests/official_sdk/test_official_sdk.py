@@ -287,7 +287,9 @@ def test_an_operation_may_take_many_polls(cramped):
     assert most >= 20
     assert {"active"} == {answer["queue_state"] for answer in waits}
     assert any("has not arrived" in answer["queue_state_reason"] for answer in waits)
-    assert "" == cramped.outcome["said"]
+    # 0.38.0 may log that a poll of its own failed because it was closed itself.
+    said = cramped.outcome["said"].splitlines()
+    assert [] == [line for line in said if "Internal client holder is closed" not in line]
 
 
 def test_a_lost_sample_is_sampled_again(version, address):
