@@ -67,6 +67,14 @@ def test_work_that_would_leave_a_worker_waiting_is_computed_by_all_cores_togethe
     assert [list(range(len(sizes)))] == Workers(2).divide(sizes)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "is_even"), [([200] * 4, True), ([200] * 5, False), ([2000], False), ([20] * 5, True)]
+)
+def test_portions_are_even_if_no_worker_is_idle_for_long_or_none_would_help(sizes, is_even):
+    assert is_even == Workers(2).is_even(sizes)
+    assert Workers(1).is_even(sizes)
+
+
 def test_results_come_in_the_order_of_the_workers_whichever_ends_first():
     second_is_done = threading.Event()
 

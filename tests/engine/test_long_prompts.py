@@ -9,7 +9,7 @@ import torch
 
 from tests.support import hf_reference as hf
 from tinkex import types
-from tinkex.engine import loading, long_prompts, weight_store
+from tinkex.engine import loading, long_prompts, sample_turns, weight_store
 from tinkex.engine.base_model import Prompt
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.engine import Engine
@@ -233,7 +233,7 @@ def test_pieces_are_larger_where_every_step_reads_the_weights_from_disk(tmp_path
     """Of a model too large for the memory, a short piece takes as long as a whole prompt."""
     base = hf.make_base(tmp_path / "base", "llama")
     monkeypatch.setattr(weight_store, "SMALLEST", 0)
-    monkeypatch.setitem(long_prompts.STEP_OPERATIONS, "cpu", 1.0)
+    monkeypatch.setitem(sample_turns.STEP_OPERATIONS, "cpu", 1.0)
     tokens = {}
     for name, folder in (("memory", None), ("disk", tmp_path)):
         store = weight_store.WeightStore(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from tests.support import hf_reference as hf
 from tinkex import types
@@ -66,12 +67,19 @@ def submit(engine, ticket, share, **params):
     engine.submit_sample(ticket, "base", one, share=share)
 
 
+def test_a_step_has_time_for_twice_as_many_operations_where_16_bits_are_twice_as_fast(monkeypatch):
+    monkeypatch.setattr(sample_turns, "HALF_SPEED", 2.0)
+    step = sample_turns.step_operations
+    assert step("cpu", torch.bfloat16) == 2 * step("cpu", torch.float32)
+    assert step("cuda", torch.bfloat16) == step("cuda", torch.float32)
+
+
 @pytest.fixture
 def little_time(monkeypatch):
     """A step has time for little more than one batch, or for a few texts."""
     monkeypatch.setitem(sample_turns.STEP_BYTES, "cpu", 0)
     monkeypatch.setitem(sampling.BATCH_ROWS, "cpu", 4)
-    monkeypatch.setitem(sampling.STEP_OPERATIONS, "cpu", 1)
+    monkeypatch.setitem(sample_turns.STEP_OPERATIONS, "cpu", 1)
 
 
 def test_a_small_request_gets_a_token_in_every_step_beside_many(engine, little_time):
@@ -99,5 +107,5 @@ def test_turns_change_no_token_of_the_generic_path(engine, little_time, monkeypa
 
     in_turn = sampled()
     monkeypatch.setitem(sample_turns.STEP_BYTES, "cpu", 2**28)
-    monkeypatch.setitem(sampling.STEP_OPERATIONS, "cpu", 16e9)
+    monkeypatch.setitem(sample_turns.STEP_OPERATIONS, "cpu", 16e9)
     assert sampled() == in_turn

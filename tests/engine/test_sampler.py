@@ -11,9 +11,10 @@ import torch
 from tests.support import hf_reference as hf
 from tests.support.hf_reference import ask
 from tinkex import types
+from tinkex.engine import long_prompts, tiny
 from tinkex.engine import sampler as sampling
-from tinkex.engine import tiny
 from tinkex.engine.engine import Engine
+from tinkex.engine.fast_path import FastSampling
 from tinkex.engine.sample_requests import make_job
 
 
@@ -301,6 +302,27 @@ def test_prompts_computed_by_workers_give_what_one_thread_gives(tmp_path, sample
             np.testing.assert_allclose(
                 actual.prompt_logprobs_np, expected.prompt_logprobs_np, atol=1e-4
             )
+
+
+def test_a_step_reads_no_prompt_that_would_leave_a_worker_idle_while_others_wait(
+    tmp_path, monkeypatch
+):
+    """There is time for three prompts in a step, but two workers read two."""
+    monkeypatch.setitem(long_prompts.PREFILL_TOKENS, "cpu", 640 // long_prompts.ALONE)
+    read = []
+    begin = FastSampling.begin
+    monkeypatch.setattr(
+        FastSampling,
+        "begin",
+        lambda self, prompts, *rest: read.append(len(prompts)) or begin(self, prompts, *rest),
+    )
+    prompts = np.random.default_rng(0).integers(0, 256, (7, 200)).tolist()
+    for threads, expected in ((1, [3, 3, 1]), (2, [2, 2, 2, 1])):
+        engine = _samplers(tmp_path / str(threads), threads)
+        responses = ask(engine, *[("a", request(prompt, max_tokens=1)) for prompt in prompts])
+        assert 7 == len(responses)
+        assert expected == read
+        read.clear()
 
 
 # -- what is said of the prompt ------------------------------------------------------------------

@@ -32,6 +32,9 @@ MIN_PORTION = 128
 #: Largest ratio of the largest portion to the average portion; all workers wait for the largest.
 MAX_IMBALANCE = 1.25
 
+#: The same ratio up to which portions are even: less work would not leave the workers idle less.
+EVEN = 1.1
+
 
 def available_cores() -> int:
     """Processor threads that this process may use: its CPU affinity, limited by OMP_NUM_THREADS,
@@ -90,16 +93,27 @@ class Workers:
             Indices of the items of each portion, in ascending order. A single portion, for all
             cores together, if the portions would be smaller than `MIN_PORTION` or uneven.
         """
+        portions, imbalance = self._portions(sizes)
+        if self._is_little(sizes) or imbalance > MAX_IMBALANCE:
+            return [list(range(len(sizes)))]
+        return [sorted(portion) for portion in portions]
+
+    def is_even(self, sizes: Sequence[int]) -> bool:
+        """True if `divide` leaves no worker idle for long, or workers would not be faster."""
+        return self.count == 1 or self._is_little(sizes) or self._portions(sizes)[1] <= EVEN
+
+    def _is_little(self, sizes: Sequence[int]) -> bool:
+        return sum(sizes) < MIN_PORTION * self.count
+
+    def _portions(self, sizes: Sequence[int]) -> tuple[list[list[int]], float]:
+        """Items for each worker, the largest first; the largest portion in average portions."""
         portions: list[list[int]] = [[] for _ in range(self.count)]
         totals = [0] * self.count
         for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
             smallest = totals.index(min(totals))
             portions[smallest].append(i)
             totals[smallest] += sizes[i]
-        average = sum(totals) / self.count
-        if average < MIN_PORTION or max(totals) > MAX_IMBALANCE * average:
-            return [list(range(len(sizes)))]
-        return [sorted(portion) for portion in portions]
+        return portions, max(totals) * self.count / max(sum(totals), 1)
 
     def run(self, parts: Sequence[Callable[[], Result]]) -> list[Result]:
         """Call each part on its own worker and return the results in the order of *parts*.

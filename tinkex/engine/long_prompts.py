@@ -19,10 +19,10 @@ from tinkex.engine.memory import kind_of
 from tinkex.engine.prompt_logprobs import PieceScores
 from tinkex.engine.sample_queue import Unit
 from tinkex.engine.sample_requests import Job, PromptScores
-from tinkex.engine.sample_turns import STEP_OPERATIONS
+from tinkex.engine.sample_turns import step_operations
 from tinkex.engine.weight_store import is_in_file
 
-#: Most prompt tokens of one step, also limited by `STEP_OPERATIONS`: running sequences and new
+#: Most prompt tokens of one step, also limited by `step_operations`: running sequences and new
 #: requests wait for them. The limit is `ALONE` times higher while only one share is active.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384}
 ALONE = 4
@@ -97,7 +97,8 @@ class LongPrompts:
     def begin_step(self, *, is_alone: bool) -> None:
         """Set the budget of a step."""
         kind = kind_of(self._base.device)
-        most = min(STEP_OPERATIONS[kind], self._state.operations(0, PREFILL_TOKENS[kind]))
+        operations = step_operations(kind, self._base.dtype)
+        most = min(operations, self._state.operations(0, PREFILL_TOKENS[kind]))
         self._least = LEAST_FROM_DISK if self._is_on_disk else LEAST_PIECE
         most = max(most, self._state.operations(0, self._least))
         self.most = most * (ALONE if is_alone else 1)

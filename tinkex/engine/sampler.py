@@ -286,7 +286,7 @@ class Sampler:
                 counted.add(unit.job)
                 spent += self._prompts.operations(unit.job)
             if chosen and spent > self._prompts.most:
-                break
+                return self._evenly(chosen)
             rows -= unit.count
             used[share], reserved[share] = mine[0] + unit.count, mine[1] + needed
             chosen.append(unit)
@@ -296,6 +296,16 @@ class Sampler:
             else:
                 heads[share] = following
         return chosen
+
+    def _evenly(self, units: list[Unit]) -> list[Unit]:
+        """*units* without the last few, which wait for the next step, if that step would leave
+        workers idle with them and not without them."""
+        jobs = list(dict.fromkeys(u.job for u in units if not self._prompts.is_long(u.job)))
+        for count in range(len(jobs), len(jobs) // 2, -1):
+            if self._workers.is_even([len(job.prompt) for job in jobs[:count]]):
+                late = set(jobs[count:])
+                return [unit for unit in units if unit.job not in late]
+        return units
 
     def _make_room(self, queue: SampleQueue) -> None:
         """Preempt samples of shares above an equal part, to make room for shares below it.

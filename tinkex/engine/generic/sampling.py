@@ -26,7 +26,7 @@ from tinkex.engine.linears import Linear
 from tinkex.engine.lm_head import head_logits
 from tinkex.engine.lora import Workspace, can_merge
 from tinkex.engine.memory import kind_of
-from tinkex.engine.sample_turns import STEP_BYTES, STEP_OPERATIONS, Turns, matrix_operations
+from tinkex.engine.sample_turns import STEP_BYTES, Turns, matrix_operations, step_operations
 
 #: Most prompt tokens, including padding, that are computed together.
 MOST_TOKENS = 4096
@@ -115,7 +115,8 @@ class Recomputing:
         self, tokens: Ints, positions: Ints, shares: Mapping[int, Hashable], *, in_turn: bool
     ) -> tuple[Ints, Tensor]:
         costs = {row: self.operations(0, len(text) + 1) for row, text in self._texts.items()}
-        most = STEP_OPERATIONS[kind_of(self._model.device)] if in_turn else None
+        model = self._model
+        most = step_operations(kind_of(model.device), model.dtype) if in_turn else None
         rows = self._turns.choose({row: [row] for row in costs}, shares, costs, most)
         for row in rows:
             self._texts[row].append(int(tokens[row]))
