@@ -79,7 +79,10 @@ def test_without_a_compiler_torch_decodes_and_the_log_names_the_reason(
     caplog.set_level(logging.INFO, "tinkex")
 
     assert cpu_kernels.load() is None
-    assert "by PyTorch alone: there is no C compiler (cc, gcc or clang) in PATH." in caplog.text
+    assert (
+        "PyTorch alone computes a decoding step: there is no C compiler (cc, gcc or clang) in PATH."
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,4 +123,4 @@ def test_too_little_memory_is_a_memory_error(cache):
 
 def test_the_source_travels_with_the_package():
     """It is compiled where the package is installed."""
-    assert cpu_kernels.SOURCE.is_file()
+    assert cpu_kernels.SOURCE.is_file() and cpu_kernels.ATTENTION_SOURCE.is_file()

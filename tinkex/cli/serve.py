@@ -79,8 +79,8 @@ from tinkex.cli.options import SAMPLING_DTYPES, Size, dtype_option, option
     default=True,
     envvar="TINKEX_COMPILED",
     show_envvar=True,
-    help="Decode tokens on a CPU with code that the machine's C compiler compiles once, or with "
-    "PyTorch alone, which is slower. Without a compiler it is always PyTorch.",
+    help="Decode tokens and attend on a CPU with code that the machine's C compiler compiles once, "
+    "or with PyTorch alone, which is slower. Without a compiler it is always PyTorch.",
 )
 @click.option(
     "--user-models", type=click.IntRange(1), metavar="N", help="Live models that a user may have."

@@ -1,10 +1,11 @@
 """Causal attention over packed sequences, and its derivative.
 
 Sequences are packed: a batch is the rows of all its tokens, one sequence after the other, without
-padding. Only attention knows where a sequence ends. torch's kernel computes it, unless scores are
-capped, or of 16 bits on a CPU and trained. Then, or with a window, queries are computed in blocks:
-scores stay in the caches, and memory and arithmetic grow with the window, not with the square of
-the length.
+padding. Only attention knows where a sequence ends. Compiled code (cpu_attention.py) computes it on
+a CPU where it can, and a kernel of torch on CUDA (varlen_attention.py). Otherwise sequences of
+similar length are padded for torch's usual kernel, unless scores are capped, or of 16 bits on a CPU
+and trained. Then, or with a window, queries are computed in blocks: scores stay in the caches, and
+memory and arithmetic grow with the window, not with the square of the length.
 
 Notation: N tokens, H heads, G key/value heads, D head size, T positions, B sequences.
 """
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinkex.engine import varlen_attention
+from tinkex.engine import cpu_attention, varlen_attention
+from tinkex.engine.cpu_kernels import Kernel
 from tinkex.engine.memory import kind_of
 from tinkex.engine.spec import Spec
 
@@ -289,14 +291,21 @@ class _Seed(torch.autograd.Function):
 
 
 class PackedAttention:
-    """Causal attention within each sequence of a packed batch, and its derivative."""
+    """Causal attention within each sequence of a packed batch, and its derivative.
 
-    def __init__(self, packing: Packing, spec: Spec) -> None:
+    Args:
+        compiled: from `cpu_attention.kernel_for`; None is torch.
+    """
+
+    def __init__(self, packing: Packing, spec: Spec, compiled: Kernel | None = None) -> None:
         self._packing = packing
         self._spec = spec
+        self._compiled = compiled
 
     def forward(self, layer: int, qkv: Tensor, *, save: bool = False) -> tuple[Tensor, object]:
         """qkv (N, (H + 2 G) D), positions applied -> out (N, H D), and what backward needs."""
+        if self._compiled is not None:
+            return self._forward_compiled(self._compiled, layer, qkv)
         kernel = None
         if not self._spec.attention_cap:
             kernel = varlen_attention.kernel_for(qkv.device, qkv.dtype, self._spec.head_dim)
@@ -317,6 +326,15 @@ class PackedAttention:
         joined = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self._packing.unpad(joined), graph
 
+    def _forward_compiled(self, kernel: Kernel, layer: int, qkv: Tensor) -> tuple[Tensor, object]:
+        spec = self._spec
+        settings = cpu_attention.Settings(
+            spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.attention_cap,
+            spec.window(layer),
+        )  # fmt: skip
+        bounds = np.append(self._packing.starts, self._packing.rows)
+        return cpu_attention.forward(kernel, qkv, bounds, settings)
+
     def _forward_unpadded(
         self, kernel: varlen_attention.Kernel, layer: int, qkv: Tensor, save: bool
     ) -> tuple[Tensor, object]:
@@ -328,6 +346,8 @@ class PackedAttention:
 
     def backward(self, dout: Tensor, saved: object) -> Tensor:
         """dout (N, H D) -> dqkv (N, (H + 2 G) D)."""
+        if self._compiled is not None and isinstance(saved, cpu_attention.Saved):
+            return cpu_attention.backward(self._compiled, dout, saved)
         if isinstance(saved, varlen_attention.Saved):
             return varlen_attention.backward(dout, saved)
         padded = self._packing.pad(dout, zero=True)

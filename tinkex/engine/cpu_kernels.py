@@ -1,7 +1,7 @@
-"""Compile `cpu_kernels.c` with the machine's C compiler, once, and mirror its structs.
+"""Compile the C files with the machine's C compiler, once, and mirror their structs.
 
-The library is stored in the user's cache under a name that depends on the source, the compiler and
-the processor. Without a compiler, or if its results differ from torch's, torch is used instead.
+The libraries are stored in the user's cache under names that depend on the source, the compiler and
+the processor. Without a compiler, or if the results differ from torch's, torch is used instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from tinkex import config
 
 logger = logging.getLogger(__name__)
 
+#: Of a decoding step, and of attention in training.
 SOURCE = Path(__file__).with_suffix(".c")
+ATTENTION_SOURCE = SOURCE.with_name("cpu_attention.c")
 
 #: -march=native, since it is compiled where it runs. No -ffast-math, to keep infinities and NaN.
 FLAGS = (
@@ -49,7 +51,7 @@ def _struct(**fields: object) -> np.dtype[np.void]:
 
 _P, _I, _L, _F = np.uintp, np.int32, np.int64, np.float32
 
-# The structs of cpu_kernels.c, where the fields are described.
+# The structs of the C files, where the fields are described.
 THIN = _struct(a=_P, b=_P, rank=_L)
 MATRIX = _struct(
     weight=_P, scales=_P, bias=_P, ends=_P, thin=_P, rows=_L, columns=_L, parts=_L
@@ -70,11 +72,17 @@ STEP = _struct(
     eps=_F, scale=_F, cap=_F, residual=_F,
 )  # fmt: skip
 
+ATTENTION = _struct(
+    qkv=_P, bounds=_P, out=_P, ends=_P, dout=_P, dqkv=_P,
+    sequences=_L, heads=_L, kv_heads=_L, size=_L, window=_L, is_half=_I, threads=_I,
+    scale=_F, cap=_F,
+)  # fmt: skip
+
 #: Numbers of the enums.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
-#: Computes a `STEP`; raises MemoryError.
+#: Computes a `STEP` or an `ATTENTION`; raises MemoryError.
 Kernel = Callable[[Array], None]
 
 
@@ -86,34 +94,49 @@ def load() -> Kernel | None:
 
     May be called from any thread. Takes some seconds the first time on a machine.
     """
-    return _loaded()[0]
+    return _loaded(SOURCE, "tinkex_decode_step", "a decoding step")[0]
+
+
+def load_attention() -> Kernel | None:
+    """The same of attention."""
+    return _loaded(ATTENTION_SOURCE, "tinkex_attention", "attention")[0]
+
+
+def load_all() -> None:
+    """Compile everything that is not in the cache."""
+    load_attention()
+    load()
 
 
 def why_not() -> str:
     """Why there is no compiled step, as a clause; "" if there is one."""
-    return _loaded()[1]
+    return _loaded(SOURCE, "tinkex_decode_step", "a decoding step")[1]
 
 
-def _loaded() -> tuple[Kernel | None, str]:
+def _loaded(source: Path, name: str, what: str) -> tuple[Kernel | None, str]:
     with _loading:
-        return _load()
+        return _load(source, name, what)
 
 
 @functools.cache
-def _load() -> tuple[Kernel | None, str]:
-    """The compiled step, or the reason why there is none."""
+def _load(source: Path, name: str, what: str) -> tuple[Kernel | None, str]:
+    """The function *name* of a C file, or the reason why there is none.
+
+    Args:
+        what: it computes, for messages.
+    """
     try:
-        library = ctypes.CDLL(str(_library()))
-        function = library.tinkex_decode_step
+        library = ctypes.CDLL(str(_library(source)))
+        function = getattr(library, name)
     except (OSError, AttributeError, subprocess.SubprocessError) as exc:
         reason = _reason(exc)
-        logger.info("Tokens are decoded by PyTorch alone: %s.", reason)
+        logger.info("PyTorch alone computes %s: %s.", what, reason)
         return None, reason
     function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
 
-    def run(step: Array) -> None:
-        if function(step.ctypes.data):
-            raise MemoryError("there is not enough memory for a decoding step.")
+    def run(arguments: Array) -> None:
+        if function(arguments.ctypes.data):
+            raise MemoryError(f"there is not enough memory for {what}.")
 
     return run, ""
 
@@ -124,32 +147,32 @@ def _reason(exc: Exception) -> str:
     return f"{exc} {lines[0]}" if lines else str(exc).rstrip(".")
 
 
-def _library() -> Path:
-    """The shared library, compiled now unless it is in the cache.
+def _library(source: Path) -> Path:
+    """The shared library of a C file, compiled now unless it is in the cache.
 
     Raises:
         OSError: If there is no compiler, or the cache cannot be written.
             subprocess.SubprocessError: If the compiler fails.
     """
     if not sys.platform.startswith("linux"):
-        raise OSError(f"the step is compiled on Linux only, not on {sys.platform}")
+        raise OSError(f"C is compiled on Linux only, not on {sys.platform}")
     compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler (cc, gcc or clang) in PATH")
-    target = config.cache() / "kernels" / f"{_fingerprint(compiler)}.so"
+    target = config.cache() / "kernels" / f"{_fingerprint(compiler, source)}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, target)
+        _compile(compiler, source, target)
     return target
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path) -> str:
     """A hash of everything that the library depends on."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS
     ).stdout
     flags = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
-    parts = [SOURCE.read_text(), *FLAGS, version, platform.machine(), *flags[:1]]
+    parts = [source.read_text(), *FLAGS, version, platform.machine(), *flags[:1]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -160,16 +183,16 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path) -> None:
     """Compile to *target*, which is created atomically."""
-    logger.info("Compiling the decoding step with %s, once on this machine.", compiler)
+    logger.info("Compiling %s with %s, once on this machine.", source.name, compiler)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        code, library = Path(folder) / "step.o", Path(folder) / "step.so"
+        code, library = Path(folder) / "code.o", Path(folder) / "code.so"
         wide = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
         # Linked without -fopenmp: the functions of OpenMP are those of the runtime that torch has
         # loaded, so that both use the same threads.
         for command in (
-            [compiler, *FLAGS, *wide, "-c", str(SOURCE), "-o", str(code)],
+            [compiler, *FLAGS, *wide, "-c", str(source), "-o", str(code)],
             [compiler, "-shared", str(code), "-o", str(library), "-lm"],
         ):
             subprocess.run(

@@ -22,6 +22,7 @@ from torch import Tensor
 from tinkex import types
 from tinkex.engine import (
     checkpoints,
+    cpu_attention,
     cpu_decoding,
     cpu_kernels,
     finished_lora,
@@ -121,8 +122,9 @@ class Engine:
             no log-probabilities of prompts are given.
         names: directories (or GGUF files) by name; only the name is shown to clients.
         weights_folder: where weights that do not fit in memory stay on disk; None refuses them.
-        compiled: True decodes with a step that the machine's C compiler compiles (cpu_decoding.py),
-            on a CPU with such a compiler and for families of the fast path.
+        compiled: True decodes and attends with code that the machine's C compiler compiles
+            (cpu_decoding.py, cpu_attention.py), on a CPU with such a compiler and for families of
+            the fast path.
         in_blocks: True samples in blocks of steps with a static cache (block_decoding.py), for
             families of the fast path; None does so on CUDA only.
 
@@ -151,7 +153,9 @@ class Engine:
         self._capture = CudaCapture(self._device) if is_cuda and self._in_blocks else None
         self._compiled = compiled and self._device.type == "cpu"
         if self._compiled:  # compiles while a model is being read, the first time on a machine
-            threading.Thread(target=cpu_kernels.load, name="tinkex-compile", daemon=True).start()
+            threading.Thread(
+                target=cpu_kernels.load_all, name="tinkex-compile", daemon=True
+            ).start()
         self._is_rounded = dtype == loading.INT8
         self._workers = Workers(threads or available_cores(), on_cpu=self._device.type == "cpu")
         keep_freed_memory()
@@ -195,6 +199,8 @@ class Engine:
         loaded = loading.load(source, self._device, self._dtype, on_progress, self._weights_folder)
         if self._is_rounded:
             loaded = attrs.evolve(loaded, base=_rounded(name, loaded.base))
+        if self._compiled and isinstance(loaded.base, FastModel):
+            loaded = attrs.evolve(loaded, base=_with_attention(loaded.base))
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
@@ -593,3 +599,9 @@ def _rounded(name: str, base: BaseModel) -> BaseModel:
             "transformers' own code. Use a server with another --dtype."
         )
     return attrs.evolve(base, linears=int8.quantized(base.linears))
+
+
+def _with_attention(base: FastModel) -> FastModel:
+    """The base model with compiled attention, if this machine and the model support it."""
+    kernel = cpu_attention.kernel_for(base.device, base.dtype, base.spec.head_dim)
+    return attrs.evolve(base, attention=kernel)

@@ -237,7 +237,7 @@ class FastSampling:
     ) -> Tensor:
         """Hidden states (N, d) of prompts; their keys and values go to their places."""
         base = self._base
-        packed = PackedAttention(packing, base.spec)
+        packed = PackedAttention(packing, base.spec, base.attention)
         keys = base.spec.heads * base.spec.head_dim
         values = keys + base.spec.kv_heads * base.spec.head_dim
 

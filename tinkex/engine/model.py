@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine.attention import PackedAttention, Packing
+from tinkex.engine.cpu_kernels import Kernel
 from tinkex.engine.linears import Linear, Linears, given
 from tinkex.engine.spec import Spec
 
@@ -69,6 +70,7 @@ class Base:
     Attributes:
         final_norm: (d,) with the factor on logits in it.
         ropes: of each layer; None for a layer without position embedding.
+        attention: compiled code that computes it for packed sequences; None is torch.
     """
 
     spec: Spec
@@ -77,6 +79,7 @@ class Base:
     final_norm: Tensor
     linears: dict[str, Linear]
     ropes: tuple[Rope | None, ...]
+    attention: Kernel | None = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(N,) token ids -> (N, d) input of the first layer."""
@@ -291,7 +294,7 @@ class Training:
     ) -> None:
         self._base = base
         self._linears = linears
-        self._attention = PackedAttention(packing, base.spec)
+        self._attention = PackedAttention(packing, base.spec, base.attention)
         self._saving = False
         self._forward = Forward(base, linears, packing.positions, packing.longest, self._attend)
         self._recompute = recompute

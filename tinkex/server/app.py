@@ -329,7 +329,7 @@ def main(
         device: "auto", "cpu", "cuda", ...
         dtype: number type of base weights: "auto", "float32" or "bfloat16"; "int8" to sample only.
         weights_on_disk: True if base weights that do not fit in memory may stay on disk.
-        compiled: False decodes with PyTorch alone, even where there is a C compiler.
+        compiled: False decodes and attends with PyTorch alone, even where there is a C compiler.
         engine: makes the engine; None is `make_engine` with *device* and *dtype*.
         on_ready: called with the server's address when it accepts requests.
 
