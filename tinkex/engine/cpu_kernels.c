@@ -256,40 +256,6 @@ INLINE void store(vf result, float *y, size_t ldy, int64_t row, int rows, int co
 #define HOLD(x)
 #endif
 
-/* total += rows of w (width apart) times count rows of x, STRIDE columns at a time; the last columns
- * are zero-padded. Meanwhile, some lines of rows *ahead* are fetched into the cache. */
-#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, width, x, ldx, columns, ahead, lines) \
-  do {                                                                                                    \
-    int64_t k = 0;                                                                                        \
-    for (; k + STRIDE <= (columns); k += STRIDE) {                                                        \
-      UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (width) + k);               \
-      VEC b[NR];                                                                                          \
-      UNROLL for (int j = 0; j < count; j++) {                                                            \
-        b[j] = LOAD_X((x) + j * (ldx) + k);                                                               \
-        HOLD(b[j]);                                                                                       \
-      }                                                                                                   \
-      UNROLL for (int i = 0; i < rows; i++) {                                                             \
-        VEC a = LOAD_W((w) + i * (width) + k);                                                            \
-        HOLD(a);                                                                                          \
-        UNROLL for (int j = 0; j < count; j++)                                                            \
-            total[j * rows + i] = MULTIPLY(total[j * rows + i], a, b[j]);                                 \
-      }                                                                                                   \
-    }                                                                                                     \
-    size_t left = (columns) - k;                                                                          \
-    if (left)                                                                                             \
-      for (int j = 0; j < count; j++)                                                                     \
-        for (int i = 0; i < rows; i++) {                                                                  \
-          X last_x[STRIDE] = {0};                                                                         \
-          W last_w[STRIDE] = {0};                                                                         \
-          memcpy(last_x, (x) + j * (ldx) + k, left * sizeof(X));                                          \
-          memcpy(last_w, (w) + i * (width) + k, left * sizeof(W));                                        \
-          total[j * rows + i] =                                                                           \
-              MULTIPLY(total[j * rows + i], LOAD_W(last_w), LOAD_X(last_x));                              \
-        }                                                                                                 \
-  } while (0)
-
-#define MULTIPLY_ADD(total, a, b) ((total) + (a) * (b))
-
 /* What a product reads: floats, and the same rounded where bfloat16 is multiplied in pairs. */
 typedef struct {
   float *exact;
@@ -302,95 +268,151 @@ typedef struct {
   const Thin *thin;      /* one for each adapter, or NULL */
   const int64_t *bounds; /* (adapters + 1,) the first sequence of each, and the end */
   int64_t adapters, part;
-  const float *inner;    /* (N, ld) A x of all parts */
-  size_t ld;
+  Input inner;           /* (N, ld) A x of all parts */
 } Change;
 
-/* Columns of a tile: so many of MR rows stay in the L1 cache while sequences are multiplied. */
-#define COLUMNS 1024
+/* The *left* numbers at p and zeros, as a vector. */
+#define LOAD_LAST(T, STRIDE, LOAD, p, left)   \
+  ({                                          \
+    T last[STRIDE] = {0};                     \
+    memcpy(last, p, (left) * sizeof(T));      \
+    LOAD(last);                               \
+  })
 
-/* Products with a matrix of one type. NAME: one tile, of *count* sequences, the *rows* of w from
- * *row* on, and columns from..to. NAME_rows: y of rows first..last. While a tile's rows are
- * multiplied with the first sequences, the rows after the next tile are fetched from memory, some
- * *lines* at each step. */
-#define PRODUCTS(NAME, W, THIN, X, STRIDE, VEC, LOAD_W, LOAD_THIN, LOAD_X, MULTIPLY)                   \
-  INLINE void NAME(const int rows, const int count, const int lines, float *y, size_t ldy,             \
-                   const X *x, size_t ldx, const W *w, int64_t columns, int64_t width, int64_t row,    \
-                   const float *scales, const THIN *b, int64_t rank, const float *inner,               \
-                   size_t ld_inner, const W *ahead, End end) {                                         \
-    vf total[V];                                                                                       \
-    UNROLL for (int i = 0; i < V; i++) total[i] = (vf){0};                                             \
-    ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, MULTIPLY, w, width, x, ldx, columns, ahead, lines); \
-    if (scales)                                                                                        \
-      UNROLL for (int j = 0; j < count; j++) UNROLL for (int i = 0; i < rows; i++)                     \
-          total[j * rows + i] *= scales[row + i];                                                      \
-    if (b) {                                                                                           \
-      const THIN *thin = b + row * rank;                                                               \
-      ADD_PRODUCT(THIN, float, V, vf, LOAD_THIN, load_f32, MULTIPLY_ADD, thin, rank, inner, ld_inner,  \
-                  rank, thin, 0);                                                                      \
-    }                                                                                                  \
-    store(sums(total), y, ldy, row, rows, count, end);                                                 \
-  }                                                                                                    \
-                                                                                                       \
-  static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                    \
-                          int64_t columns, int64_t first, int64_t last, const float *scales,           \
-                          const Change *change, End whole) {                                           \
-    int64_t start = change->bounds[0], stop = change->bounds[change->adapters], n = stop - start;      \
-    int64_t parts = (columns + COLUMNS - 1) / COLUMNS;                                                 \
-    int64_t part = ((columns + parts - 1) / parts + 31) / 32 * 32;                                     \
-    int64_t lines = n < 2 * NR ? MR : n < 4 * NR ? MR / 2 : n < 8 * NR ? MR / 4 : 1;                   \
-    for (int64_t row = first; row < last;) {                                                           \
-      int is_single = n == 1 && row + V <= last, is_tile = row + MR <= last;                           \
-      for (int64_t from = 0; from < columns; from += part) {                                           \
-        int64_t to = from + part < columns ? from + part : columns;                                    \
-        End end = from == 0 || whole.adds ? whole : (End){NULL, 1, 1};                                 \
-        if (from > 0) end.bias = NULL;                                                                 \
-        const W *ahead = w + (row + 2 * MR) * columns + from, *none = ahead + MR * columns;            \
-        for (int64_t i = 0; i < change->adapters; i++) {                                               \
-          int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                                \
-          const Thin *own = change->thin ? &change->thin[i] : NULL;                                    \
-          const THIN *b = own && to == columns ? own->b : NULL;                                        \
-          int64_t rank = b ? own->rank : 0;                                                            \
-          const float *inner = change->inner + change->part * rank;                                    \
-          /* clang-format off */                                                                       \
-          if (is_single && j < end_j) {                                                                \
-            RUN(NAME, V, 1, 0);                                                                        \
-          } else if (is_tile) {                                                                        \
-            for (; j + NR <= end_j; j += NR, ahead += lines * columns) {                               \
-              if (ahead >= none) RUN(NAME, MR, NR, 0);                                                 \
-              else if (lines == 1) RUN(NAME, MR, NR, 1);                                               \
-              else if (lines == MR / 4) RUN(NAME, MR, NR, MR / 4);                                     \
-              else if (lines == MR / 2) RUN(NAME, MR, NR, MR / 2);                                     \
-              else RUN(NAME, MR, NR, MR);                                                              \
-            }                                                                                          \
-            for (; j < end_j; j++) RUN(NAME, MR, 1, 0);                                                \
-          } else {                                                                                     \
-            for (; j < end_j; j++) RUN(NAME, 1, 1, 0);                                                 \
-          }                                                                                            \
-          /* clang-format on */                                                                        \
-        }                                                                                              \
-      }                                                                                                \
-      row += is_single ? V : is_tile ? MR : 1;                                                         \
-    }                                                                                                  \
-  }
-#define RUN(NAME, rows, count, lines)                                                            \
-  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx + from, ldx, w + row * columns + from,  \
-       to - from, columns, row, scales, b, rank, inner + j * change->ld, change->ld, ahead, end)
-
-PRODUCTS(times_f32, float, float, float, V, vf, load_f32, load_f32, load_f32, MULTIPLY_ADD)
-PRODUCTS(times_bf16, bf16, bf16, float, V, vf, load_bf16, load_bf16, load_f32, MULTIPLY_ADD)
-PRODUCTS(times_i8, int8_t, bf16, float, V, vf, load_i8, load_bf16, load_f32, MULTIPLY_ADD)
+/* How numbers of types W and X are multiplied: STRIDE at a time, as vectors VEC. */
+#define MULTIPLY_ADD(total, a, b) ((total) + (a) * (b))
+#define AS_FLOATS(W, LOAD_W) W, float, V, vf, LOAD_W, load_f32, LOAD_LAST, MULTIPLY_ADD
 
 #ifdef __AVX512BF16__
 #define HAS_PAIRS 1
 typedef int16_t pairs __attribute__((vector_size(64)));
 typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
 #define LOAD_PAIRS(p) (*(const pairs_any *)(p))
+#define LOAD_LAST_PAIRS(T, STRIDE, LOAD, p, left) \
+  ((pairs)_mm512_maskz_loadu_epi16(((__mmask32)1 << (left)) - 1, p))
 #define MULTIPLY_PAIRS(total, a, b) \
   ((vf)_mm512_dpbf16_ps((__m512)(total), (__m512bh)(a), (__m512bh)(b)))
-PRODUCTS(times_pairs, bf16, bf16, bf16, 32, pairs, LOAD_PAIRS, load_bf16, LOAD_PAIRS, MULTIPLY_PAIRS)
+#define AS_PAIRS bf16, bf16, 32, pairs, LOAD_PAIRS, LOAD_PAIRS, LOAD_LAST_PAIRS, MULTIPLY_PAIRS
 #else
 #define HAS_PAIRS 0
+#endif
+
+/* total += rows of w (width apart) times count rows of x; the last columns are zero-padded. A single
+ * row of x goes through w row after row, as w is stored. Otherwise some *lines* of rows *ahead* are
+ * fetched into the cache at each step. */
+#define ADD_PRODUCT(W, X, STRIDE, VEC, LOAD_W, LOAD_X, LAST, MULTIPLY, w, width, x, ldx, columns, ahead, lines) \
+  do {                                                                                                          \
+    const int64_t whole = (columns) / STRIDE * STRIDE, left = (columns) - whole;                                \
+    if (count == 1) {                                                                                           \
+      UNROLL for (int i = 0; i < rows; i++) {                                                                   \
+        vf own = total[i];                                                                                      \
+        for (int64_t k = 0; k < whole; k += STRIDE)                                                             \
+          own = MULTIPLY(own, LOAD_W((w) + i * (width) + k), LOAD_X((x) + k));                                  \
+        total[i] = own;                                                                                         \
+      }                                                                                                         \
+    } else {                                                                                                    \
+      for (int64_t k = 0; k < whole; k += STRIDE) {                                                             \
+        UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (width) + k, 0, 2);                   \
+        VEC b[NR];                                                                                              \
+        UNROLL for (int j = 0; j < count; j++) {                                                                \
+          b[j] = LOAD_X((x) + j * (ldx) + k);                                                                   \
+          HOLD(b[j]);                                                                                           \
+        }                                                                                                       \
+        UNROLL for (int i = 0; i < rows; i++) {                                                                 \
+          VEC a = LOAD_W((w) + i * (width) + k);                                                                \
+          HOLD(a);                                                                                              \
+          UNROLL for (int j = 0; j < count; j++)                                                                \
+            total[j * rows + i] = MULTIPLY(total[j * rows + i], a, b[j]);                                       \
+        }                                                                                                       \
+      }                                                                                                         \
+    }                                                                                                           \
+    if (left) {                                                                                                 \
+      VEC b[NR];                                                                                                \
+      UNROLL for (int j = 0; j < count; j++)                                                                    \
+        b[j] = LAST(X, STRIDE, LOAD_X, (x) + j * (ldx) + whole, left);                                          \
+      UNROLL for (int i = 0; i < rows; i++) {                                                                   \
+        VEC a = LAST(W, STRIDE, LOAD_W, (w) + i * (width) + whole, left);                                       \
+        UNROLL for (int j = 0; j < count; j++)                                                                  \
+          total[j * rows + i] = MULTIPLY(total[j * rows + i], a, b[j]);                                         \
+      }                                                                                                         \
+    }                                                                                                           \
+  } while (0)
+
+/* Bytes of a tile's row: so many of MR rows stay in the L1 cache while sequences are multiplied. */
+#define ROW_BYTES 3072
+
+/* Products with a matrix of one type. NAME: one tile, of *count* sequences, the *rows* of w from
+ * *row* on, and columns from..to. NAME_rows: y of rows first..last. While a tile's rows are
+ * multiplied with the first sequences, the rows after the next tile are fetched from memory, some
+ * *lines* at each step. */
+#define PRODUCTS(NAME, W, X, KIND, THIN, THIN_KIND, FIELD)                                          \
+  INLINE void NAME(const int rows, const int count, const int lines, float *y, size_t ldy,          \
+                   const X *x, size_t ldx, const W *w, int64_t columns, int64_t width, int64_t row, \
+                   const float *scales, const THIN *b, int64_t rank, const X *inner,                \
+                   size_t ld_inner, const W *ahead, End end) {                                      \
+    vf total[V];                                                                                    \
+    UNROLL for (int i = 0; i < V; i++) total[i] = (vf){0};                                          \
+    ADD_PRODUCT(KIND, w, width, x, ldx, columns, ahead, lines);                                     \
+    if (scales)                                                                                     \
+      UNROLL for (int j = 0; j < count; j++) UNROLL for (int i = 0; i < rows; i++)                  \
+          total[j * rows + i] *= scales[row + i];                                                   \
+    if (b) {                                                                                        \
+      const THIN *thin = b + row * rank;                                                            \
+      ADD_PRODUCT(THIN_KIND, thin, rank, inner, ld_inner, rank, thin, 0);                           \
+    }                                                                                               \
+    store(sums(total), y, ldy, row, rows, count, end);                                              \
+  }                                                                                                 \
+                                                                                                    \
+  static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                 \
+                          int64_t columns, int64_t first, int64_t last, const float *scales,        \
+                          const Change *change, End whole) {                                        \
+    int64_t start = change->bounds[0], stop = change->bounds[change->adapters], n = stop - start;   \
+    int64_t parts = (columns * sizeof(W) + ROW_BYTES - 1) / ROW_BYTES;                                 \
+    int64_t part = ((columns + parts - 1) / parts + 31) / 32 * 32;                                  \
+    int64_t lines = n < 2 * NR ? MR : n < 4 * NR ? MR / 2 : n < 8 * NR ? MR / 4 : 1;                \
+    for (int64_t row = first; row < last;) {                                                        \
+      int is_single = n == 1 && row + V <= last, is_tile = row + MR <= last;                        \
+      for (int64_t from = 0; from < columns; from += part) {                                        \
+        int64_t to = from + part < columns ? from + part : columns;                                 \
+        End end = from == 0 || whole.adds ? whole : (End){NULL, 1, 1};                              \
+        if (from > 0) end.bias = NULL;                                                              \
+        const W *ahead = w + (row + 2 * MR) * columns + from, *none = ahead + MR * columns;         \
+        for (int64_t i = 0; i < change->adapters; i++) {                                            \
+          int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                             \
+          const Thin *own = change->thin ? &change->thin[i] : NULL;                                 \
+          const THIN *b = own && to == columns ? own->b : NULL;                                     \
+          int64_t rank = b ? own->rank : 0;                                                         \
+          const X *inner = change->inner.FIELD + change->part * rank;                               \
+          /* clang-format off */                                                                    \
+          if (is_single && j < end_j) {                                                             \
+            RUN(NAME, V, 1, 0);                                                                     \
+          } else if (is_tile) {                                                                     \
+            for (; j + NR <= end_j; j += NR, ahead += lines * columns) {                            \
+              if (ahead >= none) RUN(NAME, MR, NR, 0);                                              \
+              else if (lines == 1) RUN(NAME, MR, NR, 1);                                            \
+              else if (lines == MR / 4) RUN(NAME, MR, NR, MR / 4);                                  \
+              else if (lines == MR / 2) RUN(NAME, MR, NR, MR / 2);                                  \
+              else RUN(NAME, MR, NR, MR);                                                           \
+            }                                                                                       \
+            for (; j < end_j; j++) RUN(NAME, MR, 1, 0);                                             \
+          } else {                                                                                  \
+            for (; j < end_j; j++) RUN(NAME, 1, 1, 0);                                              \
+          }                                                                                         \
+          /* clang-format on */                                                                     \
+        }                                                                                           \
+      }                                                                                             \
+      row += is_single ? V : is_tile ? MR : 1;                                                      \
+    }                                                                                               \
+  }
+#define RUN(NAME, rows, count, lines)                                                               \
+  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx + from, ldx, w + row * columns + from,     \
+       to - from, columns, row, scales, b, rank, inner + j * change->inner.ld, change->inner.ld, ahead, end)
+
+PRODUCTS(times_f32, float, float, AS_FLOATS(float, load_f32), float, AS_FLOATS(float, load_f32), exact)
+PRODUCTS(times_bf16, bf16, float, AS_FLOATS(bf16, load_bf16), bf16, AS_FLOATS(bf16, load_bf16), exact)
+PRODUCTS(times_i8, int8_t, float, AS_FLOATS(int8_t, load_i8), bf16, AS_FLOATS(bf16, load_bf16), exact)
+#if HAS_PAIRS
+PRODUCTS(times_pairs, bf16, bf16, AS_PAIRS, bf16, AS_PAIRS, rounded)
 #endif
 
 static void multiply(int type, const void *w, int64_t columns, const float *scales, Input in,
@@ -423,6 +445,14 @@ static Portion portion(int64_t total, int64_t quantum) {
   return (Portion){first, last < total ? last : total};
 }
 
+/* Rounds some columns of rows first..last. */
+static void round_rows(Input in, int64_t first, int64_t last, Portion columns) {
+  if (!in.rounded) return;
+  for (int64_t j = first; j < last; j++)
+    for (int64_t k = columns.first; k < columns.last; k++)
+      in.rounded[j * in.ld + k] = to_bf16(in.exact[j * in.ld + k]);
+}
+
 /* Adapters are float32 or bfloat16, also where the weights are int8. */
 static int thin_type(const Step *s) { return s->weights == FLOAT32 ? FLOAT32 : BFLOAT16; }
 
@@ -433,28 +463,29 @@ static int is_adapted(const Step *s, const Matrix *m) {
   return 0;
 }
 
-/* This thread's portion of A x of all adapters, then a barrier; inner (N, room). */
-static void times_a(const Step *s, const Matrix *m, Input in, float *inner, size_t room) {
+/* This thread's portion of A x of all adapters, then a barrier. */
+static void times_a(const Step *s, const Matrix *m, Input in, Input inner) {
   if (!is_adapted(s, m)) return;
   for (int64_t i = 0; i < s->adapter_count; i++) {
     const Thin *thin = &m->thin[i];
     if (!thin->a) continue;
     Change none = {.bounds = s->adapters + i, .adapters = 1};
     Portion own = portion(m->parts * thin->rank, V);
-    multiply(thin_type(s), thin->a, m->columns, NULL, in, &none, inner, room, own.first, own.last,
-             (End){0});
+    multiply(thin_type(s), thin->a, m->columns, NULL, in, &none, inner.exact, inner.ld, own.first,
+             own.last, (End){0});
+    round_rows(inner, s->adapters[i], s->adapters[i + 1], own);
   }
 #pragma omp barrier
 }
 
-/* y[first..last] of the matrix with the adapters, after times_a. */
-static void times(const Step *s, const Matrix *m, Input in, const float *inner, size_t room,
-                  float *y, size_t ldy, int64_t first, int64_t last, float factor, int adds) {
-  Change change = {m->thin, s->adapters, s->adapter_count, 0, inner, room};
+/* y[own] of the matrix with the adapters, after times_a. */
+static void times(const Step *s, const Matrix *m, Input in, Input inner, float *y, size_t ldy,
+                  Portion own, float factor, int adds) {
+  Change change = {m->thin, s->adapters, s->adapter_count, 0, inner};
   int64_t begin = 0;
   for (; change.part < m->parts; begin = m->ends[change.part++]) {
-    int64_t from = first > begin ? first : begin;
-    int64_t to = last < m->ends[change.part] ? last : m->ends[change.part];
+    int64_t from = own.first > begin ? own.first : begin;
+    int64_t to = own.last < m->ends[change.part] ? own.last : m->ends[change.part];
     if (from < to)
       multiply(s->weights, m->weight, m->columns, m->scales, in, &change, y, ldy, from, to,
                (End){m->bias, factor, adds});
@@ -483,12 +514,6 @@ static void norm(float *to, const float *x, const float *weight, int64_t count, 
   }
   float scale = inverse_rms(x, count, eps);
   for (int64_t k = 0; k < count; k++) to[k] = x[k] * scale * weight[k];
-}
-
-static void round_rows(const Step *s, Input in, int64_t columns) {
-  if (!in.rounded) return;
-  for (int64_t j = 0; j < s->count; j++)
-    for (int64_t k = 0; k < columns; k++) in.rounded[j * in.ld + k] = to_bf16(in.exact[j * in.ld + k]);
 }
 
 static void rotate(float *head, const float *cosines, const float *sines, int64_t half,
@@ -651,11 +676,12 @@ static void join(float *to, const float *pieces, int64_t count, size_t stride, i
 
 /* Buffers that all threads share, and what is counted once. */
 typedef struct {
-  float *qkv, *gate_up, *act, *branch, *inner, *pieces;
+  float *qkv, *gate_up, *act, *branch, *pieces;
   bf16 *queries;
+  Input inner;
   int64_t *first_piece;   /* (N + 1,) pieces before each sequence */
   int64_t *next;          /* (layers,) the next piece that is computed */
-  size_t room, ld_qkv, ld_gate_up, ld_act;
+  size_t ld_qkv, ld_gate_up, ld_act;
 } Shared;
 
 static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -673,8 +699,8 @@ static void end_branch(const Step *s, const Shared *all, const Matrix *m, const 
                        Input in) {
   Portion own = portion(m->rows, V);
   float *to = after ? all->branch : s->x;
-  times_a(s, m, in, all->inner, all->room);
-  times(s, m, in, all->inner, all->room, to, s->width, own.first, own.last, s->residual, !after);
+  times_a(s, m, in, all->inner);
+  times(s, m, in, all->inner, to, s->width, own, s->residual, !after);
 #pragma omp barrier
   if (!after) return;
   Portion rows = portion(s->count, 1);
@@ -694,11 +720,11 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
   size_t stride = group * (size + 2);
   for (int64_t j = 0; j < s->count; j++)
     norm(in.exact + j * in.ld, s->x + j * s->width, layer->before_attention, s->width, s->eps);
-  round_rows(s, in, s->width);
+  round_rows(in, 0, s->count, (Portion){0, s->width});
   const Matrix *m = &layer->qkv;
   Portion own = portion(m->rows, V);
-  times_a(s, m, in, all->inner, all->room);
-  times(s, m, in, all->inner, all->room, qkv.exact, qkv.ld, own.first, own.last, 1, 0);
+  times_a(s, m, in, all->inner);
+  times(s, m, in, all->inner, qkv.exact, qkv.ld, own, 1, 0);
 #pragma omp barrier
   Portion rows = portion(s->count, 1);
   for (int64_t j = rows.first; j < rows.last; j++) prepare(s, layer, number, j, qkv);
@@ -722,7 +748,7 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
           all->pieces + (first * s->kv_heads + h / group) * stride + h % group * (size + 2);
       join(in.exact + j * in.ld + h * size, from, count, s->kv_heads * stride, size);
     }
-  round_rows(s, in, s->heads * size);
+  round_rows(in, 0, s->count, (Portion){0, s->heads * size});
   end_branch(s, all, &layer->o, layer->after_attention, in);
 }
 
@@ -732,11 +758,11 @@ static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Inp
   Portion own = portion(mlp, V);
   for (int64_t j = 0; j < s->count; j++)
     norm(in.exact + j * in.ld, s->x + j * s->width, layer->before_mlp, s->width, s->eps);
-  round_rows(s, in, s->width);
-  times_a(s, m, in, all->inner, all->room);
+  round_rows(in, 0, s->count, (Portion){0, s->width});
+  times_a(s, m, in, all->inner);
   for (int64_t half = 0; half < 2 * mlp; half += mlp)
-    times(s, m, in, all->inner, all->room, all->gate_up, all->ld_gate_up,
-          half + own.first, half + own.last, 1, 0);
+    times(s, m, in, all->inner, all->gate_up, all->ld_gate_up,
+          (Portion){half + own.first, half + own.last}, 1, 0);
   for (int64_t j = 0; j < s->count; j++) {
     float *gate = all->gate_up + j * all->ld_gate_up, *act = all->act + j * all->ld_act;
     int64_t count = own.last - own.first;
@@ -751,7 +777,7 @@ static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Inp
   Input acts = {all->act, NULL, all->ld_act};
   if (in.rounded) {
     acts.rounded = in.rounded; /* this thread's own */
-    round_rows(s, acts, mlp);
+    round_rows(acts, 0, s->count, (Portion){0, mlp});
   }
   end_branch(s, all, &layer->down, layer->after_mlp, acts);
 }
@@ -763,10 +789,10 @@ static void head(const Step *s, const Shared *all, Input in) {
   of_wanted.adapters = s->wanted_adapters;
   for (int64_t i = 0; i < s->wanted_count; i++)
     norm(in.exact + i * in.ld, s->x + s->wanted[i] * s->width, s->final_norm, s->width, s->eps);
-  round_rows(&of_wanted, in, s->width);
+  round_rows(in, 0, s->wanted_count, (Portion){0, s->width});
   Portion own = portion(m->rows, V);
-  times_a(&of_wanted, m, in, all->inner, all->room);
-  times(&of_wanted, m, in, all->inner, all->room, s->logits, s->ld_logits, own.first, own.last, 1, 0);
+  times_a(&of_wanted, m, in, all->inner);
+  times(&of_wanted, m, in, all->inner, s->logits, s->ld_logits, own, 1, 0);
 }
 
 static void *aligned(size_t bytes) {
@@ -806,19 +832,20 @@ int tinkex_decode_step(const Step *s) {
   count_pieces(s, first_piece);
   size_t of_pieces = (size_t)first_piece[n] * s->heads * (s->head_dim + 2);
   size_t floats = n * (ld_qkv + padded(2 * s->mlp) + padded(s->mlp) + s->width + room) + of_pieces;
-  Shared all = {.first_piece = first_piece, .room = room, .ld_qkv = ld_qkv,
+  Shared all = {.first_piece = first_piece, .ld_qkv = ld_qkv,
                 .ld_gate_up = padded(2 * s->mlp), .ld_act = padded(s->mlp)};
   float *shared = all.qkv = aligned(floats * sizeof(float));
   all.queries = rounds ? aligned(n * ld_qkv * sizeof(bf16)) : NULL;
+  all.inner = (Input){NULL, rounds ? aligned(n * room * sizeof(bf16)) : NULL, room};
   all.next = calloc(s->depth, sizeof(int64_t));
-  if (!shared || (rounds && !all.queries) || !all.next) {
+  if (!shared || (rounds && !(all.queries && all.inner.rounded)) || !all.next) {
     failed = 1;
   } else {
     all.gate_up = all.qkv + n * ld_qkv;
     all.act = all.gate_up + n * all.ld_gate_up;
     all.branch = all.act + n * all.ld_act;
-    all.inner = all.branch + n * s->width;
-    all.pieces = all.inner + n * room;
+    all.inner.exact = all.branch + n * s->width;
+    all.pieces = all.inner.exact + n * room;
 #pragma omp parallel num_threads(s->threads)
     {
       float *scores = aligned(group * PIECE * sizeof(float));
@@ -842,6 +869,7 @@ int tinkex_decode_step(const Step *s) {
   free(first_piece);
   free(shared);
   free(all.queries);
+  free(all.inner.rounded);
   free(all.next);
   return failed ? -1 : 0;
 }
