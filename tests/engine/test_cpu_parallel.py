@@ -60,6 +60,12 @@ def test_a_portion_keeps_the_order_of_its_items():
     assert [[0, 3], [1, 2]] == Workers(2).divide([400, 300, 200, 100])
 
 
+def test_portions_are_of_adjacent_items_where_these_are_even():
+    """Items side by side have the same adapter."""
+    assert [[0, 1], [2, 3]] == Workers(2).divide([200] * 4, adjacent=True)
+    assert [[0, 3], [1, 2]] == Workers(2).divide([400, 300, 200, 100], adjacent=True)
+
+
 @pytest.mark.parametrize(
     "sizes", [[2000], [100, 100, 100], [900, 300]], ids=["one item", "little", "uneven"]
 )

@@ -17,7 +17,9 @@ def linears():
     return loading.load("tiny", torch.device("cpu")).base.linears
 
 
-@pytest.mark.parametrize("counts", [(2, 2, 2), (3, 2, 3), (1, 5, 3), (4, 0, 1)])
+@pytest.mark.parametrize(
+    "counts", [(2, 2, 2), (3, 2, 3), (1, 5, 3), (4, 0, 1), (40, 20, 60), (99, 0, 1)]
+)
 @pytest.mark.parametrize("key", ["0.qkv", "3.down", "head"])
 def test_rows_of_several_adapters_are_each_multiplied_with_their_own(linears, counts, key):
     """Of different ranks and reach, the bare base model among them, in any numbers."""

@@ -304,25 +304,52 @@ def test_prompts_computed_by_workers_give_what_one_thread_gives(tmp_path, sample
             )
 
 
+@pytest.fixture
+def read(monkeypatch):
+    """The first tokens of the prompts that each step reads."""
+    begin, steps = FastSampling.begin, []
+
+    def watched(self, prompts, on_hidden):
+        steps.append([int(prompt.tokens[0]) for prompt in prompts])
+        return begin(self, prompts, on_hidden)
+
+    monkeypatch.setattr(FastSampling, "begin", watched)
+    return steps
+
+
 def test_a_step_reads_no_prompt_that_would_leave_a_worker_idle_while_others_wait(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, read
 ):
     """There is time for three prompts in a step, but two workers read two."""
     monkeypatch.setitem(long_prompts.PREFILL_TOKENS, "cpu", 640 // long_prompts.ALONE)
-    read = []
-    begin = FastSampling.begin
-    monkeypatch.setattr(
-        FastSampling,
-        "begin",
-        lambda self, prompts, *rest: read.append(len(prompts)) or begin(self, prompts, *rest),
-    )
     prompts = np.random.default_rng(0).integers(0, 256, (8, 200)).tolist()
     for threads, expected in ((1, [3, 3, 2]), (2, [2, 2, 2, 2])):
         engine = _samplers(tmp_path / str(threads), threads)
         responses = ask(engine, *[("a", request(prompt, max_tokens=1)) for prompt in prompts])
         assert 8 == len(responses)
-        assert expected == read
+        assert expected == [len(prompts) for prompts in read]
         read.clear()
+
+
+def test_a_step_reads_prompts_of_the_adapter_of_the_first_in_line(engine, monkeypatch, read):
+    """And then the next in line, whatever comes in the meantime; tokens are the same."""
+    monkeypatch.setitem(long_prompts.PREFILL_TOKENS, "cpu", 200 // long_prompts.ALONE)
+
+    def prompt(first):
+        return [first, *PROMPTS[3][1:60]]
+
+    line = [(["a", "b", "base"][i % 3], prompt(i)) for i in range(9)]
+    for i, (name, tokens) in enumerate(line):
+        engine.submit_sample(i, name, request(tokens, max_tokens=2))
+    found = dict(engine.sample_step())
+    for i, (name, tokens) in enumerate([("a", prompt(9)), ("a", prompt(10))], len(line)):
+        engine.submit_sample(i, name, request(tokens, max_tokens=2))
+    found |= hf.sample_all(engine)
+
+    assert [[0, 3, 6], [1, 4, 7], [2, 5, 8], [9, 10]] == [sorted(step) for step in read]
+    for i, (name, tokens) in enumerate(line):
+        [alone] = ask(engine, (name, request(tokens, max_tokens=2)))
+        assert tokens_of(alone) == tokens_of(found[i])
 
 
 # -- what is said of the prompt ------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 Result = TypeVar("Result")
@@ -81,19 +82,25 @@ class Workers:
         weakref.finalize(self, _end, self._tasks)
         self.run([lambda: set_threads(threads_each)] * self.count)
 
-    def divide(self, sizes: Sequence[int]) -> list[list[int]]:
+    def divide(self, sizes: Sequence[int], *, adjacent: bool = False) -> list[list[int]]:
         """Divide items among the workers.
 
         Depends on *sizes* alone, so that the same work is always computed in the same portions.
 
         Args:
             sizes: tokens of each item.
+            adjacent: portions of adjacent items, if these are even.
 
         Returns:
             Indices of the items of each portion, in ascending order. A single portion, for all
             cores together, if the portions would be smaller than `MIN_PORTION` or uneven.
         """
         portions, imbalance = self._portions(sizes)
+        if adjacent:
+            in_order = self._in_order(sizes)
+            largest = max(sum(sizes[i] for i in portion) for portion in in_order)
+            if largest * self.count <= EVEN * sum(sizes):
+                portions = in_order
         if self._is_little(sizes) or imbalance > MAX_IMBALANCE:
             return [list(range(len(sizes)))]
         return [sorted(portion) for portion in portions]
@@ -114,6 +121,12 @@ class Workers:
             portions[smallest].append(i)
             totals[smallest] += sizes[i]
         return portions, max(totals) * self.count / max(sum(totals), 1)
+
+    def _in_order(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Portions of adjacent items: each item goes where its middle is."""
+        middles = np.cumsum(sizes) - np.array(sizes) / 2
+        owners = (middles * self.count / max(sum(sizes), 1)).astype(int)
+        return [np.flatnonzero(owners == i).tolist() for i in range(self.count)]
 
     def run(self, parts: Sequence[Callable[[], Result]]) -> list[Result]:
         """Call each part on its own worker and return the results in the order of *parts*.

@@ -165,7 +165,7 @@ class FastSampling:
         portions = [list(range(len(ordered)))]
         if len(stack.adapters) == 1 or on_hidden is None:
             # Scores of several adapters use the workspace in turn.
-            portions = self._workers.divide(sizes)
+            portions = self._workers.divide(sizes, adjacent=len(stack.adapters) > 1)
         if len(portions) > 1:
             MixedLinears(self._base.linears, stack, adapters, room).prepare()
 

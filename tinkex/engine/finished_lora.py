@@ -20,6 +20,10 @@ from tinkex.engine import matmul
 from tinkex.engine.linears import Linear
 from tinkex.engine.lora import Factors, Layout, Workspace, of_experts
 
+#: With at least this many rows on average, each adapter is multiplied with its own rows. With
+#: fewer, all are multiplied at once, padded to the most rows of one.
+MANY_ROWS = 32
+
 
 class Finished:
     """A finished adapter: its low-rank matrices, ready to multiply with.
@@ -146,7 +150,8 @@ class MixedLinears:
     """A base model's matrices for rows that belong to different finished adapters.
 
     Args:
-        rows: (N,) number in the stack of each row's adapter; sorted.
+        rows: (N,) number in the stack of each row's adapter; sorted. One is enough if all are of
+            the same adapter.
         workspace: where to merge the adapter if all rows have the same; None not to merge.
     """
 
@@ -162,7 +167,16 @@ class MixedLinears:
         self._stack = stack
         self._single = stack.adapters[rows[0]]
         self._is_mixed = bool(rows[0] != rows[-1])
-        if self._is_mixed:
+        #: Each adapter and its rows, where each is multiplied with its own rows alone.
+        self._alone: list[tuple[Finished | None, slice]] = []
+        if not self._is_mixed:
+            self._alone = [(self._single, slice(None))]
+            return
+        present, starts = np.unique(rows, return_index=True)
+        if len(rows) >= MANY_ROWS * len(present):
+            bounds = itertools.pairwise([*starts.tolist(), len(rows)])
+            self._alone = [(stack.adapters[i], slice(*pair)) for i, pair in zip(present, bounds)]
+        else:
             self._group(rows, next(iter(linears.values())).weight.device)
 
     def _group(self, rows: npt.NDArray[np.int64], device: torch.device) -> None:
@@ -184,10 +198,11 @@ class MixedLinears:
         if whole is not None:
             return matmul.linear(x, whole, linear.bias, linear.scales)
         y = matmul.linear(x, linear.weight, linear.bias, linear.scales)
-        if self._is_mixed:
+        for adapter, own in self._alone:
+            if adapter is not None:
+                adapter.add(key, y[own], x[own], linear)
+        if not self._alone:
             self._add_mixed(key, y, x)
-        elif self._single is not None:
-            self._single.add(key, y, x, linear)
         return y
 
     def stacked(self, key: str) -> Tensor:
@@ -202,6 +217,8 @@ class MixedLinears:
 
     def prepare(self) -> None:
         """Merge or stack now, so that several threads do not do the same work at once."""
+        if self._is_mixed and self._alone:
+            return
         need = self._stack.get if self._is_mixed else self._whole
         for key in self._linears:
             need(key)

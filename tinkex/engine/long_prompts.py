@@ -15,6 +15,7 @@ import attrs
 from torch import Tensor
 
 from tinkex.engine.base_model import BaseModel, Prompt, PromptReader, PromptState
+from tinkex.engine.finished_lora import Finished
 from tinkex.engine.memory import kind_of
 from tinkex.engine.prompt_logprobs import PieceScores
 from tinkex.engine.sample_queue import Unit
@@ -114,7 +115,25 @@ class LongPrompts:
         return self._state.reads_in_pieces and self.operations(job) > self.most
 
     def ready(self, line: Iterable[Unit]) -> Iterator[Unit]:
-        """The units of a share's queue that may start: short ones, and those of one long prompt."""
+        """The units of a share's queue that may start: the first; then the others by adapter, in
+        the order in which each adapter's first one came.
+
+        A step whose prompts have few adapters multiplies with each of them less often. The first
+        always starts, so a unit waits for no more steps than there are units before it.
+        """
+        startable = self._startable(line)
+        first = next(startable, None)
+        if first is None:
+            return
+        yield first
+        by_adapter: dict[Finished | None, list[Unit]] = {first.job.adapter: []}
+        for unit in startable:
+            by_adapter.setdefault(unit.job.adapter, []).append(unit)
+        for units in by_adapter.values():
+            yield from units
+
+    def _startable(self, line: Iterable[Unit]) -> Iterator[Unit]:
+        """Units with short prompts, and those of one long prompt."""
         chosen: Job | None = None
         for unit in islice(line, LOOK_AHEAD):
             job = unit.job
