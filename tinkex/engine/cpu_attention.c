@@ -8,21 +8,9 @@
  * Notation: N tokens, H heads, G key/value heads, D head size, which is a multiple of V.
  * cpu_attention.py has this file compiled, and mirrors `Attention`.
  */
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
-#if defined(__AVX512F__)
-#define V 16
-#elif defined(__AVX__)
-#define V 8
-#else
-#define V 4
-#endif
+#include "cpu_vectors.h"
 
 /* A tile of a product: ROWS rows times up to WIDE vectors of columns, whose sums are in registers. */
 #define ROWS 6
@@ -36,20 +24,10 @@
 /* Rows of a sequence are padded with zeros to a multiple of this. */
 #define PADDED 48
 
-typedef float vf __attribute__((vector_size(4 * V)));
-typedef int32_t vi __attribute__((vector_size(4 * V)));
-typedef uint32_t vu __attribute__((vector_size(4 * V)));
-typedef float vf_any __attribute__((vector_size(4 * V), aligned(4)));
-typedef uint32_t vu_any __attribute__((vector_size(4 * V), aligned(4)));
-typedef uint16_t vh __attribute__((vector_size(2 * V), aligned(2)));
-typedef uint16_t bf16; /* the upper half of a float */
 typedef uint32_t word; /* what a product reads at a time: a float, or a pair of bfloat16 */
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* How numbers are stored and multiplied: float32; bfloat16 as floats; bfloat16 in pairs. */
-enum { FLOATS, HALVES, PAIRS };
+/* How numbers are multiplied: as floats, or bfloat16 in pairs. */
+enum { PAIRS = HALVES + 1 };
 #define PER_WORD (kind == PAIRS ? 2 : 1)
 
 typedef struct {
@@ -76,41 +54,7 @@ typedef struct {
   float *most, *sum, *dot;                       /* (QUERIES,) */
 } Room;
 
-INLINE vf load(const float *p) { return *(const vf_any *)p; }
-INLINE void store(float *p, vf x) { *(vf_any *)p = x; }
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-
-/* e^x, relative error below 3e-7 (Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2). */
-INLINE vf vexp(vf x) {
-  const vf low = (vf){0} - 87.0f, high = (vf){0} + 88.0f;
-  x = pick(x < low, low, x);
-  x = pick(x > high, high, x);
-  vf n = x * 1.44269504f + 12582912.0f; /* rounds */
-  vi power = ((vi)n - 0x4b400000 + 127) << 23;
-  n -= 12582912.0f;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = (vf){0} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (vf)power;
-}
-
-INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }
-
-/* Floats whose upper halves are x, rounded to nearest, ties to even. */
-INLINE vu rounded(vf x) {
-  vu bits = (vu)x;
-  return bits + 0x7fff + (bits >> 16 & 1);
-}
-
-/* -- reading and writing ------------------------------------------------------------------------ */
-
-INLINE const void *at(int kind, const void *p, int64_t i) {
-  return (const char *)p + i * (kind == FLOATS ? 4 : 2);
-}
+/* -- layouts of words ------------------------------------------------------------------------------- */
 
 /* Word w of the numbers at p. */
 INLINE word get(int kind, const void *p, int64_t w) {
@@ -118,19 +62,6 @@ INLINE word get(int kind, const void *p, int64_t w) {
   if (kind == HALVES) return (word)((const bf16 *)p)[w] << 16;
   memcpy(&x, (const char *)p + 4 * w, 4);
   return x;
-}
-
-/* V numbers at p. */
-INLINE vf numbers(int kind, const void *p) {
-  if (kind == FLOATS) return load(p);
-  return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16);
-}
-
-INLINE void write(int kind, void *p, vf x) {
-  if (kind == FLOATS)
-    store(p, x);
-  else
-    *(vh *)p = __builtin_convertvector(rounded(x) >> 16, vh);
 }
 
 /* Words of rows, ld numbers apart, of which the first n exist: to[row][w]. */
@@ -253,7 +184,7 @@ INLINE void weigh(int kind, const Attention *s, Room *r, int64_t query, int64_t 
       largest = pick(seen & (x > largest), x, largest);
     }
     for (int lane = 0; lane < V; lane++) most = largest[lane] > most ? largest[lane] : most;
-    float shrink = expf(r->most[row] - most), sum = 0;
+    float shrink = expf(r->most[row] - most);
     r->most[row] = most;
     vf sums = {0};
     for (int64_t t = 0; t < count; t += V) {
@@ -266,8 +197,7 @@ INLINE void weigh(int kind, const Attention *s, Room *r, int64_t query, int64_t 
       sums += x;
       store(own + t, x);
     }
-    for (int lane = 0; lane < V; lane++) sum += sums[lane];
-    r->sum[row] = r->sum[row] * shrink + sum;
+    r->sum[row] = r->sum[row] * shrink + sum_of(sums);
     for (int64_t d = 0; d < s->size; d++) r->total[row * s->size + d] *= shrink;
   }
   if (kind == PAIRS)
@@ -370,12 +300,10 @@ INLINE void backward(int kind, const Attention *s, Room *r, int64_t start, int64
       memset(r->total, 0, QUERIES * size * sizeof(float));
       for (int64_t i = 0; i < QUERIES; i++) {
         vf sums = {0};
-        float dot = 0;
         if (i < count)
           for (int64_t d = i * ld_out; d < i * ld_out + size; d += V)
             sums += numbers(kind, at(kind, dout, d)) * numbers(kind, at(kind, out, d));
-        for (int lane = 0; lane < V; lane++) dot += sums[lane];
-        r->dot[i] = dot;
+        r->dot[i] = sum_of(sums);
         r->most[i] = i < count ? s->ends[(start + query + i) * s->heads + h] : 0;
       }
       for (int64_t key = first_key(s, query); key < query + count; key += KEYS) {

@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from tinkex.engine import cpu_kernels
-from tinkex.engine.cpu_kernels import ATTENTION, Kernel
+from tinkex.engine.cpu_kernels import ATTENTION, WIDEST, Kernel
 
 logger = logging.getLogger(__name__)
-
-#: Head sizes are a multiple of this: how many are in the widest vectors.
-WIDEST = 16
 
 #: Largest relative difference from torch's results in float64, by type.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}

@@ -28,9 +28,10 @@ from tinkex import config
 
 logger = logging.getLogger(__name__)
 
-#: Of a decoding step, and of attention in training.
+#: Of a decoding step, of attention, and of operations on rows.
 SOURCE = Path(__file__).with_suffix(".c")
 ATTENTION_SOURCE = SOURCE.with_name("cpu_attention.c")
+ROWS_SOURCE = SOURCE.with_name("cpu_rows.c")
 
 #: -march=native, since it is compiled where it runs. No -ffast-math, to keep infinities and NaN.
 FLAGS = (
@@ -77,12 +78,26 @@ ATTENTION = _struct(
     sequences=_L, heads=_L, kv_heads=_L, size=_L, window=_L, is_half=_I, threads=_I,
     scale=_F, cap=_F,
 )  # fmt: skip
+GATE = _struct(
+    gate_up=_P, dact=_P, out=_P, rows=_L, columns=_L, is_half=_I, activation=_I, threads=_I
+)
+NORM = _struct(
+    x=_P, weight=_P, dy=_P, plus=_P, out=_P, rstd=_P, rows=_L, columns=_L,
+    is_half=_I, weight_is_half=_I, threads=_I, eps=_F,
+)  # fmt: skip
+ROTATION = _struct(
+    rows=_P, cosines=_P, sines=_P, count=_L, ld=_L, heads=_L, size=_L, half=_L,
+    is_half=_I, interleaved=_I, back=_I, threads=_I,
+)  # fmt: skip
+
+#: How many floats the widest vectors hold. `cpu_attention.c` and `cpu_rows.c` need whole vectors.
+WIDEST = 16
 
 #: Numbers of the enums.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
-#: Computes a `STEP` or an `ATTENTION`; raises MemoryError.
+#: Computes what a struct describes; raises MemoryError.
 Kernel = Callable[[Array], None]
 
 
@@ -102,9 +117,15 @@ def load_attention() -> Kernel | None:
     return _loaded(ATTENTION_SOURCE, "tinkex_attention", "attention")[0]
 
 
+def load_rows(operation: str) -> Kernel | None:
+    """The same of an operation on rows: gate, norm or rotate."""
+    return _loaded(ROWS_SOURCE, f"tinkex_{operation}", f"operations on rows ({operation})")[0]
+
+
 def load_all() -> None:
     """Compile everything that is not in the cache."""
     load_attention()
+    load_rows("norm")
     load()
 
 
@@ -172,7 +193,8 @@ def _fingerprint(compiler: str, source: Path) -> str:
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS
     ).stdout
     flags = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
-    parts = [source.read_text(), *FLAGS, version, platform.machine(), *flags[:1]]
+    headers = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))]
+    parts = [source.read_text(), *headers, *FLAGS, version, platform.machine(), *flags[:1]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

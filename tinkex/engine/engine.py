@@ -25,6 +25,7 @@ from tinkex.engine import (
     cpu_attention,
     cpu_decoding,
     cpu_kernels,
+    cpu_rows,
     finished_lora,
     int8,
     loading,
@@ -200,7 +201,7 @@ class Engine:
         if self._is_rounded:
             loaded = attrs.evolve(loaded, base=_rounded(name, loaded.base))
         if self._compiled and isinstance(loaded.base, FastModel):
-            loaded = attrs.evolve(loaded, base=_with_attention(loaded.base))
+            loaded = attrs.evolve(loaded, base=_compiled(loaded.base))
         return attrs.evolve(loaded, name=name)
 
     def enter_base(self, base_model: str, loaded: loading.Loaded) -> None:
@@ -601,7 +602,7 @@ def _rounded(name: str, base: BaseModel) -> BaseModel:
     return attrs.evolve(base, linears=int8.quantized(base.linears))
 
 
-def _with_attention(base: FastModel) -> FastModel:
-    """The base model with compiled attention, if this machine and the model support it."""
-    kernel = cpu_attention.kernel_for(base.device, base.dtype, base.spec.head_dim)
-    return attrs.evolve(base, attention=kernel)
+def _compiled(base: FastModel) -> FastModel:
+    """The base model with compiled operations, where this machine and the model support them."""
+    attention = cpu_attention.kernel_for(base.device, base.dtype, base.spec.head_dim)
+    return attrs.evolve(base, attention=attention, rows=cpu_rows.rows_for(base.device, base.dtype))

@@ -12,7 +12,6 @@ Notation in comments: N tokens, d width, H heads, G key/value heads, D head size
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import attrs
 import torch
@@ -22,17 +21,8 @@ from torch import Tensor
 from tinkex.engine.attention import PackedAttention, Packing
 from tinkex.engine.cpu_kernels import Kernel
 from tinkex.engine.linears import Linear, Linears, given
+from tinkex.engine.row_operations import TORCH_ROWS, RowOperations
 from tinkex.engine.spec import Spec
-
-#: Activations of the MLP's gate, by their names in config.json: the function and its derivative,
-#: (gradient, input) -> gradient at the input.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_pytorch_tanh": (
-        partial(F.gelu, approximate="tanh"),
-        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    ),
-}
 
 
 @attrs.frozen(eq=False)
@@ -71,6 +61,7 @@ class Base:
         final_norm: (d,) with the factor on logits in it.
         ropes: of each layer; None for a layer without position embedding.
         attention: compiled code that computes it for packed sequences; None is torch.
+        rows: what computes the operations on rows.
     """
 
     spec: Spec
@@ -80,6 +71,7 @@ class Base:
     linears: dict[str, Linear]
     ropes: tuple[Rope | None, ...]
     attention: Kernel | None = None
+    rows: RowOperations = TORCH_ROWS
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(N,) token ids -> (N, d) input of the first layer."""
@@ -88,7 +80,7 @@ class Base:
 
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, d) output of the last layer -> final norm of it, and 1 / rms (N, 1) float32."""
-        return rms_norm(x, self.final_norm, self.spec.norm_eps)
+        return self.rows.norm(x, self.final_norm, self.spec.norm_eps)
 
     @property
     def device(self) -> torch.device:
@@ -138,52 +130,6 @@ class Rope:
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
-    """Rotate the first R columns of (N, heads, D) in place; *cos* has R / 2 columns.
-
-    Pairs are (i, i + R / 2), as in transformers' Llama, or if *interleaved* (2 i, 2 i + 1).
-    """
-    half = cos.shape[-1]
-    if interleaved:
-        first, second = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2]
-    else:
-        first, second = heads[..., :half], heads[..., half : 2 * half]
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(turned)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension -> (normed, 1 / rms (..., 1) float32)."""
-    size = x.shape[-1]
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    rstd = (norm.square_().div_(size)).add_(eps).rsqrt_()
-    return _normed(x, weight, rstd), rstd
-
-
-def _normed(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    if weight.dtype != x.dtype:  # weight is more precise than x: round the result once
-        return (x * rstd).mul_(weight).to(x.dtype)
-    return torch.mul(x, rstd.to(x.dtype)).mul_(weight)
-
-
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """dx of `rms_norm`: rstd w dy - x rstd^3 mean(w dy x)."""
-    if weight.dtype != x.dtype:
-        dx = rms_norm_backward(dy.to(weight.dtype), x.to(weight.dtype), weight, rstd)
-        return dx.to(dy.dtype)
-    dx = dy * weight
-    dot = torch.linalg.vecdot(dx, x).unsqueeze(-1)
-    scale = rstd.to(x.dtype)
-    dx.mul_(scale)
-    return dx.addcmul_(x, dot.mul_(scale**3).div_(x.shape[-1]), value=-1)
-
-
-def _scaled(x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
-    """The output of `rms_norm` for x, recomputed from rstd; x itself without a norm."""
-    return x if weight is None or rstd is None else _normed(x, weight, rstd)
-
-
 @attrs.define(eq=False)
 class Saved:
     """What a layer saves for the backward pass. Fields of norms that it lacks are None."""
@@ -218,7 +164,6 @@ class Forward:
         self._base = base
         self._linears = linears
         self._attend = attend
-        self._activate = ACTIVATIONS[base.spec.activation][0]
         self._angles: dict[Rope, tuple[Tensor, Tensor]] = {}
         for rope in base.ropes:
             if rope is not None and rope not in self._angles:
@@ -228,16 +173,16 @@ class Forward:
     def layer(self, i: int, x: Tensor, *, save: bool = False) -> tuple[Tensor, Saved | None]:
         """Layer *i* of x (N, d) -> (N, d), and what the backward pass needs if *save*."""
         spec, norms = self._base.spec, self._base.norms[i]
-        h, rstd = self._norm(x, norms.before_attention)
+        h, rstd = self.norm(x, norms.before_attention)
         qkv = self._linears.forward(f"{i}.qkv", h)
         heads = self._norm_heads(norms, qkv, save)
         self.rotate_(i, qkv)
         attended, graph = self._attend(i, qkv)
         branch = self._linears.forward(f"{i}.o", attended)
         middle, attention_end = self._join(x, branch, norms.after_attention)
-        h, middle_rstd = self._norm(middle, norms.before_mlp)
+        h, middle_rstd = self.norm(middle, norms.before_mlp)
         gate_up = self._linears.forward(f"{i}.gate_up", h)
-        act = self._activate(gate_up[:, : spec.mlp]).mul_(gate_up[:, spec.mlp :])
+        act = self._base.rows.gate(gate_up, spec.activation)
         branch = self._linears.forward(f"{i}.down", act)
         out, mlp_end = self._join(middle, branch, norms.after_mlp)
         if not save:
@@ -252,10 +197,13 @@ class Forward:
             return
         turned = qkv.view(len(qkv), -1, spec.head_dim)[:, : spec.heads + spec.kv_heads]
         cos, sin = self._angles[rope]
-        rotate_(turned, cos, -sin if back else sin, interleaved=spec.interleaved)
+        self._base.rows.rotate_(turned, cos, sin, interleaved=spec.interleaved, back=back)
 
-    def _norm(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return (x, None) if weight is None else rms_norm(x, weight, self._base.spec.norm_eps)
+    def norm(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """RMSNorm of x (N, d) and 1 / rms; x itself where there is no norm."""
+        if weight is None:
+            return x, None
+        return self._base.rows.norm(x, weight, self._base.spec.norm_eps)
 
     def _norm_heads(self, norms: Norms, qkv: Tensor, save: bool) -> list[tuple[Tensor, Tensor]]:
         """Norm queries and keys in place, where the model does; return what backward needs."""
@@ -263,7 +211,7 @@ class Forward:
         for norm in norms.heads:
             columns = norm.columns(qkv)
             raw = columns.clone() if save else columns
-            normed, rstd = rms_norm(columns, norm.weight, self._base.spec.norm_eps)
+            normed, rstd = self._base.rows.norm(columns, norm.weight, self._base.spec.norm_eps)
             columns.copy_(normed)
             kept.append((raw, rstd))
         return kept
@@ -274,7 +222,7 @@ class Forward:
         """x (N, d) + the output of a branch, normed if the model does; and what backward needs."""
         kept = None
         if weight is not None:
-            normed, rstd = rms_norm(branch, weight, self._base.spec.norm_eps)
+            normed, rstd = self._base.rows.norm(branch, weight, self._base.spec.norm_eps)
             kept = branch, rstd
             branch = normed
         scale = self._base.spec.residual_scale
@@ -325,7 +273,7 @@ class Training:
         if self._end is None:
             raise RuntimeError("backward() needs forward(save=True) before it.")
         x, rstd = self._end
-        dx = rms_norm_backward(dhidden, x, self._base.final_norm, rstd)
+        dx = self._base.rows.norm_backward(dhidden, x, self._base.final_norm, rstd)
         for i in reversed(range(self._base.spec.layers)):
             kept = self._kept.pop()
             saved = kept if isinstance(kept, Saved) else self._layer(i, kept, True)[1]
@@ -336,33 +284,31 @@ class Training:
     def _layer_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
         """Gradient at a layer's output (N, d) -> at its input; accumulates the adapter's."""
         norms, linears = self._base.norms[i], self._linears
-        dmiddle = self._mlp_backward(i, dout, saved).add_(dout)
+        dmiddle = self._mlp_backward(i, dout, saved)
         dbranch = self._branch_backward(dmiddle, norms.after_attention, saved.attention_end)
         dattended = given(linears.backward(f"{i}.o", dbranch, saved.attended))
         dqkv = self._attention.backward(dattended, saved.graph)
         self._forward.rotate_(i, dqkv, back=True)
         for norm, (raw, rstd) in zip(norms.heads, saved.heads):
             columns = norm.columns(dqkv)
-            columns.copy_(rms_norm_backward(columns, raw, norm.weight, rstd))
-        h = _scaled(saved.x, norms.before_attention, saved.rstd)
+            columns.copy_(self._base.rows.norm_backward(columns, raw, norm.weight, rstd))
+        h, _ = self._forward.norm(saved.x, norms.before_attention)
         dh = linears.backward(f"{i}.qkv", dqkv, h, wants_dx=i > 0)
         if dh is None:  # the first layer: nothing below it is trained
             return dmiddle
-        return _norm_backward(dh, saved.x, norms.before_attention, saved.rstd).add_(dmiddle)
+        return self._norm_backward(dh, saved.x, norms.before_attention, saved.rstd, dmiddle)
 
     def _mlp_backward(self, i: int, dout: Tensor, saved: Saved) -> Tensor:
-        spec, norms, linears = self._base.spec, self._base.norms[i], self._linears
-        activate, activate_backward = ACTIVATIONS[spec.activation]
-        gate, up = saved.gate_up[:, : spec.mlp], saved.gate_up[:, spec.mlp :]
-        active = activate(gate)
+        """Gradient at a layer's output (N, d) -> at the MLP's input and the sum after it."""
+        rows, norms, linears = self._base.rows, self._base.norms[i], self._linears
+        activation = self._base.spec.activation
         dbranch = self._branch_backward(dout, norms.after_mlp, saved.mlp_end)
-        dact = given(linears.backward(f"{i}.down", dbranch, active * up))
-        dgate_up = torch.empty_like(saved.gate_up)
-        torch.mul(dact, active, out=dgate_up[:, spec.mlp :])
-        dgate_up[:, : spec.mlp] = activate_backward(dact.mul_(up), gate)
-        h = _scaled(saved.middle, norms.before_mlp, saved.middle_rstd)
+        act = rows.gate(saved.gate_up, activation)
+        dact = given(linears.backward(f"{i}.down", dbranch, act))
+        dgate_up = rows.gate_backward(dact, saved.gate_up, activation)
+        h, _ = self._forward.norm(saved.middle, norms.before_mlp)
         dh = given(linears.backward(f"{i}.gate_up", dgate_up, h))
-        return _norm_backward(dh, saved.middle, norms.before_mlp, saved.middle_rstd)
+        return self._norm_backward(dh, saved.middle, norms.before_mlp, saved.middle_rstd, dout)
 
     def _branch_backward(
         self, dout: Tensor, weight: Tensor | None, kept: tuple[Tensor, Tensor] | None
@@ -370,11 +316,17 @@ class Training:
         """Gradient at the sum after a branch (N, d) -> at its last matrix's output."""
         scale = self._base.spec.residual_scale
         dbranch = dout if scale == 1 else dout * scale
-        return dbranch if kept is None else _norm_backward(dbranch, kept[0], weight, kept[1])
+        return dbranch if kept is None else self._norm_backward(dbranch, kept[0], weight, kept[1])
 
-
-def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor | None) -> Tensor:
-    """dx of `rms_norm`; dy itself where there is no norm."""
-    if weight is None or rstd is None:
-        return dy
-    return rms_norm_backward(dy, x, weight, rstd)
+    def _norm_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        rstd: Tensor | None,
+        plus: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient at the input of a norm, and *plus* added; dy itself where there is no norm."""
+        if weight is None or rstd is None:
+            return dy if plus is None else dy.add_(plus)
+        return self._base.rows.norm_backward(dy, x, weight, rstd, plus)

@@ -14,7 +14,8 @@ from tinkex.engine import configuration
 from tinkex.engine.families.family import Family
 from tinkex.engine.fast_path import FastModel
 from tinkex.engine.linears import Linear, Part
-from tinkex.engine.model import ACTIVATIONS, HeadNorm, Norms, Rope
+from tinkex.engine.model import HeadNorm, Norms, Rope
+from tinkex.engine.row_operations import ACTIVATIONS
 from tinkex.engine.spec import Spec
 from tinkex.engine.weight_store import IN_MEMORY, WeightStore
 
