@@ -47,22 +47,25 @@ def test_alpha_is_32_for_every_rank():
 
 @pytest.mark.parametrize("key", ["0.qkv", "1.o", "2.gate_up", "3.down", "head"])
 def test_merged_or_not_the_product_is_the_same(linears, key):
-    """Forward, backward and gradients; merging is for speed only."""
+    """Forward, backward and gradients; merging, and keeping A x, are for speed only."""
     layout = lora.Layout(linears, lora.Shape(8))
     flat = flat_of(layout, 0)
     weight = dense(layout, flat, key)
     x, dy = torch.randn(40, weight.shape[1]), torch.randn(40, len(weight))
     gradients = []
-    for workspace in (None, lora.Workspace()):
+    for workspace, kept in ((None, None), (None, {}), (lora.Workspace(), {})):
         gradient = torch.zeros_like(flat)
         trained = lora.TrainedLinears(linears, layout, flat, gradient, workspace, "me")
 
-        torch.testing.assert_close(trained.forward(key, x), x @ weight.T, rtol=1e-4, atol=1e-4)
-        dx = trained.backward(key, dy, x)
+        y = trained.forward(key, x, kept)
+        assert bool(kept) == (workspace is None and kept is not None)
+        torch.testing.assert_close(y, x @ weight.T, rtol=1e-4, atol=1e-4)
+        dx = trained.backward(key, dy, x, kept)
         torch.testing.assert_close(dx, dy @ weight, rtol=1e-4, atol=1e-4)
         gradients.append(gradient)
 
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-3)
     assert gradients[0].any()
 
 

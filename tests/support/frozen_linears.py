@@ -6,6 +6,7 @@ import attrs
 from torch import Tensor
 
 from tinkex.engine import matmul
+from tinkex.engine.linears import Kept
 from tinkex.engine.model import Base
 
 
@@ -15,11 +16,13 @@ class FrozenLinears:
 
     base: Base
 
-    def forward(self, key: str, x: Tensor) -> Tensor:
+    def forward(self, key: str, x: Tensor, kept: Kept | None = None) -> Tensor:
         linear = self.base.linears[key]
         return matmul.linear(x, linear.weight, linear.bias, linear.scales)
 
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, key: str, dy: Tensor, x: Tensor, kept: Kept | None = None, *, wants_dx: bool = True
+    ) -> Tensor | None:
         return matmul.product(dy, self.base.linears[key].weight) if wants_dx else None
 
     def matrix(self, key: str) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinkex.engine import matmul
 from tinkex.engine.finished_lora import Finished
-from tinkex.engine.linears import Linear
+from tinkex.engine.linears import Kept, Linear
 from tinkex.engine.lora import Factors
 
 #: Ranks are rounded up to a multiple of this.
@@ -137,7 +137,7 @@ class SlotLinears:
         self._buffers = buffers
         self._mask = mask
 
-    def forward(self, key: str, x: Tensor) -> Tensor:
+    def forward(self, key: str, x: Tensor, kept: Kept | None = None) -> Tensor:
         linear = self._linears[key]
         y = matmul.linear(x, linear.weight, linear.bias, linear.scales)
         if self._mask is None or key not in self._buffers:
@@ -157,5 +157,7 @@ class SlotLinears:
         is_plain = linear.bias is None and linear.scales is None
         return linear.weight if is_plain and not has_adapter else None
 
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, key: str, dy: Tensor, x: Tensor, kept: Kept | None = None, *, wants_dx: bool = True
+    ) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

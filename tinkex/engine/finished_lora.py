@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinkex.engine import matmul
-from tinkex.engine.linears import Linear
+from tinkex.engine.linears import Kept, Linear
 from tinkex.engine.lora import Factors, Layout, Workspace, of_experts
 
 #: With at least this many rows on average, each adapter is multiplied with its own rows. With
@@ -192,7 +192,7 @@ class MixedLinears:
         self._members = torch.from_numpy(members).to(device)
         self._places = torch.from_numpy(places).to(device)
 
-    def forward(self, key: str, x: Tensor) -> Tensor:
+    def forward(self, key: str, x: Tensor, kept: Kept | None = None) -> Tensor:
         linear = self._linears[key]
         whole = self._whole(key)
         if whole is not None:
@@ -263,5 +263,7 @@ class MixedLinears:
                 change = change.index_select(0, self._places)
             y[:, segment.start : segment.stop].add_(change)
 
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, key: str, dy: Tensor, x: Tensor, kept: Kept | None = None, *, wants_dx: bool = True
+    ) -> Tensor | None:
         raise RuntimeError("finished adapters are not trained.")

@@ -41,13 +41,19 @@ class Linear:
         return len(self.weight) if self.weight.dim() == 3 else 1
 
 
+#: Products of the forward pass that `Linears.backward` need not compute again, by the matrix's key.
+Kept = dict[str, Tensor]
+
+
 class Linears(Protocol):
     """The matrices of a model, with or without an adapter."""
 
-    def forward(self, key: str, x: Tensor) -> Tensor:
-        """x (N, in) -> (N, out)."""
+    def forward(self, key: str, x: Tensor, kept: Kept | None = None) -> Tensor:
+        """x (N, in) -> (N, out). Adds to *kept*."""
 
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, key: str, dy: Tensor, x: Tensor, kept: Kept | None = None, *, wants_dx: bool = True
+    ) -> Tensor | None:
         """Accumulate the adapter's gradients from dy (N, out) at x; return dx (N, in)."""
 
     def matrix(self, key: str) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinkex.engine import matmul
-from tinkex.engine.linears import Linear
+from tinkex.engine.linears import Kept, Linear
 
 #: alpha of every adapter, whatever its rank.
 ALPHA = 32
@@ -282,20 +282,25 @@ class TrainedLinears:
         da.add_(torch.bmm(b.transpose(1, 2).to(dweight.dtype), dweight), alpha=self._scale)
         db.add_(torch.bmm(dweight, a.transpose(1, 2).to(dweight.dtype)), alpha=self._scale)
 
-    def forward(self, key: str, x: Tensor) -> Tensor:
+    def forward(self, key: str, x: Tensor, kept: Kept | None = None) -> Tensor:
         linear = self._linears[key]
         y = matmul.linear(x, self._weight(key), linear.bias)
         if key in self._factors and self._workspace is None:
-            add_low_rank(y, x, linear, self._factors[key], self._scale)
+            inner = add_low_rank(y, x, linear, self._factors[key], self._scale)
+            if kept is not None:
+                kept[key] = inner
         return y
 
-    def backward(self, key: str, dy: Tensor, x: Tensor, *, wants_dx: bool = True) -> Tensor | None:
+    def backward(
+        self, key: str, dy: Tensor, x: Tensor, kept: Kept | None = None, *, wants_dx: bool = True
+    ) -> Tensor | None:
         dx = matmul.product(dy, self._weight(key)) if wants_dx else None
         if key not in self._factors or self._gradients is None:
             return dx
         linear, factors, gradient = self._linears[key], self._factors[key], self._gradients[key]
         a = factors.a.to(x.dtype)
-        inner = matmul.linear(x, a)  # (N, parts * rank)
+        inner = None if kept is None else kept.pop(key, None)  # (N, parts * rank)
+        inner = matmul.linear(x, a) if inner is None else inner
         dinner = torch.empty_like(inner)
         for i, part in enumerate(linear.parts):
             rank = factors.b[i].shape[1]
@@ -326,10 +331,11 @@ def _cast(factors: Factors, dtype: torch.dtype) -> Factors:
     return Factors(factors.a.to(dtype), tuple(b.to(dtype) for b in factors.b))
 
 
-def add_low_rank(y: Tensor, x: Tensor, linear: Linear, factors: Factors, scale: float) -> None:
-    """y (N, out) += scale B A x (N, in)."""
+def add_low_rank(y: Tensor, x: Tensor, linear: Linear, factors: Factors, scale: float) -> Tensor:
+    """y (N, out) += scale B A x (N, in); returns A x (N, parts * rank)."""
     inner = matmul.linear(x, factors.a.to(x.dtype))
     for i, part in enumerate(linear.parts):
         rank = factors.b[i].shape[1]
         b = factors.b[i].to(x.dtype)
         y[:, part.start : part.stop].addmm_(inner[:, i * rank : (i + 1) * rank], b.T, alpha=scale)
+    return inner

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinkex.engine.attention import PackedAttention, Packing
 from tinkex.engine.cpu_kernels import Kernel
-from tinkex.engine.linears import Linear, Linears, given
+from tinkex.engine.linears import Kept, Linear, Linears, given
 from tinkex.engine.row_operations import TORCH_ROWS, RowOperations
 from tinkex.engine.spec import Spec
 
@@ -144,6 +144,7 @@ class Saved:
     middle_rstd: Tensor | None
     gate_up: Tensor  # (N, 2 mlp)
     mlp_end: tuple[Tensor, Tensor] | None
+    kept: Kept  # of the matrices
 
 
 Attend = Callable[[int, Tensor], tuple[Tensor, object]]
@@ -173,21 +174,22 @@ class Forward:
     def layer(self, i: int, x: Tensor, *, save: bool = False) -> tuple[Tensor, Saved | None]:
         """Layer *i* of x (N, d) -> (N, d), and what the backward pass needs if *save*."""
         spec, norms = self._base.spec, self._base.norms[i]
+        kept: Kept | None = {} if save else None
         h, rstd = self.norm(x, norms.before_attention)
-        qkv = self._linears.forward(f"{i}.qkv", h)
+        qkv = self._linears.forward(f"{i}.qkv", h, kept)
         heads = self._norm_heads(norms, qkv, save)
         self.rotate_(i, qkv)
         attended, graph = self._attend(i, qkv)
-        branch = self._linears.forward(f"{i}.o", attended)
+        branch = self._linears.forward(f"{i}.o", attended, kept)
         middle, attention_end = self._join(x, branch, norms.after_attention)
         h, middle_rstd = self.norm(middle, norms.before_mlp)
-        gate_up = self._linears.forward(f"{i}.gate_up", h)
+        gate_up = self._linears.forward(f"{i}.gate_up", h, kept)
         act = self._base.rows.gate(gate_up, spec.activation)
-        branch = self._linears.forward(f"{i}.down", act)
+        branch = self._linears.forward(f"{i}.down", act, kept)
         out, mlp_end = self._join(middle, branch, norms.after_mlp)
-        if not save:
+        if kept is None:
             return out, None
-        ends = attention_end, middle, middle_rstd, gate_up, mlp_end
+        ends = attention_end, middle, middle_rstd, gate_up, mlp_end, kept
         return out, Saved(x, rstd, heads, attended, graph, *ends)
 
     def rotate_(self, i: int, qkv: Tensor, *, back: bool = False) -> None:
@@ -286,14 +288,14 @@ class Training:
         norms, linears = self._base.norms[i], self._linears
         dmiddle = self._mlp_backward(i, dout, saved)
         dbranch = self._branch_backward(dmiddle, norms.after_attention, saved.attention_end)
-        dattended = given(linears.backward(f"{i}.o", dbranch, saved.attended))
+        dattended = given(linears.backward(f"{i}.o", dbranch, saved.attended, saved.kept))
         dqkv = self._attention.backward(dattended, saved.graph)
         self._forward.rotate_(i, dqkv, back=True)
         for norm, (raw, rstd) in zip(norms.heads, saved.heads):
             columns = norm.columns(dqkv)
             columns.copy_(self._base.rows.norm_backward(columns, raw, norm.weight, rstd))
         h, _ = self._forward.norm(saved.x, norms.before_attention)
-        dh = linears.backward(f"{i}.qkv", dqkv, h, wants_dx=i > 0)
+        dh = linears.backward(f"{i}.qkv", dqkv, h, saved.kept, wants_dx=i > 0)
         if dh is None:  # the first layer: nothing below it is trained
             return dmiddle
         return self._norm_backward(dh, saved.x, norms.before_attention, saved.rstd, dmiddle)
@@ -304,10 +306,10 @@ class Training:
         activation = self._base.spec.activation
         dbranch = self._branch_backward(dout, norms.after_mlp, saved.mlp_end)
         act = rows.gate(saved.gate_up, activation)
-        dact = given(linears.backward(f"{i}.down", dbranch, act))
+        dact = given(linears.backward(f"{i}.down", dbranch, act, saved.kept))
         dgate_up = rows.gate_backward(dact, saved.gate_up, activation)
         h, _ = self._forward.norm(saved.middle, norms.before_mlp)
-        dh = given(linears.backward(f"{i}.gate_up", dgate_up, h))
+        dh = given(linears.backward(f"{i}.gate_up", dgate_up, h, saved.kept))
         return self._norm_backward(dh, saved.middle, norms.before_mlp, saved.middle_rstd, dout)
 
     def _branch_backward(
