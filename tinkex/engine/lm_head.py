@@ -11,6 +11,7 @@ Does not know about losses; takes their derivative as a callable.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Union
 
@@ -31,6 +32,8 @@ LOGIT_BUDGET = 8 * 2**20
 
 #: Fewest rows of whole logits at a time.
 LEAST_ROWS = 16
+
+LOG2_E = 1 / math.log(2)
 
 Rows = Union[slice, Tensor]
 
@@ -138,7 +141,7 @@ def _online(
         found = logits.gather(1, at.clamp(0, len(block) - 1))
         chosen = torch.where((at >= 0) & (at < len(block)), found, chosen)
         before, largest = largest, torch.maximum(largest, logits.amax(dim=1, keepdim=True))
-        parts = logits.sub_(largest).exp_()
+        parts = _exp_(logits.sub_(largest))
         shrink = before.sub_(largest).exp_()
         total.mul_(shrink).add_(parts.sum(dim=1, keepdim=True))
         if mean is None:
@@ -150,6 +153,12 @@ def _online(
     steepness = _steepness(chosen, cap)
     logprobs = chosen.sub_(largest).sub_(total.log())
     return logprobs, None if mean is None else mean.div_(total), steepness
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """e^x, in place. On a CPU by exp2, which takes a third of the time of torch's exp: that calls
+    MKL, which is slow on others' processors than Intel's."""
+    return x.mul_(LOG2_E).exp2_() if x.device.type == "cpu" else x.exp_()
 
 
 def _from_mean(
