@@ -33,9 +33,9 @@ from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 #: An adapter with at least this many rows is merged into copies of the matrices.
 MERGE_ROWS = 16
 
-#: Prompts of up to this many tokens together are read by the compiled step. For more tokens
-#: PyTorch's attention is faster.
-COMPILED_TOKENS = 192
+#: Prompts of up to this many tokens together are read by the compiled step. For more tokens the
+#: products of PyTorch's libraries are faster.
+COMPILED_TOKENS = 256
 
 
 @attrs.frozen(eq=False)
