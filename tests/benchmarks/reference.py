@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 #: Environment variables that tinkex.engine sets for its process.
-OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+OURS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")
 
 
 class Reference:

@@ -130,3 +130,28 @@ def test_the_engine_uses_them_unless_it_is_told_not_to():
         engine.load_base("tiny")
         rows = engine._base("tiny").base.rows
         assert compiled == isinstance(rows, cpu_rows.CompiledRows)
+
+
+@pytest.mark.parametrize("vocab", [50, 1000], ids=["no whole vector", "many blocks"])
+@pytest.mark.parametrize("block", [8, 32])
+def test_sums_of_likelihoods_in_blocks(rows_of, vocab, block):
+    logits = 30 * _random(1, 3, vocab + 9, dtype=torch.float32)[:, :vocab]
+    logits[0, :block] = -torch.inf  # a block without likely tokens
+    temperatures = torch.tensor([[1.0], [0.3], [50.0]])
+
+    largest, sums = rows_of(CPU, torch.float32).block_sums(logits, temperatures, block)
+
+    exact = ((logits.double() - logits.double().amax(1, keepdim=True)) / temperatures).exp()
+    expected = [part.sum(dim=1) for part in exact.split(block, dim=1)]
+    assert (largest == logits.amax(1, keepdim=True)).all()
+    torch.testing.assert_close(sums.double(), torch.stack(expected, dim=1), rtol=2e-6, atol=1e-30)
+    assert sums[0, 0] == 0
+
+
+def test_a_logit_that_is_not_a_number_is_not_hidden(rows_of):
+    logits = torch.zeros(2, 64)
+    logits[0, 40] = torch.nan
+
+    _, sums = rows_of(CPU, torch.float32).block_sums(logits, torch.ones(2, 1), 32)
+
+    assert sums[0, 1].isnan() and (sums[1] == 32).all()

@@ -8,14 +8,9 @@
  * Notation: N sequences, K columns of a matrix, H heads, G key/value heads, D head size.
  * cpu_kernels.py compiles this file, and mirrors its structs.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "cpu_vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -25,32 +20,13 @@
 
 /* -- vectors ----------------------------------------------------------------------------------- */
 
-#if defined(__AVX512F__)
-#define V 16
-#elif defined(__AVX__)
-#define V 8
-#else
-#define V 4
-#endif
-
 /* A tile of a product: MR rows of the matrix times NR sequences, V sums in all. Many rows: the
  * inputs of all sequences are read once for each MR rows, from the L2 cache if they are many. */
 #define NR (V > 4 ? 2 : 1)
 #define MR (V / NR)
 
-typedef float vf __attribute__((vector_size(4 * V)));
-typedef int32_t vi __attribute__((vector_size(4 * V)));
-typedef float vf_any __attribute__((vector_size(4 * V), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
-typedef uint16_t vh __attribute__((vector_size(2 * V), aligned(2)));
 typedef int8_t vb __attribute__((vector_size(V), aligned(1)));
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-typedef uint16_t bf16; /* the upper half of a float */
-
-INLINE vf load_f32(const float *p) { return *(const vf_any *)p; }
 
 INLINE vf load_bf16(const bf16 *p) {
   return (vf)(__builtin_convertvector(*(const vh *)p, vi) << 16);
@@ -80,24 +56,24 @@ INLINE float from_bf16(bf16 x) {
 
 /* Lanes that hold sums of a and b by turns of 1, 2, 4 or 8. */
 #if V == 16
-#define SUM1(a, b)                                                                        \
-  (SHUFFLE(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +             \
+#define SUM1(a, b)                                                            \
+  (SHUFFLE(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) + \
    SHUFFLE(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30))
-#define SUM2(a, b)                                                                        \
-  (SHUFFLE(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +              \
+#define SUM2(a, b)                                                           \
+  (SHUFFLE(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) + \
    SHUFFLE(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29))
-#define SUM4(a, b)                                                                        \
-  (SHUFFLE(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +              \
+#define SUM4(a, b)                                                           \
+  (SHUFFLE(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) + \
    SHUFFLE(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27))
-#define SUM8(a, b)                                                                        \
-  (SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +                \
+#define SUM8(a, b)                                                         \
+  (SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) + \
    SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23))
 #elif V == 8
-#define SUM1(a, b)                                                                        \
+#define SUM1(a, b) \
   (SHUFFLE(a, b, 0, 9, 2, 11, 4, 13, 6, 15) + SHUFFLE(a, b, 1, 8, 3, 10, 5, 12, 7, 14))
-#define SUM2(a, b)                                                                        \
+#define SUM2(a, b) \
   (SHUFFLE(a, b, 0, 1, 10, 11, 4, 5, 14, 15) + SHUFFLE(a, b, 2, 3, 8, 9, 6, 7, 12, 13))
-#define SUM4(a, b)                                                                        \
+#define SUM4(a, b) \
   (SHUFFLE(a, b, 0, 1, 2, 3, 12, 13, 14, 15) + SHUFFLE(a, b, 4, 5, 6, 7, 8, 9, 10, 11))
 #else
 #define SUM1(a, b) (SHUFFLE(a, b, 0, 5, 2, 7) + SHUFFLE(a, b, 1, 4, 3, 6))
@@ -123,43 +99,20 @@ INLINE float sum(vf a) {
   return sums(all)[0];
 }
 
-/* a where the mask is set, else b. */
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-
-/* e^x, relative error below 3e-7 (Cephes' expf: e^x = 2^n e^r, |r| <= log(2) / 2). */
-INLINE vf vexp(vf x) {
-  const vf low = (vf){0} - 87.0f, high = (vf){0} + 88.0f;
-  x = pick(x < low, low, x);
-  x = pick(x > high, high, x);
-  vf n = x * 1.44269504f + 12582912.0f; /* rounds */
-  vi power = ((vi)n - 0x4b400000 + 127) << 23;
-  n -= 12582912.0f;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = (vf){0} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.0f) * (vf)power;
-}
-
-INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }
-
 /* Applies an expression of a vector x to count floats at p. */
-#define EACH(p, count, expression)                               \
-  do {                                                           \
-    int64_t at = 0;                                              \
-    for (; at + V <= (count); at += V) {                         \
-      vf x = load_f32((p) + at);                                 \
-      *(vf_any *)((p) + at) = (expression);                      \
-    }                                                            \
-    if (at < (count)) {                                          \
-      vf x = {0};                                                \
-      memcpy(&x, (p) + at, ((count) - at) * sizeof(float));      \
-      x = (expression);                                          \
-      memcpy((p) + at, &x, ((count) - at) * sizeof(float));      \
-    }                                                            \
+#define EACH(p, count, expression)                          \
+  do {                                                      \
+    int64_t at = 0;                                         \
+    for (; at + V <= (count); at += V) {                    \
+      vf x = load((p) + at);                                \
+      *(vf_any *)((p) + at) = (expression);                 \
+    }                                                       \
+    if (at < (count)) {                                     \
+      vf x = {0};                                           \
+      memcpy(&x, (p) + at, ((count) - at) * sizeof(float)); \
+      x = (expression);                                     \
+      memcpy((p) + at, &x, ((count) - at) * sizeof(float)); \
+    }                                                       \
   } while (0)
 
 /* -- what is computed (mirrored in cpu_kernels.py) ---------------------------------------------- */
@@ -233,7 +186,7 @@ typedef struct {
   int adds;
 } End;
 
-INLINE void store(vf result, float *y, size_t ldy, int64_t row, int rows, int count, End end) {
+INLINE void finish(vf result, float *y, size_t ldy, int64_t row, int rows, int count, End end) {
   float values[V] __attribute__((aligned(64)));
   *(vf *)values = result;
   if (rows % 4 == 0) {
@@ -272,16 +225,16 @@ typedef struct {
 } Change;
 
 /* The *left* numbers at p and zeros, as a vector. */
-#define LOAD_LAST(T, STRIDE, LOAD, p, left)   \
-  ({                                          \
-    T last[STRIDE] = {0};                     \
-    memcpy(last, p, (left) * sizeof(T));      \
-    LOAD(last);                               \
+#define LOAD_LAST(T, STRIDE, LOAD, p, left) \
+  ({                                        \
+    T last[STRIDE] = {0};                   \
+    memcpy(last, p, (left) * sizeof(T));    \
+    LOAD(last);                             \
   })
 
 /* How numbers of types W and X are multiplied: STRIDE at a time, as vectors VEC. */
 #define MULTIPLY_ADD(total, a, b) ((total) + (a) * (b))
-#define AS_FLOATS(W, LOAD_W) W, float, V, vf, LOAD_W, load_f32, LOAD_LAST, MULTIPLY_ADD
+#define AS_FLOATS(W, LOAD_W) W, float, V, vf, LOAD_W, load, LOAD_LAST, MULTIPLY_ADD
 
 #ifdef __AVX512BF16__
 #define HAS_PAIRS 1
@@ -312,7 +265,7 @@ typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
       }                                                                                                         \
     } else {                                                                                                    \
       for (int64_t k = 0; k < whole; k += STRIDE) {                                                             \
-        UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (width) + k, 0, 2);                   \
+        UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch((ahead) + i * (width) + k, 0, 2);             \
         VEC b[NR];                                                                                              \
         UNROLL for (int j = 0; j < count; j++) {                                                                \
           b[j] = LOAD_X((x) + j * (ldx) + k);                                                                   \
@@ -341,6 +294,9 @@ typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
 /* Bytes of a tile's row: so many of MR rows stay in the L1 cache while sequences are multiplied. */
 #define ROW_BYTES 3072
 
+/* Rows of the matrix from those that are multiplied to those that are fetched. */
+#define AHEAD (2 * MR)
+
 /* Products with a matrix of one type. NAME: one tile, of *count* sequences, the *rows* of w from
  * *row* on, and columns from..to. NAME_rows: y of rows first..last. While a tile's rows are
  * multiplied with the first sequences, the rows after the next tile are fetched from memory, some
@@ -360,14 +316,14 @@ typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
       const THIN *thin = b + row * rank;                                                            \
       ADD_PRODUCT(THIN_KIND, thin, rank, inner, ld_inner, rank, thin, 0);                           \
     }                                                                                               \
-    store(sums(total), y, ldy, row, rows, count, end);                                              \
+    finish(sums(total), y, ldy, row, rows, count, end);                                             \
   }                                                                                                 \
                                                                                                     \
   static void NAME##_rows(float *y, size_t ldy, const X *x, size_t ldx, const W *w,                 \
                           int64_t columns, int64_t first, int64_t last, const float *scales,        \
-                          const Change *change, End whole) {                                        \
+                          const Change *change, const W *next, End whole) {                         \
     int64_t start = change->bounds[0], stop = change->bounds[change->adapters], n = stop - start;   \
-    int64_t parts = (columns * sizeof(W) + ROW_BYTES - 1) / ROW_BYTES;                                 \
+    int64_t parts = (columns * sizeof(W) + ROW_BYTES - 1) / ROW_BYTES;                              \
     int64_t part = ((columns + parts - 1) / parts + 31) / 32 * 32;                                  \
     int64_t lines = n < 2 * NR ? MR : n < 4 * NR ? MR / 2 : n < 8 * NR ? MR / 4 : 1;                \
     for (int64_t row = first; row < last;) {                                                        \
@@ -376,13 +332,17 @@ typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
         int64_t to = from + part < columns ? from + part : columns;                                 \
         End end = from == 0 || whole.adds ? whole : (End){NULL, 1, 1};                              \
         if (from > 0) end.bias = NULL;                                                              \
-        const W *ahead = w + (row + 2 * MR) * columns + from, *none = ahead + MR * columns;         \
+        int64_t past = row + AHEAD - last;                                                          \
+        const W *ahead = (past < 0 ? w + last * columns : next) + past * columns + from;            \
+        const W *none = past < 0 || next ? ahead + MR * columns : ahead;                            \
         for (int64_t i = 0; i < change->adapters; i++) {                                            \
           int64_t j = change->bounds[i], end_j = change->bounds[i + 1];                             \
           const Thin *own = change->thin ? &change->thin[i] : NULL;                                 \
           const THIN *b = own && to == columns ? own->b : NULL;                                     \
           int64_t rank = b ? own->rank : 0;                                                         \
           const X *inner = change->inner.FIELD + change->part * rank;                               \
+          for (int64_t k = 0; k < MR * rank; k += 64 / sizeof(THIN))                                \
+            __builtin_prefetch(b + (row + AHEAD) * rank + k, 0, 2);                                 \
           /* clang-format off */                                                                    \
           if (is_single && j < end_j) {                                                             \
             RUN(NAME, V, 1, 0);                                                                     \
@@ -404,22 +364,23 @@ typedef int16_t pairs_any __attribute__((vector_size(64), aligned(2)));
       row += is_single ? V : is_tile ? MR : 1;                                                      \
     }                                                                                               \
   }
-#define RUN(NAME, rows, count, lines)                                                               \
-  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx + from, ldx, w + row * columns + from,     \
+#define RUN(NAME, rows, count, lines)                                                           \
+  NAME(rows, count, lines, y + j * ldy, ldy, x + j * ldx + from, ldx, w + row * columns + from, \
        to - from, columns, row, scales, b, rank, inner + j * change->inner.ld, change->inner.ld, ahead, end)
 
-PRODUCTS(times_f32, float, float, AS_FLOATS(float, load_f32), float, AS_FLOATS(float, load_f32), exact)
+PRODUCTS(times_f32, float, float, AS_FLOATS(float, load), float, AS_FLOATS(float, load), exact)
 PRODUCTS(times_bf16, bf16, float, AS_FLOATS(bf16, load_bf16), bf16, AS_FLOATS(bf16, load_bf16), exact)
 PRODUCTS(times_i8, int8_t, float, AS_FLOATS(int8_t, load_i8), bf16, AS_FLOATS(bf16, load_bf16), exact)
 #if HAS_PAIRS
 PRODUCTS(times_pairs, bf16, bf16, AS_PAIRS, bf16, AS_PAIRS, rounded)
 #endif
 
+/* y of rows first..last of w; *next* is what this thread reads afterwards, or NULL. */
 static void multiply(int type, const void *w, int64_t columns, const float *scales, Input in,
-                     const Change *change, float *y, size_t ldy, int64_t first, int64_t last,
-                     End end) {
+                     const Change *change, const void *next, float *y, size_t ldy, int64_t first,
+                     int64_t last, End end) {
 #define ROWS(NAME, input) \
-  NAME##_rows(y, ldy, input, in.ld, w, columns, first, last, scales, change, end)
+  NAME##_rows(y, ldy, input, in.ld, w, columns, first, last, scales, change, next, end)
 #if HAS_PAIRS
   if (type == BFLOAT16 && in.rounded) {
     ROWS(times_pairs, in.rounded);
@@ -463,31 +424,53 @@ static int is_adapted(const Step *s, const Matrix *m) {
   return 0;
 }
 
-/* This thread's portion of A x of all adapters, then a barrier. */
-static void times_a(const Step *s, const Matrix *m, Input in, Input inner) {
+static size_t bytes(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+
+static const void *row_of(const Step *s, const Matrix *m, int64_t row) {
+  return (const char *)m->weight + row * m->columns * bytes(s->weights);
+}
+
+/* This thread's rows of A of an adapter. */
+static Portion rows_of_a(const Matrix *m, const Thin *thin) { return portion(m->parts * thin->rank, V); }
+
+/* What this thread reads first of a matrix, of which it multiplies the rows from *row* on: its rows
+ * of A of the first adapter from number i on that has an A, else that row. */
+static const void *beginning(const Step *s, const Matrix *m, int64_t row, int64_t i) {
+  for (; m->thin && i < s->adapter_count; i++) {
+    const Thin *thin = &m->thin[i];
+    if (thin->a)
+      return (const char *)thin->a + rows_of_a(m, thin).first * m->columns * bytes(thin_type(s));
+  }
+  return row_of(s, m, row);
+}
+
+/* This thread's portion of A x of all adapters, then a barrier; it multiplies the rows of the
+ * matrix from *row* on. */
+static void times_a(const Step *s, const Matrix *m, Input in, Input inner, int64_t row) {
   if (!is_adapted(s, m)) return;
   for (int64_t i = 0; i < s->adapter_count; i++) {
     const Thin *thin = &m->thin[i];
     if (!thin->a) continue;
     Change none = {.bounds = s->adapters + i, .adapters = 1};
-    Portion own = portion(m->parts * thin->rank, V);
-    multiply(thin_type(s), thin->a, m->columns, NULL, in, &none, inner.exact, inner.ld, own.first,
-             own.last, (End){0});
+    Portion own = rows_of_a(m, thin);
+    multiply(thin_type(s), thin->a, m->columns, NULL, in, &none, beginning(s, m, row, i + 1),
+             inner.exact, inner.ld, own.first, own.last, (End){0});
     round_rows(inner, s->adapters[i], s->adapters[i + 1], own);
   }
 #pragma omp barrier
 }
 
 /* y[own] of the matrix with the adapters, after times_a. */
-static void times(const Step *s, const Matrix *m, Input in, Input inner, float *y, size_t ldy,
-                  Portion own, float factor, int adds) {
+static void times(const Step *s, const Matrix *m, Input in, Input inner, const void *next, float *y,
+                  size_t ldy, Portion own, float factor, int adds) {
   Change change = {m->thin, s->adapters, s->adapter_count, 0, inner};
   int64_t begin = 0;
   for (; change.part < m->parts; begin = m->ends[change.part++]) {
     int64_t from = own.first > begin ? own.first : begin;
     int64_t to = own.last < m->ends[change.part] ? own.last : m->ends[change.part];
     if (from < to)
-      multiply(s->weights, m->weight, m->columns, m->scales, in, &change, y, ldy, from, to,
+      multiply(s->weights, m->weight, m->columns, m->scales, in, &change,
+               to < own.last ? row_of(s, m, to) : next, y, ldy, from, to,
                (End){m->bias, factor, adds});
   }
 }
@@ -499,7 +482,7 @@ INLINE float inverse_rms(const float *x, int64_t count, float eps) {
   vf total = {0};
   int64_t k = 0;
   for (; k + V <= count; k += V) {
-    vf a = load_f32(x + k);
+    vf a = load(x + k);
     total += a * a;
   }
   float rest = sum(total);
@@ -568,18 +551,18 @@ static void prepare(const Step *s, const Layer *layer, int64_t number, int64_t j
 static void add_values(const Step *s, float *out, const float *weights, const void *values,
                        int64_t count) {
   int64_t size = s->head_dim, d = 0;
-#define SOME(VECTORS, TYPE, LOAD)                                                      \
-  for (; d + VECTORS * V <= size; d += VECTORS * V) {                                  \
-    vf total[VECTORS];                                                                 \
-    UNROLL for (int i = 0; i < VECTORS; i++) total[i] = load_f32(out + d + i * V);     \
-    for (int64_t t = 0; t < count; t++)                                                \
-      UNROLL for (int i = 0; i < VECTORS; i++)                                         \
-          total[i] += weights[t] * LOAD((const TYPE *)values + t * size + d + i * V);  \
-    UNROLL for (int i = 0; i < VECTORS; i++) *(vf_any *)(out + d + i * V) = total[i];  \
+#define SOME(VECTORS, TYPE, LOAD)                                                     \
+  for (; d + VECTORS * V <= size; d += VECTORS * V) {                                 \
+    vf total[VECTORS];                                                                \
+    UNROLL for (int i = 0; i < VECTORS; i++) total[i] = load(out + d + i * V);        \
+    for (int64_t t = 0; t < count; t++)                                               \
+      UNROLL for (int i = 0; i < VECTORS; i++)                                        \
+          total[i] += weights[t] * LOAD((const TYPE *)values + t * size + d + i * V); \
+    UNROLL for (int i = 0; i < VECTORS; i++) *(vf_any *)(out + d + i * V) = total[i]; \
   }
   if (s->cache == FLOAT32) {
-    SOME(4, float, load_f32)
-    SOME(1, float, load_f32)
+    SOME(4, float, load)
+    SOME(1, float, load)
     for (; d < size; d++)
       for (int64_t t = 0; t < count; t++) out[d] += weights[t] * ((const float *)values)[t * size + d];
   } else {
@@ -624,8 +607,8 @@ static void attend(const Step *s, const Layer *layer, int64_t number, int64_t j,
     if (!count) continue;
     int64_t at = number * span->layer + g * span->head + from * size;
     read[i].v = place(s, span->v, at);
-    multiply(s->cache, place(s, span->k, at), size, NULL, queries, &heads, scores + done, PIECE, 0,
-             count, (End){0});
+    multiply(s->cache, place(s, span->k, at), size, NULL, queries, &heads, NULL,
+             scores + done, PIECE, 0, count, (End){0});
     done += count;
   }
   for (int64_t h = 0; h < group; h++) {
@@ -634,7 +617,7 @@ static void attend(const Step *s, const Layer *layer, int64_t number, int64_t j,
     vf most = (vf){0} - INFINITY, total = {0};
     for (int64_t t = done; t < whole; t++) own[t] = -INFINITY;
     for (int64_t t = 0; t < whole; t += V) {
-      vf x = load_f32(own + t);
+      vf x = load(own + t);
       x = cap ? cap * vtanh(x * (scale / cap)) : x * scale;
       if (t + V > done)
         for (int64_t i = done - t; i < V; i++) x[i] = -INFINITY;
@@ -644,7 +627,7 @@ static void attend(const Step *s, const Layer *layer, int64_t number, int64_t j,
     float greatest = most[0];
     for (int i = 1; i < V; i++) greatest = most[i] > greatest ? most[i] : greatest;
     for (int64_t t = 0; t < whole; t += V) {
-      vf x = vexp(load_f32(own + t) - greatest);
+      vf x = vexp(load(own + t) - greatest);
       if (t + V > done)
         for (int64_t i = done - t; i < V; i++) x[i] = 0;
       total += x;
@@ -694,13 +677,14 @@ static size_t inner_room(const Step *s, const Matrix *m) {
   return most;
 }
 
-/* x += residual times a branch, whose last matrix is m; *after* is the norm that ends it. */
+/* x += residual times a branch, whose last matrix is m; *after* is the norm that ends it, *next*
+ * what this thread reads afterwards. */
 static void end_branch(const Step *s, const Shared *all, const Matrix *m, const float *after,
-                       Input in) {
+                       Input in, const void *next) {
   Portion own = portion(m->rows, V);
   float *to = after ? all->branch : s->x;
-  times_a(s, m, in, all->inner);
-  times(s, m, in, all->inner, to, s->width, own, s->residual, !after);
+  times_a(s, m, in, all->inner, own.first);
+  times(s, m, in, all->inner, next, to, s->width, own, s->residual, !after);
 #pragma omp barrier
   if (!after) return;
   Portion rows = portion(s->count, 1);
@@ -723,22 +707,23 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
   round_rows(in, 0, s->count, (Portion){0, s->width});
   const Matrix *m = &layer->qkv;
   Portion own = portion(m->rows, V);
-  times_a(s, m, in, all->inner);
-  times(s, m, in, all->inner, qkv.exact, qkv.ld, own, 1, 0);
+  times_a(s, m, in, all->inner, own.first);
+  const void *next = beginning(s, &layer->o, portion(layer->o.rows, V).first, 0);
+  times(s, m, in, all->inner, next, qkv.exact, qkv.ld, own, 1, 0);
 #pragma omp barrier
   Portion rows = portion(s->count, 1);
   for (int64_t j = rows.first; j < rows.last; j++) prepare(s, layer, number, j, qkv);
 #pragma omp barrier
   int64_t pieces = all->first_piece[s->count] * s->kv_heads, j = 0;
   while (1) {
-    int64_t next = __atomic_fetch_add(&all->next[number], 1, __ATOMIC_RELAXED);
-    if (next >= pieces) break;
-    int64_t piece = next / s->kv_heads, g = next % s->kv_heads;
+    int64_t taken = __atomic_fetch_add(&all->next[number], 1, __ATOMIC_RELAXED);
+    if (taken >= pieces) break;
+    int64_t piece = taken / s->kv_heads, g = taken % s->kv_heads;
     while (piece >= all->first_piece[j + 1]) j++; /* pieces come in ascending order */
     const Span *spans = s->sequences[j].spans;
     int64_t start = (piece - all->first_piece[j]) * PIECE, length = spans[0].length + spans[1].length;
     int64_t stop = start + PIECE < length ? start + PIECE : length;
-    attend(s, layer, number, j, g, start, stop, qkv, scores, all->pieces + next * stride);
+    attend(s, layer, number, j, g, start, stop, qkv, scores, all->pieces + taken * stride);
   }
 #pragma omp barrier
   for (j = 0; j < s->count; j++)
@@ -749,20 +734,23 @@ static void attention_branch(const Step *s, const Shared *all, int64_t number, I
       join(in.exact + j * in.ld + h * size, from, count, s->kv_heads * stride, size);
     }
   round_rows(in, 0, s->count, (Portion){0, s->heads * size});
-  end_branch(s, all, &layer->o, layer->after_attention, in);
+  next = beginning(s, &layer->gate_up, portion(s->mlp, V).first, 0);
+  end_branch(s, all, &layer->o, layer->after_attention, in, next);
 }
 
-static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Input in) {
+static void mlp_branch(const Step *s, const Shared *all, int64_t number, Input in) {
+  const Layer *layer = &s->layers[number];
   const Matrix *m = &layer->gate_up;
   int64_t mlp = s->mlp;
   Portion own = portion(mlp, V);
   for (int64_t j = 0; j < s->count; j++)
     norm(in.exact + j * in.ld, s->x + j * s->width, layer->before_mlp, s->width, s->eps);
   round_rows(in, 0, s->count, (Portion){0, s->width});
-  times_a(s, m, in, all->inner);
-  for (int64_t half = 0; half < 2 * mlp; half += mlp)
-    times(s, m, in, all->inner, all->gate_up, all->ld_gate_up,
-          (Portion){half + own.first, half + own.last}, 1, 0);
+  times_a(s, m, in, all->inner, own.first);
+  const void *down = beginning(s, &layer->down, portion(layer->down.rows, V).first, 0);
+  times(s, m, in, all->inner, row_of(s, m, mlp + own.first), all->gate_up, all->ld_gate_up, own, 1, 0);
+  times(s, m, in, all->inner, down, all->gate_up, all->ld_gate_up,
+        (Portion){mlp + own.first, mlp + own.last}, 1, 0);
   for (int64_t j = 0; j < s->count; j++) {
     float *gate = all->gate_up + j * all->ld_gate_up, *act = all->act + j * all->ld_act;
     int64_t count = own.last - own.first;
@@ -779,7 +767,9 @@ static void mlp_branch(const Step *s, const Shared *all, const Layer *layer, Inp
     acts.rounded = in.rounded; /* this thread's own */
     round_rows(acts, 0, s->count, (Portion){0, mlp});
   }
-  end_branch(s, all, &layer->down, layer->after_mlp, acts);
+  const Matrix *next = number + 1 < s->depth ? &s->layers[number + 1].qkv : &s->head;
+  end_branch(s, all, &layer->down, layer->after_mlp, acts,
+             beginning(s, next, portion(next->rows, V).first, 0));
 }
 
 static void head(const Step *s, const Shared *all, Input in) {
@@ -791,8 +781,8 @@ static void head(const Step *s, const Shared *all, Input in) {
     norm(in.exact + i * in.ld, s->x + s->wanted[i] * s->width, s->final_norm, s->width, s->eps);
   round_rows(in, 0, s->wanted_count, (Portion){0, s->width});
   Portion own = portion(m->rows, V);
-  times_a(&of_wanted, m, in, all->inner);
-  times(&of_wanted, m, in, all->inner, s->logits, s->ld_logits, own, 1, 0);
+  times_a(&of_wanted, m, in, all->inner, own.first);
+  times(&of_wanted, m, in, all->inner, NULL, s->logits, s->ld_logits, own, 1, 0);
 }
 
 static void *aligned(size_t bytes) {
@@ -857,7 +847,7 @@ int tinkex_decode_step(const Step *s) {
       if (!__atomic_load_n(&failed, __ATOMIC_RELAXED)) {
         for (int64_t i = 0; i < s->depth; i++) {
           attention_branch(s, &all, i, in, scores);
-          mlp_branch(s, &all, &s->layers[i], in);
+          mlp_branch(s, &all, i, in);
         }
         head(s, &all, in);
       }

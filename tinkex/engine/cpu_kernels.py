@@ -90,6 +90,11 @@ ROTATION = _struct(
     is_half=_I, interleaved=_I, back=_I, threads=_I,
 )  # fmt: skip
 
+BLOCK_SUMS = _struct(
+    logits=_P, temperatures=_P, largest=_P, sums=_P, rows=_L, ld=_L, columns=_L, block=_L,
+    threads=_I,
+)  # fmt: skip
+
 #: How many floats the widest vectors hold. `cpu_attention.c` and `cpu_rows.c` need whole vectors.
 WIDEST = 16
 
@@ -118,7 +123,7 @@ def load_attention() -> Kernel | None:
 
 
 def load_rows(operation: str) -> Kernel | None:
-    """The same of an operation on rows: gate, norm or rotate."""
+    """The same of an operation on rows: gate, norm, rotate or block_sums."""
     return _loaded(ROWS_SOURCE, f"tinkex_{operation}", f"operations on rows ({operation})")[0]
 
 

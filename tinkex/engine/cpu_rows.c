@@ -1,7 +1,7 @@
-/* Operations on the rows of a training batch, on a CPU: norms, activations, rotations.
+/* Operations on the rows of a batch, on a CPU: norms, activations, rotations, sums of likelihoods.
  *
  * Each reads its inputs once and writes its result once; in between, numbers are float32 in registers.
- * Widths are multiples of V. cpu_rows.py has this file compiled, and mirrors its structs.
+ * Widths are multiples of V, but for those of logits. cpu_rows.py has this file compiled, and mirrors its structs.
  */
 #include "cpu_vectors.h"
 
@@ -32,6 +32,15 @@ typedef struct {
   int64_t count, ld, heads, size, half;
   int32_t is_half, interleaved, back, threads;
 } Rotation;
+
+typedef struct {
+  const float *logits;       /* (N, ld), of which *columns* are used */
+  const float *temperatures; /* (N,) */
+  float *largest;            /* (N,) of the logits */
+  float *sums;               /* (N, blocks) of e^((logit - largest) / temperature) */
+  int64_t rows, ld, columns, block; /* block: columns of a block; the last may have fewer */
+  int32_t threads;
+} BlockSums;
 
 /* An activation, and its derivative. */
 INLINE vf activation(int name, vf x, vf *slope) {
@@ -157,6 +166,65 @@ int tinkex_rotate(const Rotation *s) {
       s->interleaved ? rotate_row(HALVES, 2, s, row) : rotate_row(HALVES, 1, s, row);
     else
       s->interleaved ? rotate_row(FLOATS, 2, s, row) : rotate_row(FLOATS, 1, s, row);
+  }
+  return 0;
+}
+
+/* V of the *left* floats at p; beyond them, -infinity. */
+INLINE vf some(const float *p, int64_t left) {
+  if (left >= V) return load(p);
+  vf x = (vf){0} - INFINITY;
+  for (int64_t i = 0; i < left; i++) x[i] = p[i];
+  return x;
+}
+
+INLINE float largest_of(const float *p, int64_t count) {
+  vf most = (vf){0} - INFINITY;
+  for (int64_t k = 0; k < count; k += V) {
+    vf x = some(p + k, count - k);
+    most = pick(x > most, x, most);
+  }
+  float largest = most[0];
+  for (int i = 1; i < V; i++) largest = most[i] > largest ? most[i] : largest;
+  return largest;
+}
+
+INLINE float likelihoods(const float *p, int64_t count, float largest, float temperature) {
+  vf total = {0};
+  for (int64_t k = 0; k < count; k += V) {
+    vf x = (some(p + k, count - k) - largest) / temperature;
+    total += pick(x < -87.0f, (vf){0}, vexp(x));
+  }
+  return sum_of(total);
+}
+
+/* A thread takes some of the blocks of every row, so that even a single row is divided. */
+int tinkex_block_sums(const BlockSums *s) {
+  int64_t blocks = (s->columns + s->block - 1) / s->block;
+#pragma omp parallel num_threads(s->threads)
+  {
+    for (int64_t row = 0; row < s->rows; row++) {
+      const float *logits = s->logits + row * s->ld;
+      float *sums = s->sums + row * blocks;
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < blocks; i++) {
+        int64_t from = i * s->block, left = s->columns - from;
+        sums[i] = largest_of(logits + from, left < s->block ? left : s->block);
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s->rows; row++)
+      s->largest[row] = largest_of(s->sums + row * blocks, blocks);
+    for (int64_t row = 0; row < s->rows; row++) {
+      const float *logits = s->logits + row * s->ld;
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < blocks; i++) {
+        int64_t from = i * s->block, left = s->columns - from;
+        s->sums[row * blocks + i] = likelihoods(logits + from, left < s->block ? left : s->block,
+                                                s->largest[row], s->temperatures[row]);
+      }
+    }
   }
   return 0;
 }

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from tinkex.engine import cpu_kernels
-from tinkex.engine.cpu_kernels import ACTIVATIONS, GATE, NORM, ROTATION, WIDEST, Kernel
+from tinkex.engine.cpu_kernels import (
+    ACTIVATIONS,
+    BLOCK_SUMS,
+    GATE,
+    NORM,
+    ROTATION,
+    WIDEST,
+    Kernel,
+)
 from tinkex.engine.row_operations import TORCH_ROWS, RowOperations, TorchRows
 
 logger = logging.getLogger(__name__)
@@ -30,18 +38,20 @@ def rows_for(device: torch.device, dtype: torch.dtype) -> RowOperations:
     """
     if device.type != "cpu" or dtype not in LARGEST_ERROR:
         return TORCH_ROWS
-    gate, norm, rotate = (cpu_kernels.load_rows(name) for name in ("gate", "norm", "rotate"))
-    if gate is None or norm is None or rotate is None:
+    load = cpu_kernels.load_rows
+    gate, norm, rotate, sums = load("gate"), load("norm"), load("rotate"), load("block_sums")
+    if gate is None or norm is None or rotate is None or sums is None:
         return TORCH_ROWS
-    found = CompiledRows(gate, norm, rotate)
+    found = CompiledRows(gate, norm, rotate, sums)
     return found if agrees_with_torch(found, dtype) else TORCH_ROWS
 
 
 class CompiledRows(TorchRows):
     """By compiled code; by torch what that does not support, such as rows with gaps."""
 
-    def __init__(self, gate: Kernel, norm: Kernel, rotate: Kernel) -> None:
+    def __init__(self, gate: Kernel, norm: Kernel, rotate: Kernel, block_sums: Kernel) -> None:
         self._gate, self._norm, self._rotate = gate, norm, rotate
+        self._block_sums = block_sums
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if not _is_simple(x, weight):
@@ -83,7 +93,7 @@ class CompiledRows(TorchRows):
     def rotate_(
         self, heads: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, back: bool
     ) -> None:
-        if heads.stride(2) != 1 or heads.stride(1) != heads.shape[2]:
+        if not heads.is_cpu or heads.stride(2) != 1 or heads.stride(1) != heads.shape[2]:
             super().rotate_(heads, cos, sin, interleaved=interleaved, back=back)
             return
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -97,10 +107,25 @@ class CompiledRows(TorchRows):
         arguments["threads"] = torch.get_num_threads()
         self._rotate(arguments)
 
+    def block_sums(self, logits: Tensor, temperatures: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        if logits.stride(1) != 1:
+            return super().block_sums(logits, temperatures, block)
+        rows, columns = logits.shape
+        temperatures = temperatures.contiguous()
+        largest, sums = logits.new_empty(rows, 1), logits.new_empty(rows, -(-columns // block))
+        arguments = np.zeros(1, BLOCK_SUMS)
+        arguments["logits"], arguments["temperatures"] = logits.data_ptr(), temperatures.data_ptr()
+        arguments["largest"], arguments["sums"] = largest.data_ptr(), sums.data_ptr()
+        arguments["rows"], arguments["columns"] = rows, columns
+        arguments["ld"], arguments["block"] = logits.stride(0), block
+        arguments["threads"] = torch.get_num_threads()
+        self._block_sums(arguments)
+        return largest, sums
+
 
 def _is_simple(x: Tensor, other: Tensor) -> bool:
     """True for the contiguous rows of a matrix, if vectors fill the last dimension of *other*."""
-    return x.dim() == 2 and x.is_contiguous() and other.shape[-1] % WIDEST == 0
+    return x.is_cpu and x.dim() == 2 and x.is_contiguous() and other.shape[-1] % WIDEST == 0
 
 
 def _of_norm(x: Tensor, weight: Tensor, out: Tensor, rstd: Tensor, eps: float) -> cpu_kernels.Array:
@@ -159,4 +184,4 @@ def results(rows: RowOperations, drawn: list[Tensor]) -> list[Tensor]:
             heads = x.clone().view(len(x), -1, 24)
             rows.rotate_(heads, cos, sin, interleaved=interleaved, back=back)
             found.append(heads)
-    return found
+    return [*found, *rows.block_sums(x.float(), 1 + rstd.square(), 10)]

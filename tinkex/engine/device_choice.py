@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinkex.engine.token_sampling import FIRST_CANDIDATES, in_blocks
+from tinkex.engine.token_sampling import FIRST_CANDIDATES, block_of
 
 #: Rows of the whole vocabulary that are sorted at a time, which bounds the memory for it.
 SORTED_ROWS = 16
@@ -137,7 +137,7 @@ def _loudest(probs: Tensor, noise: Tensor) -> Tensor:
 
 def _free(scaled: Tensor, settings: RowSettings) -> Tensor:
     """Sample from all tokens: first a block of the vocabulary, then a token in the block."""
-    probs = in_blocks((scaled - scaled.amax(dim=1, keepdim=True)).exp_())
+    probs = _in_blocks((scaled - scaled.amax(dim=1, keepdim=True)).exp_())
     _, blocks, block = probs.shape
     streams = torch.arange(blocks + block, device=probs.device)
     noise = gumbel(settings.keys, settings.positions, streams)
@@ -181,3 +181,13 @@ def _among(scaled: Tensor, settings: RowSettings, values: Tensor, ids: Tensor) -
     noise = gumbel(settings.keys, settings.positions, ids)
     picked = _loudest(torch.where(kept, probs, 0.0), noise)
     return ids.gather(1, picked.unsqueeze(1)).squeeze(1)
+
+
+def _in_blocks(probs: Tensor) -> Tensor:
+    """(n, V) as (n, blocks, tokens of a block), about equally many of both; padded with 0."""
+    vocab = probs.shape[1]
+    block = block_of(vocab)
+    blocks = -(-vocab // block)
+    if blocks * block != vocab:
+        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
+    return probs.view(len(probs), blocks, block)

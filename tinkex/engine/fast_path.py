@@ -33,9 +33,11 @@ from tinkex.engine.sample_turns import STEP_BYTES, matrix_operations
 #: An adapter with at least this many rows is merged into copies of the matrices.
 MERGE_ROWS = 16
 
-#: Prompts of up to this many tokens together are read by the compiled step. For more tokens the
-#: products of PyTorch's libraries are faster.
-COMPILED_TOKENS = 256
+#: Prompts of up to this many tokens together are read by the compiled step, unless the squares of
+#: their lengths have a larger sum than `COMPILED_SQUARES`: PyTorch's attention is faster then, and
+#: its products of more tokens in float32.
+COMPILED_TOKENS = 384
+COMPILED_SQUARES = 192**2
 
 
 @attrs.frozen(eq=False)
@@ -155,7 +157,8 @@ class FastSampling:
         adapters = np.array([number[prompt.adapter] for prompt in ordered])
         places = [self._places(prompt) for prompt in ordered]
         sizes = [len(prompt.tokens) for prompt in ordered]
-        if self._compiled is not None and on_hidden is None and sum(sizes) <= COMPILED_TOKENS:
+        is_short = sum(sizes) <= COMPILED_TOKENS and np.square(sizes).sum() <= COMPILED_SQUARES
+        if self._compiled is not None and on_hidden is None and is_short:
             logits = self._read_compiled(self._compiled, ordered, stack, adapters, places)
             return logits[torch.from_numpy(np.argsort(order))]
         room = None

@@ -1,9 +1,11 @@
-"""Operations on the rows of a batch: norms, gated activations and rotations, and their derivatives.
+"""Operations on the rows of a batch: norms, gated activations and rotations, and their derivatives;
+and sums of likelihoods.
 
-They are all of a layer that is neither a product with a matrix nor attention. `TorchRows` computes
-them on any device; `cpu_rows.CompiledRows` on a CPU with a C compiler. Do not know about layers.
+They are all of a layer that is neither a product with a matrix nor attention, and what sampling a
+token reads all logits for. `TorchRows` computes them on any device; `cpu_rows.CompiledRows` on a
+CPU with a C compiler. Do not know about layers.
 
-Notation: N rows, d width, M width of an MLP, H heads.
+Notation: N rows, d width, M width of an MLP, H heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 
 
 class RowOperations(Protocol):
-    """What the layers of a model need."""
+    """What the layers of a model and token sampling need."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMSNorm over the last dimension of x (..., d) -> (normed, 1 / rms (..., 1) float32)."""
@@ -52,6 +54,14 @@ class RowOperations(Protocol):
         Args:
             cos, sin: (N, 1, R / 2) of the type of *heads*.
             interleaved: pairs are (2 i, 2 i + 1); else (i, i + R / 2), as in transformers' Llama.
+        """
+
+    def block_sums(self, logits: Tensor, temperatures: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """float32 logits (N, V) -> the largest (N, 1), and for each *block* of columns the sum
+        (N, blocks) of e^((logit - largest) / temperature).
+
+        Args:
+            temperatures: (N, 1) float32.
         """
 
 
@@ -105,6 +115,14 @@ class TorchRows:
         turned = first * sin
         first.mul_(cos).addcmul_(second, sin, value=-1)
         second.mul_(cos).add_(turned)
+
+    def block_sums(self, logits: Tensor, temperatures: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        largest = logits.amax(dim=1, keepdim=True)
+        likelihoods = torch.sub(logits, largest).div_(temperatures).exp_()
+        missing = -logits.shape[1] % block
+        if missing:
+            likelihoods = F.pad(likelihoods, (0, missing))
+        return largest, likelihoods.view(len(logits), -1, block).sum(dim=2)
 
 
 TORCH_ROWS = TorchRows()

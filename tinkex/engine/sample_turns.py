@@ -24,7 +24,9 @@ _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 STEP_OPERATIONS = {"cpu": 48e9 if _HAS_AVX512 else 16e9, "cuda": 8e12}
 
 #: How many times as fast a CPU multiplies matrices of 16 bits, if it has instructions for them.
-HALF_SPEED = 2.0 if torch.cpu._is_avx512_bf16_supported() else 1.0
+#: Older versions of torch cannot say.
+_CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+HALF_SPEED = 2.0 if _CAPABILITIES.get("avx512_bf16") else 1.0
 
 Item = TypeVar("Item", bound=Hashable)
 

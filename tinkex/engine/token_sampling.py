@@ -8,11 +8,16 @@ the last bits of a logit can decide only near ties. Does not know about models o
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from tinkex.engine.cpu_rows import rows_for
+from tinkex.engine.row_operations import RowOperations
 
 Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
@@ -117,14 +122,14 @@ def _scaled(logits: Tensor, settings: Settings) -> Tensor:
     return logits / torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
 
 
-def in_blocks(probs: Tensor) -> Tensor:
-    """(n, V) as (n, blocks, tokens of a block), about equally many of both; padded with 0."""
-    vocab = probs.shape[1]
-    block = 1 << ((vocab - 1).bit_length() + 1) // 2
-    blocks = -(-vocab // block)
-    if blocks * block != vocab:
-        probs = torch.nn.functional.pad(probs, (0, blocks * block - vocab))
-    return probs.view(len(probs), blocks, block)
+def block_of(vocab: int) -> int:
+    """Tokens of a block of the vocabulary: a power of 2, about as many as there are blocks."""
+    return 1 << ((vocab - 1).bit_length() + 1) // 2
+
+
+@functools.cache
+def _rows(device: torch.device) -> RowOperations:
+    return rows_for(device, torch.float32)
 
 
 def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
@@ -132,21 +137,25 @@ def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
 
     This needs about 2 sqrt(V) random numbers a row instead of V.
     """
-    scaled = _scaled(logits, settings)
-    largest = scaled.amax(dim=1, keepdim=True)
-    probs = torch.sub(scaled, largest).exp_()  # not normalised, which does not change the result
-    probs = in_blocks(probs)
-    _, blocks, block = probs.shape
-    totals = probs.sum(dim=2)
-    sums = totals.cpu().numpy()
-    picked = _loudest(sums, gumbel(settings.keys, settings.positions, np.arange(blocks)))
-    rows = torch.arange(len(probs), device=probs.device)
-    within = probs[rows, torch.from_numpy(picked).to(probs.device)].cpu().numpy()
-    streams = np.arange(blocks, blocks + block)
-    picked = picked * block + _loudest(within, gumbel(settings.keys, settings.positions, streams))
-    if scaled is logits:
-        return picked, totals.sum(dim=1, keepdim=True).log_().add_(largest)
-    return picked, logits.logsumexp(dim=1, keepdim=True)
+    vocab = logits.shape[1]
+    block = block_of(vocab)
+    temperatures = torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
+    largest, sums = _rows(logits.device).block_sums(logits, temperatures, block)
+    totals = sums.cpu().numpy()
+    blocks = np.arange(totals.shape[1])
+    picked = _loudest(totals, gumbel(settings.keys, settings.positions, blocks))
+    within = np.arange(block)
+    columns = picked[:, None] * block + within
+    inside = torch.from_numpy(np.minimum(columns, vocab - 1)).to(logits.device)
+    likelihoods = (logits.gather(1, inside) - largest).div_(temperatures).exp_().cpu().numpy()
+    likelihoods[columns >= vocab] = 0.0
+    streams = len(blocks) + within
+    tokens = picked * block + _loudest(
+        likelihoods, gumbel(settings.keys, settings.positions, streams)
+    )
+    if (settings.temperature == 1).all():
+        return tokens, sums.sum(dim=1, keepdim=True).log_().add_(largest)
+    return tokens, logits.logsumexp(dim=1, keepdim=True)
 
 
 def _loudest(probs: npt.NDArray[np.float32], noise: Floats) -> Ints:
