@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.check_core_install import ROOT, try_wheel
 
 #: Files of the package that are no Python, and must be in the wheel all the same.
-DATA = {".c", ".json", ".typed", ".html", ".js", ".css", ".svg"}
+DATA = {".c", ".h", ".json", ".typed", ".html", ".js", ".css", ".svg"}
 IN_SDIST = {"setup.py", "setup.cfg", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"}
 
 

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from tinkex import types
+from tinkex.engine.memory import kind_of
+
+#: Parameters that are updated at a time, by kind of device: on a CPU so few that they stay in the
+#: caches, and need no temporary vector of all of them.
+PARAMETERS = {"cpu": 2**18, "cuda": 2**30}
 
 
 class AdamW:
@@ -30,13 +35,16 @@ class AdamW:
     def step(self, weights: Tensor, gradient: Tensor, params: types.AdamParams) -> None:
         """One update of *weights* in place; *gradient* is not changed."""
         self.steps += 1
-        self.m.lerp_(gradient, 1 - params.beta1)
-        self.v.mul_(params.beta2).addcmul_(gradient, gradient, value=1 - params.beta2)
-        weights.mul_(1 - params.learning_rate * params.weight_decay)
         step_size = params.learning_rate / (1 - params.beta1**self.steps)
         root = math.sqrt(1 - params.beta2**self.steps)
-        denominator = self.v.sqrt().div_(root).add_(params.eps)
-        weights.addcdiv_(self.m, denominator, value=-step_size)
+        most = PARAMETERS[kind_of(weights.device)]
+        parts = (x.split(most) for x in (weights, gradient, self.m, self.v))
+        for w, g, m, v in zip(*parts):
+            m.lerp_(g, 1 - params.beta1)
+            v.mul_(params.beta2).addcmul_(g, g, value=1 - params.beta2)
+            w.mul_(1 - params.learning_rate * params.weight_decay)
+            denominator = v.sqrt().div_(root).add_(params.eps)
+            w.addcdiv_(m, denominator, value=-step_size)
 
 
 def clip_(gradient: Tensor, norm: float, largest: float) -> None:
