@@ -13,10 +13,42 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import lm_head
-from tinkex.engine.base_model import BaseModel
+from tinkex.engine.base_model import BaseModel, OnHidden, PromptState
+from tinkex.engine.finished_lora import Finished
 from tinkex.engine.linears import Linears
 from tinkex.engine.sample_requests import Job, PromptScores
 from tinkex.engine.token_sampling import usable_temperature
+
+
+def scorer_of(
+    groups: Sequence[Sequence[Job]], state: PromptState, base: BaseModel
+) -> OnHidden | None:
+    """A callback that fills in the scores of each prompt's jobs; None if no job requests any.
+
+    Args:
+        groups: the jobs of each prompt. All but the first have the prompt from the cache.
+        state: computes the prompts.
+    """
+    asking: list[list[Job]] = [[] for _ in groups]
+    for group, wanting in zip(groups, asking):
+        for i, job in enumerate(group):
+            if job.scores is None:
+                job.scores = PromptScores(cached=len(job.prompt) if i else 0)
+                if job.wants_scores:
+                    wanting.append(job)
+    if not any(asking):
+        return None
+
+    def score(numbers: Sequence[int], states: Sequence[Tensor]) -> None:
+        by_adapter: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
+        for number, own in zip(numbers, states):
+            for job in asking[number]:
+                by_adapter.setdefault(job.adapter, []).append((job, own))
+        for adapter, pairs in by_adapter.items():
+            head = state.head(adapter, sum(len(own) for _, own in pairs))
+            score_prompts(pairs, head, base)
+
+    return score
 
 
 def score_prompts(jobs: Sequence[tuple[Job, Tensor]], linears: Linears, base: BaseModel) -> None:

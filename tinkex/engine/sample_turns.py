@@ -25,7 +25,7 @@ STEP_OPERATIONS = {"cpu": 48e9 if _HAS_AVX512 else 16e9, "cuda": 8e12}
 
 #: How many times as fast a CPU multiplies matrices of 16 bits, if it has instructions for them.
 #: Older versions of torch cannot say.
-_CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+_CAPABILITIES: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 HALF_SPEED = 2.0 if _CAPABILITIES.get("avx512_bf16") else 1.0
 
 Item = TypeVar("Item", bound=Hashable)

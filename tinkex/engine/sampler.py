@@ -22,14 +22,14 @@ from torch import Tensor
 
 from tinkex import types
 from tinkex.engine import token_sampling
-from tinkex.engine.base_model import BaseModel, Ints, OnHidden, Prompt, SamplingState
+from tinkex.engine.base_model import BaseModel, Ints, Prompt, SamplingState
 from tinkex.engine.block_decoding import BlockDecoding
 from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.finished_lora import Finished
 from tinkex.engine.long_prompts import LongPrompts
-from tinkex.engine.prompt_logprobs import score_prompts, topk_of
+from tinkex.engine.prompt_logprobs import scorer_of, topk_of
 from tinkex.engine.sample_queue import SampleQueue, Unit
-from tinkex.engine.sample_requests import Job, PromptScores
+from tinkex.engine.sample_requests import Job
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,8 @@ class Sampler:
             job = group[0].job
             kept = [own for unit, own in zip(group, rows) if unit.job.limit > 1]
             asked.append(Prompt(job.prompt, job.adapter, kept, job.share))
-        logits = self._state.begin(asked, self._scorer(groups))
+        jobs = [list(dict.fromkeys(unit.job for unit in group)) for group in groups]
+        logits = self._state.begin(asked, scorer_of(jobs, self._state, self._base))
         counts = [sum(unit.count for unit in group) for group in groups]
         which = torch.from_numpy(np.repeat(np.arange(len(groups)), counts)).to(logits.device)
         flat = [row for group_rows in started for own in group_rows for row in own]
@@ -364,33 +365,6 @@ class Sampler:
             self._unit[row] = unit
             self._reserved[row] = part
         return rows
-
-    def _scorer(self, groups: Sequence[Sequence[Unit]]) -> OnHidden | None:
-        """A callback that fills in the scores of each group's jobs; None if no job requests any."""
-        asking: list[list[Job]] = [[] for _ in groups]
-        for group, wanting in zip(groups, asking):
-            for i, job in enumerate(dict.fromkeys(unit.job for unit in group)):
-                if job.scores is None:
-                    job.scores = PromptScores(cached=len(job.prompt) if i else 0)
-                    if job.wants_scores:
-                        wanting.append(job)
-        if not any(asking):
-            return None
-
-        def score(numbers: Sequence[int], states: Sequence[Tensor]) -> None:
-            self._score([asking[i] for i in numbers], states)
-
-        return score
-
-    def _score(self, asking: Sequence[Sequence[Job]], states: Sequence[Tensor]) -> None:
-        """Fill in the requested scores of each prompt's jobs, one adapter at a time."""
-        by_adapter: dict[Finished | None, list[tuple[Job, Tensor]]] = {}
-        for jobs, own in zip(asking, states):
-            for job in jobs:
-                by_adapter.setdefault(job.adapter, []).append((job, own))
-        for adapter, pairs in by_adapter.items():
-            head = self._state.head(adapter, sum(len(own) for _, own in pairs))
-            score_prompts(pairs, head, self._base)
 
     # -- tokens ------------------------------------------------------------------------------
 
