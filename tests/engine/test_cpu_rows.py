@@ -128,8 +128,9 @@ def test_the_engine_uses_them_unless_it_is_told_not_to():
     for compiled in (True, False):
         engine = Engine(device="cpu", compiled=compiled)
         engine.load_base("tiny")
-        rows = engine._base("tiny").base.rows
-        assert compiled == isinstance(rows, cpu_rows.CompiledRows)
+        loaded = engine._base("tiny")
+        for rows in (loaded.base.rows, loaded.sampler._operations):
+            assert compiled == isinstance(rows, cpu_rows.CompiledRows)
 
 
 @pytest.mark.parametrize("vocab", [50, 1000], ids=["no whole vector", "many blocks"])

@@ -39,6 +39,7 @@ from tinkex.engine.cpu_parallel import Workers, available_cores
 from tinkex.engine.decode_graph import CudaCapture
 from tinkex.engine.fast_path import FastModel, FastSampling
 from tinkex.engine.memory import keep_freed_memory, total_memory
+from tinkex.engine.row_operations import TORCH_ROWS, RowOperations
 from tinkex.engine.sample_requests import OnToken, make_job
 from tinkex.engine.sampler import Sampler
 from tinkex.engine.training_pass import Pass, check_tokens, prepare
@@ -229,7 +230,12 @@ class Engine:
         )
         memory = int(total_memory(self._device) * SAMPLING_SHARE)
         new_state = self._state_maker(loaded.base, memory)
-        sampler = Sampler(loaded.base, loaded.load_decode, memory, self._workers, new_state)
+        operations: RowOperations = TORCH_ROWS
+        if self._compiled:
+            operations = cpu_rows.rows_for(self._device, torch.float32)
+        sampler = Sampler(
+            loaded.base, loaded.load_decode, memory, self._workers, new_state, operations
+        )
         return _Loaded(info, loaded.base, lora.Workspace(), sampler)
 
     def _state_maker(

@@ -28,6 +28,7 @@ from tinkex.engine.cpu_parallel import Workers
 from tinkex.engine.finished_lora import Finished
 from tinkex.engine.long_prompts import LongPrompts
 from tinkex.engine.prompt_logprobs import scorer_of, topk_of
+from tinkex.engine.row_operations import TORCH_ROWS, RowOperations
 from tinkex.engine.sample_queue import SampleQueue, Unit
 from tinkex.engine.sample_requests import Job
 from tinkex.engine.sample_rows import MOST_ROWS, Rows
@@ -54,6 +55,7 @@ class Sampler:
         memory: bytes that keys and values may take; requests beyond that wait.
         workers: compute the prompts in parallel.
         new_state: makes an empty sampling state; None is the base model's.
+        operations: read the logits of a token.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class Sampler:
         memory: int,
         workers: Workers,
         new_state: Callable[[], SamplingState | BlockDecoding] | None = None,
+        operations: RowOperations = TORCH_ROWS,
     ) -> None:
         self._base = base
         self._workers = workers
         self._load_decode = load_decode
         self._decode: Decode | None = None
         self._memory = memory
+        self._operations = operations
         self._waiting = SampleQueue()
         self._rows = Rows()
         self._new_state = new_state or partial(base.sampling_state, workers)
@@ -393,7 +397,8 @@ class Sampler:
     def _take_tokens(self, rows: Ints, logits: Tensor) -> None:
         """Choose a token for each row, and record it."""
         self._record_topk(rows, logits)
-        tokens, logprobs = token_sampling.choose(logits, self._rows.settings(rows))
+        settings = self._rows.settings(rows)
+        tokens, logprobs = token_sampling.choose(logits, settings, self._operations)
         self._record_tokens(rows, tokens, logprobs)
 
     def _record_topk(self, rows: Ints, logits: Tensor) -> None:

@@ -8,7 +8,7 @@ the last bits of a logit can decide only near ties. Does not know about models o
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import attrs
 import numpy as np
@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tinkex.engine.cpu_rows import rows_for
-from tinkex.engine.row_operations import RowOperations
+from tinkex.engine.row_operations import TORCH_ROWS, RowOperations
 
 Keys = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
@@ -89,7 +88,9 @@ def usable_temperature(temperature: float) -> float:
     return 0.0 if temperature < 1e-6 else min(temperature, 1e30)
 
 
-def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.float32]]:
+def choose(
+    logits: Tensor, settings: Settings, operations: RowOperations = TORCH_ROWS
+) -> tuple[Ints, npt.NDArray[np.float32]]:
     """A token for each row of float32 logits (n, V), and its log-probability at temperature 1."""
     tokens = np.empty(len(logits), np.int64)
     log_totals = torch.empty(len(logits), 1, device=logits.device)
@@ -98,7 +99,7 @@ def choose(logits: Tensor, settings: Settings) -> tuple[Ints, npt.NDArray[np.flo
     for how, mask in (
         (_greedy, is_greedy),
         (_filtered, is_filtered),
-        (_free, ~is_greedy & ~is_filtered),
+        (partial(_free, operations), ~is_greedy & ~is_filtered),
     ):
         if mask.all():
             tokens[:], log_totals = how(logits, settings)
@@ -127,12 +128,7 @@ def block_of(vocab: int) -> int:
     return 1 << ((vocab - 1).bit_length() + 1) // 2
 
 
-@functools.cache
-def _rows(device: torch.device) -> RowOperations:
-    return rows_for(device, torch.float32)
-
-
-def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
+def _free(operations: RowOperations, logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     """Sample from all tokens: first a block of the vocabulary, then a token in the block.
 
     This needs about 2 sqrt(V) random numbers a row instead of V.
@@ -140,7 +136,7 @@ def _free(logits: Tensor, settings: Settings) -> tuple[Ints, Tensor]:
     vocab = logits.shape[1]
     block = block_of(vocab)
     temperatures = torch.from_numpy(settings.temperature).to(logits.device).unsqueeze(1)
-    largest, sums = _rows(logits.device).block_sums(logits, temperatures, block)
+    largest, sums = operations.block_sums(logits, temperatures, block)
     totals = sums.cpu().numpy()
     blocks = np.arange(totals.shape[1])
     picked = _loudest(totals, gumbel(settings.keys, settings.positions, blocks))
