@@ -287,7 +287,7 @@ def test_a_step_that_computes_wrong_numbers_is_not_used(caplog):
 
     assert cpu_decoding.agrees_with_torch(right, torch.float32, torch.float32)
     assert not cpu_decoding.agrees_with_torch(wrong, torch.float32, torch.float32)
-    assert "is not used: its results differ from PyTorch's" in caplog.text
+    assert "is not used: the results differ from PyTorch's" in caplog.text
     assert "Please report this with the version of your C compiler" in caplog.text
 
 

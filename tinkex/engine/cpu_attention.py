@@ -8,7 +8,6 @@ batches, convert bfloat16 to float32, and compute what no query attends to. Know
 from __future__ import annotations
 
 import functools
-import logging
 
 import attrs
 import numpy as np
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from tinkex.engine import cpu_kernels
 from tinkex.engine.cpu_kernels import ATTENTION, WIDEST, Kernel
-
-logger = logging.getLogger(__name__)
 
 #: Largest relative difference from torch's results in float64, by type.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -125,13 +122,7 @@ def agrees_with_torch(kernel: Kernel, dtype: torch.dtype) -> bool:
     actual = out, backward(kernel, dout, saved)
     expected = _by_torch(qkv.double(), dout.double(), bounds, settings)
     error = max(float((a - b).norm() / b.norm()) for a, b in zip(actual, expected))
-    if error < LARGEST_ERROR[dtype]:
-        return True
-    logger.warning(
-        "Compiled attention is not used: its results differ from PyTorch's by %.2g of their size. "
-        "Please report this with the version of your C compiler.", error
-    )  # fmt: skip
-    return False
+    return cpu_kernels.is_close_enough("Compiled attention is", error, LARGEST_ERROR[dtype])
 
 
 @torch.enable_grad()

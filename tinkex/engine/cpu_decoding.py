@@ -7,7 +7,6 @@ longer than reading the weights. Knows the layout of `cpu_kernels.c`; does not k
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Sequence
 
@@ -27,8 +26,6 @@ from tinkex.engine.linears import Linear, Part
 from tinkex.engine.lora import Factors
 from tinkex.engine.model import Base, Forward, Norms, Rope
 from tinkex.engine.spec import Spec
-
-logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,13 +85,7 @@ def agrees_with_torch(kernel: Kernel, weights: torch.dtype, dtype: torch.dtype) 
     actual = CompiledStep(base, kernel).logits(x, positions, pools[0].spans(), [None], numbers)
     expected = _by_torch(base, x, positions, pools[1])
     error = float((actual - expected).norm() / expected.norm())
-    if error < LARGEST_ERROR[dtype]:
-        return True
-    logger.warning(
-        "The compiled decoding step is not used: its results differ from PyTorch's by %.2g of "
-        "their size. Please report this with the version of your C compiler.", error
-    )  # fmt: skip
-    return False
+    return cpu_kernels.is_close_enough("The compiled decoding step is", error, LARGEST_ERROR[dtype])
 
 
 def _small_model(dtype: torch.dtype) -> Base:

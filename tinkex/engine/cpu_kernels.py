@@ -167,6 +167,22 @@ def _load(source: Path, name: str, what: str) -> tuple[Kernel | None, str]:
     return run, ""
 
 
+def is_close_enough(what: str, error: float, largest: float) -> bool:
+    """True if what was compiled may be used; else warns the user.
+
+    Args:
+        what: it is, with its verb, as the start of a sentence.
+        error: the relative difference of its results from torch's.
+    """
+    if error < largest:
+        return True
+    logger.warning(
+        "%s not used: the results differ from PyTorch's by %.2g of their size. Please report this "
+        "with the version of your C compiler.", what, error
+    )  # fmt: skip
+    return False
+
+
 def _reason(exc: Exception) -> str:
     output = getattr(exc, "stderr", None)
     lines = output.strip().splitlines() if isinstance(output, str) else []

@@ -7,7 +7,6 @@ derivative have ten. Knows the layout of `cpu_rows.c`; does not know about model
 from __future__ import annotations
 
 import functools
-import logging
 
 import numpy as np
 import torch
@@ -24,8 +23,6 @@ from tinkex.engine.cpu_kernels import (
     Kernel,
 )
 from tinkex.engine.row_operations import TORCH_ROWS, RowOperations, TorchRows
-
-logger = logging.getLogger(__name__)
 
 #: Largest relative difference from torch's results in float32, by type.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -161,13 +158,9 @@ def agrees_with_torch(rows: RowOperations, dtype: torch.dtype) -> bool:
     drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     pairs = zip(results(rows, drawn), results(TORCH_ROWS, [x.float() for x in drawn]))
     error = max(float((ours - exact).norm() / exact.norm()) for ours, exact in pairs)
-    if error < LARGEST_ERROR[dtype]:
-        return True
-    logger.warning(
-        "Compiled operations on rows are not used: their results differ from PyTorch's by %.2g of "
-        "their size. Please report this with the version of your C compiler.", error
-    )  # fmt: skip
-    return False
+    return cpu_kernels.is_close_enough(
+        "Compiled operations on rows are", error, LARGEST_ERROR[dtype]
+    )
 
 
 def results(rows: RowOperations, drawn: list[Tensor]) -> list[Tensor]:
