@@ -141,6 +141,15 @@ PRODUCT(multiply_pairs, 1)
 
 /* -- weights ------------------------------------------------------------------------------------ */
 
+/* Which of V keys from t on query i attends to. */
+INLINE vi attended(const Attention *s, int64_t i, int64_t t) {
+  vi position;
+  UNROLL for (int lane = 0; lane < V; lane++) position[lane] = lane;
+  position += (int32_t)t;
+  vi seen = position <= (int32_t)i;
+  return s->window ? seen & (position > (int32_t)(i - s->window)) : seen;
+}
+
 /* V scores of query i with keys from t on; -infinity where it does not attend. Sets the derivative
  * of the cap, and which keys it attends to. */
 INLINE vf scores(const Attention *s, const float *products, int64_t i, int64_t t, vf *steepness, vi *seen) {
@@ -150,11 +159,7 @@ INLINE vf scores(const Attention *s, const float *products, int64_t i, int64_t t
     x = y * s->cap;
     *steepness = 1.0f - y * y;
   }
-  vi position;
-  UNROLL for (int lane = 0; lane < V; lane++) position[lane] = lane;
-  position += (int32_t)t;
-  *seen = position <= (int32_t)i;
-  if (s->window) *seen &= position > (int32_t)(i - s->window);
+  *seen = attended(s, i, t);
   return x;
 }
 
@@ -188,11 +193,7 @@ INLINE void weigh(int kind, const Attention *s, Room *r, int64_t query, int64_t 
     r->most[row] = most;
     vf sums = {0};
     for (int64_t t = 0; t < count; t += V) {
-      vi position;
-      UNROLL for (int lane = 0; lane < V; lane++) position[lane] = lane;
-      position += (int32_t)(key + t);
-      seen = position <= (int32_t)(query + row);
-      if (s->window) seen &= position > (int32_t)(query + row - s->window);
+      seen = attended(s, query + row, key + t);
       vf x = pick(seen, vexp(load(own + t) - most), (vf){0});
       sums += x;
       store(own + t, x);

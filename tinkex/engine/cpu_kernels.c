@@ -34,20 +34,6 @@ INLINE vf load_bf16(const bf16 *p) {
 
 INLINE vf load_i8(const int8_t *p) { return __builtin_convertvector(*(const vb *)p, vf); }
 
-INLINE bf16 to_bf16(float x) { /* rounds to nearest, ties to even */
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* not a number */
-  return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float from_bf16(bf16 x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -118,7 +104,6 @@ INLINE float sum(vf a) {
 /* -- what is computed (mirrored in cpu_kernels.py) ---------------------------------------------- */
 
 enum { FLOAT32, BFLOAT16, INT8 };
-enum { SILU, GELU_TANH };
 
 /* Low-rank matrices of an adapter: a (parts rank, K), b (rows of the matrix, rank). */
 typedef struct {
@@ -754,11 +739,11 @@ static void mlp_branch(const Step *s, const Shared *all, int64_t number, Input i
   for (int64_t j = 0; j < s->count; j++) {
     float *gate = all->gate_up + j * all->ld_gate_up, *act = all->act + j * all->ld_act;
     int64_t count = own.last - own.first;
+    vf slope;
     if (s->activation == SILU)
-      EACH(gate + own.first, count, x / (1.0f + vexp(-x)));
+      EACH(gate + own.first, count, activation(SILU, x, &slope));
     else
-      EACH(gate + own.first, count,
-           0.5f * x * (1.0f + vtanh(0.79788456f * (x + 0.044715f * x * x * x))));
+      EACH(gate + own.first, count, activation(GELU_TANH, x, &slope));
     for (int64_t k = own.first; k < own.last; k++) act[k] = gate[k] * gate[mlp + k];
   }
 #pragma omp barrier

@@ -1,11 +1,10 @@
 /* Operations on the rows of a batch, on a CPU: norms, activations, rotations, sums of likelihoods.
  *
  * Each reads its inputs once and writes its result once; in between, numbers are float32 in registers.
- * Widths are multiples of V, but for those of logits. cpu_rows.py has this file compiled, and mirrors its structs.
+ * Widths are multiples of V, but for those of logits. cpu_rows.py has this file compiled, and mirrors
+ * its structs.
  */
 #include "cpu_vectors.h"
-
-enum { SILU, GELU_TANH };
 
 typedef struct {
   const void *gate_up; /* (N, 2 M) */
@@ -41,19 +40,6 @@ typedef struct {
   int64_t rows, ld, columns, block; /* block: columns of a block; the last may have fewer */
   int32_t threads;
 } BlockSums;
-
-/* An activation, and its derivative. */
-INLINE vf activation(int name, vf x, vf *slope) {
-  if (name == SILU) {
-    vf share = 1.0f / (1.0f + vexp(-x));
-    *slope = share * (1.0f + x * (1.0f - share));
-    return x * share;
-  }
-  vf t = vtanh(0.79788456f * (x + 0.044715f * x * x * x));
-  *slope = 0.5f * (1.0f + t) +
-           0.5f * x * (1.0f - t * t) * (0.79788456f + 3 * 0.79788456f * 0.044715f * x * x);
-  return 0.5f * x * (1.0f + t);
-}
 
 INLINE void gate_row(int kind, int name, const Gate *s, int64_t row) {
   int64_t columns = s->columns;
@@ -125,22 +111,14 @@ int tinkex_norm(const Norm *s) {
 }
 
 INLINE float number(int kind, const void *p, int64_t i) {
-  uint32_t bits;
-  if (kind == FLOATS) return ((const float *)p)[i];
-  bits = (uint32_t)((const bf16 *)p)[i] << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
+  return kind == FLOATS ? ((const float *)p)[i] : from_bf16(((const bf16 *)p)[i]);
 }
 
 INLINE void set(int kind, void *p, int64_t i, float x) {
-  uint32_t bits;
-  if (kind == FLOATS) {
+  if (kind == FLOATS)
     ((float *)p)[i] = x;
-    return;
-  }
-  memcpy(&bits, &x, 4);
-  ((bf16 *)p)[i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  else
+    ((bf16 *)p)[i] = to_bf16(x);
 }
 
 INLINE void rotate_row(int kind, int step, const Rotation *s, int64_t row) {

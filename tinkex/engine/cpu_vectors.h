@@ -64,6 +64,35 @@ INLINE vf vexp(vf x) {
 
 INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }
 
+enum { SILU, GELU_TANH };
+
+/* An activation, and its derivative. */
+INLINE vf activation(int name, vf x, vf *slope) {
+  if (name == SILU) {
+    vf share = 1.0f / (1.0f + vexp(-x));
+    *slope = share * (1.0f + x * (1.0f - share));
+    return x * share;
+  }
+  vf t = vtanh(0.79788456f * (x + 0.044715f * x * x * x));
+  *slope = 0.5f * (1.0f + t) +
+           0.5f * x * (1.0f - t * t) * (0.79788456f + 3 * 0.79788456f * 0.044715f * x * x);
+  return 0.5f * x * (1.0f + t);
+}
+
+INLINE bf16 to_bf16(float x) { /* rounds to nearest, ties to even */
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : near); /* or not a number */
+}
+
+INLINE float from_bf16(bf16 x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+
 /* Floats whose upper halves are x, rounded to nearest, ties to even. */
 INLINE vu rounded(vf x) {
   vu bits = (vu)x;
